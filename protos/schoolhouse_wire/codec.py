@@ -1,0 +1,301 @@
+"""Nested values <-> bundles: the structure as a protobuf message, the tensors as slices of one payload.
+
+`pack` declares a value and lists the memory of its tensors, without copying where a tensor is contiguous on CPU;
+`unpack` rebuilds the value over one received buffer, without copying. Field names of records are kept, code never.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from google.protobuf.message import DecodeError
+
+from schoolhouse_wire.errors import (
+    CorruptPayloadError,
+    MessageTooLargeError,
+    ProtocolError,
+    UnsupportedValueError,
+)
+from schoolhouse_wire.limits import ALIGNMENT, Limits
+from schoolhouse_wire.records import build_record, record_of
+from schoolhouse_wire.v1 import values_pb2
+
+_INT64 = range(-(1 << 63), 1 << 63)
+
+DTYPES: dict[torch.dtype, int] = {
+    getattr(torch, name.lower()): number
+    for name, number in values_pb2.DType.items()
+    if number and hasattr(torch, name.lower())
+}
+_BY_NUMBER = {number: dtype for dtype, number in DTYPES.items()}
+
+
+class Arguments(tuple[Any, ...]):
+    """What a module was called with: the tuple of positional arguments, and `kwargs`.
+
+    An `"input"` tap has this type; as a tuple it equals what a forward hook receives as `args`.
+    """
+
+    kwargs: dict[str, Any]
+
+    def __new__(cls, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None) -> "Arguments":
+        self = super().__new__(cls, args)
+        self.kwargs = dict(kwargs or {})
+        return self
+
+    def __repr__(self) -> str:
+        return f"Arguments({tuple(self)!r}, {self.kwargs!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Arguments, (tuple(self), self.kwargs))
+
+
+def tensor_nbytes(header: values_pb2.TensorHeader) -> int:
+    """Bytes that a declared tensor takes in the payload."""
+    dtype = _BY_NUMBER.get(header.dtype)
+    if dtype is None:
+        raise ProtocolError(f"a tensor of the unknown dtype number {header.dtype} was declared")
+    return math.prod(header.shape) * dtype.itemsize
+
+
+def aligned(offset: int) -> int:
+    """`offset` rounded up to the alignment of a tensor."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def offsets(sizes: Iterable[int]) -> Iterator[int]:
+    """Where each tensor starts; the last item is where the payload ends."""
+    end = 0
+    for size in sizes:
+        start = aligned(end)
+        yield start
+        end = start + size
+    yield end
+
+
+def pack(value: Any) -> tuple[values_pb2.Bundle, list[torch.Tensor]]:
+    """Declare `value`; the returned tensors are contiguous, on CPU, and in the order of their declarations.
+
+    Raises:
+        UnsupportedValueError: for a type that cannot travel; the message says where it stands in the value.
+        MessageTooLargeError: for a value nested deeper than 64.
+    """
+    packer = _Packer()
+    packer.put(packer.bundle.root, value, "value", 0)
+    return packer.bundle, packer.tensors
+
+
+class _Packer:
+    def __init__(self) -> None:
+        self.bundle = values_pb2.Bundle()
+        self.tensors: list[torch.Tensor] = []
+        self._index: dict[int, int] = {}
+        self._keep: list[torch.Tensor] = []  # ids stay unique while their tensors live
+
+    def put(self, node: values_pb2.Value, value: Any, where: str, depth: int) -> None:
+        if depth > Limits.max_nesting:
+            raise MessageTooLargeError(f"{where[:80]}… is nested deeper than {Limits.max_nesting} levels")
+        if value is None:
+            node.none.SetInParent()
+        elif isinstance(value, torch.Tensor):
+            node.tensor = self._tensor(value, where)
+        elif isinstance(value, bool | int | float | complex | str | bytes):
+            _put_scalar(node, value, where)
+        elif (record := record_of(value)) is not None:
+            node.record.kind, node.record.type_name = record.kind, record.type_name
+            for name, item in record.fields.items():
+                node.record.names.append(name)
+                self.put(node.record.values.add(), item, f"{where}.{name}", depth + 1)
+        elif isinstance(value, Arguments):
+            self._items(node.arguments.positional, value, where, depth)
+            for name, item in value.kwargs.items():
+                self.put(node.arguments.keyword[name], item, f"{where}[{name!r}]", depth + 1)
+        elif isinstance(value, tuple):
+            node.tuple.SetInParent()
+            self._items(node.tuple.items, value, where, depth)
+        elif isinstance(value, list):
+            node.list.SetInParent()
+            self._items(node.list.items, value, where, depth)
+        elif isinstance(value, Mapping):
+            node.dict.SetInParent()
+            for key, item in value.items():
+                self._key(node.dict.keys.add(), key, where)
+                self.put(node.dict.values.add(), item, f"{where}[{key!r}]", depth + 1)
+        else:
+            raise UnsupportedValueError(
+                f"{where} is a {_type_name(type(value))}, which cannot travel; use tensors, numbers, strings, bytes, "
+                "None, and tuples, lists, dicts, named tuples, dataclasses or ModelOutputs of these"
+            )
+
+    def _items(self, nodes: Any, values: Iterable[Any], where: str, depth: int) -> None:
+        for i, item in enumerate(values):
+            self.put(nodes.add(), item, f"{where}[{i}]", depth + 1)
+
+    def _key(self, node: values_pb2.Value, key: Any, where: str) -> None:
+        if isinstance(key, tuple) and record_of(key) is None:
+            node.tuple.SetInParent()
+            for part in key:
+                self._key(node.tuple.items.add(), part, where)
+        elif key is None:
+            node.none.SetInParent()
+        elif isinstance(key, bool | int | float | complex | str | bytes):
+            _put_scalar(node, key, f"a key of {where}")
+        else:
+            raise UnsupportedValueError(f"a key of {where} is a {_type_name(type(key))}; keys must be scalars or tuples")
+
+    def _tensor(self, tensor: torch.Tensor, where: str) -> int:
+        known = self._index.get(id(tensor))
+        if known is not None:
+            return known
+        dtype = DTYPES.get(tensor.dtype)
+        if dtype is None or tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise UnsupportedValueError(
+                f"{where} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which cannot travel; "
+                "only dense tensors with memory and no quantizer can: use .to_dense() or .dequantize()"
+            )
+        self._keep.append(tensor)
+        self._index[id(tensor)] = index = len(self.tensors)
+        header = self.bundle.tensors.add(dtype=dtype)  # type: ignore[arg-type]  # the stub wants its own enum type
+        header.shape.extend(tensor.shape)
+        self.tensors.append(_on_cpu(tensor))
+        return index
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as plain contiguous memory on CPU; the tensor itself where it already is that."""
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _put_scalar(node: values_pb2.Value, value: Any, where: str) -> None:
+    if isinstance(value, bool):
+        node.boolean = value
+    elif isinstance(value, int):
+        if value in _INT64:
+            node.integer = value
+        else:
+            node.big_integer = int(value).to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    elif isinstance(value, float):
+        node.real = value
+    elif isinstance(value, complex):
+        node.complex.real, node.complex.imaginary = value.real, value.imag
+    elif isinstance(value, bytes):
+        node.raw = value
+    else:
+        try:
+            node.text = str(value) if type(value) is str else str.__str__(value)
+        except (UnicodeEncodeError, ValueError) as err:
+            raise UnsupportedValueError(f"{where} is a string that UTF-8 cannot carry: {err}") from err
+
+
+def _type_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def read_bundle(data: bytes, limits: Limits) -> tuple[values_pb2.Bundle, int]:
+    """Parse a serialized bundle and check what it declares; returns it and the size of its payload in bytes.
+
+    Raises:
+        MessageTooLargeError: if it declares more than `limits` allow. No memory has been taken then.
+        ProtocolError: if it is not a bundle.
+    """
+    if len(data) > limits.max_header_bytes:
+        raise MessageTooLargeError(f"a header of {len(data)} bytes is over the limit of {limits.max_header_bytes}")
+    try:
+        bundle = values_pb2.Bundle.FromString(data)
+    except DecodeError as err:
+        raise ProtocolError("a header arrived that cannot be parsed") from err
+    if len(bundle.tensors) > limits.max_tensors:
+        raise MessageTooLargeError(f"{len(bundle.tensors)} tensors are over the limit of {limits.max_tensors}")
+    for header in bundle.tensors:
+        if len(header.shape) > limits.max_rank:
+            raise MessageTooLargeError(f"a tensor of rank {len(header.shape)} is over the limit of {limits.max_rank}")
+        if any(size >= 1 << 63 for size in header.shape):
+            raise MessageTooLargeError("a tensor with a dimension of 2**63 or more was declared")
+    total = payload_nbytes(bundle)
+    if total > limits.max_payload_bytes:
+        raise MessageTooLargeError(
+            f"the tensors take {total} bytes, over the limit of {limits.max_payload_bytes}; "
+            "send smaller batches, tap fewer modules, or raise the receiver's limit"
+        )
+    return bundle, total
+
+
+def payload_nbytes(bundle: values_pb2.Bundle) -> int:
+    """Size in bytes of the payload that a bundle's tensors take together."""
+    end = 0
+    for end in offsets(tensor_nbytes(header) for header in bundle.tensors):
+        pass
+    return end
+
+
+def unpack(bundle: values_pb2.Bundle, payload: torch.Tensor, limits: Limits) -> Any:
+    """Rebuild the value that `bundle` declares over `payload`, a 1-d uint8 tensor; tensors are views of it.
+
+    Raises:
+        CorruptPayloadError: if the structure and the declarations do not fit together.
+        MessageTooLargeError: if the structure is nested deeper than `limits` allow.
+    """
+    starts = offsets(tensor_nbytes(header) for header in bundle.tensors)
+    tensors = [_view(payload, start, header) for header, start in zip(bundle.tensors, starts, strict=False)]
+    return _Unpacker(tensors, limits.max_nesting).get(bundle.root, 0)
+
+
+def _view(payload: torch.Tensor, start: int, header: values_pb2.TensorHeader) -> torch.Tensor:
+    dtype = _BY_NUMBER[header.dtype]
+    shape = tuple(header.shape)
+    try:
+        if math.prod(shape) == 0:
+            return torch.empty(shape, dtype=dtype)
+        return payload[start : start + tensor_nbytes(header)].view(dtype).view(shape)
+    except RuntimeError as err:  # a zero dimension beside sizes whose product torch refuses
+        raise ProtocolError(f"a tensor of the impossible shape {shape} was declared") from err
+
+
+class _Unpacker:
+    def __init__(self, tensors: list[torch.Tensor], max_nesting: int) -> None:
+        self._tensors = tensors
+        self._max_nesting = max_nesting
+
+    def get(self, node: values_pb2.Value, depth: int) -> Any:
+        if depth > self._max_nesting:
+            raise MessageTooLargeError(f"a value is nested deeper than {self._max_nesting} levels")
+        kind = node.WhichOneof("kind")
+        if kind == "tensor":
+            if node.tensor >= len(self._tensors):
+                raise CorruptPayloadError(f"tensor {node.tensor} is used but only {len(self._tensors)} are declared")
+            return self._tensors[node.tensor]
+        if kind == "none":
+            return None
+        if kind in ("boolean", "integer", "real", "text", "raw"):
+            return getattr(node, kind)
+        if kind == "big_integer":
+            return int.from_bytes(node.big_integer, "little", signed=True)
+        if kind == "complex":
+            return complex(node.complex.real, node.complex.imaginary)
+        if kind == "list":
+            return self._items(node.list.items, depth)
+        if kind == "tuple":
+            return tuple(self._items(node.tuple.items, depth))
+        if kind == "dict":
+            return self._dict(node.dict, depth)
+        if kind == "arguments":
+            keyword = {name: self.get(item, depth + 1) for name, item in node.arguments.keyword.items()}
+            return Arguments(self._items(node.arguments.positional, depth), keyword)
+        if kind == "record":
+            if len(node.record.names) != len(node.record.values):
+                raise CorruptPayloadError("a record has another number of names than of values")
+            fields = dict(zip(node.record.names, self._items(node.record.values, depth), strict=True))
+            return build_record(node.record.kind, node.record.type_name, fields)
+        raise ProtocolError("a value of a kind that this version does not know arrived")
+
+    def _items(self, nodes: Iterable[values_pb2.Value], depth: int) -> list[Any]:
+        return [self.get(item, depth + 1) for item in nodes]
+
+    def _dict(self, node: values_pb2.Mapping, depth: int) -> dict[Any, Any]:
+        if len(node.keys) != len(node.values):
+            raise CorruptPayloadError("a dict has another number of keys than of values")
+        try:
+            return dict(zip(self._items(node.keys, depth), self._items(node.values, depth), strict=True))
+        except TypeError as err:
+            raise CorruptPayloadError("a dict has a key that cannot be one") from err

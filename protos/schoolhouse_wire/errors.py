@@ -1,0 +1,117 @@
+"""The errors that cross the wire, one class per `Failure.Code`, so that both sides raise the same types."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from schoolhouse_wire.v1 import teacher_pb2
+
+Code = teacher_pb2.Failure.Code
+
+
+class SchoolhouseError(Exception):
+    """Base of all errors of this project. `choices` lists what could have been asked for instead, if anything."""
+
+    code: ClassVar[Code] = teacher_pb2.Failure.INTERNAL
+
+    def __init__(self, message: str, *, choices: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.choices = tuple(choices)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.choices))
+
+
+def _rebuild(kind: type[SchoolhouseError], message: str, choices: tuple[str, ...]) -> SchoolhouseError:
+    return kind(message, choices=choices)
+
+
+class UnknownTeacherError(SchoolhouseError, LookupError):
+    """No teacher of that name is served here; `choices` are those that are."""
+
+    code = teacher_pb2.Failure.UNKNOWN_TEACHER
+
+
+class UnknownTapError(SchoolhouseError, LookupError):
+    """The teacher has no such submodule, or it did not run in this forward."""
+
+    code = teacher_pb2.Failure.UNKNOWN_TAP
+
+
+class TeacherForwardError(SchoolhouseError, RuntimeError):
+    """The teacher's forward raised on these inputs; the message is its own. The teacher lives on."""
+
+    code = teacher_pb2.Failure.TEACHER_FORWARD
+
+
+class MessageTooLargeError(SchoolhouseError, ValueError):
+    """A request or a reply is larger, deeper or more finely divided than the receiver's limits allow."""
+
+    code = teacher_pb2.Failure.MESSAGE_TOO_LARGE
+
+
+class UnsupportedValueError(SchoolhouseError, TypeError):
+    """A value of this type cannot travel."""
+
+    code = teacher_pb2.Failure.UNSUPPORTED_VALUE
+
+
+class CorruptPayloadError(SchoolhouseError):
+    """Bytes arrived that are not the bytes that were sent."""
+
+    code = teacher_pb2.Failure.CORRUPT_PAYLOAD
+
+
+class ProtocolError(SchoolhouseError):
+    """The peer does not speak this version of the contract, or broke it."""
+
+    code = teacher_pb2.Failure.PROTOCOL
+
+
+class TeacherUnavailableError(SchoolhouseError, ConnectionError):
+    """No replica of the teacher can be reached, or the one that held the request is gone."""
+
+    code = teacher_pb2.Failure.UNAVAILABLE
+
+
+class TeacherTimeoutError(SchoolhouseError, TimeoutError):
+    """The deadline passed before the features came."""
+
+    code = teacher_pb2.Failure.TIMEOUT
+
+
+class TeacherBusyError(SchoolhouseError):
+    """A bounded queue is full: more requests are under way than the limits allow."""
+
+    code = teacher_pb2.Failure.BUSY
+
+
+class RevisionChangedError(SchoolhouseError):
+    """The teacher now has other weights than those that this client started with."""
+
+    code = teacher_pb2.Failure.REVISION_CHANGED
+
+
+class TeacherInternalError(SchoolhouseError):
+    """The teacher's server failed in a way that is its own fault."""
+
+    code = teacher_pb2.Failure.INTERNAL
+
+
+BY_CODE: dict[int, type[SchoolhouseError]] = {
+    kind.code: kind
+    for kind in (
+        UnknownTeacherError,
+        UnknownTapError,
+        TeacherForwardError,
+        MessageTooLargeError,
+        UnsupportedValueError,
+        CorruptPayloadError,
+        ProtocolError,
+        TeacherUnavailableError,
+        TeacherTimeoutError,
+        TeacherBusyError,
+        RevisionChangedError,
+        TeacherInternalError,
+    )
+}

@@ -1,0 +1,23 @@
+"""What a receiver accepts, checked against a message's declarations before memory is taken for it."""
+
+from dataclasses import dataclass
+
+FRAME_BYTES = 1 << 20
+INLINE_BYTES = 64 << 10  # a payload up to this size stands in its header message
+ALIGNMENT = 64  # of each tensor in a payload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds of one request or reply. A value beyond them raises `MessageTooLargeError`."""
+
+    max_payload_bytes: int = 2 << 30
+    max_tensors: int = 16_384
+    max_rank: int = 64  # torch's own bound
+    max_nesting: int = 64
+    max_header_bytes: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")

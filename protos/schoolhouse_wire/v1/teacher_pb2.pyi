@@ -1,0 +1,196 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DescribeRequest(_message.Message):
+    __slots__ = ("teacher",)
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    def __init__(self, teacher: _Optional[str] = ...) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ("teacher", "revision", "class_name", "modules", "parameters", "dtype", "device", "merge", "max_request_bytes", "max_in_flight")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    CLASS_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MERGE_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    revision: str
+    class_name: str
+    modules: _containers.RepeatedScalarFieldContainer[str]
+    parameters: _containers.RepeatedScalarFieldContainer[str]
+    dtype: str
+    device: str
+    merge: str
+    max_request_bytes: int
+    max_in_flight: int
+    def __init__(self, teacher: _Optional[str] = ..., revision: _Optional[str] = ..., class_name: _Optional[str] = ..., modules: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., merge: _Optional[str] = ..., max_request_bytes: _Optional[int] = ..., max_in_flight: _Optional[int] = ...) -> None: ...
+
+class ClientMessage(_message.Message):
+    __slots__ = ("open", "call", "cancel", "frame")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    open: Open
+    call: Call
+    cancel: Cancel
+    frame: Frame
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class ServerMessage(_message.Message):
+    __slots__ = ("opened", "reply", "failure", "frame")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    opened: Opened
+    reply: Reply
+    failure: Failure
+    frame: Frame
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("protocol", "teacher", "job")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    teacher: str
+    job: str
+    def __init__(self, protocol: _Optional[int] = ..., teacher: _Optional[str] = ..., job: _Optional[str] = ...) -> None: ...
+
+class Opened(_message.Message):
+    __slots__ = ("revision", "max_in_flight", "max_request_bytes")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    revision: str
+    max_in_flight: int
+    max_request_bytes: int
+    def __init__(self, revision: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_request_bytes: _Optional[int] = ...) -> None: ...
+
+class Tap(_message.Message):
+    __slots__ = ("module", "side")
+    class Side(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SIDE_UNSPECIFIED: _ClassVar[Tap.Side]
+        INPUT: _ClassVar[Tap.Side]
+        OUTPUT: _ClassVar[Tap.Side]
+    SIDE_UNSPECIFIED: Tap.Side
+    INPUT: Tap.Side
+    OUTPUT: Tap.Side
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    SIDE_FIELD_NUMBER: _ClassVar[int]
+    module: str
+    side: Tap.Side
+    def __init__(self, module: _Optional[str] = ..., side: _Optional[_Union[Tap.Side, str]] = ...) -> None: ...
+
+class Call(_message.Message):
+    __slots__ = ("request_id", "taps", "revision", "timeout_s", "inputs", "payload")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TAPS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    taps: _containers.RepeatedCompositeFieldContainer[Tap]
+    revision: str
+    timeout_s: float
+    inputs: bytes
+    payload: Payload
+    def __init__(self, request_id: _Optional[int] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., revision: _Optional[str] = ..., timeout_s: _Optional[float] = ..., inputs: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+
+class Reply(_message.Message):
+    __slots__ = ("request_id", "revision", "taps", "input_digest", "features", "payload")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    TAPS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    revision: str
+    taps: _containers.RepeatedCompositeFieldContainer[Tap]
+    input_digest: bytes
+    features: bytes
+    payload: Payload
+    def __init__(self, request_id: _Optional[int] = ..., revision: _Optional[str] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., input_digest: _Optional[bytes] = ..., features: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+
+class Payload(_message.Message):
+    __slots__ = ("digest", "data")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    data: bytes
+    def __init__(self, digest: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("request_id", "offset", "digest", "data")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    offset: int
+    digest: bytes
+    data: bytes
+    def __init__(self, request_id: _Optional[int] = ..., offset: _Optional[int] = ..., digest: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    def __init__(self, request_id: _Optional[int] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("request_id", "code", "message", "choices")
+    class Code(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        CODE_UNSPECIFIED: _ClassVar[Failure.Code]
+        UNKNOWN_TEACHER: _ClassVar[Failure.Code]
+        UNKNOWN_TAP: _ClassVar[Failure.Code]
+        TEACHER_FORWARD: _ClassVar[Failure.Code]
+        MESSAGE_TOO_LARGE: _ClassVar[Failure.Code]
+        UNSUPPORTED_VALUE: _ClassVar[Failure.Code]
+        CORRUPT_PAYLOAD: _ClassVar[Failure.Code]
+        PROTOCOL: _ClassVar[Failure.Code]
+        UNAVAILABLE: _ClassVar[Failure.Code]
+        TIMEOUT: _ClassVar[Failure.Code]
+        BUSY: _ClassVar[Failure.Code]
+        REVISION_CHANGED: _ClassVar[Failure.Code]
+        INTERNAL: _ClassVar[Failure.Code]
+    CODE_UNSPECIFIED: Failure.Code
+    UNKNOWN_TEACHER: Failure.Code
+    UNKNOWN_TAP: Failure.Code
+    TEACHER_FORWARD: Failure.Code
+    MESSAGE_TOO_LARGE: Failure.Code
+    UNSUPPORTED_VALUE: Failure.Code
+    CORRUPT_PAYLOAD: Failure.Code
+    PROTOCOL: Failure.Code
+    UNAVAILABLE: Failure.Code
+    TIMEOUT: Failure.Code
+    BUSY: Failure.Code
+    REVISION_CHANGED: Failure.Code
+    INTERNAL: Failure.Code
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    code: Failure.Code
+    message: str
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_id: _Optional[int] = ..., code: _Optional[_Union[Failure.Code, str]] = ..., message: _Optional[str] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
