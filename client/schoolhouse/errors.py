@@ -1,0 +1,43 @@
+"""All errors that this package raises on purpose; those that cross the wire come from the contract."""
+
+from schoolhouse_wire.errors import (
+    CorruptPayloadError,
+    MessageTooLargeError,
+    ProtocolError,
+    RevisionChangedError,
+    SchoolhouseError,
+    TeacherBusyError,
+    TeacherForwardError,
+    TeacherInternalError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+    UnknownTapError,
+    UnknownTeacherError,
+    UnsupportedValueError,
+)
+
+__all__ = [
+    "ConfigError",
+    "CorruptPayloadError",
+    "FeatureMismatchError",
+    "MessageTooLargeError",
+    "ProtocolError",
+    "RevisionChangedError",
+    "SchoolhouseError",
+    "TeacherBusyError",
+    "TeacherForwardError",
+    "TeacherInternalError",
+    "TeacherTimeoutError",
+    "TeacherUnavailableError",
+    "UnknownTapError",
+    "UnknownTeacherError",
+    "UnsupportedValueError",
+]
+
+
+class ConfigError(SchoolhouseError, ValueError):
+    """A setting given to `convert`, `connect` or a constructor is wrong; the message names it and the choices."""
+
+
+class FeatureMismatchError(SchoolhouseError, RuntimeError):
+    """Features arrived, or were asked for, that do not belong to this batch, revision or tap."""

@@ -1,0 +1,161 @@
+"""Capture what named submodules receive and return during one forward, and stop it after the last one."""
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.records import build_record, record_of
+from torch import nn
+
+from schoolhouse.errors import ConfigError, UnknownTapError
+
+
+class Tap(NamedTuple):
+    """A place in a model: what submodule `module` ("" is the model) receives ("input") or returns ("output").
+
+    A module that runs more than once in a forward is tapped at its first call.
+    """
+
+    module: str
+    side: str = "output"
+
+
+TapLike: TypeAlias = Tap | tuple[str, str] | str
+
+
+def as_tap(tap: TapLike) -> Tap:
+    """`"fc"` means the output of `fc`; a pair names the side."""
+    found = Tap(tap) if isinstance(tap, str) else Tap(*tap)
+    if found.side not in ("input", "output"):
+        raise ConfigError(f"tap {tap!r}: the side is {found.side!r}; choices: 'input', 'output'")
+    return found
+
+
+def as_taps(taps: Iterable[TapLike]) -> tuple[Tap, ...]:
+    """Taps without repetition, in their order."""
+    found = tuple(dict.fromkeys(as_tap(tap) for tap in taps))
+    if not found:
+        raise ConfigError("no taps were asked for; ask for at least one, such as ('', 'output')")
+    return found
+
+
+def module_names(model: nn.Module) -> tuple[str, ...]:
+    """What may be tapped, in the order of registration; a module that stands twice has both names."""
+    return tuple(name for name, _ in model.named_modules(remove_duplicate=False))
+
+
+def check_modules(names: Iterable[str], known: Sequence[str], whose: str) -> None:
+    """Raise `UnknownTapError`, with close matches, for the first name that is not among `known`."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or list(known[:20])
+            raise UnknownTapError(
+                f"{whose} has no submodule {name!r}; close to it are: {', '.join(map(repr, close))}", choices=close
+            )
+
+
+class _Stopped(BaseException):
+    """Ends a forward from within a hook; not an Exception, so that no model's `except Exception` swallows it."""
+
+
+class _Recorder:
+    def __init__(self, taps: Sequence[Tap], clone: frozenset[Tap], stop: bool) -> None:
+        self.features: dict[Tap, Any] = {}
+        self._wanted = len(taps)
+        self._versions: list[tuple[Tap, torch.Tensor, int]] = []
+        self._clone = clone
+        self._stop = stop
+
+    def record(self, tap: Tap, value: Any) -> None:
+        if tap in self.features:
+            warnings.warn(
+                f"module {tap.module!r} runs more than once in a forward; its first call is tapped", stacklevel=2
+            )
+            return
+        if tap in self._clone:
+            value = map_tensors(value, torch.clone)
+        for_each_tensor(value, lambda t: self._versions.append((tap, t, t._version)))
+        self.features[tap] = value
+        if self._stop and len(self.features) == self._wanted:
+            raise _Stopped
+
+    def overwritten(self) -> frozenset[Tap]:
+        """Taps whose tensors the rest of the forward changed in place."""
+        return frozenset(tap for tap, tensor, version in self._versions if tensor._version != version)
+
+
+def run_with_taps(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], taps: Sequence[Tap], clone: frozenset[Tap]
+) -> tuple[dict[Tap, Any], frozenset[Tap]]:
+    """Run `model` and capture `taps`; stops right after the last one unless the model's own output is asked for.
+
+    Returns the features, in the order of `taps`, and those taps whose tensors were changed in place by later modules
+    (such as an in-place ReLU): run again with these in `clone` to have them as the module returned them.
+    """
+    stop = Tap("", "output") not in taps
+    recorder = _Recorder(taps, clone, stop)
+    with _hooks(model, taps, recorder):
+        try:
+            if Tap("", "input") in taps:
+                recorder.record(Tap("", "input"), Arguments(args, kwargs))
+            output = model(*args, **kwargs)
+        except _Stopped:
+            output = None
+    if not stop:
+        recorder.features[Tap("", "output")] = output
+    missing = [tap.module for tap in taps if tap not in recorder.features]
+    if missing:
+        raise UnknownTapError(f"the submodules {missing} did not run in this forward, so they have no features")
+    return {tap: recorder.features[tap] for tap in taps}, recorder.overwritten()
+
+
+@contextmanager
+def _hooks(model: nn.Module, taps: Sequence[Tap], recorder: _Recorder) -> Iterator[None]:
+    handles = []
+    try:
+        for tap in taps:
+            if tap.module != "":
+                module = model.get_submodule(tap.module)
+                if tap.side == "input":
+                    handles.append(module.register_forward_pre_hook(_on_input(tap, recorder), with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(_on_output(tap, recorder)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_input(tap: Tap, recorder: _Recorder) -> Callable[[nn.Module, Any, Any], None]:
+    return lambda _module, args, kwargs: recorder.record(tap, Arguments(args, kwargs))
+
+
+def _on_output(tap: Tap, recorder: _Recorder) -> Callable[[nn.Module, Any, Any], None]:
+    return lambda _module, _args, output: recorder.record(tap, output)
+
+
+def for_each_tensor(value: Any, visit: Callable[[torch.Tensor], Any]) -> None:
+    """Call `visit` on each tensor of a nested value."""
+    map_tensors(value, lambda tensor: (visit(tensor), tensor)[1])
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A nested value of the same structure with each tensor changed; what holds no tensor stays itself."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Arguments):
+        return Arguments(
+            [map_tensors(item, change) for item in value], {k: map_tensors(v, change) for k, v in value.kwargs.items()}
+        )
+    if (record := record_of(value)) is not None:
+        fields = {name: map_tensors(item, change) for name, item in record.fields.items()}
+        return build_record(record.kind, record.type_name, fields)
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(item, change) for item in value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value

@@ -1,0 +1,142 @@
+"""The Teacher protocol, and LocalTeacher: a frozen module in this process."""
+
+import hashlib
+import inspect
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import xxhash
+from schoolhouse_wire.framing import memory_of
+from torch import nn
+
+from schoolhouse.errors import SchoolhouseError, TeacherForwardError
+from schoolhouse.taps import Tap, TapLike, as_tap, as_taps, check_modules, module_names, run_with_taps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherDescription:
+    """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model."""
+
+    name: str
+    revision: str
+    class_name: str
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    dtype: str
+    device: str
+    merge: str = "never"
+
+
+class Features(dict[Tap, Any]):
+    """What a teacher returned for one batch, by tap; `features["fc"]` is short for `features["fc", "output"]`."""
+
+    def __init__(self, values: Mapping[Tap, Any], *, revision: str, input_digest: bytes = b"") -> None:
+        super().__init__(values)
+        self.revision = revision
+        self.input_digest = input_digest
+
+    def __missing__(self, key: TapLike) -> Any:
+        tap = as_tap(key)
+        if tap not in self:
+            raise KeyError(tap)
+        return self[tap]
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A maker of features: in this process or behind gRPC."""
+
+    def describe(self) -> TeacherDescription:
+        """Static facts, among them what may be tapped."""
+
+    def submit(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, taps: Iterable[TapLike]
+    ) -> "Future[Features]":
+        """Ask for the features of one batch; the future holds them, or the error."""
+
+    def close(self) -> None:
+        """Free what the teacher holds."""
+
+
+class LocalTeacher:
+    """A module in this process: frozen, in eval mode, without gradients. `submit` computes before it returns."""
+
+    def __init__(self, module: nn.Module, name: str = "teacher") -> None:
+        self.module = module.requires_grad_(False).eval()
+        self._name = name
+        self._modules = module_names(module)
+        self._revision = ""
+        self._clone: frozenset[Tap] = frozenset()
+        self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
+
+    def describe(self) -> TeacherDescription:
+        """Static facts. The revision is computed at the first call: it reads every weight once."""
+        if not self._revision:
+            self._revision = revision_of(self.module)
+        parameter = next(self.module.parameters(), None)
+        floating = next((p.dtype for p in self.module.parameters() if p.dtype.is_floating_point), None)
+        return TeacherDescription(
+            name=self._name,
+            revision=self._revision,
+            class_name=_qualified_name(self.module),
+            modules=self._modules,
+            parameters=tuple(inspect.signature(self.module.forward).parameters),
+            dtype=str(floating).removeprefix("torch.") if floating else "",
+            device=str(parameter.device) if parameter is not None else "cpu",
+        )
+
+    def submit(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, taps: Iterable[TapLike]
+    ) -> "Future[Features]":
+        """Run the module now; the future is done when this returns."""
+        future: Future[Features] = Future()
+        try:
+            future.set_result(self.compute(args, kwargs or {}, as_taps(taps)))
+        except Exception as err:
+            future.set_exception(err)
+        return future
+
+    def compute(self, args: Sequence[Any], kwargs: Mapping[str, Any], taps: Sequence[Tap]) -> Features:
+        """Features of `taps`, each as its module received or returned it.
+
+        Raises:
+            UnknownTapError: for a submodule that there is not, or that did not run.
+            TeacherForwardError: if the module's forward raises; its own error is the cause.
+        """
+        check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
+        try:
+            with self._lock, torch.no_grad():
+                self.module.eval()  # train() on a model that holds this one reaches it too
+                values, overwritten = run_with_taps(self.module, args, kwargs, taps, self._clone)
+                if overwritten:
+                    self._clone |= overwritten
+                    values, _ = run_with_taps(self.module, args, kwargs, taps, self._clone)
+        except SchoolhouseError:
+            raise
+        except Exception as err:
+            raise TeacherForwardError(f"the teacher's forward raised {type(err).__name__}: {err}") from err
+        return Features(values, revision=self._revision)
+
+    def close(self) -> None:
+        """Nothing to free: the module is the caller's."""
+
+
+def _qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def revision_of(module: nn.Module) -> str:
+    """Digest of a module's weights, buffers and architecture: equal for equal models, on any device or host."""
+    digest = hashlib.sha256()
+    for name, child in module.named_modules():
+        extra = re.sub(r"0x[0-9a-f]+", "", child.extra_repr())  # addresses of objects differ between processes
+        digest.update(f"{name}\0{type(child).__qualname__}\0{extra}\0".encode())
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(xxhash.xxh3_128(memory_of(tensor.detach().cpu().contiguous())).digest())
+    return digest.hexdigest()[:16]

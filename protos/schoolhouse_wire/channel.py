@@ -1,0 +1,29 @@
+"""Channel and server options that both sides must agree on."""
+
+from schoolhouse_wire.limits import FRAME_BYTES, Limits
+
+PROTOCOL = 1
+SESSION_METHOD = "/schoolhouse.v1.TeacherService/Session"
+_MAX_MESSAGE = Limits().max_header_bytes + FRAME_BYTES
+_CLIENT_PING_MS = 30_000
+_SERVER_MIN_PING_MS = 10_000  # strictly below the client's interval, or a long forward ends in too_many_pings
+
+_COMMON: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+CLIENT_OPTIONS: list[tuple[str, int | str]] = [
+    *_COMMON,
+    ("grpc.keepalive_time_ms", _CLIENT_PING_MS),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+SERVER_OPTIONS: list[tuple[str, int | str]] = [
+    *_COMMON,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),
+    ("grpc.http2.max_ping_strikes", 2),
+    ("grpc.so_reuseport", 0),
+]

@@ -1,0 +1,272 @@
+"""Payloads in motion: bundles <-> headers and frames, and the outbox that interleaves many of them on one stream.
+
+A frame is an ordinary protobuf message, but written and read by hand: its last field is the data, so sending costs
+one copy of a byte and receiving one (into the receive buffer), where the generated code would take two each.
+"""
+
+import ctypes
+import queue
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+import xxhash
+from google.protobuf.message import DecodeError, Message
+
+from schoolhouse_wire import codec
+from schoolhouse_wire.errors import CorruptPayloadError, MessageTooLargeError, ProtocolError
+from schoolhouse_wire.limits import ALIGNMENT, FRAME_BYTES, INLINE_BYTES, Limits
+from schoolhouse_wire.v1 import teacher_pb2
+
+M = TypeVar("M", bound=Message)
+
+_FRAME_TAG = 0x7A  # field 15, length-delimited: `frame` of both ClientMessage and ServerMessage
+_REQUEST_TAG, _OFFSET_TAG, _DIGEST_TAG, _DATA_TAG = 0x08, 0x10, 0x1A, 0x7A
+_PADDING = memoryview(bytes(ALIGNMENT))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A slice of a payload; `digest` is empty but in the last one."""
+
+    request_id: int
+    offset: int
+    digest: bytes
+    data: memoryview
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise ProtocolError("a frame arrived that cannot be parsed: a number is too long")
+
+
+def write_frame(request_id: int, offset: int, digest: bytes, slices: list[memoryview]) -> bytes:
+    """A serialized session message that holds one frame; `slices` are joined."""
+    size = sum(part.nbytes for part in slices)
+    fields = [bytes([_REQUEST_TAG]), _varint(request_id), bytes([_OFFSET_TAG]), _varint(offset)]
+    if digest:
+        fields += [bytes([_DIGEST_TAG]), _varint(len(digest)), digest]
+    head = b"".join([*fields, bytes([_DATA_TAG]), _varint(size)])
+    return b"".join([bytes([_FRAME_TAG]), _varint(len(head) + size), head, *slices])
+
+
+def read_message(kind: type[M], data: bytes) -> M | Frame:
+    """Parse a session message of type `kind`; a frame's data stays a view of `data`."""
+    try:
+        if data and data[0] == _FRAME_TAG:
+            frame = _read_frame(data)
+            if frame is not None:
+                return frame
+        message: Any = kind.FromString(data)
+    except (DecodeError, IndexError) as err:
+        raise ProtocolError("a message arrived that cannot be parsed") from err
+    if message.WhichOneof("kind") != "frame":
+        return message  # type: ignore[no-any-return]
+    frame = message.frame  # by the book, for a peer that writes the fields in another order
+    return Frame(frame.request_id, frame.offset, frame.digest, memoryview(frame.data))
+
+
+def _read_frame(data: bytes) -> Frame | None:
+    size, at = _read_varint(data, 1)
+    request_id = offset = 0
+    digest = b""
+    if at + size != len(data):
+        return None
+    while at < len(data):
+        tag = data[at]
+        value, at = _read_varint(data, at + 1)
+        if tag == _REQUEST_TAG:
+            request_id = value
+        elif tag == _OFFSET_TAG:
+            offset = value
+        elif tag == _DIGEST_TAG:
+            digest, at = data[at : at + value], at + value
+        elif tag == _DATA_TAG and at + value == len(data):
+            return Frame(request_id, offset, digest, memoryview(data)[at:])
+        else:
+            return None
+    return None
+
+
+def write_message(message: Message | bytes) -> bytes:
+    """Serialize a session message; frames are serialized already."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without copying; valid while the tensor lives."""
+    if tensor.nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+class Outgoing:
+    """A value on its way out: its serialized bundle, and its payload either inline or as frames."""
+
+    def __init__(self, value: Any, *, limits: Limits, snapshot: bool) -> None:
+        """Declare `value`. With `snapshot`, what isn't sent at once is copied, so that the caller may change it."""
+        bundle, tensors = codec.pack(value)
+        self.nbytes = codec.payload_nbytes(bundle)
+        if self.nbytes > limits.max_payload_bytes:
+            raise MessageTooLargeError(
+                f"the tensors take {self.nbytes} bytes, over the receiver's limit of {limits.max_payload_bytes}; "
+                "send smaller batches, tap fewer modules, or raise that limit"
+            )
+        self.header = bundle.SerializeToString()
+        if len(self.header) > limits.max_header_bytes:
+            raise MessageTooLargeError(
+                f"the structure takes {len(self.header)} bytes, over the limit of {limits.max_header_bytes}"
+            )
+        self.inline = self.nbytes <= INLINE_BYTES
+        if snapshot and not self.inline:
+            tensors = [tensor.clone() for tensor in tensors]
+        self._tensors = tensors
+        self._versions = [tensor._version for tensor in tensors]
+        self.payload = teacher_pb2.Payload()
+        if self.inline:
+            self.payload.data = b"".join(self._slices())
+            self.payload.digest = xxhash.xxh3_128(self.header + self.payload.data).digest()
+            self._tensors = []
+
+    def _slices(self) -> Iterator[memoryview]:
+        end = 0
+        for tensor in self._tensors:
+            start = codec.aligned(end)
+            if start > end:
+                yield _PADDING[: start - end]
+            yield memory_of(tensor)
+            end = start + tensor.nbytes
+
+    def frames(self, request_id: int) -> Iterator[bytes]:
+        """The payload as serialized frames, made one at a time; nothing if it stands in the header."""
+        if self.inline:
+            return
+        digest = xxhash.xxh3_128(self.header)
+        offset = room = 0
+        pending: list[memoryview] = []
+        for part in self._slices():
+            while part.nbytes:
+                room = FRAME_BYTES - sum(piece.nbytes for piece in pending)
+                piece, part = part[:room], part[room:]
+                digest.update(piece)
+                pending.append(piece)
+                size = sum(piece.nbytes for piece in pending)
+                last = offset + size == self.nbytes
+                if size == FRAME_BYTES or last:
+                    if last:
+                        self._check_unchanged()
+                    yield write_frame(request_id, offset, digest.digest() if last else b"", pending)
+                    offset += size
+                    pending = []
+
+    def _check_unchanged(self) -> None:
+        if self._versions != [tensor._version for tensor in self._tensors]:
+            raise CorruptPayloadError(
+                "a tensor was changed in place while it was being sent: the module returns memory that it writes "
+                "again; return a clone"
+            )
+
+
+class Incoming:
+    """A value on its way in: one receive buffer, filled by frames in order and checked by digest."""
+
+    def __init__(self, header: bytes, payload: teacher_pb2.Payload, limits: Limits) -> None:
+        self._bundle, self.nbytes = codec.read_bundle(header, limits)
+        self._limits = limits
+        self._filled = 0
+        self._hash = xxhash.xxh3_128(header)
+        self.digest = b""
+        self._buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._memory = memory_of(self._buffer)
+        if payload.digest:
+            self.add(0, memoryview(payload.data), payload.digest)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are here and their digest was right."""
+        return bool(self.digest)
+
+    def add(self, offset: int, data: memoryview, digest: bytes) -> None:
+        """Take the next slice; its `digest` stands in the last one."""
+        end = offset + data.nbytes
+        if offset != self._filled or end > self.nbytes or bool(digest) != (end == self.nbytes) or self.complete:
+            raise ProtocolError(
+                f"a frame of {data.nbytes} bytes at {offset} does not follow the {self._filled} of {self.nbytes} bytes "
+                "that have come"
+            )
+        self._hash.update(data)
+        self._memory[offset:end] = data
+        self._filled = end
+        if digest:
+            if self._hash.digest() != digest:
+                raise CorruptPayloadError("a payload arrived whose checksum does not match its bytes")
+            self.digest = digest
+
+    def value(self) -> Any:
+        """The value, over the receive buffer."""
+        assert self.complete
+        return codec.unpack(self._bundle, self._buffer, self._limits)
+
+
+T = TypeVar("T")
+
+
+class Outbox(Generic[T]):
+    """Messages of many requests for one stream: iterating takes one of each in turn, and blocks while there is none.
+
+    Any thread may put; one thread iterates. Its bound is the number of requests that its owner lets in flight.
+    """
+
+    def __init__(self) -> None:
+        self._arrivals: queue.SimpleQueue[Iterator[T] | None] = queue.SimpleQueue()
+        self._active: deque[Iterator[T]] = deque()
+        self._closed = False
+
+    def put(self, messages: Iterator[T]) -> None:
+        """Append a source of messages. They are made when the stream is ready for them."""
+        self._arrivals.put(messages)
+
+    def close(self) -> None:
+        """End the iteration at once; what was not yet sent is dropped."""
+        self._closed = True
+        self._arrivals.put(None)
+
+    def __iter__(self) -> "Outbox[T]":
+        return self
+
+    def __next__(self) -> T:
+        while not self._closed:
+            self._admit()
+            if not self._active:
+                continue
+            source = self._active.popleft()
+            message = next(source, None)
+            if message is not None:
+                self._active.append(source)
+                return message
+        raise StopIteration
+
+    def _admit(self) -> None:
+        while not self._active or not self._arrivals.empty():
+            source = self._arrivals.get()
+            if source is None:
+                return
+            self._active.append(source)
