@@ -141,9 +141,11 @@ class Outgoing:
         self._tensors = tensors
         self._versions = [tensor._version for tensor in tensors]
         self.payload = teacher_pb2.Payload()
+        self.digest = b""  # known once the last byte is on its way
         if self.inline:
             self.payload.data = b"".join(self._slices())
-            self.payload.digest = xxhash.xxh3_128(self.header + self.payload.data).digest()
+            self.digest = xxhash.xxh3_128(self.header + self.payload.data).digest()
+            self.payload.digest = self.digest
             self._tensors = []
 
     def _slices(self) -> Iterator[memoryview]:
@@ -160,7 +162,7 @@ class Outgoing:
         if self.inline:
             return
         digest = xxhash.xxh3_128(self.header)
-        offset = room = 0
+        offset = 0
         pending: list[memoryview] = []
         for part in self._slices():
             while part.nbytes:
@@ -173,7 +175,8 @@ class Outgoing:
                 if size == FRAME_BYTES or last:
                     if last:
                         self._check_unchanged()
-                    yield write_frame(request_id, offset, digest.digest() if last else b"", pending)
+                        self.digest = digest.digest()
+                    yield write_frame(request_id, offset, self.digest if last else b"", pending)
                     offset += size
                     pending = []
 

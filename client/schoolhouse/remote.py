@@ -1,0 +1,321 @@
+"""RemoteTeacher: the Teacher protocol over gRPC, on whichever live replica has the least to do."""
+
+import heapq
+import itertools
+import os
+import random
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+from schoolhouse_wire import channel, framing, status
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2, teacher_pb2_grpc
+
+from schoolhouse.errors import (
+    ConfigError,
+    RevisionChangedError,
+    SchoolhouseError,
+    TeacherBusyError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+    UnknownTeacherError,
+)
+from schoolhouse.session import Request, Session, timed_out
+from schoolhouse.taps import TapLike, as_taps, check_modules
+from schoolhouse.teachers import Features, TeacherDescription
+
+
+def connect(
+    url: str,
+    *,
+    job: str = "",
+    timeout_s: float = 60.0,
+    connect_timeout_s: float = 10.0,
+    max_pending: int = 1024,
+) -> "RemoteTeacher":
+    """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
+
+    Args:
+        url: where the teacher is.
+        job: name of the job that asks, for the operator's eyes.
+        timeout_s: deadline of each request, in seconds.
+        connect_timeout_s: how long to wait for a server, in seconds.
+        max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
+
+    Raises:
+        TeacherUnavailableError: no server there within `connect_timeout_s`.
+        UnknownTeacherError: no teacher of that name; lists those there are.
+    """
+    teacher = RemoteTeacher(
+        url, job=job, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s, max_pending=max_pending
+    )
+    teacher.describe()
+    return teacher
+
+
+class RemoteTeacher:
+    """A teacher behind gRPC. It connects at the first use and again in a process that was forked from this one."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        job: str = "",
+        timeout_s: float = 60.0,
+        connect_timeout_s: float = 10.0,
+        max_pending: int = 1024,
+    ) -> None:
+        self.url = url
+        self._target, self._name = _parse(url)
+        self._settings: dict[str, Any] = {
+            "job": job,
+            "timeout_s": timeout_s,
+            "connect_timeout_s": connect_timeout_s,
+            "max_pending": max_pending,
+        }
+        for name in ("timeout_s", "connect_timeout_s", "max_pending"):
+            if self._settings[name] <= 0:
+                raise ConfigError(f"{name} is {self._settings[name]}; it must be above 0")
+        self._limits = Limits()
+        self._closed = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._wake = threading.Condition()
+        self._sessions: dict[str, Session] = {}
+        self._addresses: list[str] = []
+        self._description: TeacherDescription | None = None
+        self._max_request_bytes = self._limits.max_payload_bytes
+        self._outstanding: dict[int, Request] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._ids = itertools.count()
+        self._watchdog: threading.Thread | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (self.url, self._settings))
+
+    def __repr__(self) -> str:
+        return f"RemoteTeacher({self.url!r})"
+
+    def __enter__(self) -> "RemoteTeacher":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def describe(self) -> TeacherDescription:
+        """Static facts, from the teacher itself; asked once, and its revision is what every reply must be of."""
+        with self._lock:
+            if self._description is None:
+                self._refresh()
+                self._description = self._first_description()
+            return self._description
+
+    def submit(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, taps: Iterable[TapLike]
+    ) -> "Future[Features]":
+        """Send one batch; returns at once. Cancelling the future frees the teacher's slot.
+
+        Raises:
+            UnknownTapError: before anything is sent.
+            UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
+            TeacherBusyError: `max_pending` requests are without an answer already.
+        """
+        if self._closed:
+            raise ConfigError(f"{self!r} is closed; connect again")
+        if self._pid != os.getpid():
+            self._reset()
+        wanted = as_taps(taps)
+        description = self.describe()
+        check_modules((tap.module for tap in wanted), description.modules, f"teacher {self._name!r}")
+        limits = Limits(max_payload_bytes=self._max_request_bytes)
+        outgoing = framing.Outgoing(Arguments(args, kwargs), limits=limits, snapshot=True)
+        deadline = time.monotonic() + self._settings["timeout_s"]
+        request = Request(outgoing, wanted, description.revision, deadline)
+        self._watch(request)
+        try:
+            self._dispatch(request)
+        except SchoolhouseError as err:
+            request.fail(err)
+        return request.future
+
+    def close(self) -> None:
+        """End the sessions; what is unanswered fails with `TeacherUnavailableError`."""
+        self._closed = True
+        with self._wake:
+            self._wake.notify_all()
+        for session in list(self._sessions.values()):
+            session.close()
+
+    def _watch(self, request: Request) -> None:
+        """Hold the request to its deadline, and take it off when it is done."""
+        request_id = next(self._ids)
+        with self._wake:
+            if len(self._outstanding) >= self._settings["max_pending"]:
+                raise TeacherBusyError(
+                    f"{len(self._outstanding)} requests are without an answer, as many as max_pending allows"
+                )
+            self._outstanding[request_id] = request
+            heapq.heappush(self._deadlines, (request.deadline, request_id))
+            if self._watchdog is None:
+                self._watchdog = threading.Thread(target=self._expire, name="schoolhouse-deadlines", daemon=True)
+                self._watchdog.start()
+            self._wake.notify()
+        request.future.add_done_callback(lambda future: self._done(request_id, request, future))
+
+    def _done(self, request_id: int, request: Request, future: "Future[Features]") -> None:
+        with self._wake:
+            self._outstanding.pop(request_id, None)
+        if future.cancelled():
+            self._cancel(request)
+
+    def _cancel(self, request: Request) -> None:
+        for session in list(self._sessions.values()):
+            session.cancel(request)
+
+    def _expire(self) -> None:
+        """Fail each request at its deadline."""
+        while not self._closed:
+            with self._wake:
+                now = time.monotonic()
+                if not self._deadlines or self._deadlines[0][0] > now:
+                    self._wake.wait(self._deadlines[0][0] - now if self._deadlines else None)
+                    continue
+                _, request_id = heapq.heappop(self._deadlines)
+                request = self._outstanding.get(request_id)
+            if request is not None:
+                self._cancel(request)
+                request.fail(timed_out(request, self._settings["timeout_s"]))
+
+    def _dispatch(self, request: Request) -> None:
+        """Give the request to the live replica with the least outstanding work that it has not tried."""
+        while True:
+            session = self._pick(request)
+            request.tried.add(session.address)
+            if session.send(request):
+                return
+
+    def _pick(self, request: Request) -> Session:
+        with self._lock:
+            candidates = [a for a in self._addresses if a not in request.tried]
+            if not candidates:
+                self._refresh()
+                candidates = [a for a in self._addresses if a not in request.tried]
+            if not candidates:
+                raise TeacherUnavailableError(f"no replica of {self._name!r} is left to ask at {self._target}")
+            random.shuffle(candidates)
+            address = min(candidates, key=self._load)
+            session = self._sessions.get(address)
+            if session is None or not session.alive:
+                session = self._sessions[address] = self._open(address, request)
+            return session
+
+    def _load(self, address: str) -> int:
+        session = self._sessions.get(address)
+        return session.outstanding if session is not None else 0
+
+    def _open(self, address: str, request: Request) -> Session:
+        session = Session(
+            address,
+            self._name,
+            job=self._settings["job"],
+            limits=self._limits,
+            on_loss=self._on_loss,
+            clock=time.monotonic,
+        )
+        opened = session.open(self._settings["connect_timeout_s"])
+        if opened.revision != request.revision:
+            session.close()
+            raise RevisionChangedError(
+                f"teacher {self._name!r} at {address} has revision {opened.revision}; this client began with "
+                f"{request.revision}. Connect again to use the new one"
+            )
+        return session
+
+    def _on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
+        """Send again, elsewhere, what a replica left unanswered; requests are idempotent."""
+        for request in lost:
+            try:
+                if self._closed or request.future.done():
+                    raise error
+                self._dispatch(request)
+            except SchoolhouseError as err:
+                request.fail(err if isinstance(err, RevisionChangedError) else _gone(error))
+
+    def _refresh(self) -> None:
+        """Ask the server at the URL where the replicas are."""
+        with grpc.insecure_channel(self._target, options=channel.CLIENT_OPTIONS) as opened:
+            stub = directory_pb2_grpc.DirectoryServiceStub(opened)
+            try:
+                response = stub.ListTeachers(
+                    directory_pb2.ListTeachersRequest(),
+                    timeout=self._settings["connect_timeout_s"],
+                    wait_for_ready=True,
+                )
+            except grpc.RpcError as err:
+                raise self._unreachable(err) from err
+        sets = {found.teacher: found for found in response.teachers}
+        if self._name not in sets:
+            raise UnknownTeacherError(
+                f"no teacher {self._name!r} at {self._target}; there are: {', '.join(sorted(sets)) or 'none'}",
+                choices=sorted(sets),
+            )
+        self._addresses = [replica.address or self._target for replica in sets[self._name].replicas]
+
+    def _unreachable(self, err: grpc.RpcError) -> SchoolhouseError:
+        error = status.from_rpc_error(err, self._target)
+        if isinstance(error, TeacherUnavailableError | TeacherTimeoutError):
+            return TeacherUnavailableError(
+                f"no server answered at {self._target} within {self._settings['connect_timeout_s']} s; "
+                "is the teacher up, and are host and port right?"
+            )
+        return error
+
+    def _first_description(self) -> TeacherDescription:
+        error: SchoolhouseError = TeacherUnavailableError(f"teacher {self._name!r} has no live replica yet")
+        for address in self._addresses:
+            with grpc.insecure_channel(address, options=channel.CLIENT_OPTIONS) as opened:
+                stub = teacher_pb2_grpc.TeacherServiceStub(opened)
+                try:
+                    found = stub.Describe(
+                        teacher_pb2.DescribeRequest(teacher=self._name), timeout=self._settings["connect_timeout_s"]
+                    )
+                except grpc.RpcError as err:
+                    error = status.from_rpc_error(err, address)
+                    continue
+            self._max_request_bytes = found.max_request_bytes
+            return TeacherDescription(
+                name=found.teacher,
+                revision=found.revision,
+                class_name=found.class_name,
+                modules=tuple(found.modules),
+                parameters=tuple(found.parameters),
+                dtype=found.dtype,
+                device=found.device,
+                merge=found.merge,
+            )
+        raise error
+
+
+def _gone(error: SchoolhouseError) -> SchoolhouseError:
+    return TeacherUnavailableError(f"the replica that held the request is gone, and no other could take it: {error}")
+
+
+def _rebuild(url: str, settings: dict[str, Any]) -> RemoteTeacher:
+    return RemoteTeacher(url, **settings)
+
+
+def _parse(url: str) -> tuple[str, str]:
+    parts = urllib.parse.urlsplit(url)
+    name = parts.path.strip("/")
+    if parts.scheme != "grpc" or not parts.netloc or not name:
+        raise ConfigError(f"{url!r} is not a teacher's address; expected grpc://HOST:PORT/NAME")
+    return parts.netloc, name

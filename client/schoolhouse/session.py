@@ -1,0 +1,277 @@
+"""One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from schoolhouse_wire import channel, framing, status
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import teacher_pb2
+
+from schoolhouse.errors import (
+    FeatureMismatchError,
+    ProtocolError,
+    SchoolhouseError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
+from schoolhouse.taps import Tap
+from schoolhouse.teachers import Features
+
+_SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT}
+
+
+@dataclass(eq=False)
+class Request:
+    """One batch on its way to features. It may be sent again to another replica."""
+
+    outgoing: framing.Outgoing
+    taps: tuple[Tap, ...]
+    revision: str
+    deadline: float  # on time.monotonic's clock
+    future: "Future[Features]" = field(default_factory=Future)
+    tried: set[str] = field(default_factory=set)
+
+    def resolve(self, features: Features) -> None:
+        """Give the features to who waits, unless it cancelled."""
+        try:
+            self.future.set_result(features)
+        except InvalidStateError:
+            pass
+
+    def fail(self, error: BaseException) -> None:
+        """Give the error to who waits, unless it cancelled."""
+        try:
+            self.future.set_exception(error)
+        except InvalidStateError:
+            pass
+
+
+class Session:
+    """A stream to one replica. `on_loss(requests, error)` receives what was unanswered when the stream ended."""
+
+    def __init__(
+        self,
+        address: str,
+        teacher: str,
+        *,
+        job: str,
+        limits: Limits,
+        on_loss: Callable[["Session", list[Request], SchoolhouseError], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.address = address
+        self.alive = False
+        self._open_message = teacher_pb2.Open(protocol=channel.PROTOCOL, teacher=teacher, job=job)
+        self._limits = limits
+        self._on_loss = on_loss
+        self._clock = clock
+        self._outbox: framing.Outbox[Message | bytes] = framing.Outbox()
+        self._lock = threading.Lock()
+        self._ids = itertools.count(1)
+        self._in_flight: dict[int, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
+        self._opened = threading.Event()
+        self._window = 0
+        self._error: SchoolhouseError | None = None
+
+    @property
+    def outstanding(self) -> int:
+        """Requests given to this session that have no answer yet."""
+        return len(self._in_flight) + len(self._waiting)
+
+    def open(self, timeout_s: float) -> teacher_pb2.Opened:
+        """Connect and wait for the replica's hello.
+
+        Raises:
+            TeacherUnavailableError: if there is none within `timeout_s`.
+        """
+        self._channel = grpc.insecure_channel(self.address, options=channel.CLIENT_OPTIONS)
+        stub = self._channel.stream_stream(
+            channel.SESSION_METHOD,
+            request_serializer=framing.write_message,
+            response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
+        )
+        self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
+        self._call: Any = stub(self._outbox, wait_for_ready=True)
+        threading.Thread(target=self._read, name=f"schoolhouse-session-{self.address}", daemon=True).start()
+        if not self._opened.wait(timeout_s):
+            self.close()
+            raise TeacherUnavailableError(f"no teacher answered at {self.address} within {timeout_s} s")
+        if self._error is not None:
+            raise self._error
+        return self._hello
+
+    def send(self, request: Request) -> bool:
+        """Queue a request for this replica; False if the session has ended."""
+        with self._lock:
+            if not self.alive:
+                return False
+            self._waiting.append(request)
+        self._pump()
+        return True
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, and tell the replica."""
+        with self._lock:
+            if request in self._waiting:
+                self._waiting.remove(request)
+                return
+            request_id = next((i for i, other in self._in_flight.items() if other is request), None)
+            if request_id is None:
+                return
+            del self._in_flight[request_id]
+            self._partial.pop(request_id, None)
+        cancel = teacher_pb2.Cancel(request_id=request_id)
+        self._outbox.put(iter([teacher_pb2.ClientMessage(cancel=cancel)]))
+        self._pump()
+
+    def close(self) -> None:
+        """End the stream; what is unanswered goes to `on_loss`."""
+        self._outbox.close()
+        self._call.cancel()
+        self._channel.close()
+
+    def _pump(self) -> None:
+        """Send what waits, as far as the window that the replica granted goes."""
+        while True:
+            with self._lock:
+                if not self._waiting or len(self._in_flight) >= self._window:
+                    return
+                request = self._waiting.popleft()
+                if request.future.cancelled():
+                    continue
+                request_id = next(self._ids)
+                self._in_flight[request_id] = request
+            self._outbox.put(self._messages(request_id, request))
+
+    def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
+        call = teacher_pb2.Call(
+            request_id=request_id,
+            taps=[teacher_pb2.Tap(module=tap.module, side=_SIDES[tap.side]) for tap in request.taps],
+            revision=request.revision,
+            timeout_s=max(request.deadline - self._clock(), 0.001),
+            inputs=request.outgoing.header,
+            payload=request.outgoing.payload,
+        )
+        yield teacher_pb2.ClientMessage(call=call)
+        yield from request.outgoing.frames(request_id)
+
+    def _read(self) -> None:
+        error: SchoolhouseError
+        try:
+            for message in self._call:
+                self._receive(message)
+            error = TeacherUnavailableError(f"the teacher at {self.address} ended the session")
+        except grpc.RpcError as err:
+            error = status.from_rpc_error(err, self.address)
+        except SchoolhouseError as err:  # the stream itself is broken: a frame that fits nothing
+            error = err
+        except Exception as err:
+            error = ProtocolError(f"{self.address} sent what this client cannot read: {type(err).__name__}")
+        self._end(error)
+
+    def _end(self, error: SchoolhouseError) -> None:
+        with self._lock:
+            self.alive = False
+            self._error = error
+            lost = [*self._in_flight.values(), *self._waiting]
+            self._in_flight.clear()
+            self._waiting.clear()
+            self._partial.clear()
+        self._opened.set()
+        self.close()
+        self._on_loss(self, lost, error)
+
+    def _receive(self, message: Any) -> None:
+        if isinstance(message, framing.Frame):
+            self._on_frame(message)
+        elif message.HasField("reply"):
+            self._on_reply(message.reply)
+        elif message.HasField("failure"):
+            request = self._take(message.failure.request_id)
+            if request is not None:
+                request.fail(status.from_failure(message.failure))
+        elif message.HasField("opened"):
+            self._hello = message.opened
+            self._window = message.opened.max_in_flight
+            self.alive = True
+            self._opened.set()
+
+    def _on_reply(self, reply: teacher_pb2.Reply) -> None:
+        request = self._in_flight.get(reply.request_id)
+        if request is None:
+            return  # cancelled
+        try:
+            incoming = framing.Incoming(reply.features, reply.payload, self._limits)
+        except SchoolhouseError as err:
+            self.cancel(request)
+            request.fail(err)
+            return
+        if incoming.complete:
+            self._finish(reply, incoming)
+        else:
+            self._partial[reply.request_id] = reply, incoming
+
+    def _on_frame(self, frame: framing.Frame) -> None:
+        partial = self._partial.get(frame.request_id)
+        if partial is None:
+            return  # cancelled
+        reply, incoming = partial
+        try:
+            incoming.add(frame.offset, frame.data, frame.digest)
+        except SchoolhouseError as err:
+            request = self._in_flight[frame.request_id]
+            self.cancel(request)
+            request.fail(err)
+            return
+        if incoming.complete:
+            self._finish(reply, incoming)
+
+    def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> None:
+        request = self._take(reply.request_id)
+        if request is None:
+            return
+        try:
+            request.resolve(_features(request, reply, incoming))
+        except SchoolhouseError as err:
+            request.fail(err)
+
+    def _take(self, request_id: int) -> Request | None:
+        with self._lock:
+            request = self._in_flight.pop(request_id, None)
+            self._partial.pop(request_id, None)
+        self._pump()
+        return request
+
+
+def _features(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
+    """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
+    sides = {number: side for side, number in _SIDES.items()}
+    taps = tuple(Tap(tap.module, sides.get(tap.side, "")) for tap in reply.taps)
+    for what, given, expected in (
+        ("taps", taps, request.taps),
+        ("revision", reply.revision, request.revision),
+        ("inputs", reply.input_digest.hex(), request.outgoing.digest.hex()),
+    ):
+        if given != expected:
+            raise FeatureMismatchError(f"features of other {what} came: {given}, where {expected} was asked for")
+    values = incoming.value()
+    if not isinstance(values, list) or len(values) != len(taps):
+        raise ProtocolError("a reply came whose features are not one for each tap")
+    return Features(dict(zip(taps, values, strict=True)), revision=reply.revision, input_digest=reply.input_digest)
+
+
+def timed_out(request: Request, timeout_s: float) -> TeacherTimeoutError:
+    """The error of a request whose deadline has passed."""
+    return TeacherTimeoutError(
+        f"the teacher did not answer within {timeout_s} s; the request was cancelled. Raise timeout_s in connect(), "
+        "or add replicas"
+    )
