@@ -1,0 +1,160 @@
+"""A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from schoolhouse.errors import ConfigError, TeacherUnavailableError
+from schoolhouse.teachers import LocalTeacher
+from schoolhouse_wire import channel, framing
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+from torch import nn
+
+from schoolhouse_server.engine import Engine
+from schoolhouse_server.servicer import OwnDirectory, Teachers
+
+_MERGE = ("never",)
+
+
+class Replica:
+    """Serves frozen modules by name. Start it with `start()` or `with`; `close()` ends it."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        merge: str = "never",
+        max_sessions: int = 64,
+        max_queued: int = 4096,
+        max_request_bytes: int = 2 << 30,
+    ) -> None:
+        if merge not in _MERGE:
+            raise ConfigError(f"merge is {merge!r}; choices: {', '.join(map(repr, _MERGE))}")
+        if not modules:
+            raise ConfigError("there is no teacher to serve; give a module, or a dict of names and modules")
+        for name in modules:
+            if not name or "/" in name:
+                raise ConfigError(f"{name!r} cannot be a teacher's name; it must not be empty or contain '/'")
+        self._host, self._port = host, port
+        self._max_sessions = max_sessions
+        self._limits = Limits(max_payload_bytes=max_request_bytes)
+        self._modules = dict(modules)
+        self._max_queued = max_queued
+        self._stopped = threading.Event()
+        self._server: grpc.Server | None = None
+        self.engines: dict[str, Engine] = {}
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """`grpc://HOST:PORT/NAME` of its only teacher; with several, use `urls`."""
+        if len(self._modules) != 1:
+            raise ConfigError(f"this server has several teachers, take one of .urls: {sorted(self._modules)}")
+        return next(iter(self.urls.values()))
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """`grpc://HOST:PORT/NAME` by the names of its teachers."""
+        return {name: f"grpc://{self._host}:{self._port}/{name}" for name in self._modules}
+
+    def start(self) -> "Replica":
+        """Listen; returns when clients can connect."""
+        self.engines = {
+            name: Engine(LocalTeacher(module, name), max_queued=self._max_queued)
+            for name, module in self._modules.items()
+        }
+        workers = ThreadPoolExecutor(self._max_sessions + 16, thread_name_prefix="schoolhouse-rpc")
+        server = grpc.server(
+            workers, options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=self._max_sessions + 16
+        )
+        self._add_services(server)
+        try:
+            self._port = server.add_insecure_port(f"{self._host}:{self._port}")
+        except RuntimeError as err:
+            raise TeacherUnavailableError(
+                f"cannot listen on {self._host}:{self._port}; is the port taken? Port 0 takes a free one"
+            ) from err
+        for engine in self.engines.values():
+            engine.start()
+        server.start()
+        self._server = server
+        return self
+
+    def close(self, grace_s: float = 0.5) -> None:
+        """Stop listening and end all sessions."""
+        self._stopped.set()
+        if self._server is not None:
+            self._server.stop(grace_s).wait(grace_s + 5)
+        for engine in self.engines.values():
+            engine.close()
+        self._server = None
+
+    def __enter__(self) -> "Replica":
+        return self if self._server is not None else self.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _add_services(self, server: grpc.Server) -> None:
+        teachers = Teachers(self.engines, self._limits)
+        directory = OwnDirectory(self.engines, teachers, self._stopped)
+        session = grpc.stream_stream_rpc_method_handler(
+            teachers.session,
+            request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
+            response_serializer=framing.write_message,
+        )
+        describe = grpc.unary_unary_rpc_method_handler(
+            teachers.describe,
+            request_deserializer=teacher_pb2.DescribeRequest.FromString,
+            response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
+        )
+        list_teachers = grpc.unary_unary_rpc_method_handler(
+            directory.list_teachers,
+            request_deserializer=directory_pb2.ListTeachersRequest.FromString,
+            response_serializer=directory_pb2.ListTeachersResponse.SerializeToString,
+        )
+        watch = grpc.unary_stream_rpc_method_handler(
+            directory.watch,
+            request_deserializer=directory_pb2.WatchRequest.FromString,
+            response_serializer=directory_pb2.ReplicaSet.SerializeToString,
+        )
+        names = ("schoolhouse.v1.TeacherService", "schoolhouse.v1.DirectoryService")
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(names[0], {"Session": session, "Describe": describe}),
+                grpc.method_handlers_generic_handler(names[1], {"ListTeachers": list_teachers, "Watch": watch}),
+            )
+        )
+        checks = health.HealthServicer()
+        for name in ("", *names, *self._modules):
+            checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+
+
+def serve(
+    module: nn.Module | Mapping[str, nn.Module],
+    *,
+    name: str = "teacher",
+    host: str = "127.0.0.1",
+    port: int = 0,
+    merge: str = "never",
+    max_request_bytes: int = 2 << 30,
+) -> Replica:
+    """Serve a module, or several by name, from this process; returns when clients can connect.
+
+    Use it in a `with`, or call `close()`. `merge="never"` runs each request as a forward of its own, so that remote
+    features are bit-identical to those of the same module on the same device in the student's process.
+    """
+    modules = {name: module} if isinstance(module, nn.Module) else module
+    return Replica(modules, host=host, port=port, merge=merge, max_request_bytes=max_request_bytes).start()

@@ -1,0 +1,262 @@
+"""RPC in, engine call, RPC out: the gRPC services of one replica."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from schoolhouse.errors import (
+    ProtocolError,
+    RevisionChangedError,
+    SchoolhouseError,
+    TeacherBusyError,
+    UnknownTeacherError,
+)
+from schoolhouse.taps import Tap
+from schoolhouse.teachers import Features
+from schoolhouse_wire import channel, framing, status
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+
+from schoolhouse_server.engine import Engine, Job
+
+_log = logging.getLogger(__name__)
+_SIDES = {teacher_pb2.Tap.INPUT: "input", teacher_pb2.Tap.OUTPUT: "output"}
+MAX_IN_FLIGHT = 64
+
+
+class Teachers:
+    """TeacherService over the engines of one replica."""
+
+    def __init__(self, engines: Mapping[str, Engine], limits: Limits) -> None:
+        self._engines = engines
+        self._limits = limits
+        self.sessions = 0
+
+    def find(self, name: str) -> Engine:
+        """The engine of a teacher; raises `UnknownTeacherError` with those there are."""
+        if name not in self._engines:
+            names = sorted(self._engines)
+            raise UnknownTeacherError(f"no teacher {name!r} here; there are: {', '.join(names)}", choices=names)
+        return self._engines[name]
+
+    def describe(
+        self, request: teacher_pb2.DescribeRequest, context: grpc.ServicerContext
+    ) -> teacher_pb2.DescribeResponse:
+        """Static facts of a teacher."""
+        try:
+            found = self.find(request.teacher).description
+        except SchoolhouseError as err:
+            status.abort(context, err)
+            raise
+        return teacher_pb2.DescribeResponse(
+            teacher=request.teacher,
+            revision=found.revision,
+            class_name=found.class_name,
+            modules=found.modules,
+            parameters=found.parameters,
+            dtype=found.dtype,
+            device=found.device,
+            merge=found.merge,
+            max_request_bytes=self._limits.max_payload_bytes,
+            max_in_flight=MAX_IN_FLIGHT,
+        )
+
+    def session(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Message | bytes]:
+        """One client's stream: a thread reads requests, this one sends answers."""
+        session = ServerSession(self, messages, self._limits)
+        context.add_callback(session.close)
+        self.sessions += 1
+        try:
+            session.start()
+            yield from session.outbox
+            if session.error is not None:
+                status.abort(context, session.error)
+        finally:
+            self.sessions -= 1
+            session.close()
+
+
+class ServerSession:
+    """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
+
+    def __init__(self, teachers: Teachers, messages: Iterator[Any], limits: Limits) -> None:
+        self.outbox: framing.Outbox[Message | bytes] = framing.Outbox()
+        self.error: SchoolhouseError | None = None
+        self._teachers = teachers
+        self._messages = messages
+        self._limits = limits
+        self._partial: dict[int, tuple[teacher_pb2.Call, framing.Incoming]] = {}
+        self._jobs: dict[int, Job] = {}
+        self._engine: Engine | None = None
+
+    def start(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._read, name="schoolhouse-reader", daemon=True).start()
+
+    def close(self) -> None:
+        """Drop what is queued: the client is gone."""
+        for job in list(self._jobs.values()):
+            job.cancelled = True
+        self.outbox.close()
+
+    def _read(self) -> None:
+        try:
+            for message in self._messages:
+                self._receive(message)
+        except SchoolhouseError as err:
+            self.error = err
+        except grpc.RpcError:
+            pass  # the client went away
+        except Exception as err:
+            if not (isinstance(err, Exception) and type(err) is Exception):  # grpc's own "stream ended" has no class
+                _log.exception("a session failed")
+        self.close()
+
+    def _receive(self, message: Any) -> None:
+        if isinstance(message, framing.Frame):
+            self._on_frame(message)
+        elif message.HasField("call"):
+            self._on_call(message.call)
+        elif message.HasField("cancel"):
+            self._partial.pop(message.cancel.request_id, None)
+            job = self._jobs.pop(message.cancel.request_id, None)
+            if job is not None:
+                job.cancelled = True
+        elif message.HasField("open"):
+            self._on_open(message.open)
+
+    def _on_open(self, message: teacher_pb2.Open) -> None:
+        if message.protocol != channel.PROTOCOL:
+            raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
+        self._engine = self._teachers.find(message.teacher)
+        opened = teacher_pb2.Opened(
+            revision=self._engine.description.revision,
+            max_in_flight=MAX_IN_FLIGHT,
+            max_request_bytes=self._limits.max_payload_bytes,
+        )
+        self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
+
+    def _on_call(self, call: teacher_pb2.Call) -> None:
+        try:
+            if self._engine is None:
+                raise ProtocolError("a call came before Open")
+            if len(self._jobs) + len(self._partial) >= MAX_IN_FLIGHT:
+                raise TeacherBusyError(f"{MAX_IN_FLIGHT} requests of this session are in flight, as many as allowed")
+            if call.revision not in ("", self._engine.description.revision):
+                raise RevisionChangedError(
+                    f"revision {call.revision} was asked for; this replica has {self._engine.description.revision}"
+                )
+            incoming = framing.Incoming(call.inputs, call.payload, self._limits)
+            if incoming.complete:
+                self._queue(call, incoming)
+            else:
+                self._partial[call.request_id] = call, incoming
+        except SchoolhouseError as err:
+            self._fail(call.request_id, err)
+
+    def _on_frame(self, frame: framing.Frame) -> None:
+        if frame.request_id not in self._partial:
+            return  # refused or cancelled
+        call, incoming = self._partial[frame.request_id]
+        try:
+            incoming.add(frame.offset, frame.data, frame.digest)
+            if incoming.complete:
+                del self._partial[frame.request_id]
+                self._queue(call, incoming)
+        except SchoolhouseError as err:
+            self._partial.pop(frame.request_id, None)
+            self._fail(frame.request_id, err)
+
+    def _queue(self, call: teacher_pb2.Call, incoming: framing.Incoming) -> None:
+        assert self._engine is not None
+        inputs = incoming.value()
+        if not isinstance(inputs, Arguments):
+            raise ProtocolError("a call's inputs are not the arguments of a forward")
+        taps = tuple(Tap(tap.module, _SIDES.get(tap.side, "output")) for tap in call.taps)
+        request_id, digest = call.request_id, incoming.digest
+
+        def done(result: Features | BaseException) -> None:
+            if self._jobs.pop(request_id, None) is not None and not job.cancelled:
+                self.outbox.put(self._answer(request_id, digest, result))
+
+        deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
+        job = Job(tuple(inputs), inputs.kwargs, taps, deadline, done)
+        self._jobs[request_id] = job
+        try:
+            self._engine.submit(job)
+        except SchoolhouseError:
+            del self._jobs[request_id]
+            raise
+
+    def _answer(
+        self, request_id: int, digest: bytes, result: Features | BaseException
+    ) -> Iterator[Message | bytes]:
+        try:
+            if isinstance(result, BaseException):
+                raise result
+            outgoing = framing.Outgoing(list(result.values()), limits=self._limits, snapshot=False)
+            reply = teacher_pb2.Reply(
+                request_id=request_id,
+                revision=result.revision,
+                taps=[
+                    teacher_pb2.Tap(
+                        module=tap.module,
+                        side=teacher_pb2.Tap.INPUT if tap.side == "input" else teacher_pb2.Tap.OUTPUT,
+                    )
+                    for tap in result
+                ],
+                input_digest=digest,
+                features=outgoing.header,
+                payload=outgoing.payload,
+            )
+            yield teacher_pb2.ServerMessage(reply=reply)
+            yield from outgoing.frames(request_id)
+        except Exception as err:
+            if not isinstance(err, SchoolhouseError):
+                _log.error("a request failed", exc_info=err)
+            yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
+
+    def _fail(self, request_id: int, error: SchoolhouseError) -> None:
+        self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
+
+
+class OwnDirectory:
+    """DirectoryService of a replica that stands alone: it lists itself."""
+
+    def __init__(self, engines: Mapping[str, Engine], teachers: Teachers, stopped: threading.Event) -> None:
+        self._engines = engines
+        self._teachers = teachers
+        self._stopped = stopped
+
+    def list_teachers(
+        self, _request: directory_pb2.ListTeachersRequest, _context: grpc.ServicerContext
+    ) -> directory_pb2.ListTeachersResponse:
+        """All teachers of this replica."""
+        return directory_pb2.ListTeachersResponse(teachers=[self._set(name) for name in self._engines])
+
+    def watch(
+        self, request: directory_pb2.WatchRequest, context: grpc.ServicerContext
+    ) -> Iterator[directory_pb2.ReplicaSet]:
+        """The replica set of one teacher: it does not change while the replica lives."""
+        try:
+            self._teachers.find(request.teacher)
+        except SchoolhouseError as err:
+            status.abort(context, err)
+        ended = threading.Event()
+        context.add_callback(ended.set)
+        yield self._set(request.teacher)
+        while not self._stopped.wait(0.2) and not ended.is_set():
+            pass
+
+    def _set(self, name: str) -> directory_pb2.ReplicaSet:
+        engine = self._engines[name]
+        load = directory_pb2.Load(
+            queued=engine.queued, in_flight=engine.running, served=engine.served, sessions=self._teachers.sessions
+        )
+        replica = directory_pb2.Replica(id=name, revision=engine.description.revision, load=load)
+        return directory_pb2.ReplicaSet(teacher=name, replicas=[replica], wanted=1)
