@@ -1,1 +1,28 @@
-"""x"""
+"""Knowledge distillation in which the teacher is a service: the student side. Everything a user types stands here."""
+
+from schoolhouse import errors, functional
+from schoolhouse.balancers import DistillationLossBalancer, StaticLossBalancer
+from schoolhouse.distill import convert, export
+from schoolhouse.losses import LogitsDistillationLoss
+from schoolhouse.meta_model import DistillationModel
+from schoolhouse.remote import RemoteTeacher, connect
+from schoolhouse.taps import Tap
+from schoolhouse.teachers import Features, LocalTeacher, Teacher, TeacherDescription
+
+__all__ = [
+    "DistillationLossBalancer",
+    "DistillationModel",
+    "Features",
+    "LocalTeacher",
+    "LogitsDistillationLoss",
+    "RemoteTeacher",
+    "StaticLossBalancer",
+    "Tap",
+    "Teacher",
+    "TeacherDescription",
+    "connect",
+    "convert",
+    "errors",
+    "export",
+    "functional",
+]

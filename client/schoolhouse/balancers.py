@@ -52,7 +52,9 @@ class StaticLossBalancer(DistillationLossBalancer):
         student = losses.pop(STUDENT_LOSS_KEY, None)
         if len(losses) != len(self._kd_loss_weight):
             raise ValueError(f"{len(losses)} distillation losses came, but kd_loss_weight has {self._kd_loss_weight}")
-        total = torch.stack([value * weight for value, weight in zip(losses.values(), self._kd_loss_weight, strict=True)]).sum()
+        total = torch.zeros(())
+        for value, weight in zip(losses.values(), self._kd_loss_weight, strict=True):
+            total = total.to(value.device) + value * weight
         if student is None:
             return total
         if self._student_loss_reduction_fn is not None:

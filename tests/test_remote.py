@@ -1,0 +1,153 @@
+"""A teacher behind gRPC answers as one in the process does, and bad input gets a typed error."""
+
+import socket
+import time
+
+import pytest
+import torch
+from models import Net
+from schoolhouse_server import serve
+from torch import nn
+from torch.nn import functional as F
+
+import schoolhouse as sh
+from schoolhouse import errors
+
+
+@pytest.fixture
+def teacher():
+    with serve(Net(32, seed=1)) as server, sh.connect(server.url) as remote:
+        yield remote
+
+
+def train(teacher_model):
+    student = Net(16, seed=2)
+    model = sh.convert(
+        student,
+        mode=[
+            (
+                "kd_loss",
+                {
+                    "teacher_model": teacher_model,
+                    "criterion": {("fc", "fc"): sh.LogitsDistillationLoss(2.0), ("", ""): nn.MSELoss()},
+                    "loss_balancer": sh.StaticLossBalancer([0.3, 0.3]),
+                },
+            )
+        ],
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(3)
+    losses = []
+    for _ in range(20):
+        x = torch.randn(32, 8, generator=generator)
+        y = torch.randint(0, 5, (32,), generator=generator)
+        loss = model.compute_kd_loss(student_loss=F.cross_entropy(model(x), y))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert type(sh.export(model)) is Net
+    return losses, student.state_dict()
+
+
+def test_remote_equals_local_to_the_bit(teacher):
+    local_losses, local_weights = train(Net(32, seed=1))
+    remote_losses, remote_weights = train(teacher)
+    assert local_losses == remote_losses
+    assert all(torch.equal(local_weights[name], remote_weights[name]) for name in local_weights)
+    assert local_losses[-1] != local_losses[0]
+
+
+def test_taps_on_inputs_and_outputs(teacher):
+    model, x = Net(32, seed=1), torch.randn(4, 8)
+    got = teacher.submit((x,), {}, ["body", ("fc", "input"), ("", "output")]).result()
+    hidden = F.linear(x, model.body.weight, model.body.bias)
+    assert torch.equal(got["body"], hidden)  # as returned, before the in-place ReLU
+    assert torch.equal(got["fc", "input"][0], hidden.relu())
+    assert torch.equal(got[""], F.linear(hidden.relu(), model.fc.weight, model.fc.bias))
+
+
+def test_many_requests_in_flight_keep_their_batches(teacher):
+    model = Net(32, seed=1).requires_grad_(False)
+    batches = [torch.randn(4 + i % 5, 8) for i in range(200)]
+    futures = [teacher.submit((x,), {}, [""]) for x in batches]
+    for x, future in zip(batches, futures, strict=True):
+        assert torch.equal(future.result()[""], model(x))
+
+
+def test_the_forward_stops_after_its_last_tap():
+    module, calls = Net(), []
+    module.fc.register_forward_hook(lambda *_: calls.append(1))
+    local = sh.LocalTeacher(module)
+    local.submit((torch.randn(2, 8),), {}, ["body"]).result()
+    assert calls == []
+    local.submit((torch.randn(2, 8),), {}, ["body", ""]).result()
+    assert calls
+
+
+def test_unknown_tap_lists_close_matches(teacher):
+    with pytest.raises(errors.UnknownTapError, match="body"):
+        sh.convert(Net(), mode=[("kd_loss", {"teacher_model": teacher, "criterion": {("fc", "bodi"): nn.MSELoss()}})])
+
+
+def test_unknown_teacher_lists_those_there_are():
+    with serve({"one": Net(), "two": Net()}) as server:
+        with pytest.raises(errors.UnknownTeacherError) as caught:
+            sh.connect(server.urls["one"].replace("/one", "/three"))
+        assert caught.value.choices == ("one", "two")
+
+
+def test_refused_inputs_leave_the_replica_alive(teacher):
+    with pytest.raises(errors.TeacherForwardError, match="shapes"):
+        teacher.submit((torch.randn(2, 9),), {}, [""]).result()
+    assert teacher.submit((torch.randn(2, 8),), {}, [""]).result()[""].shape == (2, 5)
+
+
+def test_oversized_request():
+    with serve(Net(), max_request_bytes=1000) as server, sh.connect(server.url) as remote:
+        with pytest.raises(errors.MessageTooLargeError, match="1000"):
+            remote.submit((torch.randn(100, 8),), {}, [""])
+
+
+def test_no_server_within_the_connect_timeout():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        start = time.monotonic()
+        with pytest.raises(errors.TeacherUnavailableError, match="no server"):
+            sh.connect(f"grpc://127.0.0.1:{taken.getsockname()[1]}/x", connect_timeout_s=1.0)
+        assert time.monotonic() - start < 10
+
+
+class Slow(nn.Module):
+    def forward(self, x):
+        time.sleep(2.0)
+        return x
+
+
+def test_server_gone_mid_call():
+    server = serve(Slow())
+    with sh.connect(server.url, connect_timeout_s=1.0) as remote:
+        future = remote.submit((torch.ones(1),), {}, [""])
+        time.sleep(0.3)
+        server.close()
+        with pytest.raises(errors.TeacherUnavailableError):
+            future.result(30)
+
+
+def test_the_deadline_ends_the_wait():
+    with serve(Slow()) as server, sh.connect(server.url, timeout_s=0.3) as remote:
+        with pytest.raises(errors.TeacherTimeoutError):
+            remote.submit((torch.ones(1),), {}, [""]).result(30)
+
+
+def test_gradients_and_parameters_stay_with_the_student(teacher):
+    student = Net()
+    names = [name for name, _ in student.named_parameters()]
+    config = {"teacher_model": teacher, "criterion": sh.LogitsDistillationLoss()}
+    model = sh.convert(student, mode=[("kd_loss", config)])
+    assert isinstance(model, Net)
+    assert [name for name, _ in model.named_parameters()] == names
+    model(torch.randn(2, 8))
+    model.compute_kd_loss().backward()
+    with pytest.raises(errors.FeatureMismatchError):
+        model.compute_kd_loss()
