@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint protos bench clean
+.PHONY: install test lint protos clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -13,9 +13,6 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 install: $(STAMP)
-
-demo: $(STAMP)  ## train a teacher, serve it from a local pool, distil two students, draw the curves
-	$(BIN)/schoolhouse demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -27,9 +24,6 @@ lint: $(STAMP)
 
 protos: $(STAMP)  ## regenerate the committed wire code
 	$(BIN)/python protos/generate.py
-
-bench: $(STAMP)
-	$(BIN)/python benchmarks/wire.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -29,7 +29,9 @@ def imports_of(folder):
 
 
 def test_imports_go_one_way():
-    assert not [f for f in imports_of(ROOT / "protos/schoolhouse_wire") if f[1] in ("schoolhouse", "schoolhouse_server")]
+    assert not [
+        f for f in imports_of(ROOT / "protos/schoolhouse_wire") if f[1] in ("schoolhouse", "schoolhouse_server")
+    ]
     assert not [f for f in imports_of(ROOT / "client/schoolhouse") if f[1] in ("schoolhouse_server", "ray")]
 
 

@@ -4,14 +4,13 @@ import socket
 import time
 
 import pytest
+import schoolhouse as sh
 import torch
 from models import Net
+from schoolhouse import errors
 from schoolhouse_server import serve
 from torch import nn
 from torch.nn import functional as F
-
-import schoolhouse as sh
-from schoolhouse import errors
 
 
 @pytest.fixture

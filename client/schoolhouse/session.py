@@ -1,5 +1,6 @@
 """One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
 
+import contextlib
 import itertools
 import threading
 from collections import deque
@@ -40,17 +41,13 @@ class Request:
 
     def resolve(self, features: Features) -> None:
         """Give the features to who waits, unless it cancelled."""
-        try:
+        with contextlib.suppress(InvalidStateError):
             self.future.set_result(features)
-        except InvalidStateError:
-            pass
 
     def fail(self, error: BaseException) -> None:
         """Give the error to who waits, unless it cancelled."""
-        try:
+        with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
-        except InvalidStateError:
-            pass
 
 
 class Session:

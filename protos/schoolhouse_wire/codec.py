@@ -142,7 +142,9 @@ class _Packer:
         elif isinstance(key, bool | int | float | complex | str | bytes):
             _put_scalar(node, key, f"a key of {where}")
         else:
-            raise UnsupportedValueError(f"a key of {where} is a {_type_name(type(key))}; keys must be scalars or tuples")
+            raise UnsupportedValueError(
+                f"a key of {where} is a {_type_name(type(key))}; keys must be scalars or tuples"
+            )
 
     def _tensor(self, tensor: torch.Tensor, where: str) -> int:
         known = self._index.get(id(tensor))
@@ -223,9 +225,7 @@ def read_bundle(data: bytes, limits: Limits) -> tuple[values_pb2.Bundle, int]:
 
 def payload_nbytes(bundle: values_pb2.Bundle) -> int:
     """Size in bytes of the payload that a bundle's tensors take together."""
-    end = 0
-    for end in offsets(tensor_nbytes(header) for header in bundle.tensors):
-        pass
+    *_, end = offsets(tensor_nbytes(header) for header in bundle.tensors)
     return end
 
 

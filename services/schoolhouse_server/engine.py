@@ -56,7 +56,9 @@ class Engine:
         try:
             self._queue.put_nowait(job)
         except queue.Full:
-            raise TeacherBusyError(f"{self._queue.maxsize} requests are queued, as many as this teacher takes") from None
+            raise TeacherBusyError(
+                f"{self._queue.maxsize} requests are queued, as many as this teacher takes"
+            ) from None
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""

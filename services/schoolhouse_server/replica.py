@@ -74,9 +74,7 @@ class Replica:
             for name, module in self._modules.items()
         }
         workers = ThreadPoolExecutor(self._max_sessions + 16, thread_name_prefix="schoolhouse-rpc")
-        server = grpc.server(
-            workers, options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=self._max_sessions + 16
-        )
+        server = grpc.server(workers, options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=self._max_sessions + 16)
         self._add_services(server)
         try:
             self._port = server.add_insecure_port(f"{self._host}:{self._port}")

@@ -193,9 +193,7 @@ class ServerSession:
             del self._jobs[request_id]
             raise
 
-    def _answer(
-        self, request_id: int, digest: bytes, result: Features | BaseException
-    ) -> Iterator[Message | bytes]:
+    def _answer(self, request_id: int, digest: bytes, result: Features | BaseException) -> Iterator[Message | bytes]:
         try:
             if isinstance(result, BaseException):
                 raise result
