@@ -47,7 +47,7 @@ def convert(model: nn.Module, mode: Sequence[tuple[str, Mapping[str, Any]]]) -> 
     for layer in dict.fromkeys(layer for layer, _ in criterion if layer != ""):
         state.handles.append(model.get_submodule(layer).register_forward_hook(_capture(state, layer)))
     object.__setattr__(model, "_distillation", state)
-    model.__class__ = _meta_class(student_class)
+    model.__class__ = _meta_class(student_class)  # type: ignore[arg-type]
     return model
 
 

@@ -253,7 +253,7 @@ class RemoteTeacher:
     def _refresh(self) -> None:
         """Ask the server at the URL where the replicas are."""
         with grpc.insecure_channel(self._target, options=channel.CLIENT_OPTIONS) as opened:
-            stub = directory_pb2_grpc.DirectoryServiceStub(opened)
+            stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
             try:
                 response = stub.ListTeachers(
                     directory_pb2.ListTeachersRequest(),
@@ -283,7 +283,7 @@ class RemoteTeacher:
         error: SchoolhouseError = TeacherUnavailableError(f"teacher {self._name!r} has no live replica yet")
         for address in self._addresses:
             with grpc.insecure_channel(address, options=channel.CLIENT_OPTIONS) as opened:
-                stub = teacher_pb2_grpc.TeacherServiceStub(opened)
+                stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
                 try:
                     found = stub.Describe(
                         teacher_pb2.DescribeRequest(teacher=self._name), timeout=self._settings["connect_timeout_s"]

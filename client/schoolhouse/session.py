@@ -77,6 +77,7 @@ class Session:
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
         self._opened = threading.Event()
         self._window = 0
+        self._hello = teacher_pb2.Opened()
         self._error: SchoolhouseError | None = None
 
     @property

@@ -158,7 +158,7 @@ class _Packer:
             )
         self._keep.append(tensor)
         self._index[id(tensor)] = index = len(self.tensors)
-        header = self.bundle.tensors.add(dtype=dtype)  # type: ignore[arg-type]  # the stub wants its own enum type
+        header = self.bundle.tensors.add(dtype=dtype)
         header.shape.extend(tensor.shape)
         self.tensors.append(_on_cpu(tensor))
         return index

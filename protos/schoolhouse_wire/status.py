@@ -68,6 +68,6 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:
     for key, value in getattr(error, "trailing_metadata", tuple)() or ():
         if key == _FAILURE_KEY:
             return from_failure(teacher_pb2.Failure.FromString(value))
-    code, details = error.code(), error.details()  # type: ignore[attr-defined]
+    code, details = error.code(), error.details()
     kind = _FROM_GRPC.get(code, ProtocolError)
     return kind(f"{target}: {details or code.name.lower()}")
