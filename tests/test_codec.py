@@ -71,6 +71,10 @@ def test_structures():
     assert back["p"].x.shape == (0, 3)
 
 
+def test_values_without_tensors():
+    assert trip((1, "a")) == (1, "a")
+
+
 def test_model_output():
     outputs = pytest.importorskip("transformers.modeling_outputs")
     value = outputs.BaseModelOutput(last_hidden_state=torch.ones(2))

@@ -216,7 +216,8 @@ class Incoming:
                 "that have come"
             )
         self._hash.update(data)
-        self._memory[offset:end] = data
+        if data.nbytes:  # the memory of an empty buffer is not writable
+            self._memory[offset:end] = data
         self._filled = end
         if digest:
             if self._hash.digest() != digest:

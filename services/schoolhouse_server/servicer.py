@@ -13,6 +13,7 @@ from schoolhouse.errors import (
     RevisionChangedError,
     SchoolhouseError,
     TeacherBusyError,
+    TeacherInternalError,
     UnknownTeacherError,
 )
 from schoolhouse.taps import Tap
@@ -113,8 +114,9 @@ class ServerSession:
         except grpc.RpcError:
             pass  # the client went away
         except Exception as err:
-            if not (isinstance(err, Exception) and type(err) is Exception):  # grpc's own "stream ended" has no class
+            if type(err) is not Exception:  # grpc says "the client went away" with a bare one
                 _log.exception("a session failed")
+                self.error = TeacherInternalError("the session failed; the server's log says why")
         self.close()
 
     def _receive(self, message: Any) -> None:

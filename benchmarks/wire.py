@@ -1,0 +1,182 @@
+"""GB/s of features from a replica to a client, beside a raw gRPC byte stream and a bare TCP socket, in one run.
+
+Each server runs in a process of its own on loopback; all of them move the same bytes.
+`python benchmarks/wire.py --json`
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import socket
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+import grpc
+import schoolhouse as sh
+import torch
+from schoolhouse_server import serve
+from torch import nn
+
+SIZES = {"1KiB": 1 << 10, "1MiB": 1 << 20, "8MiB": 8 << 20, "64MiB": 64 << 20}
+FRAME = 1 << 20
+IN_FLIGHT = 4
+
+
+class Prepared(nn.Module):
+    """Returns as many prepared bytes as its input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = torch.randint(0, 256, (64 << 20,), dtype=torch.uint8)
+
+    def forward(self, size: int) -> torch.Tensor:
+        """The first `size` bytes."""
+        return self.data[:size]
+
+
+def wait_for_end(ready: Connection) -> None:
+    """Return when the parent is gone or hangs up."""
+    with contextlib.suppress(EOFError):
+        ready.recv()
+
+
+def schoolhouse_server(ready: Connection) -> None:
+    """Serve `Prepared` with Schoolhouse."""
+    with serve(Prepared()) as server:
+        ready.send(server.url)
+        wait_for_end(ready)
+
+
+def raw_server(ready: Connection) -> None:
+    """Serve prepared bytes over plain gRPC: a stream of 1 MiB messages, and a unary call."""
+    data = Prepared().data.numpy().tobytes()
+
+    def stream(request: bytes, _context: Any) -> Any:
+        size = int(request)
+        for offset in range(0, size, FRAME):
+            yield data[offset : min(size, offset + FRAME)]
+
+    handlers = {
+        "Stream": grpc.unary_stream_rpc_method_handler(stream),
+        "Unary": grpc.unary_unary_rpc_method_handler(lambda request, _context: data[: int(request)]),
+    }
+    server = grpc.server(ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("raw", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    ready.send(port)
+    wait_for_end(ready)
+
+
+def tcp_server(ready: Connection) -> None:
+    """Serve prepared bytes over a bare socket."""
+    data = memoryview(Prepared().data.numpy().tobytes())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ready.send(listener.getsockname()[1])
+        client, _ = listener.accept()
+        with client:
+            while request := client.recv(8):
+                client.sendall(data[: int.from_bytes(request, "little")])
+
+
+def start(target: Callable[[Connection], None]) -> tuple[Any, Connection]:
+    """Run a server in a process of its own; returns what it says once it is ready."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=target, args=(theirs,), daemon=True).start()
+    return ours.recv(), ours
+
+
+def measure(move: Callable[[int, int], None], seconds: float) -> dict[str, float]:
+    """GB/s by size, and calls/s at 1 KiB; `move(size, count)` moves `count` features of `size` bytes."""
+    figures = {}
+    for name, size in SIZES.items():
+        count = max(4, min(500, (128 << 20) // size))
+        move(size, 2)
+        rates, end = [], time.perf_counter() + seconds
+        while time.perf_counter() < end or len(rates) < 3:
+            began = time.perf_counter()
+            move(size, count)
+            rates.append(count / (time.perf_counter() - began))
+        rate = sorted(rates)[len(rates) // 2]
+        figures[name] = round(rate * size / 1e9, 4)
+        if name == "1KiB":
+            figures["calls_per_s"] = round(rate, 1)
+    return figures
+
+
+def over_schoolhouse(teacher: sh.RemoteTeacher) -> Callable[[int, int], None]:
+    """Ask for features with a few in flight; small ones one at a time, as the unary peer does."""
+
+    def move(size: int, count: int) -> None:
+        window: list[Any] = []
+        for _ in range(count):
+            window.append(teacher.submit((size,), {}, [""]))
+            if len(window) >= (1 if size <= 1 << 10 else IN_FLIGHT):
+                assert window.pop(0).result()[""].nbytes == size
+        for future in window:
+            assert future.result()[""].nbytes == size
+
+    return move
+
+
+def over_raw(port: int) -> Callable[[int, int], None]:
+    """Plain gRPC: unary at 1 KiB, else one stream for all the features of a round, each received into a buffer."""
+    opened = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", -1)])
+    unary, stream = opened.unary_unary("/raw/Unary"), opened.unary_stream("/raw/Stream")
+
+    def move(size: int, count: int) -> None:
+        for _ in range(count):
+            if size <= 1 << 10:
+                unary(str(size).encode())
+                continue
+            buffer, at = memoryview(bytearray(size)), 0
+            for message in stream(str(size).encode()):
+                buffer[at : at + len(message)] = message
+                at += len(message)
+
+    return move
+
+
+def over_tcp(port: int) -> Callable[[int, int], None]:
+    """A bare socket, received into a buffer."""
+    client = socket.create_connection(("127.0.0.1", port))
+
+    def move(size: int, count: int) -> None:
+        for _ in range(count):
+            client.sendall(size.to_bytes(8, "little"))
+            buffer, at = memoryview(bytearray(size)), 0
+            while at < size:
+                at += client.recv_into(buffer[at:])
+
+    return move
+
+
+def main() -> None:
+    """Measure all and print a table, or JSON with --json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each size and each peer")
+    options = parser.parse_args()
+    url, _keep_ours = start(schoolhouse_server)
+    raw_port, _keep_raw = start(raw_server)
+    tcp_port, _keep_tcp = start(tcp_server)
+    with sh.connect(url) as teacher:
+        figures = {
+            "schoolhouse": measure(over_schoolhouse(teacher), options.seconds),
+            "grpc_raw": measure(over_raw(raw_port), options.seconds),
+            "tcp": measure(over_tcp(tcp_port), options.seconds),
+        }
+    if options.json:
+        sys.stdout.write(json.dumps(figures) + "\n")
+        return
+    for peer, row in figures.items():
+        sys.stdout.write(f"{peer:12} " + "  ".join(f"{name} {value}" for name, value in row.items()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
