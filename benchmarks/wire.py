@@ -20,6 +20,7 @@ import grpc
 import schoolhouse as sh
 import torch
 from schoolhouse_server import serve
+from schoolhouse_wire import memory
 from torch import nn
 
 SIZES = {"1KiB": 1 << 10, "1MiB": 1 << 20, "8MiB": 8 << 20, "64MiB": 64 << 20}
@@ -54,6 +55,7 @@ def schoolhouse_server(ready: Connection) -> None:
 
 def raw_server(ready: Connection) -> None:
     """Serve prepared bytes over plain gRPC: a stream of 1 MiB messages, and a unary call."""
+    memory.keep_freed_memory()  # as ours does
     data = Prepared().data.numpy().tobytes()
 
     def stream(request: bytes, _context: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from schoolhouse_wire import channel, framing, status
+from schoolhouse_wire import channel, framing, memory, status
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -91,6 +91,7 @@ class Session:
         Raises:
             TeacherUnavailableError: if there is none within `timeout_s`.
         """
+        memory.keep_freed_memory()
         self._channel = grpc.insecure_channel(self.address, options=channel.CLIENT_OPTIONS)
         stub = self._channel.stream_stream(
             channel.SESSION_METHOD,

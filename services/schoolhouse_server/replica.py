@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
 from schoolhouse.teachers import LocalTeacher
-from schoolhouse_wire import channel, framing
+from schoolhouse_wire import channel, framing, memory
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 from torch import nn
@@ -69,6 +69,7 @@ class Replica:
 
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
+        memory.keep_freed_memory()
         self.engines = {
             name: Engine(LocalTeacher(module, name), max_queued=self._max_queued)
             for name, module in self._modules.items()
