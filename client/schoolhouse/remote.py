@@ -92,6 +92,7 @@ class RemoteTeacher:
         self._wake = threading.Condition()
         self._sessions: dict[str, Session] = {}
         self._addresses: list[str] = []
+        self._stale = False  # a replica was lost: ask the directory again
         self._description: TeacherDescription | None = None
         self._max_request_bytes = self._limits.max_payload_bytes
         self._outstanding: dict[int, Request] = {}
@@ -198,25 +199,25 @@ class RemoteTeacher:
     def _dispatch(self, request: Request) -> None:
         """Give the request to the live replica with the least outstanding work that it has not tried."""
         while True:
-            session = self._pick(request)
-            request.tried.add(session.address)
+            with self._lock:
+                address = self._pick(request)
+                request.tried.add(address)
+                try:
+                    session = self._sessions.get(address) or self._open(address, request)
+                except TeacherUnavailableError:
+                    continue  # it is gone; _pick raises when no other is left
+                self._sessions[address] = session
             if session.send(request):
                 return
 
-    def _pick(self, request: Request) -> Session:
-        with self._lock:
-            candidates = [a for a in self._addresses if a not in request.tried]
-            if not candidates:
-                self._refresh()
-                candidates = [a for a in self._addresses if a not in request.tried]
-            if not candidates:
-                raise TeacherUnavailableError(f"no replica of {self._name!r} is left to ask at {self._target}")
-            random.shuffle(candidates)
-            address = min(candidates, key=self._load)
-            session = self._sessions.get(address)
-            if session is None or not session.alive:
-                session = self._sessions[address] = self._open(address, request)
-            return session
+    def _pick(self, request: Request) -> str:
+        if self._stale or not set(self._addresses) - request.tried:
+            self._refresh()
+        candidates = sorted(set(self._addresses) - request.tried)
+        if not candidates:
+            raise TeacherUnavailableError(f"no replica of {self._name!r} is left to ask at {self._target}")
+        random.shuffle(candidates)
+        return min(candidates, key=self._load)
 
     def _load(self, address: str) -> int:
         session = self._sessions.get(address)
@@ -242,6 +243,10 @@ class RemoteTeacher:
 
     def _on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
         """Send again, elsewhere, what a replica left unanswered; requests are idempotent."""
+        with self._lock:
+            self._stale = True
+            if self._sessions.get(session.address) is session:
+                del self._sessions[session.address]
         for request in lost:
             try:
                 if self._closed or request.future.done():
@@ -268,6 +273,7 @@ class RemoteTeacher:
                 f"no teacher {self._name!r} at {self._target}; there are: {', '.join(sorted(sets)) or 'none'}",
                 choices=sorted(sets),
             )
+        self._stale = False
         self._addresses = [replica.address or self._target for replica in sets[self._name].replicas]
 
     def _unreachable(self, err: grpc.RpcError) -> SchoolhouseError:

@@ -99,7 +99,7 @@ class Session:
             response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
         )
         self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
-        self._call: Any = stub(self._outbox, wait_for_ready=True)
+        self._call: Any = stub(self._outbox)
         threading.Thread(target=self._read, name=f"schoolhouse-session-{self.address}", daemon=True).start()
         if not self._opened.wait(timeout_s):
             self.close()

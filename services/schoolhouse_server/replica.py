@@ -1,6 +1,5 @@
 """A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
 
-import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,8 +13,9 @@ from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 from torch import nn
 
+from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
-from schoolhouse_server.servicer import OwnDirectory, Teachers
+from schoolhouse_server.servicer import Teachers
 
 _MERGE = ("never",)
 
@@ -46,7 +46,7 @@ class Replica:
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._modules = dict(modules)
         self._max_queued = max_queued
-        self._stopped = threading.Event()
+        self._directory = Directory(self.load)
         self._server: grpc.Server | None = None
         self.engines: dict[str, Engine] = {}
 
@@ -85,13 +85,23 @@ class Replica:
             ) from err
         for engine in self.engines.values():
             engine.start()
+        for name, engine in self.engines.items():
+            own = directory_pb2.Replica(id=name, revision=engine.description.revision)
+            self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
         server.start()
         self._server = server
         return self
 
+    def load(self, name: str) -> directory_pb2.Load:
+        """What the teacher `name` has to do at present."""
+        engine = self.engines[name]
+        return directory_pb2.Load(
+            queued=engine.queued, in_flight=engine.running, served=engine.served, sessions=self._teachers.sessions
+        )
+
     def close(self, grace_s: float = 0.5) -> None:
         """Stop listening and end all sessions."""
-        self._stopped.set()
+        self._directory.close()
         if self._server is not None:
             self._server.stop(grace_s).wait(grace_s + 5)
         for engine in self.engines.values():
@@ -105,8 +115,7 @@ class Replica:
         self.close()
 
     def _add_services(self, server: grpc.Server) -> None:
-        teachers = Teachers(self.engines, self._limits)
-        directory = OwnDirectory(self.engines, teachers, self._stopped)
+        teachers = self._teachers = Teachers(self.engines, self._limits)
         session = grpc.stream_stream_rpc_method_handler(
             teachers.session,
             request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
@@ -117,21 +126,11 @@ class Replica:
             request_deserializer=teacher_pb2.DescribeRequest.FromString,
             response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
         )
-        list_teachers = grpc.unary_unary_rpc_method_handler(
-            directory.list_teachers,
-            request_deserializer=directory_pb2.ListTeachersRequest.FromString,
-            response_serializer=directory_pb2.ListTeachersResponse.SerializeToString,
-        )
-        watch = grpc.unary_stream_rpc_method_handler(
-            directory.watch,
-            request_deserializer=directory_pb2.WatchRequest.FromString,
-            response_serializer=directory_pb2.ReplicaSet.SerializeToString,
-        )
         names = ("schoolhouse.v1.TeacherService", "schoolhouse.v1.DirectoryService")
         server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler(names[0], {"Session": session, "Describe": describe}),
-                grpc.method_handlers_generic_handler(names[1], {"ListTeachers": list_teachers, "Watch": watch}),
+                self._directory.handler(),
             )
         )
         checks = health.HealthServicer()

@@ -21,7 +21,7 @@ from schoolhouse.teachers import Features
 from schoolhouse_wire import channel, framing, status
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.engine import Engine, Job
 
@@ -223,40 +223,3 @@ class ServerSession:
 
     def _fail(self, request_id: int, error: SchoolhouseError) -> None:
         self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
-
-
-class OwnDirectory:
-    """DirectoryService of a replica that stands alone: it lists itself."""
-
-    def __init__(self, engines: Mapping[str, Engine], teachers: Teachers, stopped: threading.Event) -> None:
-        self._engines = engines
-        self._teachers = teachers
-        self._stopped = stopped
-
-    def list_teachers(
-        self, _request: directory_pb2.ListTeachersRequest, _context: grpc.ServicerContext
-    ) -> directory_pb2.ListTeachersResponse:
-        """All teachers of this replica."""
-        return directory_pb2.ListTeachersResponse(teachers=[self._set(name) for name in self._engines])
-
-    def watch(
-        self, request: directory_pb2.WatchRequest, context: grpc.ServicerContext
-    ) -> Iterator[directory_pb2.ReplicaSet]:
-        """The replica set of one teacher: it does not change while the replica lives."""
-        try:
-            self._teachers.find(request.teacher)
-        except SchoolhouseError as err:
-            status.abort(context, err)
-        ended = threading.Event()
-        context.add_callback(ended.set)
-        yield self._set(request.teacher)
-        while not self._stopped.wait(0.2) and not ended.is_set():
-            pass
-
-    def _set(self, name: str) -> directory_pb2.ReplicaSet:
-        engine = self._engines[name]
-        load = directory_pb2.Load(
-            queued=engine.queued, in_flight=engine.running, served=engine.served, sessions=self._teachers.sessions
-        )
-        replica = directory_pb2.Replica(id=name, revision=engine.description.revision, load=load)
-        return directory_pb2.ReplicaSet(teacher=name, replicas=[replica], wanted=1)
