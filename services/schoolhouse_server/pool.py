@@ -1,0 +1,146 @@
+"""Start, find and stop a pool on a Ray cluster, from a driver process."""
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherTimeoutError, TeacherUnavailableError
+
+from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE, DirectoryActor, KeeperActor
+from schoolhouse_server.config import PoolConfig
+
+_CALL_TIMEOUT_S = 30.0
+
+
+class PoolFailedError(SchoolhouseError):
+    """A teacher of the pool could not be started; the message says why."""
+
+
+class Pool:
+    """A running pool, seen from a driver that is connected to its Ray cluster."""
+
+    def __init__(self, directory: Any, keeper: Any) -> None:
+        self._directory = directory
+        self._keeper = keeper
+        self.address: str = ray.get(directory.address.remote(), timeout=_CALL_TIMEOUT_S)
+
+    def url(self, teacher: str) -> str:
+        """What a student connects to."""
+        return f"grpc://{self.address}/{teacher}"
+
+    def status(self) -> list[dict[str, Any]]:
+        """A row for each replica: teacher, wanted, id, stage, address, revision and load."""
+        rows: list[dict[str, Any]] = ray.get(self._keeper.status.remote(), timeout=_CALL_TIMEOUT_S)
+        return rows
+
+    def wait(self, timeout_s: float, on_progress: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> None:
+        """Return when every replica serves.
+
+        Raises:
+            PoolFailedError: a teacher could not be started.
+            TeacherTimeoutError: it took longer than `timeout_s`; the message says what each replica is doing.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            rows = self.status()
+            on_progress(rows)
+            errors = ray.get(self._keeper.errors.remote(), timeout=_CALL_TIMEOUT_S)
+            if errors:
+                raise PoolFailedError("; ".join(f"teacher {name!r}: {why}" for name, why in errors.items()))
+            if rows and self._full(rows):
+                return
+            if time.monotonic() > deadline:
+                doing = ", ".join(f"{row['teacher']}/{row['id']}: {row['stage']}" for row in rows)
+                raise TeacherTimeoutError(
+                    f"the pool is not ready after {timeout_s} s ({doing}); has Ray the resources?"
+                )
+            time.sleep(0.2)
+
+    @staticmethod
+    def _full(rows: list[dict[str, Any]]) -> bool:
+        serving: dict[str, int] = {}
+        for row in rows:
+            serving[row["teacher"]] = serving.get(row["teacher"], 0) + (row["stage"] == "serving")
+        return all(serving[row["teacher"]] >= row["wanted"] for row in rows)
+
+    def down(self) -> None:
+        """Stop all replicas, the directory and the keeper."""
+        try:
+            ray.get(self._keeper.stop.remote(), timeout=_CALL_TIMEOUT_S)
+        finally:
+            ray.kill(self._keeper)
+            ray.kill(self._directory)
+
+
+def launch(config: PoolConfig) -> Pool:
+    """Create the pool's actors on the Ray cluster that this process is connected to; `wait` for it afterwards.
+
+    Raises:
+        ConfigError: this cluster has a pool already.
+        TeacherUnavailableError: the directory's port is taken.
+    """
+    if find(required=False) is not None:
+        raise ConfigError("this Ray cluster has a pool already; stop it with `schoolhouse down`")
+    if config.port == 0:
+        config = replace(config, port=_free_port())  # fixed, so that a restarted directory is found again
+    detached = {
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "num_cpus": 0,
+        "get_if_exists": False,
+    }
+    directory = ray.remote(DirectoryActor).options(name=DIRECTORY, **detached).remote(config.host, config.port)
+    try:
+        ray.get(directory.address.remote(), timeout=_CALL_TIMEOUT_S)
+    except RayError as err:
+        ray.kill(directory)
+        raise TeacherUnavailableError(
+            f"the directory cannot listen on {config.host}:{config.port}; is it taken?"
+        ) from err
+    keeper = ray.remote(KeeperActor).options(name=KEEPER, max_concurrency=4, **detached).remote(config, directory)
+    return Pool(directory, keeper)
+
+
+def find(*, required: bool = True) -> Pool | None:
+    """The pool of the Ray cluster that this process is connected to.
+
+    Raises:
+        ConfigError: there is none, and `required`.
+    """
+    try:
+        return Pool(ray.get_actor(DIRECTORY, namespace=NAMESPACE), ray.get_actor(KEEPER, namespace=NAMESPACE))
+    except ValueError as err:
+        if required:
+            raise ConfigError(
+                "there is no pool on this Ray cluster; start one with `schoolhouse up pool.yaml`"
+            ) from err
+        return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def init_ray(address: str | None = None, num_cpus: int | None = None) -> str:
+    """Connect this process to the Ray cluster at `address`, or start a local one; returns its address."""
+    try:
+        context = ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            num_cpus=num_cpus,
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1" if address is None else None,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as err:
+        raise TeacherUnavailableError(f"no Ray cluster answers at {address}: {err}") from err
+    return str(context.address_info["gcs_address"])

@@ -1,0 +1,89 @@
+"""A pool on a real local Ray cluster: starts, serves, is replaced when killed, and stops."""
+
+import os
+import signal
+import time
+
+import pytest
+import schoolhouse as sh
+import torch
+from models import Net
+from schoolhouse.errors import ConfigError
+
+ray = pytest.importorskip("ray")
+
+pytestmark = pytest.mark.ray
+
+
+def make(tmp_path, replicas=2, build="models:Net"):
+    from schoolhouse_server import config
+
+    path = tmp_path / "pool.yaml"
+    path.write_text(
+        f"port: 0\nteachers: {{net: {{build: '{build}', kwargs: {{width: 32, seed: 1}}, replicas: {replicas}, "
+        "threads: 1, resources: {num_cpus: 0.5}}}\n"
+    )
+    return config.load_pool(path)
+
+
+@pytest.fixture
+def pool(cluster, tmp_path):
+    from schoolhouse_server.pool import launch
+
+    found = launch(make(tmp_path))
+    found.wait(120)
+    yield found
+    found.down()
+
+
+def pids():
+    from schoolhouse_server.actors import NAMESPACE
+
+    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("teacher/")]
+    return [ray.get(ray.get_actor(n, namespace=NAMESPACE).__ray_call__.remote(lambda self: os.getpid())) for n in names]
+
+
+def test_a_pool_serves_and_is_kept_at_strength(pool):
+    rows = pool.status()
+    assert len({row["address"] for row in rows}) == 2
+    assert len({row["revision"] for row in rows}) == 1
+    model, x = Net(32, seed=1).requires_grad_(False), torch.randn(4, 8)
+    with sh.connect(pool.url("net")) as teacher:
+        for _ in range(10):
+            assert torch.equal(teacher.submit((x,), {}, [""]).result()[""], model(x))
+        before = {row["id"] for row in pool.status()}
+        os.kill(pids()[0], signal.SIGKILL)
+        for _ in range(50):  # the other replica takes over meanwhile
+            assert torch.equal(teacher.submit((x,), {}, [""]).result(60)[""], model(x))
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            rows = pool.status()
+            if len(rows) == 2 and all(r["stage"] == "serving" for r in rows) and {r["id"] for r in rows} != before:
+                break
+            time.sleep(0.2)
+        assert {row["id"] for row in rows} != before
+        assert [row["stage"] for row in rows] == ["serving", "serving"]
+        assert torch.equal(teacher.submit((x,), {}, [""]).result()[""], model(x))
+
+
+def test_a_second_pool_is_refused(pool, tmp_path):
+    from schoolhouse_server.pool import launch
+
+    with pytest.raises(ConfigError, match="already"):
+        launch(make(tmp_path))
+
+
+def test_a_teacher_that_cannot_be_built_says_why(cluster, tmp_path):
+    from schoolhouse_server.pool import PoolFailedError, find, launch
+
+    broken = launch(make(tmp_path, replicas=1, build="no_such_module:f"))
+    try:
+        with pytest.raises(PoolFailedError, match="no_such_module"):
+            broken.wait(120)
+    finally:
+        broken.down()
+    deadline = time.monotonic() + 20
+    while find(required=False) is not None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert find(required=False) is None
+    assert not [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("teacher/")]
