@@ -139,7 +139,6 @@ def init_ray(address: str | None = None, num_cpus: int | None = None) -> str:
             include_dashboard=False if address is None else None,
             log_to_driver=False,
             logging_level="ERROR",
-            _node_ip_address="127.0.0.1" if address is None else None,
         )
     except (ConnectionError, ValueError, RuntimeError) as err:
         raise TeacherUnavailableError(f"no Ray cluster answers at {address}: {err}") from err

@@ -1,0 +1,140 @@
+"""The `schoolhouse` command: start, watch and stop a pool of teachers, and a demo of the whole."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from schoolhouse.errors import ConfigError, SchoolhouseError
+
+app = typer.Typer(
+    help=(
+        "Serve frozen PyTorch teachers to students that train elsewhere.\n\n"
+        "A pool is described by a small YAML file:\n\n"
+        "    teachers:\n\n"
+        "      resnet: {build: 'my_models:resnet50', weights: resnet50.safetensors, replicas: 2}\n\n"
+        "`schoolhouse up pool.yaml` starts it and prints the address that students connect to: "
+        'sh.connect("grpc://HOST:PORT/resnet"). Then `schoolhouse status` and `schoolhouse down`.'
+    ),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to use, as HOST:PORT of its head ('auto' for one started with `ray start` on this machine). "
+        "Without it: a local one, started by `up` and stopped by `down`."
+    ),
+]
+
+
+@app.command()
+def up(
+    pool: Annotated[Path, typer.Argument(help="The pool's YAML file.")],
+    address: Address = None,
+    timeout_s: Annotated[float, typer.Option(help="How long to wait for the teachers, in seconds.")] = 900.0,
+) -> None:
+    """Start a pool and return when every replica serves; it goes on in the background until `down`."""
+    from schoolhouse_server import local_cluster
+    from schoolhouse_server.config import load_pool
+
+    config = load_pool(pool)
+    started = False
+    with out.status("starting Ray"):
+        if address is None and local_cluster.running() is None:
+            local_cluster.start()
+            started = True
+    try:
+        with _connected(address):
+            from schoolhouse_server.pool import launch
+
+            launched = launch(config)
+            try:
+                with Live(console=out, refresh_per_second=4) as live:
+                    launched.wait(timeout_s, lambda rows: live.update(_table(rows)))
+            except BaseException:
+                launched.down()
+                raise
+            for name in config.teachers:
+                out.print(f"students connect to  {launched.url(name)}", soft_wrap=True)
+    except BaseException:
+        if started:
+            local_cluster.stop()
+        raise
+
+
+@app.command()
+def status(address: Address = None) -> None:
+    """Show the pool: its teachers, revisions, replicas and load."""
+    with _connected(address):
+        from schoolhouse_server.pool import find
+
+        found = find()
+        assert found is not None
+        out.print(_table(found.status()))
+        out.print(f"directory at {found.address}", soft_wrap=True)
+
+
+@app.command()
+def down(address: Address = None) -> None:
+    """Stop the pool, and the local Ray cluster if `up` started it."""
+    from schoolhouse_server import local_cluster
+
+    with _connected(address):
+        from schoolhouse_server.pool import find
+
+        found = find(required=address is not None)
+        if found is not None:
+            found.down()
+    if address is None:
+        local_cluster.stop()
+    out.print("the pool is down")
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    from schoolhouse_server import local_cluster
+
+    found = address or local_cluster.running()
+    if found is None:
+        raise ConfigError("no local pool is running; start one with `schoolhouse up pool.yaml`, or give --address")
+    if address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"  # Ray guards local clusters with the user's token; read when it loads
+    import ray
+
+    from schoolhouse_server.pool import init_ray
+
+    init_ray(found)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in ("teacher", "replica", "state", "revision", "address", "load"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        load = f"{row['sessions']} sessions, {row['queued'] + row['in_flight']} waiting, {row['served']} served"
+        table.add_row(row["teacher"], row["id"], row["stage"], row["revision"], row["address"], load)
+    return table
+
+
+def main() -> None:
+    """Entry point: our errors become one sentence on stderr and exit status 1."""
+    try:
+        app()
+    except SchoolhouseError as error:
+        err.print(f"schoolhouse: {error}", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
