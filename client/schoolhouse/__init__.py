@@ -6,6 +6,7 @@ from schoolhouse.distill import convert, export
 from schoolhouse.losses import LogitsDistillationLoss
 from schoolhouse.meta_model import DistillationModel
 from schoolhouse.remote import RemoteTeacher, connect
+from schoolhouse.session import Traffic
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features, LocalTeacher, Teacher, TeacherDescription
 
@@ -20,6 +21,7 @@ __all__ = [
     "Tap",
     "Teacher",
     "TeacherDescription",
+    "Traffic",
     "connect",
     "convert",
     "errors",

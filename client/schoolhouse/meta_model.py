@@ -1,8 +1,9 @@
 """DistillationModel: a student whose forward also asks the teacher, and which computes the losses between them."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class Distillation:
     student_class: type[nn.Module]
     step: Step | None = None
     recording: bool = False
+    only_student: bool = False
     handles: list[Any] = field(default_factory=list)
 
     @property
@@ -51,8 +53,20 @@ class DistillationModel(nn.Module):
         """The balancer, if any."""
         return self._distillation.balancer
 
+    @contextmanager
+    def only_student_forward(self, enable: bool = True) -> Iterator[None]:
+        """Within it, a forward runs the student alone: for validation."""
+        state = self._distillation
+        before, state.only_student = state.only_student, enable
+        try:
+            yield
+        finally:
+            state.only_student = before
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self._distillation
+        if state.only_student:
+            return state.student_class.forward(self, *args, **kwargs)
         self._drop_step()
         step = Step(state.teacher.submit(args, kwargs, state.taps))
         state.step, state.recording = step, True

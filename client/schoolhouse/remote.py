@@ -26,7 +26,7 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
     UnknownTeacherError,
 )
-from schoolhouse.session import Request, Session, timed_out
+from schoolhouse.session import Request, Session, Traffic, timed_out
 from schoolhouse.taps import TapLike, as_taps, check_modules
 from schoolhouse.teachers import Features, TeacherDescription
 
@@ -92,6 +92,7 @@ class RemoteTeacher:
         self._wake = threading.Condition()
         self._sessions: dict[str, Session] = {}
         self._addresses: list[str] = []
+        self._past_traffic = Traffic()  # of sessions that have ended
         self._stale = False  # a replica was lost: ask the directory again
         self._description: TeacherDescription | None = None
         self._max_request_bytes = self._limits.max_payload_bytes
@@ -147,6 +148,11 @@ class RemoteTeacher:
         except SchoolhouseError as err:
             request.fail(err)
         return request.future
+
+    def traffic(self) -> Traffic:
+        """Requests answered so far, and the bytes that they took."""
+        with self._lock:
+            return sum((session.traffic for session in self._sessions.values()), self._past_traffic)
 
     def close(self) -> None:
         """End the sessions; what is unanswered fails with `TeacherUnavailableError`."""
@@ -245,6 +251,7 @@ class RemoteTeacher:
         """Send again, elsewhere, what a replica left unanswered; requests are idempotent."""
         with self._lock:
             self._stale = True
+            self._past_traffic += session.traffic
             if self._sessions.get(session.address) is session:
                 del self._sessions[session.address]
         for request in lost:

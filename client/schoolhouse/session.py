@@ -28,6 +28,22 @@ from schoolhouse.teachers import Features
 _SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT}
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What went over the wire for answered requests, in bytes of headers and payloads."""
+
+    requests: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            self.requests + other.requests,
+            self.sent_bytes + other.sent_bytes,
+            self.received_bytes + other.received_bytes,
+        )
+
+
 @dataclass(eq=False)
 class Request:
     """One batch on its way to features. It may be sent again to another replica."""
@@ -65,6 +81,7 @@ class Session:
     ) -> None:
         self.address = address
         self.alive = False
+        self.traffic = Traffic()
         self._open_message = teacher_pb2.Open(protocol=channel.PROTOCOL, teacher=teacher, job=job)
         self._limits = limits
         self._on_loss = on_loss
@@ -238,6 +255,8 @@ class Session:
         request = self._take(reply.request_id)
         if request is None:
             return
+        sent = request.outgoing.nbytes + len(request.outgoing.header)
+        self.traffic += Traffic(1, sent, incoming.nbytes + len(reply.features))
         try:
             request.resolve(_features(request, reply, incoming))
         except SchoolhouseError as err:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,6 +102,23 @@ def down(address: Address = None) -> None:
     out.print("the pool is down")
 
 
+@app.command()
+def demo(
+    plot: Annotated[Path, typer.Option(help="Where to write the curves, as a PNG.")] = Path("schoolhouse-demo.png"),
+    seeds: Annotated[int, typer.Option(min=1, max=20, help="Students of each kind.")] = 3,
+) -> None:
+    """Train a teacher on handwritten digits, serve it from a local pool, and distil two students from it."""
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"the demo needs the extra 'demo': pip install 'schoolhouse[demo]' ({error})") from error
+    from schoolhouse_server.demo import run
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleaned up after, as after Ctrl-C
+    run(plot.resolve(), seeds, out)
+
+
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[None]:
     from schoolhouse_server import local_cluster
@@ -138,3 +156,6 @@ def main() -> None:
     except SchoolhouseError as error:
         err.print(f"schoolhouse: {error}", markup=False, soft_wrap=True)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        err.print("schoolhouse: interrupted; all that was started is stopped")
+        raise SystemExit(130) from None

@@ -1,0 +1,1 @@
+"""What `schoolhouse demo` runs: models, data, and the student's job."""
