@@ -25,7 +25,7 @@ from torch import nn
 
 SIZES = {"1KiB": 1 << 10, "1MiB": 1 << 20, "8MiB": 8 << 20, "64MiB": 64 << 20}
 FRAME = 1 << 20
-IN_FLIGHT = 4
+IN_FLIGHT = 2  # ours, from 1 MiB on: one batch ahead
 
 
 class Prepared(nn.Module):
@@ -127,8 +127,9 @@ def over_schoolhouse(teacher: sh.RemoteTeacher) -> Callable[[int, int], None]:
 
 
 def over_raw(port: int) -> Callable[[int, int], None]:
-    """Plain gRPC: unary at 1 KiB, else one stream for all the features of a round, each received into a buffer."""
+    """Plain gRPC: unary at 1 KiB, else one stream for all the features of a round, each received into a kept buffer."""
     opened = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", -1)])
+    kept = memoryview(bytearray(max(SIZES.values())))
     unary, stream = opened.unary_unary("/raw/Unary"), opened.unary_stream("/raw/Stream")
 
     def move(size: int, count: int) -> None:
@@ -136,7 +137,7 @@ def over_raw(port: int) -> Callable[[int, int], None]:
             if size <= 1 << 10:
                 unary(str(size).encode())
                 continue
-            buffer, at = memoryview(bytearray(size)), 0
+            buffer, at = kept[:size], 0
             for message in stream(str(size).encode()):
                 buffer[at : at + len(message)] = message
                 at += len(message)
@@ -145,13 +146,14 @@ def over_raw(port: int) -> Callable[[int, int], None]:
 
 
 def over_tcp(port: int) -> Callable[[int, int], None]:
-    """A bare socket, received into a buffer."""
+    """A bare socket, received into a kept buffer."""
     client = socket.create_connection(("127.0.0.1", port))
+    kept = memoryview(bytearray(max(SIZES.values())))
 
     def move(size: int, count: int) -> None:
         for _ in range(count):
             client.sendall(size.to_bytes(8, "little"))
-            buffer, at = memoryview(bytearray(size)), 0
+            buffer, at = kept[:size], 0
             while at < size:
                 at += client.recv_into(buffer[at:])
 

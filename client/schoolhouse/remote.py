@@ -27,8 +27,10 @@ from schoolhouse.errors import (
     UnknownTeacherError,
 )
 from schoolhouse.session import Request, Session, Traffic, timed_out
-from schoolhouse.taps import TapLike, as_taps, check_modules
+from schoolhouse.taps import Tap, TapLike, as_taps, check_modules
 from schoolhouse.teachers import Features, TeacherDescription
+
+_MAX_KNOWN_TAPS = 256
 
 
 def connect(
@@ -95,7 +97,9 @@ class RemoteTeacher:
         self._past_traffic = Traffic()  # of sessions that have ended
         self._stale = False  # a replica was lost: ask the directory again
         self._description: TeacherDescription | None = None
-        self._max_request_bytes = self._limits.max_payload_bytes
+        self._modules: dict[str, None] = {}
+        self._known_taps: dict[tuple[TapLike, ...], tuple[Tap, ...]] = {}
+        self._request_limits = self._limits
         self._outstanding: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._ids = itertools.count()
@@ -119,6 +123,7 @@ class RemoteTeacher:
             if self._description is None:
                 self._refresh()
                 self._description = self._first_description()
+                self._modules = dict.fromkeys(self._description.modules)  # ordered, and quick to search
             return self._description
 
     def submit(
@@ -135,11 +140,9 @@ class RemoteTeacher:
             raise ConfigError(f"{self!r} is closed; connect again")
         if self._pid != os.getpid():
             self._reset()
-        wanted = as_taps(taps)
-        description = self.describe()
-        check_modules((tap.module for tap in wanted), description.modules, f"teacher {self._name!r}")
-        limits = Limits(max_payload_bytes=self._max_request_bytes)
-        outgoing = framing.Outgoing(Arguments(args, kwargs), limits=limits, snapshot=True)
+        description = self._description or self.describe()
+        wanted = self._checked(tuple(taps))
+        outgoing = framing.Outgoing(Arguments(args, kwargs), limits=self._request_limits, snapshot=True)
         deadline = time.monotonic() + self._settings["timeout_s"]
         request = Request(outgoing, wanted, description.revision, deadline)
         self._watch(request)
@@ -148,6 +151,16 @@ class RemoteTeacher:
         except SchoolhouseError as err:
             request.fail(err)
         return request.future
+
+    def _checked(self, taps: tuple[TapLike, ...]) -> tuple[Tap, ...]:
+        """The taps in their usual form, known to exist; a loop asks for the same ones again and again."""
+        found = self._known_taps.get(taps)
+        if found is None:
+            found = as_taps(taps)
+            check_modules((tap.module for tap in found), self._modules, f"teacher {self._name!r}")
+            if len(self._known_taps) < _MAX_KNOWN_TAPS:
+                self._known_taps[taps] = found
+        return found
 
     def traffic(self) -> Traffic:
         """Requests answered so far, and the bytes that they took."""
@@ -175,13 +188,15 @@ class RemoteTeacher:
             if self._watchdog is None:
                 self._watchdog = threading.Thread(target=self._expire, name="schoolhouse-deadlines", daemon=True)
                 self._watchdog.start()
-            self._wake.notify()
-        request.future.add_done_callback(lambda future: self._done(request_id, request, future))
+            if self._deadlines[0][1] == request_id:
+                self._wake.notify()
+        request.future.add_done_callback(lambda future: self._done(request_id, future))
 
-    def _done(self, request_id: int, request: Request, future: "Future[Features]") -> None:
+    def _done(self, request_id: int, future: "Future[Features]") -> None:
+        """Forget the request. The future must not refer to it: in a cycle, its features would outlive their use."""
         with self._wake:
-            self._outstanding.pop(request_id, None)
-        if future.cancelled():
+            request = self._outstanding.pop(request_id, None)
+        if request is not None and future.cancelled():
             self._cancel(request)
 
     def _cancel(self, request: Request) -> None:
@@ -217,11 +232,13 @@ class RemoteTeacher:
                 return
 
     def _pick(self, request: Request) -> str:
-        if self._stale or not set(self._addresses) - request.tried:
+        if self._stale or request.tried.issuperset(self._addresses):
             self._refresh()
-        candidates = sorted(set(self._addresses) - request.tried)
+        candidates = [address for address in self._addresses if address not in request.tried]
         if not candidates:
             raise TeacherUnavailableError(f"no replica of {self._name!r} is left to ask at {self._target}")
+        if len(candidates) == 1:
+            return candidates[0]
         random.shuffle(candidates)
         return min(candidates, key=self._load)
 
@@ -304,7 +321,7 @@ class RemoteTeacher:
                 except grpc.RpcError as err:
                     error = status.from_rpc_error(err, address)
                     continue
-            self._max_request_bytes = found.max_request_bytes
+            self._request_limits = Limits(max_payload_bytes=found.max_request_bytes)
             return TeacherDescription(
                 name=found.teacher,
                 revision=found.revision,

@@ -22,10 +22,8 @@ from schoolhouse.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse.taps import Tap
+from schoolhouse.taps import Tap, taps_from_wire, taps_to_wire
 from schoolhouse.teachers import Features
-
-_SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT}
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class Session:
     def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
         call = teacher_pb2.Call(
             request_id=request_id,
-            taps=[teacher_pb2.Tap(module=tap.module, side=_SIDES[tap.side]) for tap in request.taps],
+            taps=taps_to_wire(request.taps),
             revision=request.revision,
             timeout_s=max(request.deadline - self._clock(), 0.001),
             inputs=request.outgoing.header,
@@ -272,15 +270,14 @@ class Session:
 
 def _features(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
     """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
-    sides = {number: side for side, number in _SIDES.items()}
-    taps = tuple(Tap(tap.module, sides.get(tap.side, "")) for tap in reply.taps)
+    taps = taps_from_wire(reply.taps)
     for what, given, expected in (
         ("taps", taps, request.taps),
         ("revision", reply.revision, request.revision),
-        ("inputs", reply.input_digest.hex(), request.outgoing.digest.hex()),
+        ("inputs", reply.input_digest, request.outgoing.digest),
     ):
         if given != expected:
-            raise FeatureMismatchError(f"features of other {what} came: {given}, where {expected} was asked for")
+            raise FeatureMismatchError(f"features of other {what} came: {given!r}, where {expected!r} was asked for")
     values = incoming.value()
     if not isinstance(values, list) or len(values) != len(taps):
         raise ProtocolError("a reply came whose features are not one for each tap")

@@ -1,14 +1,16 @@
 """Capture what named submodules receive and return during one forward, and stop it after the last one."""
 
 import difflib
+import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.records import build_record, record_of
+from schoolhouse_wire.v1 import teacher_pb2
 from torch import nn
 
 from schoolhouse.errors import ConfigError, UnknownTapError
@@ -25,6 +27,7 @@ class Tap(NamedTuple):
 
 
 TapLike: TypeAlias = Tap | tuple[str, str] | str
+_WHOLE = Tap("", "output")
 
 
 def as_tap(tap: TapLike) -> Tap:
@@ -33,6 +36,21 @@ def as_tap(tap: TapLike) -> Tap:
     if found.side not in ("input", "output"):
         raise ConfigError(f"tap {tap!r}: the side is {found.side!r}; choices: 'input', 'output'")
     return found
+
+
+_SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT}
+_FROM_SIDE = {number: side for side, number in _SIDES.items()}
+
+
+@functools.lru_cache(maxsize=256)
+def taps_to_wire(taps: tuple[Tap, ...]) -> tuple[teacher_pb2.Tap, ...]:
+    """Taps as messages."""
+    return tuple(teacher_pb2.Tap(module=tap.module, side=_SIDES[tap.side]) for tap in taps)
+
+
+def taps_from_wire(taps: Iterable[teacher_pb2.Tap]) -> tuple[Tap, ...]:
+    """Taps from messages; a side that this version does not know becomes ""."""
+    return tuple(Tap(tap.module, _FROM_SIDE.get(tap.side, "")) for tap in taps)
 
 
 def as_taps(taps: Iterable[TapLike]) -> tuple[Tap, ...]:
@@ -48,11 +66,11 @@ def module_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules(remove_duplicate=False))
 
 
-def check_modules(names: Iterable[str], known: Sequence[str], whose: str) -> None:
+def check_modules(names: Iterable[str], known: Collection[str], whose: str) -> None:
     """Raise `UnknownTapError`, with close matches, for the first name that is not among `known`."""
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or list(known[:20])
+            close = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or list(known)[:20]
             raise UnknownTapError(
                 f"{whose} has no submodule {name!r}; close to it are: {', '.join(map(repr, close))}", choices=close
             )
@@ -96,7 +114,9 @@ def run_with_taps(
     Returns the features, in the order of `taps`, and those taps whose tensors were changed in place by later modules
     (such as an in-place ReLU): run again with these in `clone` to have them as the module returned them.
     """
-    stop = Tap("", "output") not in taps
+    if taps == (_WHOLE,):
+        return {_WHOLE: model(*args, **kwargs)}, frozenset()
+    stop = _WHOLE not in taps
     recorder = _Recorder(taps, clone, stop)
     with _hooks(model, taps, recorder):
         try:
@@ -106,7 +126,7 @@ def run_with_taps(
         except _Stopped:
             output = None
     if not stop:
-        recorder.features[Tap("", "output")] = output
+        recorder.features[_WHOLE] = output
     missing = [tap.module for tap in taps if tap not in recorder.features]
     if missing:
         raise UnknownTapError(f"the submodules {missing} did not run in this forward, so they have no features")

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import xxhash
-from schoolhouse_wire.framing import memory_of
+from schoolhouse_wire.memory import memory_of
 from torch import nn
 
 from schoolhouse.errors import SchoolhouseError, TeacherForwardError
@@ -69,7 +69,7 @@ class LocalTeacher:
     def __init__(self, module: nn.Module, name: str = "teacher") -> None:
         self.module = module.requires_grad_(False).eval()
         self._name = name
-        self._modules = module_names(module)
+        self._modules = dict.fromkeys(module_names(module))  # ordered, and quick to search
         self._revision = ""
         self._clone: frozenset[Tap] = frozenset()
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
@@ -84,7 +84,7 @@ class LocalTeacher:
             name=self._name,
             revision=self._revision,
             class_name=_qualified_name(self.module),
-            modules=self._modules,
+            modules=tuple(self._modules),
             parameters=tuple(inspect.signature(self.module.forward).parameters),
             dtype=str(floating).removeprefix("torch.") if floating else "",
             device=str(parameter.device) if parameter is not None else "cpu",
@@ -111,7 +111,8 @@ class LocalTeacher:
         check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
         try:
             with self._lock, torch.no_grad():
-                self.module.eval()  # train() on a model that holds this one reaches it too
+                if self.module.training:  # train() on a model that holds this one reaches it too
+                    self.module.eval()
                 values, overwritten = run_with_taps(self.module, args, kwargs, taps, self._clone)
                 if overwritten:
                     self._clone |= overwritten

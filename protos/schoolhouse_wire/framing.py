@@ -4,7 +4,6 @@ A frame is an ordinary protobuf message, but written and read by hand: its last 
 one copy of a byte and receiving one (into the receive buffer), where the generated code would take two each.
 """
 
-import ctypes
 import queue
 from collections import deque
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 import xxhash
 from google.protobuf.message import DecodeError, Message
 
-from schoolhouse_wire import codec
+from schoolhouse_wire import codec, memory
 from schoolhouse_wire.errors import CorruptPayloadError, MessageTooLargeError, ProtocolError
 from schoolhouse_wire.limits import ALIGNMENT, FRAME_BYTES, INLINE_BYTES, Limits
 from schoolhouse_wire.v1 import teacher_pb2
@@ -24,6 +23,7 @@ M = TypeVar("M", bound=Message)
 
 _FRAME_TAG = 0x7A  # field 15, length-delimited: `frame` of both ClientMessage and ServerMessage
 _REQUEST_TAG, _OFFSET_TAG, _DIGEST_TAG, _DATA_TAG = 0x08, 0x10, 0x1A, 0x7A
+_CORRUPT = "a payload arrived whose checksum does not match its bytes"
 _PADDING = memoryview(bytes(ALIGNMENT))
 
 
@@ -111,13 +111,6 @@ def write_message(message: Message | bytes) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without copying; valid while the tensor lives."""
-    if tensor.nbytes == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
 class Outgoing:
     """A value on its way out: its serialized bundle, and its payload either inline or as frames."""
 
@@ -143,9 +136,9 @@ class Outgoing:
         self.payload = teacher_pb2.Payload()
         self.digest = b""  # known once the last byte is on its way
         if self.inline:
-            self.payload.data = b"".join(self._slices())
-            self.digest = xxhash.xxh3_128(self.header + self.payload.data).digest()
-            self.payload.digest = self.digest
+            data = b"".join(self._slices()) if self.nbytes else b""
+            self.digest = xxhash.xxh3_128_digest(self.header + data)
+            self.payload = teacher_pb2.Payload(digest=self.digest, data=data)
             self._tensors = []
 
     def _slices(self) -> Iterator[memoryview]:
@@ -154,7 +147,7 @@ class Outgoing:
             start = codec.aligned(end)
             if start > end:
                 yield _PADDING[: start - end]
-            yield memory_of(tensor)
+            yield memory.memory_of(tensor)
             end = start + tensor.nbytes
 
     def frames(self, request_id: int) -> Iterator[bytes]:
@@ -195,12 +188,21 @@ class Incoming:
         self._bundle, self.nbytes = codec.read_bundle(header, limits)
         self._limits = limits
         self._filled = 0
-        self._hash = xxhash.xxh3_128(header)
         self.digest = b""
-        self._buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        self._memory = memory_of(self._buffer)
         if payload.digest:
-            self.add(0, memoryview(payload.data), payload.digest)
+            self._take_inline(header, payload)
+            return
+        self._hash = xxhash.xxh3_128(header)
+        self._buffer, self._memory = memory.RECEIVE_BUFFERS.take(self.nbytes)
+
+    def _take_inline(self, header: bytes, payload: teacher_pb2.Payload) -> None:
+        if len(payload.data) != self.nbytes:
+            raise ProtocolError(f"{len(payload.data)} bytes came where {self.nbytes} were declared")
+        if xxhash.xxh3_128_digest(header + payload.data) != payload.digest:
+            raise CorruptPayloadError(_CORRUPT)
+        self.digest = payload.digest
+        owner = bytearray(payload.data)
+        self._buffer = memory.tensor_over(owner)[0] if owner else torch.empty(0, dtype=torch.uint8)
 
     @property
     def complete(self) -> bool:
@@ -216,12 +218,11 @@ class Incoming:
                 "that have come"
             )
         self._hash.update(data)
-        if data.nbytes:  # the memory of an empty buffer is not writable
-            self._memory[offset:end] = data
+        self._memory[offset:end] = data
         self._filled = end
         if digest:
             if self._hash.digest() != digest:
-                raise CorruptPayloadError("a payload arrived whose checksum does not match its bytes")
+                raise CorruptPayloadError(_CORRUPT)
             self.digest = digest
 
     def value(self) -> Any:

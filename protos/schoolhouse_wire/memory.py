@@ -1,9 +1,17 @@
-"""The process's allocator, told to keep memory that frames free and take again."""
+"""Memory for frames and payloads: an allocator that keeps what it frees, and receive buffers that are used again."""
 
+import contextlib
 import ctypes
 import functools
+import mmap
+import weakref
+from collections import deque
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MAPPED_FROM_BYTES = 4 << 20  # below, the allocator does as well
+_HUGE_PAGE_BYTES = 2 << 20
 _KEPT_BYTES = 512 << 20
 _MMAP_BYTES = 32 << 20  # the most that glibc accepts
 
@@ -18,3 +26,68 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+
+
+def tensor_over(data: bytearray) -> tuple[torch.Tensor, memoryview]:
+    """A 1-d uint8 tensor over `data`, which must not be empty, and its bytes."""
+    return torch.frombuffer(data, dtype=torch.uint8), memoryview(data)
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without copying; valid while the tensor lives."""
+    if tensor.nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+class ReceiveBuffers:
+    """Memory for large payloads, used again once no tensor views it any more.
+
+    Mapping, faulting in and unmapping 64 MiB takes longer than receiving it. Idle memory is bounded.
+    """
+
+    def __init__(self, max_idle_bytes: int = 512 << 20) -> None:
+        self._max_idle_bytes = max_idle_bytes
+        self._idle: deque[mmap.mmap] = deque()  # its operations are atomic: a lock could be taken twice by one thread,
+        # since the garbage collector gives memory back whenever it runs
+
+    def take(self, nbytes: int) -> tuple[torch.Tensor, memoryview]:
+        """A 1-d uint8 tensor of that size, with undefined contents, and its bytes."""
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8), memoryview(bytearray())
+        if nbytes < _MAPPED_FROM_BYTES:
+            return tensor_over(bytearray(nbytes))
+        pages = self._find(nbytes) or _map(nbytes)
+        owner = (ctypes.c_char * len(pages)).from_buffer(pages)  # torch keeps it while any view of the memory lives
+        weakref.finalize(owner, self._give, pages).atexit = False
+        return torch.frombuffer(owner, dtype=torch.uint8, count=nbytes), memoryview(owner).cast("B")
+
+    def _find(self, nbytes: int) -> mmap.mmap | None:
+        for _ in range(len(self._idle)):
+            try:
+                pages = self._idle.popleft()
+            except IndexError:
+                return None
+            if nbytes <= len(pages) <= 2 * nbytes:
+                return pages
+            self._idle.append(pages)
+        return None
+
+    def _give(self, pages: mmap.mmap) -> None:
+        self._idle.append(pages)
+        with contextlib.suppress(IndexError):
+            while sum(map(len, list(self._idle))) > self._max_idle_bytes:
+                self._idle.popleft()
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    """Fresh private memory, in huge pages where the system has them."""
+    size = -(-nbytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+RECEIVE_BUFFERS = ReceiveBuffers()

@@ -36,7 +36,8 @@ class Engine:
         self.running = 0
         self._teacher = teacher
         self._device = self.description.device
-        self._queue: queue.Queue[Job | None] = queue.Queue(maxsize=max_queued)
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._max_queued = max_queued
         self._thread = threading.Thread(target=self._run, name="schoolhouse-engine", daemon=True)
         self._closed = False
 
@@ -53,12 +54,9 @@ class Engine:
         """Queue a request; raises `TeacherBusyError` when the queue is full."""
         if self._closed:
             raise TeacherUnavailableError("the teacher is shutting down")
-        try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            raise TeacherBusyError(
-                f"{self._queue.maxsize} requests are queued, as many as this teacher takes"
-            ) from None
+        if self._queue.qsize() >= self._max_queued:
+            raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
+        self._queue.put(job)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""

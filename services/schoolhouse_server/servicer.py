@@ -16,7 +16,7 @@ from schoolhouse.errors import (
     TeacherInternalError,
     UnknownTeacherError,
 )
-from schoolhouse.taps import Tap
+from schoolhouse.taps import taps_from_wire, taps_to_wire
 from schoolhouse.teachers import Features
 from schoolhouse_wire import channel, framing, status
 from schoolhouse_wire.codec import Arguments
@@ -26,7 +26,6 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_server.engine import Engine, Job
 
 _log = logging.getLogger(__name__)
-_SIDES = {teacher_pb2.Tap.INPUT: "input", teacher_pb2.Tap.OUTPUT: "output"}
 MAX_IN_FLIGHT = 64
 
 
@@ -179,7 +178,7 @@ class ServerSession:
         inputs = incoming.value()
         if not isinstance(inputs, Arguments):
             raise ProtocolError("a call's inputs are not the arguments of a forward")
-        taps = tuple(Tap(tap.module, _SIDES.get(tap.side, "output")) for tap in call.taps)
+        taps = taps_from_wire(call.taps)
         request_id, digest = call.request_id, incoming.digest
 
         def done(result: Features | BaseException) -> None:
@@ -203,13 +202,7 @@ class ServerSession:
             reply = teacher_pb2.Reply(
                 request_id=request_id,
                 revision=result.revision,
-                taps=[
-                    teacher_pb2.Tap(
-                        module=tap.module,
-                        side=teacher_pb2.Tap.INPUT if tap.side == "input" else teacher_pb2.Tap.OUTPUT,
-                    )
-                    for tap in result
-                ],
+                taps=taps_to_wire(tuple(result)),
                 input_digest=digest,
                 features=outgoing.header,
                 payload=outgoing.payload,
