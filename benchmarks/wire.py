@@ -1,4 +1,5 @@
-"""GB/s of features from a replica to a client, beside a raw gRPC byte stream and a bare TCP socket, in one run.
+"""GB/s of features from a replica to a client, beside a raw gRPC byte stream, a bare TCP socket and Ray Serve's gRPC
+ingress with `@serve.batch`, in one run.
 
 Each server runs in a process of its own on loopback; all of them move the same bytes.
 `python benchmarks/wire.py --json`
@@ -8,21 +9,27 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import grpc
 import schoolhouse as sh
 import torch
+from google.protobuf.wrappers_pb2 import BytesValue, UInt64Value
+from ray_serve_peer import METHOD, ray_serve
 from schoolhouse_server import serve
 from schoolhouse_wire import memory
 from torch import nn
 
+Move = Callable[[int, int], None]  # moves `count` features of `size` bytes
 SIZES = {"1KiB": 1 << 10, "1MiB": 1 << 20, "8MiB": 8 << 20, "64MiB": 64 << 20}
 FRAME = 1 << 20
 IN_FLIGHT = 2  # ours, from 1 MiB on: one batch ahead
@@ -35,9 +42,9 @@ class Prepared(nn.Module):
         super().__init__()
         self.data = torch.randint(0, 256, (64 << 20,), dtype=torch.uint8)
 
-    def forward(self, size: int) -> torch.Tensor:
+    def forward(self, size: torch.Tensor) -> torch.Tensor:
         """The first `size` bytes."""
-        return self.data[:size]
+        return self.data[: int(size)]
 
 
 def wait_for_end(ready: Connection) -> None:
@@ -93,31 +100,33 @@ def start(target: Callable[[Connection], None]) -> tuple[Any, Connection]:
     return ours.recv(), ours
 
 
-def measure(move: Callable[[int, int], None], seconds: float) -> dict[str, float]:
-    """GB/s by size, and calls/s at 1 KiB; `move(size, count)` moves `count` features of `size` bytes."""
-    figures = {}
+def measure(peers: dict[str, Move], rounds: int) -> dict[str, dict[str, float]]:
+    """Median GB/s by peer and size, and calls/s at 1 KiB. The peers take turns, so that drift hits all alike."""
+    figures: dict[str, dict[str, float]] = {peer: {} for peer in peers}
     for name, size in SIZES.items():
-        count = max(4, min(500, (128 << 20) // size))
-        move(size, 2)
-        rates, end = [], time.perf_counter() + seconds
-        while time.perf_counter() < end or len(rates) < 3:
-            began = time.perf_counter()
-            move(size, count)
-            rates.append(count / (time.perf_counter() - began))
-        rate = sorted(rates)[len(rates) // 2]
-        figures[name] = round(rate * size / 1e9, 4)
-        if name == "1KiB":
-            figures["calls_per_s"] = round(rate, 1)
+        count = max(4, min(400, (64 << 20) // size))
+        rates: dict[str, list[float]] = {peer: [] for peer in peers}
+        for turn in range(-1, rounds):
+            for peer, move in peers.items():
+                mine = count if peer != "ray_serve" else max(3, count // 8)
+                began = time.perf_counter()
+                move(size, mine)
+                if turn >= 0:  # the first warms up
+                    rates[peer].append(mine / (time.perf_counter() - began))
+        for peer, found in rates.items():
+            figures[peer][name] = round(median(found) * size / 1e9, 5)
+            if name == "1KiB":
+                figures[peer]["calls_per_s"] = round(median(found), 1)
     return figures
 
 
-def over_schoolhouse(teacher: sh.RemoteTeacher) -> Callable[[int, int], None]:
+def over_schoolhouse(teacher: sh.RemoteTeacher) -> Move:
     """Ask for features with a few in flight; small ones one at a time, as the unary peer does."""
 
     def move(size: int, count: int) -> None:
         window: list[Any] = []
         for _ in range(count):
-            window.append(teacher.submit((size,), {}, [""]))
+            window.append(teacher.submit((torch.tensor(size),), {}, [""]))
             if len(window) >= (1 if size <= 1 << 10 else IN_FLIGHT):
                 assert window.pop(0).result()[""].nbytes == size
         for future in window:
@@ -126,7 +135,7 @@ def over_schoolhouse(teacher: sh.RemoteTeacher) -> Callable[[int, int], None]:
     return move
 
 
-def over_raw(port: int) -> Callable[[int, int], None]:
+def over_raw(port: int) -> Move:
     """Plain gRPC: unary at 1 KiB, else one stream for all the features of a round, each received into a kept buffer."""
     opened = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", -1)])
     kept = memoryview(bytearray(max(SIZES.values())))
@@ -145,7 +154,7 @@ def over_raw(port: int) -> Callable[[int, int], None]:
     return move
 
 
-def over_tcp(port: int) -> Callable[[int, int], None]:
+def over_tcp(port: int) -> Move:
     """A bare socket, received into a kept buffer."""
     client = socket.create_connection(("127.0.0.1", port))
     kept = memoryview(bytearray(max(SIZES.values())))
@@ -160,26 +169,49 @@ def over_tcp(port: int) -> Callable[[int, int], None]:
     return move
 
 
+def over_ray_serve(address: str) -> Move:
+    """Ray Serve's gRPC ingress, with as many in flight as ours."""
+    opened = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+    call = opened.unary_unary(
+        METHOD, request_serializer=UInt64Value.SerializeToString, response_deserializer=BytesValue.FromString
+    )
+
+    def move(size: int, count: int) -> None:
+        window: list[Any] = []
+        for _ in range(count):
+            window.append(call.future(UInt64Value(value=size), metadata=(("application", "features"),), timeout=60))
+            if len(window) >= (1 if size <= 1 << 10 else IN_FLIGHT):
+                assert len(window.pop(0).result().value) == size
+        for future in window:
+            assert len(future.result().value) == size
+
+    return move
+
+
 def main() -> None:
     """Measure all and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each size and each peer")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each peer at each size")
     options = parser.parse_args()
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Ray Serve's proxy imports the peer's service
     url, _keep_ours = start(schoolhouse_server)
     raw_port, _keep_raw = start(raw_server)
     tcp_port, _keep_tcp = start(tcp_server)
-    with sh.connect(url) as teacher:
-        figures = {
-            "schoolhouse": measure(over_schoolhouse(teacher), options.seconds),
-            "grpc_raw": measure(over_raw(raw_port), options.seconds),
-            "tcp": measure(over_tcp(tcp_port), options.seconds),
+    with sh.connect(url) as teacher, ray_serve(max(SIZES.values())) as address:
+        peers = {
+            "schoolhouse": over_schoolhouse(teacher),
+            "grpc_raw": over_raw(raw_port),
+            "tcp": over_tcp(tcp_port),
+            "ray_serve": over_ray_serve(address),
         }
+        figures = measure(peers, options.rounds)
     if options.json:
         sys.stdout.write(json.dumps(figures) + "\n")
         return
+    sys.stdout.write("GB/s, and calls/s at 1 KiB\n")
     for peer, row in figures.items():
-        sys.stdout.write(f"{peer:12} " + "  ".join(f"{name} {value}" for name, value in row.items()) + "\n")
+        sys.stdout.write(f"{peer:12} " + "  ".join(f"{name} {value:10.4f}" for name, value in row.items()) + "\n")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,17 @@ def test_unsupported_values_say_where(value):
         codec.pack(value)
 
 
+def test_the_deepest_nesting_travels():
+    value = deep = []
+    for _ in range(Limits.max_nesting - 1):
+        deep.append([])
+        deep = deep[0]
+    deep.append(1)
+    assert trip(value) == value
+    with pytest.raises(MessageTooLargeError, match="nested"):
+        codec.pack([value])
+
+
 def test_endless_nesting_is_refused():
     value = []
     value.append(value)

@@ -4,9 +4,11 @@
 `unpack` rebuilds the value over one received buffer, without copying. Field names of records are kept, code never.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from google.protobuf.message import DecodeError
@@ -21,6 +23,7 @@ from schoolhouse_wire.limits import ALIGNMENT, Limits
 from schoolhouse_wire.records import build_record, record_of
 from schoolhouse_wire.v1 import values_pb2
 
+_CACHED_HEADER_BYTES = 4096
 _INT64 = range(-(1 << 63), 1 << 63)
 
 DTYPES: dict[torch.dtype, int] = {
@@ -74,16 +77,60 @@ def offsets(sizes: Iterable[int]) -> Iterator[int]:
     yield end
 
 
-def pack(value: Any) -> tuple[values_pb2.Bundle, list[torch.Tensor]]:
-    """Declare `value`; the returned tensors are contiguous, on CPU, and in the order of their declarations.
+@dataclass(frozen=True)
+class Declared:
+    """A value ready to travel: its serialized bundle, the size of its payload, and the memory of its tensors."""
+
+    header: bytes
+    nbytes: int
+    tensors: list[torch.Tensor]  # contiguous, on CPU, in the order of their declarations
+
+
+def pack(value: Any) -> Declared:
+    """Declare `value` and list the memory of its tensors, without copying where it is contiguous on CPU.
 
     Raises:
         UnsupportedValueError: for a type that cannot travel; the message says where it stands in the value.
-        MessageTooLargeError: for a value nested deeper than 64.
+        MessageTooLargeError: for a value nested deeper than `Limits.max_nesting`.
     """
+    flat = _flat_spec(value)
+    if flat is not None:
+        return Declared(*_flat_header(type(value) is list, flat), [tensor.detach() for tensor in value])
     packer = _Packer()
     packer.put(packer.bundle.root, value, "value", 0)
-    return packer.bundle, packer.tensors
+    *_, nbytes = offsets(tensor_nbytes(header) for header in packer.bundle.tensors)
+    return Declared(packer.bundle.SerializeToString(), nbytes, packer.tensors)
+
+
+_Spec: TypeAlias = tuple[tuple[torch.dtype, torch.Size], ...]
+
+
+def _flat_spec(value: Any) -> _Spec | None:
+    """Types and shapes of a list or of Arguments that hold nothing but plain tensors, the usual case by far."""
+    if type(value) is not list and not (type(value) is Arguments and not value.kwargs):
+        return None
+    for tensor in value:
+        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or not tensor.is_cpu:
+            return None
+        if not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj() or tensor.dtype not in DTYPES:
+            return None
+    if len({id(tensor) for tensor in value}) != len(value):
+        return None
+    return tuple((tensor.dtype, tensor.shape) for tensor in value)
+
+
+@functools.lru_cache(maxsize=512)
+def _flat_header(is_list: bool, spec: _Spec) -> tuple[bytes, int]:
+    """Serialized bundle of a flat value, and the size of its payload; a training loop sends the same one every step."""
+    bundle = values_pb2.Bundle()
+    container: Any = bundle.root.list if is_list else bundle.root.arguments
+    container.SetInParent()
+    items = container.items if is_list else container.positional
+    for i, (dtype, shape) in enumerate(spec):
+        items.add().tensor = i
+        bundle.tensors.add(dtype=DTYPES[dtype], shape=shape)
+    *_, nbytes = offsets(tensor_nbytes(header) for header in bundle.tensors)
+    return bundle.SerializeToString(), nbytes
 
 
 class _Packer:
@@ -194,60 +241,85 @@ def _type_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def read_bundle(data: bytes, limits: Limits) -> tuple[values_pb2.Bundle, int]:
-    """Parse a serialized bundle and check what it declares; returns it and the size of its payload in bytes.
+@dataclass(frozen=True)
+class Layout:
+    """A received declaration, checked: the structure, and where each tensor lies in the payload."""
+
+    root: values_pb2.Value
+    tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...]], ...]  # start, end, dtype, shape
+    nbytes: int
+    flat: bool  # a list or Arguments of all the tensors in their order
+
+
+def read_layout(header: bytes, limits: Limits) -> Layout:
+    """Parse a serialized bundle and check what it declares. Takes no memory for what it declares.
 
     Raises:
-        MessageTooLargeError: if it declares more than `limits` allow. No memory has been taken then.
+        MessageTooLargeError: if it declares more than `limits` allow.
         ProtocolError: if it is not a bundle.
     """
-    if len(data) > limits.max_header_bytes:
-        raise MessageTooLargeError(f"a header of {len(data)} bytes is over the limit of {limits.max_header_bytes}")
+    if len(header) > limits.max_header_bytes:
+        raise MessageTooLargeError(f"a header of {len(header)} bytes is over the limit of {limits.max_header_bytes}")
+    return _small_layout(header, limits) if len(header) <= _CACHED_HEADER_BYTES else _layout(header, limits)
+
+
+def _layout(header: bytes, limits: Limits) -> Layout:
     try:
-        bundle = values_pb2.Bundle.FromString(data)
+        bundle = values_pb2.Bundle.FromString(header)
     except DecodeError as err:
         raise ProtocolError("a header arrived that cannot be parsed") from err
     if len(bundle.tensors) > limits.max_tensors:
         raise MessageTooLargeError(f"{len(bundle.tensors)} tensors are over the limit of {limits.max_tensors}")
-    for header in bundle.tensors:
-        if len(header.shape) > limits.max_rank:
-            raise MessageTooLargeError(f"a tensor of rank {len(header.shape)} is over the limit of {limits.max_rank}")
-        if any(size >= 1 << 63 for size in header.shape):
+    for declared in bundle.tensors:
+        if len(declared.shape) > limits.max_rank:
+            raise MessageTooLargeError(f"a tensor of rank {len(declared.shape)} is over the limit of {limits.max_rank}")
+        if any(size >= 1 << 63 for size in declared.shape):
             raise MessageTooLargeError("a tensor with a dimension of 2**63 or more was declared")
-    total = payload_nbytes(bundle)
+    sizes = [tensor_nbytes(declared) for declared in bundle.tensors]
+    *starts, total = offsets(sizes)
     if total > limits.max_payload_bytes:
         raise MessageTooLargeError(
             f"the tensors take {total} bytes, over the limit of {limits.max_payload_bytes}; "
             "send smaller batches, tap fewer modules, or raise the receiver's limit"
         )
-    return bundle, total
+    tensors = tuple(
+        (start, start + size, _BY_NUMBER[declared.dtype], tuple(declared.shape))
+        for start, size, declared in zip(starts, sizes, bundle.tensors, strict=True)
+    )
+    return Layout(bundle.root, tensors, total, _is_flat(bundle))
 
 
-def payload_nbytes(bundle: values_pb2.Bundle) -> int:
-    """Size in bytes of the payload that a bundle's tensors take together."""
-    *_, end = offsets(tensor_nbytes(header) for header in bundle.tensors)
-    return end
+_small_layout = functools.lru_cache(maxsize=512)(_layout)  # a training loop receives the same one every step
 
 
-def unpack(bundle: values_pb2.Bundle, payload: torch.Tensor, limits: Limits) -> Any:
-    """Rebuild the value that `bundle` declares over `payload`, a 1-d uint8 tensor; tensors are views of it.
+def _is_flat(bundle: values_pb2.Bundle) -> bool:
+    kind = bundle.root.WhichOneof("kind")
+    if kind == "list":
+        items = bundle.root.list.items
+    elif kind == "arguments" and not bundle.root.arguments.keyword:
+        items = bundle.root.arguments.positional
+    else:
+        return False
+    used = [item.tensor if item.WhichOneof("kind") == "tensor" else -1 for item in items]
+    return used == list(range(len(bundle.tensors)))
+
+
+def unpack(layout: Layout, payload: torch.Tensor, limits: Limits) -> Any:
+    """Rebuild the value that `layout` declares over `payload`, a 1-d uint8 tensor; tensors are views of it.
 
     Raises:
         CorruptPayloadError: if the structure and the declarations do not fit together.
         MessageTooLargeError: if the structure is nested deeper than `limits` allow.
     """
-    starts = offsets(tensor_nbytes(header) for header in bundle.tensors)
-    tensors = [_view(payload, start, header) for header, start in zip(bundle.tensors, starts, strict=False)]
-    return _Unpacker(tensors, limits.max_nesting).get(bundle.root, 0)
+    tensors = [_view(payload, *slot) for slot in layout.tensors]
+    if layout.flat:
+        return tensors if layout.root.HasField("list") else Arguments(tensors)
+    return _Unpacker(tensors, limits.max_nesting).get(layout.root, 0)
 
 
-def _view(payload: torch.Tensor, start: int, header: values_pb2.TensorHeader) -> torch.Tensor:
-    dtype = _BY_NUMBER[header.dtype]
-    shape = tuple(header.shape)
+def _view(payload: torch.Tensor, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     try:
-        if math.prod(shape) == 0:
-            return torch.empty(shape, dtype=dtype)
-        return payload[start : start + tensor_nbytes(header)].view(dtype).view(shape)
+        return payload[start:end].view(dtype).view(shape) if end > start else torch.empty(shape, dtype=dtype)
     except RuntimeError as err:  # a zero dimension beside sizes whose product torch refuses
         raise ProtocolError(f"a tensor of the impossible shape {shape} was declared") from err
 

@@ -4,6 +4,7 @@ A frame is an ordinary protobuf message, but written and read by hand: its last 
 one copy of a byte and receiving one (into the receive buffer), where the generated code would take two each.
 """
 
+import ctypes
 import queue
 from collections import deque
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ M = TypeVar("M", bound=Message)
 
 _FRAME_TAG = 0x7A  # field 15, length-delimited: `frame` of both ClientMessage and ServerMessage
 _REQUEST_TAG, _OFFSET_TAG, _DIGEST_TAG, _DATA_TAG = 0x08, 0x10, 0x1A, 0x7A
+_NO_PAYLOAD = teacher_pb2.Payload()
 _CORRUPT = "a payload arrived whose checksum does not match its bytes"
 _PADDING = memoryview(bytes(ALIGNMENT))
 
@@ -116,14 +118,13 @@ class Outgoing:
 
     def __init__(self, value: Any, *, limits: Limits, snapshot: bool) -> None:
         """Declare `value`. With `snapshot`, what isn't sent at once is copied, so that the caller may change it."""
-        bundle, tensors = codec.pack(value)
-        self.nbytes = codec.payload_nbytes(bundle)
+        declared = codec.pack(value)
+        self.header, self.nbytes, tensors = declared.header, declared.nbytes, declared.tensors
         if self.nbytes > limits.max_payload_bytes:
             raise MessageTooLargeError(
                 f"the tensors take {self.nbytes} bytes, over the receiver's limit of {limits.max_payload_bytes}; "
                 "send smaller batches, tap fewer modules, or raise that limit"
             )
-        self.header = bundle.SerializeToString()
         if len(self.header) > limits.max_header_bytes:
             raise MessageTooLargeError(
                 f"the structure takes {len(self.header)} bytes, over the limit of {limits.max_header_bytes}"
@@ -132,14 +133,23 @@ class Outgoing:
         if snapshot and not self.inline:
             tensors = [tensor.clone() for tensor in tensors]
         self._tensors = tensors
-        self._versions = [tensor._version for tensor in tensors]
-        self.payload = teacher_pb2.Payload()
+        self.payload = _NO_PAYLOAD
         self.digest = b""  # known once the last byte is on its way
         if self.inline:
-            data = b"".join(self._slices()) if self.nbytes else b""
+            data = b"".join(self._small_slices())
             self.digest = xxhash.xxh3_128_digest(self.header + data)
             self.payload = teacher_pb2.Payload(digest=self.digest, data=data)
             self._tensors = []
+        else:
+            self._versions = [tensor._version for tensor in tensors]
+
+    def _small_slices(self) -> Iterator[bytes]:
+        end = 0
+        for tensor in self._tensors:
+            start = codec.aligned(end)
+            yield bytes(start - end)
+            yield ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b""
+            end = start + tensor.nbytes
 
     def _slices(self) -> Iterator[memoryview]:
         end = 0
@@ -185,7 +195,8 @@ class Incoming:
     """A value on its way in: one receive buffer, filled by frames in order and checked by digest."""
 
     def __init__(self, header: bytes, payload: teacher_pb2.Payload, limits: Limits) -> None:
-        self._bundle, self.nbytes = codec.read_bundle(header, limits)
+        self._layout = codec.read_layout(header, limits)
+        self.nbytes = self._layout.nbytes
         self._limits = limits
         self._filled = 0
         self.digest = b""
@@ -228,7 +239,7 @@ class Incoming:
     def value(self) -> Any:
         """The value, over the receive buffer."""
         assert self.complete
-        return codec.unpack(self._bundle, self._buffer, self._limits)
+        return codec.unpack(self._layout, self._buffer, self._limits)
 
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ class Limits:
     max_payload_bytes: int = 2 << 30
     max_tensors: int = 16_384
     max_rank: int = 64  # torch's own bound
-    max_nesting: int = 64
+    max_nesting: int = 32  # two messages a level, and protobuf's own bound is 100
     max_header_bytes: int = 8 << 20
 
     def __post_init__(self) -> None:
