@@ -23,6 +23,7 @@ from schoolhouse_wire.limits import ALIGNMENT, Limits
 from schoolhouse_wire.records import build_record, record_of
 from schoolhouse_wire.v1 import values_pb2
 
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CACHED_HEADER_BYTES = 4096
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -155,6 +156,7 @@ class _Packer:
                 node.record.names.append(name)
                 self.put(node.record.values.add(), item, f"{where}.{name}", depth + 1)
         elif isinstance(value, Arguments):
+            node.arguments.SetInParent()
             self._items(node.arguments.positional, value, where, depth)
             for name, item in value.kwargs.items():
                 self.put(node.arguments.keyword[name], item, f"{where}[{name!r}]", depth + 1)
@@ -213,7 +215,13 @@ class _Packer:
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """The same values as plain contiguous memory on CPU; the tensor itself where it already is that."""
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    if plain.is_contiguous():
+        return plain
+    same_size = _SAME_SIZE.get(plain.dtype.itemsize)
+    if same_size is None:
+        return plain.contiguous()
+    return plain.view(same_size).contiguous().view(plain.dtype)  # torch cannot copy every dtype as itself
 
 
 def _put_scalar(node: values_pb2.Value, value: Any, where: str) -> None:

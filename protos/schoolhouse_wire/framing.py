@@ -131,7 +131,7 @@ class Outgoing:
             )
         self.inline = self.nbytes <= INLINE_BYTES
         if snapshot and not self.inline:
-            tensors = [tensor.clone() for tensor in tensors]
+            tensors = [tensor.reshape(-1).view(torch.uint8).clone() for tensor in tensors]
         self._tensors = tensors
         self.payload = _NO_PAYLOAD
         self.digest = b""  # known once the last byte is on its way
@@ -176,10 +176,11 @@ class Outgoing:
                 size = sum(piece.nbytes for piece in pending)
                 last = offset + size == self.nbytes
                 if size == FRAME_BYTES or last:
+                    frame = write_frame(request_id, offset, digest.digest() if last else b"", pending)
                     if last:
-                        self._check_unchanged()
+                        self._check_unchanged()  # after the last byte was copied
                         self.digest = digest.digest()
-                    yield write_frame(request_id, offset, self.digest if last else b"", pending)
+                    yield frame
                     offset += size
                     pending = []
 

@@ -1,6 +1,5 @@
 """One teacher on one device: a bounded queue of requests, and a thread that runs them one after another."""
 
-import logging
 import queue
 import threading
 import time
@@ -8,11 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from schoolhouse.errors import SchoolhouseError, TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError
+from schoolhouse.errors import TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError
 from schoolhouse.taps import Tap, map_tensors
 from schoolhouse.teachers import Features, LocalTeacher
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -87,10 +84,7 @@ class Engine:
         try:
             args, kwargs = self._to_device(job.args), self._to_device(job.kwargs)
             return self._teacher.compute(args, kwargs, job.taps)
-        except SchoolhouseError as err:
-            return err
         except Exception as err:
-            _log.exception("a request failed")
             return err
 
     def _to_device(self, value: Any) -> Any:

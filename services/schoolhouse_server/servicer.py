@@ -183,7 +183,7 @@ class ServerSession:
 
         def done(result: Features | BaseException) -> None:
             if self._jobs.pop(request_id, None) is not None and not job.cancelled:
-                self.outbox.put(self._answer(request_id, digest, result))
+                self._answer(request_id, digest, result)
 
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         job = Job(tuple(inputs), inputs.kwargs, taps, deadline, done)
@@ -194,7 +194,8 @@ class ServerSession:
             del self._jobs[request_id]
             raise
 
-    def _answer(self, request_id: int, digest: bytes, result: Features | BaseException) -> Iterator[Message | bytes]:
+    def _answer(self, request_id: int, digest: bytes, result: Features | BaseException) -> None:
+        """Declare the features now, in the engine's thread, so that the next forward cannot change them unseen."""
         try:
             if isinstance(result, BaseException):
                 raise result
@@ -207,12 +208,20 @@ class ServerSession:
                 features=outgoing.header,
                 payload=outgoing.payload,
             )
-            yield teacher_pb2.ServerMessage(reply=reply)
-            yield from outgoing.frames(request_id)
+            self.outbox.put(self._reply(request_id, reply, outgoing))
         except Exception as err:
-            if not isinstance(err, SchoolhouseError):
-                _log.error("a request failed", exc_info=err)
+            self._fail(request_id, err)
+
+    def _reply(
+        self, request_id: int, reply: teacher_pb2.Reply, outgoing: framing.Outgoing
+    ) -> Iterator[Message | bytes]:
+        yield teacher_pb2.ServerMessage(reply=reply)
+        try:
+            yield from outgoing.frames(request_id)
+        except SchoolhouseError as err:
             yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
 
-    def _fail(self, request_id: int, error: SchoolhouseError) -> None:
+    def _fail(self, request_id: int, error: Exception) -> None:
+        if not isinstance(error, SchoolhouseError):
+            _log.error("a request failed", exc_info=error)
         self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))

@@ -1,0 +1,267 @@
+"""What a session promises: cancelled work is dropped, lying replies are refused, other processes connect anew."""
+
+import multiprocessing
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import schoolhouse as sh
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from models import Net
+from schoolhouse import errors
+from schoolhouse_server import serve
+from schoolhouse_wire import channel, framing
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
+from torch import nn
+
+
+class Gate(nn.Module):
+    """Counts its forwards, and holds each until it is opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.opened, self.entered, self.calls = threading.Event(), threading.Event(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.entered.set()
+        assert self.opened.wait(30)
+        return x + 1
+
+
+def test_cancelled_requests_are_not_computed():
+    gate = Gate()
+    with serve(gate) as server, sh.connect(server.url) as teacher:
+        futures = [teacher.submit((torch.ones(1),), {}, [""]) for _ in range(10)]
+        assert gate.entered.wait(10)
+        assert all(future.cancel() for future in futures[1:])
+        time.sleep(0.3)
+        gate.opened.set()
+        assert futures[0].result(10)[""].item() == 2
+        assert teacher.submit((torch.ones(1),), {}, [""]).result(10)[""].item() == 2
+        assert gate.calls == 2
+
+
+def test_what_a_client_that_leaves_had_queued_is_dropped():
+    gate = Gate()
+    with serve(gate) as server:
+        with sh.connect(server.url) as teacher:
+            futures = [teacher.submit((torch.ones(1),), {}, [""]) for _ in range(10)]
+            assert gate.entered.wait(10)
+        for future in futures:
+            with pytest.raises(errors.TeacherUnavailableError):
+                future.result(10)
+        time.sleep(0.5)
+        gate.opened.set()
+        time.sleep(0.5)
+        assert gate.calls == 1
+
+
+def test_more_than_max_pending_is_refused():
+    gate = Gate()
+    with serve(gate) as server, sh.connect(server.url, max_pending=3) as teacher:
+        futures = [teacher.submit((torch.ones(1),), {}, [""]) for _ in range(3)]
+        with pytest.raises(errors.TeacherBusyError, match="max_pending"):
+            teacher.submit((torch.ones(1),), {}, [""])
+        gate.opened.set()
+        assert [future.result(10)[""].item() for future in futures] == [2, 2, 2]
+
+
+def test_inputs_may_be_changed_after_submit():
+    gate, x = Gate(), torch.zeros(300_000)  # too large to stand in the header
+    with serve(gate) as server, sh.connect(server.url) as teacher:
+        future = teacher.submit((x,), {}, [""])
+        x.fill_(7)
+        gate.opened.set()
+        assert future.result(10)[""].eq(1).all()
+
+
+class Reusing(nn.Module):
+    """Returns the same memory each time, with other contents."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = torch.zeros(30_000_000)
+
+    def forward(self, x):
+        return self.memory.fill_(x.item())
+
+
+def test_a_reply_whose_memory_is_written_again_is_never_delivered():
+    with serve(Reusing()) as server, sh.connect(server.url) as teacher:
+        futures = [teacher.submit((torch.tensor(float(i)),), {}, [""]) for i in range(6)]
+        refused = 0
+        for i, future in enumerate(futures):
+            error = future.exception(60)
+            if error is None:
+                assert future.result()[""].eq(i).all()
+            else:
+                assert isinstance(error, errors.CorruptPayloadError)
+                assert "clone" in str(error)
+                refused += 1
+        assert refused > 0
+
+
+def lying_server(change):
+    """A server that answers every call with one prepared reply, changed by `change`."""
+    reply_value = framing.Outgoing([torch.ones(2)], limits=Limits(), snapshot=False)
+
+    def session(messages, _context):
+        for message in messages:
+            if message.HasField("open"):
+                yield teacher_pb2.ServerMessage(opened={"revision": "r1", "max_in_flight": 8})
+            elif message.HasField("call"):
+                reply = teacher_pb2.Reply(
+                    request_id=message.call.request_id,
+                    revision="r1",
+                    taps=message.call.taps,
+                    input_digest=message.call.payload.digest,
+                    features=reply_value.header,
+                    payload=reply_value.payload,
+                )
+                change(reply)
+                yield teacher_pb2.ServerMessage(reply=reply)
+
+    found = directory_pb2.ReplicaSet(teacher="t", replicas=[directory_pb2.Replica()])
+    teacher_methods = {
+        "Session": grpc.stream_stream_rpc_method_handler(
+            session,
+            request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
+            response_serializer=framing.write_message,
+        ),
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            lambda *_: teacher_pb2.DescribeResponse(
+                teacher="t", revision="r1", modules=["", "a"], max_request_bytes=1 << 20
+            ),
+            request_deserializer=teacher_pb2.DescribeRequest.FromString,
+            response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
+        ),
+    }
+    list_teachers = grpc.unary_unary_rpc_method_handler(
+        lambda *_: directory_pb2.ListTeachersResponse(teachers=[found]),
+        request_deserializer=directory_pb2.ListTeachersRequest.FromString,
+        response_serializer=directory_pb2.ListTeachersResponse.SerializeToString,
+    )
+    server = grpc.server(ThreadPoolExecutor(8), options=channel.SERVER_OPTIONS)
+    server.add_generic_rpc_handlers(
+        (
+            grpc.method_handlers_generic_handler("schoolhouse.v1.TeacherService", teacher_methods),
+            grpc.method_handlers_generic_handler("schoolhouse.v1.DirectoryService", {"ListTeachers": list_teachers}),
+        )
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    return server, f"grpc://127.0.0.1:{port}/t"
+
+
+def other_inputs(reply):
+    reply.input_digest = bytes(16)
+
+
+def other_revision(reply):
+    reply.revision = "r2"
+
+
+def other_tap(reply):
+    reply.taps[0].module = "a"
+
+
+def other_bytes(reply):
+    reply.payload.data = bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda _reply: None, None),
+        (other_inputs, errors.FeatureMismatchError),
+        (other_revision, errors.FeatureMismatchError),
+        (other_tap, errors.FeatureMismatchError),
+        (other_bytes, errors.CorruptPayloadError),
+    ],
+    ids=["honest", "inputs", "revision", "tap", "bytes"],
+)
+def test_features_of_another_request_are_refused(change, error):
+    server, url = lying_server(change)
+    try:
+        with sh.connect(url) as teacher:
+            future = teacher.submit((torch.ones(1),), {}, [""])
+            if error is None:
+                assert torch.equal(future.result(10)[""], torch.ones(2))
+            else:
+                with pytest.raises(error):
+                    future.result(10)
+    finally:
+        server.stop(0).wait()
+
+
+def test_a_teacher_pickles_as_its_address():
+    with serve(Net()) as server, sh.connect(server.url, timeout_s=7.0) as teacher:
+        with pickle.loads(pickle.dumps(teacher)) as copy:
+            assert copy.url == teacher.url
+            assert copy.submit((torch.ones(1, 8),), {}, [""]).result(10)[""].shape == (1, 5)
+
+
+def ask_in_a_child(teacher, results):
+    results.put(teacher.submit((torch.ones(1, 8),), {}, [""]).result(20)[""].shape)
+
+
+def test_a_spawned_process_connects_anew():
+    context = multiprocessing.get_context("spawn")
+    with serve(Net()) as server, sh.connect(server.url) as teacher:
+        results = context.Queue()
+        child = context.Process(target=ask_in_a_child, args=(teacher, results))
+        child.start()
+        assert results.get(timeout=60) == (1, 5)
+        child.join(20)
+        assert child.exitcode == 0
+
+
+def test_a_student_trains_where_ray_cannot_be_imported():
+    code = """
+import sys
+sys.modules["ray"] = None
+import torch, schoolhouse as sh
+model = sh.convert(torch.nn.Linear(8, 5), mode=[("kd_loss", {
+    "teacher_model": sys.argv[1], "criterion": sh.LogitsDistillationLoss()})])
+model(torch.randn(4, 8))
+model.compute_kd_loss().backward()
+assert model.weight.grad.abs().sum() > 0
+assert sum(p.numel() for p in model.parameters()) == 45
+assert not [name for name, m in sys.modules.items() if name.split(".")[0] in ("ray", "schoolhouse_server") and m]
+"""
+    with serve(Net()) as server:
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code, server.url], check=True, timeout=60)
+
+
+def test_health_reflection_and_watch():
+    with serve({"one": Net(), "two": Net(seed=3)}) as server:
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as opened:
+            check = health_pb2_grpc.HealthStub(opened).Check(health_pb2.HealthCheckRequest(service="one"), timeout=10)
+            assert check.status == health_pb2.HealthCheckResponse.SERVING
+            asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            (answer,) = reflection_pb2_grpc.ServerReflectionStub(opened).ServerReflectionInfo(asked, timeout=10)
+            names = {service.name for service in answer.list_services_response.service}
+            assert {"schoolhouse.v1.TeacherService", "schoolhouse.v1.DirectoryService"} <= names
+            stub = directory_pb2_grpc.DirectoryServiceStub(opened)
+            watch = stub.Watch(directory_pb2.WatchRequest(teacher="two"), timeout=10)
+            first = next(watch)
+            assert (first.teacher, len(first.replicas), first.wanted) == ("two", 1, 1)
+            watch.cancel()
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stub.Watch(directory_pb2.WatchRequest(teacher="three"), timeout=10))
+            assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_public_names():
+    assert sorted(sh.__all__) == sorted(Path(__file__).with_name("public_names.txt").read_text().split())
+    assert all(hasattr(sh, name) for name in sh.__all__)
