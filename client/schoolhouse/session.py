@@ -79,7 +79,7 @@ class Session:
     ) -> None:
         self.address = address
         self.alive = False
-        self.traffic = Traffic()
+        self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(protocol=channel.PROTOCOL, teacher=teacher, job=job)
         self._limits = limits
         self._on_loss = on_loss
@@ -99,6 +99,11 @@ class Session:
     def outstanding(self) -> int:
         """Requests given to this session that have no answer yet."""
         return len(self._in_flight) + len(self._waiting)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the answered requests of this session moved."""
+        return Traffic(self._requests, self._sent_bytes, self._received_bytes)
 
     def open(self, timeout_s: float) -> teacher_pb2.Opened:
         """Connect and wait for the replica's hello.
@@ -213,6 +218,7 @@ class Session:
             request = self._take(message.failure.request_id)
             if request is not None:
                 request.fail(status.from_failure(message.failure))
+            self._pump()
         elif message.HasField("opened"):
             self._hello = message.opened
             self._window = message.opened.max_in_flight
@@ -253,31 +259,29 @@ class Session:
         request = self._take(reply.request_id)
         if request is None:
             return
-        sent = request.outgoing.nbytes + len(request.outgoing.header)
-        self.traffic += Traffic(1, sent, incoming.nbytes + len(reply.features))
+        self._requests += 1
+        self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
+        self._received_bytes += incoming.nbytes + len(reply.features)
         try:
             request.resolve(_features(request, reply, incoming))
         except SchoolhouseError as err:
             request.fail(err)
+        self._pump()  # after the answer is delivered: who waits for it goes on meanwhile
 
     def _take(self, request_id: int) -> Request | None:
         with self._lock:
             request = self._in_flight.pop(request_id, None)
             self._partial.pop(request_id, None)
-        self._pump()
         return request
 
 
 def _features(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
     """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
     taps = taps_from_wire(reply.taps)
-    for what, given, expected in (
-        ("taps", taps, request.taps),
-        ("revision", reply.revision, request.revision),
-        ("inputs", reply.input_digest, request.outgoing.digest),
-    ):
-        if given != expected:
-            raise FeatureMismatchError(f"features of other {what} came: {given!r}, where {expected!r} was asked for")
+    given = {"taps": taps, "revision": reply.revision, "inputs": reply.input_digest}
+    expected = {"taps": request.taps, "revision": request.revision, "inputs": request.outgoing.digest}
+    if given != expected:
+        raise FeatureMismatchError(f"the features that came are of {given}, where {expected} was asked for")
     values = incoming.value()
     if not isinstance(values, list) or len(values) != len(taps):
         raise ProtocolError("a reply came whose features are not one for each tap")

@@ -96,7 +96,7 @@ def pack(value: Any) -> Declared:
     """
     flat = _flat_spec(value)
     if flat is not None:
-        return Declared(*_flat_header(type(value) is list, flat), [tensor.detach() for tensor in value])
+        return Declared(*_flat_header(type(value) is list, flat), list(value))
     packer = _Packer()
     packer.put(packer.bundle.root, value, "value", 0)
     *_, nbytes = offsets(tensor_nbytes(header) for header in packer.bundle.tensors)
@@ -254,7 +254,7 @@ class Layout:
     """A received declaration, checked: the structure, and where each tensor lies in the payload."""
 
     root: values_pb2.Value
-    tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...]], ...]  # start, end, dtype, shape
+    tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...]], ...]  # start, count, dtype, shape
     nbytes: int
     flat: bool  # a list or Arguments of all the tensors in their order
 
@@ -291,8 +291,8 @@ def _layout(header: bytes, limits: Limits) -> Layout:
             "send smaller batches, tap fewer modules, or raise the receiver's limit"
         )
     tensors = tuple(
-        (start, start + size, _BY_NUMBER[declared.dtype], tuple(declared.shape))
-        for start, size, declared in zip(starts, sizes, bundle.tensors, strict=True)
+        (start, math.prod(declared.shape), _BY_NUMBER[declared.dtype], tuple(declared.shape))
+        for start, declared in zip(starts, bundle.tensors, strict=True)
     )
     return Layout(bundle.root, tensors, total, _is_flat(bundle))
 
@@ -312,8 +312,8 @@ def _is_flat(bundle: values_pb2.Bundle) -> bool:
     return used == list(range(len(bundle.tensors)))
 
 
-def unpack(layout: Layout, payload: torch.Tensor, limits: Limits) -> Any:
-    """Rebuild the value that `layout` declares over `payload`, a 1-d uint8 tensor; tensors are views of it.
+def unpack(layout: Layout, payload: Any, limits: Limits) -> Any:
+    """Rebuild the value that `layout` declares over `payload`, a writable buffer; each tensor keeps it alive.
 
     Raises:
         CorruptPayloadError: if the structure and the declarations do not fit together.
@@ -325,9 +325,11 @@ def unpack(layout: Layout, payload: torch.Tensor, limits: Limits) -> Any:
     return _Unpacker(tensors, limits.max_nesting).get(layout.root, 0)
 
 
-def _view(payload: torch.Tensor, start: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def _view(payload: Any, start: int, count: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     try:
-        return payload[start:end].view(dtype).view(shape) if end > start else torch.empty(shape, dtype=dtype)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(payload, dtype=dtype, count=count, offset=start).view(shape)
     except RuntimeError as err:  # a zero dimension beside sizes whose product torch refuses
         raise ProtocolError(f"a tensor of the impossible shape {shape} was declared") from err
 

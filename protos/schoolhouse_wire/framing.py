@@ -131,7 +131,7 @@ class Outgoing:
             )
         self.inline = self.nbytes <= INLINE_BYTES
         if snapshot and not self.inline:
-            tensors = [tensor.reshape(-1).view(torch.uint8).clone() for tensor in tensors]
+            tensors = [tensor.detach().reshape(-1).view(torch.uint8).clone() for tensor in tensors]
         self._tensors = tensors
         self.payload = _NO_PAYLOAD
         self.digest = b""  # known once the last byte is on its way
@@ -205,7 +205,8 @@ class Incoming:
             self._take_inline(header, payload)
             return
         self._hash = xxhash.xxh3_128(header)
-        self._buffer, self._memory = memory.RECEIVE_BUFFERS.take(self.nbytes)
+        self._buffer = memory.RECEIVE_BUFFERS.take(self.nbytes)
+        self._memory = memoryview(self._buffer).cast("B")
 
     def _take_inline(self, header: bytes, payload: teacher_pb2.Payload) -> None:
         if len(payload.data) != self.nbytes:
@@ -213,8 +214,7 @@ class Incoming:
         if xxhash.xxh3_128_digest(header + payload.data) != payload.digest:
             raise CorruptPayloadError(_CORRUPT)
         self.digest = payload.digest
-        owner = bytearray(payload.data)
-        self._buffer = memory.tensor_over(owner)[0] if owner else torch.empty(0, dtype=torch.uint8)
+        self._buffer = bytearray(payload.data)
 
     @property
     def complete(self) -> bool:

@@ -6,6 +6,7 @@ import functools
 import mmap
 import weakref
 from collections import deque
+from typing import Any
 
 import torch
 
@@ -28,11 +29,6 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
-def tensor_over(data: bytearray) -> tuple[torch.Tensor, memoryview]:
-    """A 1-d uint8 tensor over `data`, which must not be empty, and its bytes."""
-    return torch.frombuffer(data, dtype=torch.uint8), memoryview(data)
-
-
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without copying; valid while the tensor lives."""
     if tensor.nbytes == 0:
@@ -51,16 +47,14 @@ class ReceiveBuffers:
         self._idle: deque[mmap.mmap] = deque()  # its operations are atomic: a lock could be taken twice by one thread,
         # since the garbage collector gives memory back whenever it runs
 
-    def take(self, nbytes: int) -> tuple[torch.Tensor, memoryview]:
-        """A 1-d uint8 tensor of that size, with undefined contents, and its bytes."""
-        if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8), memoryview(bytearray())
+    def take(self, nbytes: int) -> Any:
+        """A writable buffer of at least that size, with undefined contents."""
         if nbytes < _MAPPED_FROM_BYTES:
-            return tensor_over(bytearray(nbytes))
+            return bytearray(nbytes)
         pages = self._find(nbytes) or _map(nbytes)
         owner = (ctypes.c_char * len(pages)).from_buffer(pages)  # torch keeps it while any view of the memory lives
         weakref.finalize(owner, self._give, pages).atexit = False
-        return torch.frombuffer(owner, dtype=torch.uint8, count=nbytes), memoryview(owner).cast("B")
+        return owner
 
     def _find(self, nbytes: int) -> mmap.mmap | None:
         for _ in range(len(self._idle)):
