@@ -94,6 +94,9 @@ def test_a_type_that_is_not_here_has_attributes():
     gone.__qualname__ = "Nowhere"
     back = trip(gone(torch.ones(1), 2))
     assert back.loss == 2
+    empty = trip(gone(None, 3))
+    assert empty.logits is None
+    assert list(empty) == ["loss"]
     assert back["logits"] is back[0] is back.logits
 
 

@@ -31,22 +31,23 @@ class RecordView(Mapping[str, Any]):
     def __init__(self, type_name: str, fields: dict[str, Any]) -> None:
         self.__dict__.update(fields)
         self._type_name = type_name
-        self._fields = fields
+        self._fields = fields  # all of them; keys and positions skip those that are None, as a ModelOutput's do
+        self._given = {name: value for name, value in fields.items() if value is not None}
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
-            return self._fields[key]
+            return self._given[key]
         return self.to_tuple()[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
+        return iter(self._given)
 
     def __len__(self) -> int:
-        return len(self._fields)
+        return len(self._given)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values of the fields, in their order."""
-        return tuple(self._fields.values())
+        """The values of the fields that are not None, in their order."""
+        return tuple(self._given.values())
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}={value!r}" for name, value in self._fields.items())
@@ -59,7 +60,9 @@ def record_of(value: Any) -> Record | None:
     if isinstance(value, RecordView):
         return Record(DATACLASS, value._type_name, dict(value._fields))
     if kind == MODEL_OUTPUT:
-        return Record(kind, _name(type(value)), dict(value.items()))
+        return Record(
+            kind, _name(type(value)), {field.name: value.get(field.name) for field in dataclasses.fields(value)}
+        )
     if kind == NAMED_TUPLE:
         return Record(kind, _name(type(value)), dict(zip(value._fields, value, strict=True)))
     if kind == DATACLASS:

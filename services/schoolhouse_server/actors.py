@@ -18,6 +18,7 @@ from schoolhouse_server.config import PoolConfig, TeacherSpec
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.loading import load_teacher
 from schoolhouse_server.replica import Replica
+from schoolhouse_server.standard import add_standard_services
 
 NAMESPACE = "schoolhouse"
 KEEPER, DIRECTORY = "keeper", "directory"
@@ -84,6 +85,7 @@ class DirectoryActor:
         self._directory = Directory()
         server = grpc.server(ThreadPoolExecutor(256), options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=256)
         server.add_generic_rpc_handlers((self._directory.handler(),))
+        add_standard_services(server, ("schoolhouse.v1.DirectoryService",))
         self._port = server.add_insecure_port(f"{bind}:{port}")
         server.start()
         self._address = f"{advertised}:{self._port}"

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse_wire import channel, framing, memory
@@ -16,6 +14,7 @@ from torch import nn
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.servicer import Teachers
+from schoolhouse_server.standard import add_standard_services
 
 _MERGE = ("never",)
 
@@ -133,11 +132,7 @@ class Replica:
                 self._directory.handler(),
             )
         )
-        checks = health.HealthServicer()
-        for name in ("", *names, *self._modules):
-            checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        add_standard_services(server, (*names, *self._modules))
 
 
 def serve(
