@@ -13,9 +13,8 @@ sys.path.insert(0, HERE)
 @pytest.fixture(scope="session")
 def cluster():
     """The address of the session's local Ray cluster; its workers can import the tests' models."""
-    import ray
-    from schoolhouse_server.pool import init_ray
+    from schoolhouse_server.pool import ray_cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
-    yield init_ray(num_cpus=4)
-    ray.shutdown()
+    with ray_cluster(num_cpus=4) as address:
+        yield address

@@ -1,5 +1,6 @@
 """A pool on a real local Ray cluster: starts, serves, is replaced when killed, and stops."""
 
+import contextlib
 import os
 import signal
 import time
@@ -8,7 +9,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from models import Net
-from schoolhouse.errors import ConfigError
+from schoolhouse.errors import ConfigError, TeacherUnavailableError, UnknownTeacherError
 
 ray = pytest.importorskip("ray")
 
@@ -64,6 +65,50 @@ def test_a_pool_serves_and_is_kept_at_strength(pool):
         assert {row["id"] for row in rows} != before
         assert [row["stage"] for row in rows] == ["serving", "serving"]
         assert torch.equal(teacher.submit((x,), {}, [""]).result()[""], model(x))
+
+
+def test_keeper_and_directory_may_die(pool):
+    from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE
+
+    before = {row["id"] for row in pool.status()}
+    with sh.connect(pool.url("net")) as teacher:
+        for name in (KEEPER, DIRECTORY):
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+            os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+            assert teacher.submit((torch.ones(1, 8),), {}, [""]).result(30)[""].shape == (1, 5)
+        deadline, rows = time.monotonic() + 60, []
+        while time.monotonic() < deadline and [row["stage"] for row in rows] != ["serving", "serving"]:
+            with contextlib.suppress(ray.exceptions.RayError):
+                rows = pool.status()
+            time.sleep(0.2)
+        assert {row["id"] for row in rows} == before  # adopted, not started anew
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with sh.connect(pool.url("net")) as teacher:
+                assert teacher.submit((torch.ones(1, 8),), {}, [""]).result(30)[""].shape == (1, 5)
+            break
+        except (UnknownTeacherError, TeacherUnavailableError):  # the restarted directory has an empty table at first
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_a_lost_replica_while_the_directory_is_away(pool):
+    from schoolhouse_server.actors import DIRECTORY, NAMESPACE
+
+    model, x = Net(32, seed=1).requires_grad_(False), torch.randn(4, 8)
+    with sh.connect(pool.url("net"), connect_timeout_s=5.0) as teacher:
+        for _ in range(20):
+            teacher.submit((x,), {}, [""]).result(30)
+        directory = ray.get_actor(DIRECTORY, namespace=NAMESPACE)
+        stopped = ray.get(directory.__ray_call__.remote(lambda self: os.getpid()))
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            os.kill(pids()[0], signal.SIGKILL)
+            for _ in range(20):
+                assert torch.equal(teacher.submit((x,), {}, [""]).result(30)[""], model(x))
+        finally:
+            os.kill(stopped, signal.SIGCONT)
 
 
 def test_a_second_pool_is_refused(pool, tmp_path):

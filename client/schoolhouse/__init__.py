@@ -1,5 +1,7 @@
 """Knowledge distillation in which the teacher is a service: the student side. Everything a user types stands here."""
 
+from schoolhouse_wire.codec import Arguments
+
 from schoolhouse import errors, functional
 from schoolhouse.balancers import DistillationLossBalancer, StaticLossBalancer
 from schoolhouse.distill import convert, export
@@ -11,6 +13,7 @@ from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features, LocalTeacher, Teacher, TeacherDescription
 
 __all__ = [
+    "Arguments",
     "DistillationLossBalancer",
     "DistillationModel",
     "Features",

@@ -1,6 +1,8 @@
 """Reduce the losses of a step, by name, to one scalar."""
 
 import abc
+import functools
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -52,9 +54,8 @@ class StaticLossBalancer(DistillationLossBalancer):
         student = losses.pop(STUDENT_LOSS_KEY, None)
         if len(losses) != len(self._kd_loss_weight):
             raise ValueError(f"{len(losses)} distillation losses came, but kd_loss_weight has {self._kd_loss_weight}")
-        total = torch.zeros(())
-        for value, weight in zip(losses.values(), self._kd_loss_weight, strict=True):
-            total = total.to(value.device) + value * weight
+        weighted = [value * weight for value, weight in zip(losses.values(), self._kd_loss_weight, strict=True)]
+        total = functools.reduce(operator.add, weighted)
         if student is None:
             return total
         if self._student_loss_reduction_fn is not None:

@@ -58,8 +58,7 @@ def export(model: nn.Module) -> nn.Module:
     state = model._distillation
     for handle in state.handles:
         handle.remove()
-    if state.step is not None:
-        state.step.future.cancel()
+    state.drop_step()
     model.__class__ = state.student_class  # type: ignore[assignment]
     object.__delattr__(model, "_distillation")
     return model

@@ -5,6 +5,8 @@ from torch.nn.modules.loss import _Loss
 
 from schoolhouse import functional
 
+_REDUCTIONS = ("mean", "batchmean", "sum", "none")
+
 
 class LogitsDistillationLoss(_Loss):
     """KL divergence of the softened class distributions, times temperature squared (arXiv 1503.02531).
@@ -12,10 +14,17 @@ class LogitsDistillationLoss(_Loss):
     Args:
         temperature: softens both distributions; must be above 0.
         reduction: "mean" (over all elements), "batchmean", "sum", or "none" (one value an example).
+
+    Raises:
+        ValueError: for another temperature or reduction.
     """
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0")
+        if reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}; choices: {', '.join(map(repr, _REDUCTIONS))}")
         self._temperature = temperature
         self._reduction = reduction
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from schoolhouse.balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
 from schoolhouse.errors import ConfigError, FeatureMismatchError
-from schoolhouse.taps import Tap, for_each_tensor, map_tensors
+from schoolhouse.taps import Tap, map_tensors, tensors_of
 from schoolhouse.teachers import Features, Teacher
 
 
@@ -42,6 +42,12 @@ class Distillation:
         """The teacher's outputs that the losses read."""
         return tuple(dict.fromkeys(Tap(teacher_layer) for _, teacher_layer in self.criterion))
 
+    def drop_step(self) -> None:
+        """Forget what the last forward produced; the teacher is told."""
+        if self.step is not None:
+            self.step.future.cancel()
+            self.step = None
+
 
 class DistillationModel(nn.Module):
     """Mixin of the dynamic subclass that `convert` gives a student."""
@@ -67,13 +73,18 @@ class DistillationModel(nn.Module):
         state = self._distillation
         if state.only_student:
             return state.student_class.forward(self, *args, **kwargs)
-        self._drop_step()
+        if state.step is not None and self.training:
+            warnings.warn(
+                "forward was called again without compute_kd_loss; the earlier batch's features are dropped",
+                stacklevel=4,
+            )
+        state.drop_step()
         step = Step(state.teacher.submit(args, kwargs, state.taps))
         state.step, state.recording = step, True
         try:
             output = state.student_class.forward(self, *args, **kwargs)
         except BaseException:
-            self._drop_step()
+            state.drop_step()
             raise
         finally:
             state.recording = False
@@ -81,23 +92,10 @@ class DistillationModel(nn.Module):
             step.outputs[""] = output
         return output
 
-    def _drop_step(self) -> None:
-        state = self._distillation
-        if state.step is None:
-            return
-        if self.training and not state.recording:
-            warnings.warn(
-                "forward was called again without compute_kd_loss; the earlier batch's features are dropped",
-                stacklevel=4,
-            )
-        state.step.future.cancel()
-        state.step = None
-
     def train(self, mode: bool = True) -> "DistillationModel":
         """As `nn.Module.train`; a change of mode drops what the last forward captured."""
-        if mode != self.training and self._distillation.step is not None:
-            self._distillation.step.future.cancel()
-            self._distillation.step = None
+        if mode != self.training:
+            self._distillation.drop_step()
         return super().train(mode)
 
     def compute_kd_loss(
@@ -141,8 +139,7 @@ class DistillationModel(nn.Module):
 
 
 def _on_device_of(outputs: Mapping[str, Any], features: Features) -> dict[Tap, Any]:
-    devices: list[torch.device] = []
-    for_each_tensor(dict(outputs), lambda tensor: devices.append(tensor.device))
-    if not devices or devices[0].type == "cpu":
+    device = next((tensor.device for tensor in tensors_of(outputs)), torch.device("cpu"))
+    if all(tensor.device == device for tensor in tensors_of(features)):
         return features
-    return {tap: map_tensors(value, lambda tensor: tensor.to(devices[0])) for tap, value in features.items()}
+    return {tap: map_tensors(value, lambda tensor: tensor.to(device)) for tap, value in features.items()}

@@ -1,22 +1,21 @@
 """RemoteTeacher: the Teacher protocol over gRPC, on whichever live replica has the least to do."""
 
+import contextlib
 import heapq
 import itertools
 import os
 import random
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import grpc
-from schoolhouse_wire import channel, framing, status
+from schoolhouse_wire import framing
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2, teacher_pb2_grpc
 
+from schoolhouse import discovery
 from schoolhouse.errors import (
     ConfigError,
     RevisionChangedError,
@@ -24,13 +23,13 @@ from schoolhouse.errors import (
     TeacherBusyError,
     TeacherTimeoutError,
     TeacherUnavailableError,
-    UnknownTeacherError,
 )
-from schoolhouse.session import Request, Session, Traffic, timed_out
+from schoolhouse.session import Request, Session, Traffic
 from schoolhouse.taps import Tap, TapLike, as_taps, check_modules
 from schoolhouse.teachers import Features, TeacherDescription
 
 _MAX_KNOWN_TAPS = 256
+_REFRESH_TIMEOUT_S = 2.0
 
 
 def connect(
@@ -42,6 +41,9 @@ def connect(
     max_pending: int = 1024,
 ) -> "RemoteTeacher":
     """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
+
+    The C allocator of this process is told to keep up to 512 MiB of freed memory (`schoolhouse_wire.memory`): without
+    that, receiving features costs about half as much again.
 
     Args:
         url: where the teacher is.
@@ -74,7 +76,7 @@ class RemoteTeacher:
         max_pending: int = 1024,
     ) -> None:
         self.url = url
-        self._target, self._name = _parse(url)
+        self._target, self._name = discovery.parse(url)
         self._settings: dict[str, Any] = {
             "job": job,
             "timeout_s": timeout_s,
@@ -121,8 +123,9 @@ class RemoteTeacher:
         """Static facts, from the teacher itself; asked once, and its revision is what every reply must be of."""
         with self._lock:
             if self._description is None:
-                self._refresh()
-                self._description = self._first_description()
+                timeout_s = self._settings["connect_timeout_s"]
+                self._refresh(timeout_s)
+                self._description, self._request_limits = discovery.describe(self._addresses, self._name, timeout_s)
                 self._modules = dict.fromkeys(self._description.modules)  # ordered, and quick to search
             return self._description
 
@@ -215,7 +218,12 @@ class RemoteTeacher:
                 request = self._outstanding.get(request_id)
             if request is not None:
                 self._cancel(request)
-                request.fail(timed_out(request, self._settings["timeout_s"]))
+                request.fail(
+                    TeacherTimeoutError(
+                        f"the teacher did not answer within {self._settings['timeout_s']} s and was told to stop; "
+                        "raise timeout_s in connect(), or add replicas"
+                    )
+                )
 
     def _dispatch(self, request: Request) -> None:
         """Give the request to the live replica with the least outstanding work that it has not tried."""
@@ -232,15 +240,23 @@ class RemoteTeacher:
                 return
 
     def _pick(self, request: Request) -> str:
-        if self._stale or request.tried.issuperset(self._addresses):
-            self._refresh()
-        candidates = [address for address in self._addresses if address not in request.tried]
+        candidates = self._untried(request)
+        if not candidates:
+            self._refresh(self._settings["connect_timeout_s"])
+            candidates = self._untried(request)
+        elif self._stale:  # a replica was lost; others are at hand, so the directory may be away without harm
+            with contextlib.suppress(TeacherUnavailableError):
+                self._refresh(min(_REFRESH_TIMEOUT_S, self._settings["connect_timeout_s"]))
+                candidates = self._untried(request) or candidates
         if not candidates:
             raise TeacherUnavailableError(f"no replica of {self._name!r} is left to ask at {self._target}")
         if len(candidates) == 1:
             return candidates[0]
         random.shuffle(candidates)
         return min(candidates, key=self._load)
+
+    def _untried(self, request: Request) -> list[str]:
+        return [address for address in self._addresses if address not in request.tried]
 
     def _load(self, address: str) -> int:
         session = self._sessions.get(address)
@@ -271,6 +287,8 @@ class RemoteTeacher:
             self._past_traffic += session.traffic
             if self._sessions.get(session.address) is session:
                 del self._sessions[session.address]
+            if session.address in self._addresses:
+                self._addresses.remove(session.address)
         for request in lost:
             try:
                 if self._closed or request.future.done():
@@ -279,60 +297,10 @@ class RemoteTeacher:
             except SchoolhouseError as err:
                 request.fail(err if isinstance(err, RevisionChangedError) else _gone(error))
 
-    def _refresh(self) -> None:
+    def _refresh(self, timeout_s: float) -> None:
         """Ask the server at the URL where the replicas are."""
-        with grpc.insecure_channel(self._target, options=channel.CLIENT_OPTIONS) as opened:
-            stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
-            try:
-                response = stub.ListTeachers(
-                    directory_pb2.ListTeachersRequest(),
-                    timeout=self._settings["connect_timeout_s"],
-                    wait_for_ready=True,
-                )
-            except grpc.RpcError as err:
-                raise self._unreachable(err) from err
-        sets = {found.teacher: found for found in response.teachers}
-        if self._name not in sets:
-            raise UnknownTeacherError(
-                f"no teacher {self._name!r} at {self._target}; there are: {', '.join(sorted(sets)) or 'none'}",
-                choices=sorted(sets),
-            )
         self._stale = False
-        self._addresses = [replica.address or self._target for replica in sets[self._name].replicas]
-
-    def _unreachable(self, err: grpc.RpcError) -> SchoolhouseError:
-        error = status.from_rpc_error(err, self._target)
-        if isinstance(error, TeacherUnavailableError | TeacherTimeoutError):
-            return TeacherUnavailableError(
-                f"no server answered at {self._target} within {self._settings['connect_timeout_s']} s; "
-                "is the teacher up, and are host and port right?"
-            )
-        return error
-
-    def _first_description(self) -> TeacherDescription:
-        error: SchoolhouseError = TeacherUnavailableError(f"teacher {self._name!r} has no live replica yet")
-        for address in self._addresses:
-            with grpc.insecure_channel(address, options=channel.CLIENT_OPTIONS) as opened:
-                stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
-                try:
-                    found = stub.Describe(
-                        teacher_pb2.DescribeRequest(teacher=self._name), timeout=self._settings["connect_timeout_s"]
-                    )
-                except grpc.RpcError as err:
-                    error = status.from_rpc_error(err, address)
-                    continue
-            self._request_limits = Limits(max_payload_bytes=found.max_request_bytes)
-            return TeacherDescription(
-                name=found.teacher,
-                revision=found.revision,
-                class_name=found.class_name,
-                modules=tuple(found.modules),
-                parameters=tuple(found.parameters),
-                dtype=found.dtype,
-                device=found.device,
-                merge=found.merge,
-            )
-        raise error
+        self._addresses = discovery.addresses(self._target, self._name, timeout_s)
 
 
 def _gone(error: SchoolhouseError) -> SchoolhouseError:
@@ -341,11 +309,3 @@ def _gone(error: SchoolhouseError) -> SchoolhouseError:
 
 def _rebuild(url: str, settings: dict[str, Any]) -> RemoteTeacher:
     return RemoteTeacher(url, **settings)
-
-
-def _parse(url: str) -> tuple[str, str]:
-    parts = urllib.parse.urlsplit(url)
-    name = parts.path.strip("/")
-    if parts.scheme != "grpc" or not parts.netloc or not name:
-        raise ConfigError(f"{url!r} is not a teacher's address; expected grpc://HOST:PORT/NAME")
-    return parts.netloc, name

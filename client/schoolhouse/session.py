@@ -19,7 +19,6 @@ from schoolhouse.errors import (
     FeatureMismatchError,
     ProtocolError,
     SchoolhouseError,
-    TeacherTimeoutError,
     TeacherUnavailableError,
 )
 from schoolhouse.taps import Tap, taps_from_wire, taps_to_wire
@@ -65,7 +64,7 @@ class Request:
 
 
 class Session:
-    """A stream to one replica. `on_loss(requests, error)` receives what was unanswered when the stream ended."""
+    """A stream to one replica. `on_loss(session, requests, error)` receives what was unanswered at its end."""
 
     def __init__(
         self,
@@ -165,7 +164,7 @@ class Session:
                 if not self._waiting or len(self._in_flight) >= self._window:
                     return
                 request = self._waiting.popleft()
-                if request.future.cancelled():
+                if request.future.done():  # cancelled, or past its deadline
                     continue
                 request_id = next(self._ids)
                 self._in_flight[request_id] = request
@@ -181,7 +180,10 @@ class Session:
             payload=request.outgoing.payload,
         )
         yield teacher_pb2.ClientMessage(call=call)
-        yield from request.outgoing.frames(request_id)
+        for frame in request.outgoing.frames(request_id):
+            if request_id not in self._in_flight:
+                return  # cancelled meanwhile
+            yield frame
 
     def _read(self) -> None:
         error: SchoolhouseError
@@ -286,11 +288,3 @@ def _features(request: Request, reply: teacher_pb2.Reply, incoming: framing.Inco
     if not isinstance(values, list) or len(values) != len(taps):
         raise ProtocolError("a reply came whose features are not one for each tap")
     return Features(dict(zip(taps, values, strict=True)), revision=reply.revision, input_digest=reply.input_digest)
-
-
-def timed_out(request: Request, timeout_s: float) -> TeacherTimeoutError:
-    """The error of a request whose deadline has passed."""
-    return TeacherTimeoutError(
-        f"the teacher did not answer within {timeout_s} s; the request was cancelled. Raise timeout_s in connect(), "
-        "or add replicas"
-    )

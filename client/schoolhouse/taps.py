@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from schoolhouse_wire.codec import Arguments
-from schoolhouse_wire.records import build_record, record_of
+from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.records import record_of, with_fields
 from schoolhouse_wire.v1 import teacher_pb2
 from torch import nn
 
@@ -96,18 +97,18 @@ class _Recorder:
             return
         if tap in self._clone:
             value = map_tensors(value, torch.clone)
-        for_each_tensor(value, lambda t: self._versions.append((tap, t, t._version)))
+        self._versions += [(tap, tensor, version_of(tensor)) for tensor in tensors_of(value)]
         self.features[tap] = value
         if self._stop and len(self.features) == self._wanted:
             raise _Stopped
 
     def overwritten(self) -> frozenset[Tap]:
         """Taps whose tensors the rest of the forward changed in place."""
-        return frozenset(tap for tap, tensor, version in self._versions if tensor._version != version)
+        return frozenset(tap for tap, tensor, version in self._versions if version_of(tensor) != version)
 
 
 def run_with_taps(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], taps: Sequence[Tap], clone: frozenset[Tap]
+    model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], clone: frozenset[Tap]
 ) -> tuple[dict[Tap, Any], frozenset[Tap]]:
     """Run `model` and capture `taps`; stops right after the last one unless the model's own output is asked for.
 
@@ -115,14 +116,14 @@ def run_with_taps(
     (such as an in-place ReLU): run again with these in `clone` to have them as the module returned them.
     """
     if taps == (_WHOLE,):
-        return {_WHOLE: model(*args, **kwargs)}, frozenset()
+        return {_WHOLE: model(*inputs, **inputs.kwargs)}, frozenset()
     stop = _WHOLE not in taps
     recorder = _Recorder(taps, clone, stop)
     with _hooks(model, taps, recorder):
         try:
             if Tap("", "input") in taps:
-                recorder.record(Tap("", "input"), Arguments(args, kwargs))
-            output = model(*args, **kwargs)
+                recorder.record(Tap("", "input"), inputs)
+            output = model(*inputs, **inputs.kwargs)
         except _Stopped:
             output = None
     if not stop:
@@ -158,9 +159,19 @@ def _on_output(tap: Tap, recorder: _Recorder) -> Callable[[nn.Module, Any, Any],
     return lambda _module, _args, output: recorder.record(tap, output)
 
 
-def for_each_tensor(value: Any, visit: Callable[[torch.Tensor], Any]) -> None:
-    """Call `visit` on each tensor of a nested value."""
-    map_tensors(value, lambda tensor: (visit(tensor), tensor)[1])
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a nested value."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif (record := record_of(value)) is not None:
+        yield from tensors_of(list(record.fields.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_of(item)
+        if isinstance(value, Arguments):
+            yield from tensors_of(value.kwargs)
+    elif isinstance(value, Mapping):
+        yield from tensors_of(list(value.values()))
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -168,12 +179,10 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Arguments):
-        return Arguments(
-            [map_tensors(item, change) for item in value], {k: map_tensors(v, change) for k, v in value.kwargs.items()}
-        )
+        return Arguments([map_tensors(item, change) for item in value], map_tensors(value.kwargs, change))
     if (record := record_of(value)) is not None:
         fields = {name: map_tensors(item, change) for name, item in record.fields.items()}
-        return build_record(record.kind, record.type_name, fields)
+        return with_fields(value, record, fields)
     if isinstance(value, tuple | list):
         return type(value)(map_tensors(item, change) for item in value)
     if isinstance(value, Mapping):

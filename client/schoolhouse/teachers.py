@@ -11,11 +11,24 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import xxhash
-from schoolhouse_wire.memory import memory_of
+from schoolhouse_wire.codec import Arguments, on_cpu
+from schoolhouse_wire.memory import memory_of, version_of
 from torch import nn
 
 from schoolhouse.errors import SchoolhouseError, TeacherForwardError
-from schoolhouse.taps import Tap, TapLike, as_tap, as_taps, check_modules, module_names, run_with_taps
+from schoolhouse.taps import (
+    Tap,
+    TapLike,
+    as_tap,
+    as_taps,
+    check_modules,
+    map_tensors,
+    module_names,
+    run_with_taps,
+    tensors_of,
+)
+
+_MAX_TAP_SETS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +84,8 @@ class LocalTeacher:
         self._name = name
         self._modules = dict.fromkeys(module_names(module))  # ordered, and quick to search
         self._revision = ""
-        self._clone: frozenset[Tap] = frozenset()
+        self._clone: frozenset[Tap] = frozenset()  # taps whose tensors later modules write into
+        self._leaves_inputs: set[tuple[Tap, ...]] = set()
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
 
     def describe(self) -> TeacherDescription:
@@ -101,8 +115,8 @@ class LocalTeacher:
             future.set_exception(err)
         return future
 
-    def compute(self, args: Sequence[Any], kwargs: Mapping[str, Any], taps: Sequence[Tap]) -> Features:
-        """Features of `taps`, each as its module received or returned it.
+    def compute(self, args: Sequence[Any], kwargs: Mapping[str, Any], taps: tuple[Tap, ...]) -> Features:
+        """Features of `taps`, each as its module received or returned it. The inputs stay as they were.
 
         Raises:
             UnknownTapError: for a submodule that there is not, or that did not run.
@@ -113,15 +127,31 @@ class LocalTeacher:
             with self._lock, torch.no_grad():
                 if self.module.training:  # train() on a model that holds this one reaches it too
                     self.module.eval()
-                values, overwritten = run_with_taps(self.module, args, kwargs, taps, self._clone)
-                if overwritten:
-                    self._clone |= overwritten
-                    values, _ = run_with_taps(self.module, args, kwargs, taps, self._clone)
+                values = self._run(Arguments(args, kwargs), taps)
         except SchoolhouseError:
             raise
         except Exception as err:
             raise TeacherForwardError(f"the teacher's forward raised {type(err).__name__}: {err}") from err
         return Features(values, revision=self._revision)
+
+    def _run(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
+        """Run the module, on copies of its inputs until it is known to leave them alone with these taps."""
+        trusted = taps in self._leaves_inputs
+        used = inputs if trusted else map_tensors(inputs, torch.clone)
+        before = [version_of(tensor) for tensor in tensors_of(used)]
+        values, overwritten = run_with_taps(self.module, used, taps, self._clone)
+        changed = before != [version_of(tensor) for tensor in tensors_of(used)]
+        if changed and trusted:
+            raise TeacherForwardError(
+                "the teacher's forward wrote into its inputs, which it did not do for earlier batches; the batch is "
+                "no longer what it was. Make the forward work on a clone"
+            )
+        if not changed and not trusted and len(self._leaves_inputs) < _MAX_TAP_SETS:
+            self._leaves_inputs.add(taps)
+        if overwritten:
+            self._clone |= overwritten
+            return self._run(inputs, taps)
+        return values
 
     def close(self) -> None:
         """Nothing to free: the module is the caller's."""
@@ -139,5 +169,6 @@ def revision_of(module: nn.Module) -> str:
         digest.update(f"{name}\0{type(child).__qualname__}\0{extra}\0".encode())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(xxhash.xxh3_128(memory_of(tensor.detach().cpu().contiguous())).digest())
+        plain = on_cpu(tensor)  # named, since memory_of does not keep it alive
+        digest.update(xxhash.xxh3_128(memory_of(plain)).digest())
     return digest.hexdigest()[:16]

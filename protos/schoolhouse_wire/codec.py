@@ -209,11 +209,11 @@ class _Packer:
         self._index[id(tensor)] = index = len(self.tensors)
         header = self.bundle.tensors.add(dtype=dtype)
         header.shape.extend(tensor.shape)
-        self.tensors.append(_on_cpu(tensor))
+        self.tensors.append(on_cpu(tensor))
         return index
 
 
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """The same values as plain contiguous memory on CPU; the tensor itself where it already is that."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     if plain.is_contiguous():

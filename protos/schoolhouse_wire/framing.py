@@ -141,7 +141,7 @@ class Outgoing:
             self.payload = teacher_pb2.Payload(digest=self.digest, data=data)
             self._tensors = []
         else:
-            self._versions = [tensor._version for tensor in tensors]
+            self._versions = [memory.version_of(tensor) for tensor in tensors]
 
     def _small_slices(self) -> Iterator[bytes]:
         end = 0
@@ -185,7 +185,7 @@ class Outgoing:
                     pending = []
 
     def _check_unchanged(self) -> None:
-        if self._versions != [tensor._version for tensor in self._tensors]:
+        if self._versions != [memory.version_of(tensor) for tensor in self._tensors]:
             raise CorruptPayloadError(
                 "a tensor was changed in place while it was being sent: the module returns memory that it writes "
                 "again; return a clone"

@@ -79,20 +79,26 @@ def build_record(kind: Kind, type_name: str, fields: dict[str, Any]) -> Any:
     found = _loaded(type_name)
     if found is None or _kind_of(found) != kind:
         return RecordView(type_name, fields)
-    if kind == NAMED_TUPLE and list(fields) == list(found._fields):
-        return tuple.__new__(found, fields.values())
-    if kind == MODEL_OUTPUT and fields.keys() <= _field_names(found):
+    names = found._fields if kind == NAMED_TUPLE else [field.name for field in dataclasses.fields(found)]
+    return _instance(found, kind, fields) if set(names) == fields.keys() else RecordView(type_name, fields)
+
+
+def with_fields(value: Any, record: Record, fields: dict[str, Any]) -> Any:
+    """An object like `value`, whose record is `record`, with other fields."""
+    if isinstance(value, RecordView):
+        return RecordView(record.type_name, fields)
+    return _instance(type(value), record.kind, fields)
+
+
+def _instance(found: Any, kind: Kind, fields: dict[str, Any]) -> Any:
+    if kind == MODEL_OUTPUT:
         return found(**fields)
-    if kind == DATACLASS and fields.keys() == _field_names(found):
-        instance = object.__new__(found)
-        for name, value in fields.items():
-            object.__setattr__(instance, name, value)
-        return instance
-    return RecordView(type_name, fields)
-
-
-def _field_names(kind: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
+    if kind == NAMED_TUPLE:
+        return tuple.__new__(found, [fields[name] for name in found._fields])
+    instance = object.__new__(found)
+    for name, value in fields.items():
+        object.__setattr__(instance, name, value)
+    return instance
 
 
 def _kind_of(kind: type) -> Kind | None:

@@ -1,5 +1,7 @@
 """Our errors <-> failures on a session <-> gRPC status, both ways. Nothing else maps errors."""
 
+from typing import NoReturn
+
 import grpc
 
 from schoolhouse_wire.errors import (
@@ -56,7 +58,7 @@ def from_failure(failure: teacher_pb2.Failure) -> SchoolhouseError:
     return BY_CODE.get(failure.code, TeacherInternalError)(failure.message, choices=failure.choices)
 
 
-def abort(context: grpc.ServicerContext, error: BaseException) -> None:
+def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     """End an RPC with `error`; raises, as `context.abort` does."""
     failure = to_failure(error)
     context.set_trailing_metadata(((_FAILURE_KEY, failure.SerializeToString()),))

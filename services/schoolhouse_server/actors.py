@@ -12,7 +12,7 @@ import grpc
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from schoolhouse_wire import channel
-from schoolhouse_wire.v1 import directory_pb2
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 from schoolhouse_server.config import PoolConfig, TeacherSpec
 from schoolhouse_server.directory import Directory
@@ -84,7 +84,7 @@ class DirectoryActor:
         bind, advertised = _listen_host(host)
         self._directory = Directory()
         server = grpc.server(ThreadPoolExecutor(256), options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=256)
-        server.add_generic_rpc_handlers((self._directory.handler(),))
+        directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
         add_standard_services(server, ("schoolhouse.v1.DirectoryService",))
         self._port = server.add_insecure_port(f"{bind}:{port}")
         server.start()
@@ -153,6 +153,13 @@ class KeeperActor:
     def errors(self) -> dict[str, str]:
         """Teachers that could not be started, and why."""
         return dict(self._errors)
+
+    def ready(self) -> bool:
+        """Whether every teacher has all its replicas, and the directory lists them."""
+        return all(
+            sum(member.listed for member in self._members[name]) >= spec.replicas
+            for name, spec in self._pool.teachers.items()
+        )
 
     def stop(self) -> None:
         """Stop all replicas of the pool."""

@@ -128,15 +128,10 @@ def _connected(address: str | None) -> Iterator[None]:
         raise ConfigError("no local pool is running; start one with `schoolhouse up pool.yaml`, or give --address")
     if address is None:
         os.environ["RAY_AUTH_MODE"] = "token"  # Ray guards local clusters with the user's token; read when it loads
-    import ray
+    from schoolhouse_server.pool import ray_cluster
 
-    from schoolhouse_server.pool import init_ray
-
-    init_ray(found)
-    try:
+    with ray_cluster(found):
         yield
-    finally:
-        ray.shutdown()
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

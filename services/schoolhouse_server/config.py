@@ -75,6 +75,8 @@ def load_pool(path: Path) -> PoolConfig:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(err).split())}") from err
     if not isinstance(given, dict):
         raise ConfigError(f"{path} must hold a mapping with the key 'teachers'")
+    if "folder" in given:
+        raise ConfigError(f"{path} is wrong: folder: it is the file's own folder and cannot be set")
     try:
         return TypeAdapter(PoolConfig).validate_python({**given, "folder": path.resolve().parent})
     except ValidationError as err:

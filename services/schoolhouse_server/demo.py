@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import ray
 import torch
 from rich import box
 from rich.console import Console
@@ -24,7 +23,7 @@ from schoolhouse.demo.student import EPOCHS, KINDS, LABELLED
 from torch.nn import functional as F
 
 from schoolhouse_server.config import load_pool
-from schoolhouse_server.pool import Pool, init_ray, launch
+from schoolhouse_server.pool import Pool, launch, ray_cluster
 
 _TEACHER_EPOCHS = 12
 _POOL = """
@@ -75,16 +74,13 @@ def _train_teacher(weights: Path, bars: Progress) -> float:
 @contextlib.contextmanager
 def _pool(path: Path, bars: Progress) -> Iterator[Pool]:
     task = bars.add_task("starting Ray and two replicas", total=2)
-    try:
-        init_ray(num_cpus=2)
+    with ray_cluster(num_cpus=2):
         pool = launch(load_pool(path))
         try:
             pool.wait(120, lambda rows: bars.update(task, completed=sum(r["stage"] == "serving" for r in rows)))
             yield pool
         finally:
             pool.down()
-    finally:
-        ray.shutdown()
 
 
 def _run_students(url: str, seeds: int, bars: Progress) -> list[dict[str, Any]]:
@@ -108,8 +104,9 @@ class _Job:
         self._task = bars.add_task(f"student: {kind}", total=seeds * EPOCHS)
 
     def __enter__(self) -> "_Job":
+        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would block a talkative job
         self._process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            self._command, stdout=subprocess.PIPE, stderr=self._errors, text=True, start_new_session=True
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -119,6 +116,7 @@ class _Job:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        self._errors.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -133,8 +131,8 @@ class _Job:
         self._process.wait(timeout_s)
         self._reader.join(10)
         if self._process.returncode != 0:
-            assert self._process.stderr is not None
-            raise RuntimeError(f"the student {self._kind!r} failed:\n{self._process.stderr.read()[-2000:]}")
+            self._errors.seek(0)
+            raise RuntimeError(f"the student {self._kind!r} failed:\n{self._errors.read()[-2000:]}")
 
 
 def _table(records: list[dict[str, Any]], teacher_accuracy: float) -> Table:

@@ -2,17 +2,16 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import grpc
 from schoolhouse.errors import UnknownTeacherError
 from schoolhouse_wire import status
-from schoolhouse_wire.v1 import directory_pb2
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 _POLL_S = 0.5  # how soon a watcher's thread notices that its client has left
 
 
-class Directory:
+class Directory(directory_pb2_grpc.DirectoryServiceServicer):
     """Replica sets by teacher. `load` reads the present load of a replica at each ListTeachers, if given."""
 
     def __init__(self, load: Callable[[str], directory_pb2.Load] | None = None) -> None:
@@ -37,25 +36,10 @@ class Directory:
             self._closed = True
             self._changed.notify_all()
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """The service, to add to a gRPC server."""
-        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "ListTeachers": grpc.unary_unary_rpc_method_handler(
-                self._list_teachers,
-                request_deserializer=directory_pb2.ListTeachersRequest.FromString,
-                response_serializer=directory_pb2.ListTeachersResponse.SerializeToString,
-            ),
-            "Watch": grpc.unary_stream_rpc_method_handler(
-                self._watch,
-                request_deserializer=directory_pb2.WatchRequest.FromString,
-                response_serializer=directory_pb2.ReplicaSet.SerializeToString,
-            ),
-        }
-        return grpc.method_handlers_generic_handler("schoolhouse.v1.DirectoryService", methods)
-
-    def _list_teachers(
-        self, _request: directory_pb2.ListTeachersRequest, _context: grpc.ServicerContext
+    def ListTeachers(  # noqa: N802  # the RPC's name
+        self, request: directory_pb2.ListTeachersRequest, context: grpc.ServicerContext
     ) -> directory_pb2.ListTeachersResponse:
+        """All teachers and their replicas."""
         with self._changed:
             response = directory_pb2.ListTeachersResponse(teachers=self._sets.values())
         if self._load is not None:
@@ -64,9 +48,10 @@ class Directory:
                     replica.load.CopyFrom(self._load(replicas.teacher))
         return response
 
-    def _watch(
+    def Watch(  # noqa: N802  # the RPC's name
         self, request: directory_pb2.WatchRequest, context: grpc.ServicerContext
     ) -> Iterator[directory_pb2.ReplicaSet]:
+        """The replica set of one teacher, and each change of it."""
         name, seen = request.teacher, 0
         if name not in self._sets:
             names = sorted(self._sets)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from schoolhouse.errors import TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError
+from schoolhouse.errors import RevisionChangedError, TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError
 from schoolhouse.taps import Tap, map_tensors
 from schoolhouse.teachers import Features, LocalTeacher
+from schoolhouse_wire.memory import version_of
 
 
 @dataclass(eq=False)
@@ -33,6 +34,7 @@ class Engine:
         self.running = 0
         self._teacher = teacher
         self._device = self.description.device
+        self._weights = [(parameter, version_of(parameter)) for parameter in teacher.module.parameters()]
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._max_queued = max_queued
         self._thread = threading.Thread(target=self._run, name="schoolhouse-engine", daemon=True)
@@ -82,10 +84,18 @@ class Engine:
         if time.monotonic() > job.deadline:
             return TeacherTimeoutError("the request's deadline passed while it waited for the teacher")
         try:
+            self._check_weights()
             args, kwargs = self._to_device(job.args), self._to_device(job.kwargs)
             return self._teacher.compute(args, kwargs, job.taps)
         except Exception as err:
             return err
+
+    def _check_weights(self) -> None:
+        if any(version_of(parameter) != version for parameter, version in self._weights):
+            raise RevisionChangedError(
+                f"the teacher's weights were changed in place after it was served as {self.description.revision}; "
+                "serve it again"
+            )
 
     def _to_device(self, value: Any) -> Any:
         return value if self._device == "cpu" else map_tensors(value, lambda tensor: tensor.to(self._device))

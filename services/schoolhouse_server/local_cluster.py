@@ -83,17 +83,15 @@ def _holder() -> psutil.Process | None:
 
 
 def _hold() -> None:
-    import ray
-
-    from schoolhouse_server.pool import init_ray
+    from schoolhouse_server.pool import ray_cluster
 
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    sys.stdout.write(init_ray() + "\n")
-    sys.stdout.flush()
-    ended.wait()
-    ray.shutdown()
+    with ray_cluster() as address:
+        sys.stdout.write(address + "\n")
+        sys.stdout.flush()
+        ended.wait()
 
 
 if __name__ == "__main__":

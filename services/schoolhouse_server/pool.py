@@ -1,8 +1,9 @@
 """Start, find and stop a pool on a Ray cluster, from a driver process."""
 
+import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +52,8 @@ class Pool:
             errors = ray.get(self._keeper.errors.remote(), timeout=_CALL_TIMEOUT_S)
             if errors:
                 raise PoolFailedError("; ".join(f"teacher {name!r}: {why}" for name, why in errors.items()))
-            if rows and self._full(rows):
+            if ray.get(self._keeper.ready.remote(), timeout=_CALL_TIMEOUT_S):
+                on_progress(self.status())
                 return
             if time.monotonic() > deadline:
                 doing = ", ".join(f"{row['teacher']}/{row['id']}: {row['stage']}" for row in rows)
@@ -59,13 +61,6 @@ class Pool:
                     f"the pool is not ready after {timeout_s} s ({doing}); has Ray the resources?"
                 )
             time.sleep(0.2)
-
-    @staticmethod
-    def _full(rows: list[dict[str, Any]]) -> bool:
-        serving: dict[str, int] = {}
-        for row in rows:
-            serving[row["teacher"]] = serving.get(row["teacher"], 0) + (row["stage"] == "serving")
-        return all(serving[row["teacher"]] >= row["wanted"] for row in rows)
 
     def down(self) -> None:
         """Stop all replicas, the directory and the keeper."""
@@ -129,8 +124,12 @@ def _free_port() -> int:
         return port
 
 
-def init_ray(address: str | None = None, num_cpus: int | None = None) -> str:
-    """Connect this process to the Ray cluster at `address`, or start a local one; returns its address."""
+@contextlib.contextmanager
+def ray_cluster(address: str | None = None, num_cpus: int | None = None) -> Iterator[str]:
+    """Connect this process to the Ray cluster at `address`, or to a local one that it starts; yields its address.
+
+    A local one ends with the context.
+    """
     try:
         context = ray.init(
             address=address,
@@ -142,4 +141,7 @@ def init_ray(address: str | None = None, num_cpus: int | None = None) -> str:
         )
     except (ConnectionError, ValueError, RuntimeError) as err:
         raise TeacherUnavailableError(f"no Ray cluster answers at {address}: {err}") from err
-    return str(context.address_info["gcs_address"])
+    try:
+        yield str(context.address_info["gcs_address"])
+    finally:
+        ray.shutdown()

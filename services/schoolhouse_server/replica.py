@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse_wire import channel, framing, memory
 from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
 from schoolhouse_server.directory import Directory
@@ -126,12 +127,9 @@ class Replica:
             response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
         )
         names = ("schoolhouse.v1.TeacherService", "schoolhouse.v1.DirectoryService")
-        server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(names[0], {"Session": session, "Describe": describe}),
-                self._directory.handler(),
-            )
-        )
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {"Session": session, "Describe": describe}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(names[0], methods),))
+        directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
         add_standard_services(server, (*names, *self._modules))
 
 

@@ -26,6 +26,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_server.engine import Engine, Job
 
 _log = logging.getLogger(__name__)
+_REPLY_LIMITS = Limits()
 MAX_IN_FLIGHT = 64
 
 
@@ -52,7 +53,6 @@ class Teachers:
             found = self.find(request.teacher).description
         except SchoolhouseError as err:
             status.abort(context, err)
-            raise
         return teacher_pb2.DescribeResponse(
             teacher=request.teacher,
             revision=found.revision,
@@ -92,6 +92,7 @@ class ServerSession:
         self._limits = limits
         self._partial: dict[int, tuple[teacher_pb2.Call, framing.Incoming]] = {}
         self._jobs: dict[int, Job] = {}
+        self._replying: set[int] = set()  # whose frames are on their way
         self._engine: Engine | None = None
 
     def start(self) -> None:
@@ -128,6 +129,7 @@ class ServerSession:
             job = self._jobs.pop(message.cancel.request_id, None)
             if job is not None:
                 job.cancelled = True
+            self._replying.discard(message.cancel.request_id)
         elif message.HasField("open"):
             self._on_open(message.open)
 
@@ -179,6 +181,8 @@ class ServerSession:
         if not isinstance(inputs, Arguments):
             raise ProtocolError("a call's inputs are not the arguments of a forward")
         taps = taps_from_wire(call.taps)
+        if not taps or len(set(taps)) < len(taps) or any(tap.side == "" for tap in taps):
+            raise ProtocolError("a call's taps must be at least one, distinct, and of a known side")
         request_id, digest = call.request_id, incoming.digest
 
         def done(result: Features | BaseException) -> None:
@@ -199,7 +203,7 @@ class ServerSession:
         try:
             if isinstance(result, BaseException):
                 raise result
-            outgoing = framing.Outgoing(list(result.values()), limits=self._limits, snapshot=False)
+            outgoing = framing.Outgoing(list(result.values()), limits=_REPLY_LIMITS, snapshot=False)
             reply = teacher_pb2.Reply(
                 request_id=request_id,
                 revision=result.revision,
@@ -208,6 +212,7 @@ class ServerSession:
                 features=outgoing.header,
                 payload=outgoing.payload,
             )
+            self._replying.add(request_id)
             self.outbox.put(self._reply(request_id, reply, outgoing))
         except Exception as err:
             self._fail(request_id, err)
@@ -215,11 +220,16 @@ class ServerSession:
     def _reply(
         self, request_id: int, reply: teacher_pb2.Reply, outgoing: framing.Outgoing
     ) -> Iterator[Message | bytes]:
-        yield teacher_pb2.ServerMessage(reply=reply)
         try:
-            yield from outgoing.frames(request_id)
+            yield teacher_pb2.ServerMessage(reply=reply)
+            for frame in outgoing.frames(request_id):
+                if request_id not in self._replying:
+                    return  # cancelled meanwhile
+                yield frame
         except SchoolhouseError as err:
             yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
+        finally:
+            self._replying.discard(request_id)
 
     def _fail(self, request_id: int, error: Exception) -> None:
         if not isinstance(error, SchoolhouseError):

@@ -1,0 +1,86 @@
+"""Where a teacher's replicas are, and what they serve: short calls to the directory and to a replica."""
+
+import urllib.parse
+from collections.abc import Sequence
+
+import grpc
+from schoolhouse_wire import channel, status
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2, teacher_pb2_grpc
+
+from schoolhouse.errors import (
+    ConfigError,
+    SchoolhouseError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+    UnknownTeacherError,
+)
+from schoolhouse.teachers import TeacherDescription
+
+
+def parse(url: str) -> tuple[str, str]:
+    """`grpc://HOST:PORT/NAME` as HOST:PORT and NAME."""
+    parts = urllib.parse.urlsplit(url)
+    name = parts.path.strip("/")
+    if parts.scheme != "grpc" or not parts.netloc or not name:
+        raise ConfigError(f"{url!r} is not a teacher's address; expected grpc://HOST:PORT/NAME")
+    return parts.netloc, name
+
+
+def addresses(target: str, name: str, timeout_s: float) -> list[str]:
+    """HOST:PORT of each replica of the teacher `name`, from the directory or replica at `target`.
+
+    Raises:
+        TeacherUnavailableError: no server there within `timeout_s`.
+        UnknownTeacherError: no teacher of that name; lists those there are.
+    """
+    with grpc.insecure_channel(target, options=channel.CLIENT_OPTIONS) as opened:
+        stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
+        try:
+            response = stub.ListTeachers(directory_pb2.ListTeachersRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError as err:
+            raise _unreachable(err, target, timeout_s) from err
+    sets = {found.teacher: found for found in response.teachers}
+    if name not in sets:
+        raise UnknownTeacherError(
+            f"no teacher {name!r} at {target}; there are: {', '.join(sorted(sets)) or 'none'}", choices=sorted(sets)
+        )
+    return [replica.address or target for replica in sets[name].replicas]
+
+
+def describe(replicas: Sequence[str], name: str, timeout_s: float) -> tuple[TeacherDescription, Limits]:
+    """What the teacher `name` is, from the first of its replicas that answers, and what its requests may hold.
+
+    Raises:
+        TeacherUnavailableError: none answers.
+    """
+    error: SchoolhouseError = TeacherUnavailableError(f"teacher {name!r} has no live replica yet")
+    for address in replicas:
+        with grpc.insecure_channel(address, options=channel.CLIENT_OPTIONS) as opened:
+            stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
+            try:
+                found = stub.Describe(teacher_pb2.DescribeRequest(teacher=name), timeout=timeout_s)
+            except grpc.RpcError as err:
+                error = status.from_rpc_error(err, address)
+                continue
+        description = TeacherDescription(
+            name=found.teacher,
+            revision=found.revision,
+            class_name=found.class_name,
+            modules=tuple(found.modules),
+            parameters=tuple(found.parameters),
+            dtype=found.dtype,
+            device=found.device,
+            merge=found.merge,
+        )
+        return description, Limits(max_payload_bytes=found.max_request_bytes)
+    raise error
+
+
+def _unreachable(err: grpc.RpcError, target: str, timeout_s: float) -> SchoolhouseError:
+    error = status.from_rpc_error(err, target)
+    if isinstance(error, TeacherUnavailableError | TeacherTimeoutError):
+        return TeacherUnavailableError(
+            f"no server answered at {target} within {timeout_s} s; is the teacher up, and are host and port right?"
+        )
+    return error
