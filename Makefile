@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint protos bench clean
+.PHONY: install demo test parity lint protos bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,13 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+parity:  ## the same scripts with nvidia-modelopt, in an environment of its own (it imports what it does not require)
+	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]' \
+		nvidia-modelopt==0.47.0 requests huggingface_hub pytest pytest-timeout
+	.venv-parity/bin/python -m pytest -m parity tests/parity
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +40,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checksum.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

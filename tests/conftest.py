@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import schoolhouse as sh
+from schoolhouse_server import serve
 
 HERE = str(Path(__file__).parent)
 sys.path.insert(0, HERE)
@@ -18,3 +20,22 @@ def cluster():
     os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
     with ray_cluster(num_cpus=4) as address:
         yield address
+
+
+@pytest.fixture(params=["local", "remote"])
+def teach(request):
+    """Makes a teacher of a module, in this process or behind gRPC."""
+    open_ones = []
+
+    def make(module):
+        if request.param == "local":
+            return sh.LocalTeacher(module)
+        server = serve(module)
+        open_ones.append(server)
+        teacher = sh.connect(server.url)
+        open_ones.insert(0, teacher)
+        return teacher
+
+    yield make
+    for one in open_ones:
+        one.close()

@@ -61,7 +61,7 @@ def test_taps_on_inputs_and_outputs(teacher):
     model, x = Net(32, seed=1), torch.randn(4, 8)
     got = teacher.submit((x,), {}, ["body", ("fc", "input"), ("", "output")]).result()
     hidden = F.linear(x, model.body.weight, model.body.bias)
-    assert torch.equal(got["body"], hidden)  # as returned, before the in-place ReLU
+    assert torch.equal(got["body"], hidden.relu())  # the in-place ReLU writes into it, as a plain hook would see
     assert torch.equal(got["fc", "input"][0], hidden.relu())
     assert torch.equal(got[""], F.linear(hidden.relu(), model.fc.weight, model.fc.bias))
 
@@ -74,14 +74,70 @@ def test_many_requests_in_flight_keep_their_batches(teacher):
         assert torch.equal(future.result()[""], model(x))
 
 
+class Plain(nn.Module):
+    """Three layers; the first is used twice if asked for, and the second writes into its input if asked to."""
+
+    def __init__(self, twice=False, inplace=False):
+        super().__init__()
+        self.a, self.b, self.c, self.twice = nn.Linear(4, 4), nn.ReLU(inplace), nn.Linear(4, 4), twice
+        self.calls = []
+        self.c.register_forward_hook(lambda *_: self.calls.append(1))
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        return self.c(self.a(x) if self.twice else x)
+
+
 def test_the_forward_stops_after_its_last_tap():
-    module, calls = Net(), []
-    module.fc.register_forward_hook(lambda *_: calls.append(1))
+    module = Plain()
+    local, x = sh.LocalTeacher(module), torch.randn(2, 4)
+    whole = local.submit((x,), {}, ["a"]).result()  # the first forward runs on, to see that nothing changes later
+    assert len(module.calls) == 1
+    assert torch.equal(local.submit((x,), {}, ["a"]).result()["a"], whole["a"])
+    assert len(module.calls) == 1
+    local.submit((x,), {}, ["a", ""]).result()
+    assert len(module.calls) == 2
+
+
+@pytest.mark.parametrize("settings", [{"twice": True}, {"inplace": True}, {"twice": True, "inplace": True}])
+def test_features_are_those_of_plain_hooks_in_the_end(settings):
+    module, seen, x = Plain(**settings), {}, torch.randn(2, 4)
     local = sh.LocalTeacher(module)
-    local.submit((torch.randn(2, 8),), {}, ["body"]).result()
-    assert calls == []
-    local.submit((torch.randn(2, 8),), {}, ["body", ""]).result()
-    assert calls
+    features = [local.submit((x,), {}, ["a", ("b", "input")]).result() for _ in range(3)]
+    module.a.register_forward_hook(lambda _m, _i, out: seen.update(a=out))
+    module.b.register_forward_hook(lambda _m, args, _o: seen.update(b=args))
+    module(x)
+    for got in features:
+        assert torch.equal(got["a"], seen["a"])
+        assert torch.equal(got["b", "input"][0], seen["b"][0])
+
+
+def test_an_error_after_the_last_tap_is_nobodys():
+    module = Plain()
+    module.c = nn.Linear(3, 3)
+    x = torch.randn(2, 4)
+    assert torch.equal(sh.LocalTeacher(module).submit((x,), {}, ["a"]).result()["a"], module.a(x))
+    with pytest.raises(errors.TeacherForwardError):
+        sh.LocalTeacher(module).submit((x,), {}, ["a", ""]).result()
+
+
+class Cache:
+    """What cannot travel."""
+
+
+class WithCache(nn.Module):
+    def forward(self, x):
+        return {"logits": x * 2, "cache": Cache()}
+
+
+def test_an_object_that_cannot_travel_stays_and_says_so():
+    with serve(WithCache()) as server, sh.connect(server.url) as remote:
+        got = remote.submit((torch.ones(2),), {}, [""]).result()[""]
+    assert got["logits"].tolist() == [2, 2]
+    assert isinstance(got["cache"], sh.Opaque)
+    assert got["cache"].type_name.endswith("Cache")
+    with pytest.raises(errors.UnsupportedValueError, match="key_states"):
+        got["cache"].key_states  # noqa: B018
 
 
 def test_unknown_tap_lists_close_matches(teacher):

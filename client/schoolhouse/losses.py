@@ -1,14 +1,62 @@
 """Losses between a student's and a teacher's outputs; the maths stands in `schoolhouse.functional`."""
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from schoolhouse import functional
+from schoolhouse.functional import _checks
+from schoolhouse.functional.features import zero_uncounted
 
-_REDUCTIONS = ("mean", "batchmean", "sum", "none")
+
+class LogitsLoss(_Loss):
+    """Base of the losses between logits: settings that all have, and the loss of each example.
+
+    Args:
+        temperature: softens both distributions; must be above 0.
+        reduction: "mean" (over all elements of the logits), "batchmean", "sum", or "none".
+
+    Raises:
+        ValueError: for another temperature or reduction.
+    """
+
+    def __init__(self, temperature: float, reduction: str) -> None:
+        _checks.check_positive("temperature", temperature)
+        _checks.check_reduction(reduction)
+        super().__init__(reduction=reduction)
+        self._temperature = temperature
+        self._reduction = reduction
+
+    def per_example(
+        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Losses `[...]` of logits `[..., classes]`, whatever the reduction; labels `[...]` where the loss needs them.
+
+        `CausalLMLoss` takes any subclass that defines it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define per_example")
 
 
-class LogitsDistillationLoss(_Loss):
+class _Divergence(LogitsLoss):
+    """A loss between logits that needs no labels."""
+
+    def forward(self, logits_s: torch.Tensor, logits_t: torch.Tensor) -> torch.Tensor:
+        """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
+        return self._divergence(logits_s, logits_t, self._reduction)
+
+    def per_example(
+        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Losses `[...]` of logits `[..., classes]`; labels are not read."""
+        return self._divergence(logits_s, logits_t, "none")
+
+    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class LogitsDistillationLoss(_Divergence):
     """KL divergence of the softened class distributions, times temperature squared (arXiv 1503.02531).
 
     Args:
@@ -20,16 +68,377 @@ class LogitsDistillationLoss(_Loss):
     """
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__(temperature, reduction)
+
+    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+        return functional.logits_distillation(logits_s, logits_t, temperature=self._temperature, reduction=reduction)
+
+
+class ReverseKLLoss(_Divergence):
+    """KL(student || teacher) of the softened distributions, times temperature squared (arXiv 2306.08543).
+
+    Args:
+        temperature: softens both distributions; must be above 0.
+        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (one value an example).
+
+    Raises:
+        ValueError: for another temperature or reduction.
+    """
+
+    def __init__(self, temperature: float = 1.0, reduction: str = "batchmean") -> None:
+        super().__init__(temperature, reduction)
+
+    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+        return functional.reverse_kl(logits_s, logits_t, temperature=self._temperature, reduction=reduction)
+
+
+class JSDLoss(_Divergence):
+    """Generalized Jensen-Shannon divergence, times temperature squared (GKD, arXiv 2306.13649).
+
+    Args:
+        beta: weight of the teacher in the mixture, in [0, 1]; 0 is KL(teacher || student), 1 KL(student || teacher).
+        temperature: softens both distributions; must be above 0.
+        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (one value an example).
+
+    Raises:
+        ValueError: for another beta, temperature or reduction.
+    """
+
+    def __init__(self, beta: float = 0.5, temperature: float = 1.0, reduction: str = "batchmean") -> None:
+        super().__init__(temperature, reduction)
+        _checks.check_fraction("beta", beta)
+        self._beta = beta
+
+    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+        return functional.jsd(logits_s, logits_t, beta=self._beta, temperature=self._temperature, reduction=reduction)
+
+
+class SkewedKLLoss(_Divergence):
+    """KL from the teacher to a mixture of both, times temperature squared (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        alpha: share of the first distribution in the mixture, in [0, 1); 0 is the plain divergence.
+        temperature: softens both distributions; must be above 0.
+        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (one value an example).
+        reverse: KL from the student instead, to a mixture of `alpha` student and the rest teacher.
+
+    Raises:
+        ValueError: for another alpha, temperature or reduction.
+    """
+
+    def __init__(
+        self, alpha: float = 0.1, temperature: float = 1.0, reduction: str = "batchmean", reverse: bool = False
+    ) -> None:
+        super().__init__(temperature, reduction)
+        if not 0 <= alpha < 1:
+            raise ValueError(f"alpha is {alpha}; it must be 0 or above and below 1, where the loss is always 0")
+        self._alpha = alpha
+        self._reverse = reverse
+
+    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+        return functional.skewed_kl(
+            logits_s,
+            logits_t,
+            alpha=self._alpha,
+            temperature=self._temperature,
+            reduction=reduction,
+            reverse=self._reverse,
+        )
+
+
+class MFTLoss(LogitsLoss):
+    """KL from the teacher's distribution corrected towards the labels, times temperature squared (arXiv 2506.15702).
+
+    Args:
+        temperature: softens both distributions; must be above 0.
+        threshold: lead that the label's class gets over the teacher's strongest other, in [0, 1].
+        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (elementwise, `[n, classes]`).
+
+    Raises:
+        ValueError: for another temperature, threshold or reduction.
+    """
+
+    def __init__(self, temperature: float = 1.0, threshold: float = 0.2, reduction: str = "batchmean") -> None:
+        super().__init__(temperature, reduction)
+        _checks.check_fraction("threshold", threshold)
+        self._threshold = threshold
+
+    def forward(self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of the student's logits `[..., classes]`, flattened to `[n, classes]`, for the labels `[n]`."""
+        return self._mft(logits_s, logits_t, labels, self._reduction)
+
+    def per_example(
+        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Losses `[...]` of logits `[..., classes]` and labels `[...]`, which are needed."""
+        labels = _needed(labels, self)
+        return self._mft(logits_s, logits_t, labels.reshape(-1), "none").sum(dim=-1).reshape(labels.shape)
+
+    def _mft(
+        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor, reduction: str
+    ) -> torch.Tensor:
+        return functional.mft(
+            logits_s,
+            logits_t,
+            labels,
+            temperature=self._temperature,
+            threshold=self._threshold,
+            reduction=reduction,
+        )
+
+
+class DKDLoss(LogitsLoss):
+    """Decoupled knowledge distillation, times temperature squared (arXiv 2203.08679).
+
+    Args:
+        alpha: weight of the divergence between label and not label, 0 or above.
+        beta: weight of the divergence among the other classes, 0 or above.
+        temperature: softens both distributions; must be above 0. The defaults are the paper's for CIFAR-100.
+        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (one value an example).
+
+    Raises:
+        ValueError: for another alpha, beta, temperature or reduction.
+    """
+
+    def __init__(
+        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: str = "batchmean"
+    ) -> None:
+        super().__init__(temperature, reduction)
+        _checks.check_weight("alpha", alpha)
+        _checks.check_weight("beta", beta)
+        self._alpha = alpha
+        self._beta = beta
+
+    def forward(self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of the student's logits `[..., classes]` against the teacher's, for the labels `[...]`."""
+        return self._dkd(logits_s, logits_t, labels, self._reduction)
+
+    def per_example(
+        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Losses `[...]` of logits `[..., classes]` and labels `[...]`, which are needed."""
+        return self._dkd(logits_s, logits_t, _needed(labels, self), "none")
+
+    def _dkd(
+        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor, reduction: str
+    ) -> torch.Tensor:
+        return functional.dkd(
+            logits_s,
+            logits_t,
+            labels,
+            alpha=self._alpha,
+            beta=self._beta,
+            temperature=self._temperature,
+            reduction=reduction,
+        )
+
+
+class CausalLMLoss(_Loss):
+    """Mean of a loss between logits over the tokens of a causal language model that count.
+
+    Logits of each position, in float32, are held against the label of the next; positions whose next label is
+    `ignore_index` count exactly nothing, even where their logits are NaN.
+
+    Args:
+        loss: any loss between logits of this package; its own reduction is not used.
+        ignore_index: label of the tokens that don't count.
+
+    Raises:
+        TypeError: for a module that gives no loss for each example.
+    """
+
+    def __init__(self, loss: LogitsLoss, ignore_index: int = -100) -> None:
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0")
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}; choices: {', '.join(map(repr, _REDUCTIONS))}")
-        self._temperature = temperature
+        if not isinstance(loss, LogitsLoss):
+            raise TypeError(f"loss is a {type(loss).__name__}; choices: {_CAUSAL_LM_CHOICES}")
+        self.loss = loss
+        self._ignore_index = ignore_index
+
+    def forward(self, out_s: Any, out_t: Any, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean, a scalar, over the counted tokens of logits `[..., length, classes]` and labels `[..., length]`.
+
+        Args:
+            out_s: the student's logits, or an object that has them as `.logits`.
+            out_t: the teacher's, of the same shape.
+            labels: not shifted, as for the model itself; None counts every position.
+
+        Raises:
+            TypeError: if there are no logits in what came.
+            ValueError: if the shapes do not fit, or if the loss needs labels and there are none.
+        """
+        return functional.causal_lm(
+            self.loss.per_example, _logits_of(out_s), _logits_of(out_t), labels, ignore_index=self._ignore_index
+        )
+
+
+class MGDLoss(_Loss):
+    """Masked generative distillation of feature maps (arXiv 2205.01529); trainable.
+
+    Args:
+        num_student_channels: channels of the student's map.
+        num_teacher_channels: channels of the teacher's map.
+        alpha_mgd: multiplies the loss; 0 or above.
+        lambda_mgd: share of positions masked, in [0, 1].
+
+    Raises:
+        ValueError: for other channels, alpha_mgd or lambda_mgd.
+    """
+
+    def __init__(
+        self,
+        num_student_channels: int,
+        num_teacher_channels: int,
+        alpha_mgd: float = 1.0,
+        lambda_mgd: float = 0.65,
+    ) -> None:
+        super().__init__()
+        _checks.check_positive("num_student_channels", num_student_channels)
+        _checks.check_positive("num_teacher_channels", num_teacher_channels)
+        _checks.check_weight("alpha_mgd", alpha_mgd)
+        _checks.check_fraction("lambda_mgd", lambda_mgd)
+        self._alpha_mgd = alpha_mgd
+        self._lambda_mgd = lambda_mgd
+        same = num_student_channels == num_teacher_channels
+        self.align = nn.Identity() if same else nn.Conv2d(num_student_channels, num_teacher_channels, kernel_size=1)
+        self.generation = nn.Sequential(
+            nn.Conv2d(num_teacher_channels, num_teacher_channels, kernel_size=3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(num_teacher_channels, num_teacher_channels, kernel_size=3, padding=1),
+        )
+
+    def forward(self, out_s: torch.Tensor, out_t: torch.Tensor) -> torch.Tensor:
+        """Loss, a scalar, of maps `[batch, channels, height, width]` that differ in channels at most."""
+        _checks.check_tensors("maps", out_s, out_t)
+        return functional.mgd(
+            self.align(out_s), out_t, self.generation, alpha_mgd=self._alpha_mgd, lambda_mgd=self._lambda_mgd
+        )
+
+
+class _HiddenLoss(_Loss):
+    """What the losses between hidden states share: the student's are projected to the teacher's width, if needed."""
+
+    def __init__(self, student_width: int, teacher_width: int, reduction: str = "mean") -> None:
+        _checks.check_positive("student_width", student_width)
+        _checks.check_positive("teacher_width", teacher_width)
+        _checks.check_reduction(reduction)
+        super().__init__(reduction=reduction)
+        same = student_width == teacher_width
+        self.projection = nn.Identity() if same else nn.Linear(student_width, teacher_width, bias=False)
+        self._student_width = student_width
         self._reduction = reduction
 
-    def forward(self, logits_s: torch.Tensor, logits_t: torch.Tensor) -> torch.Tensor:
-        """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
-        return functional.logits_distillation(
-            logits_s, logits_t, temperature=self._temperature, reduction=self._reduction
-        )
+    def _project(self, hidden_s: torch.Tensor, hidden_t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        _checks.check_tensors("hidden states", hidden_s, hidden_t)
+        if hidden_s.shape[-1] != self._student_width:
+            raise ValueError(
+                f"the student's hidden states have the shape {tuple(hidden_s.shape)}; "
+                f"[..., {self._student_width}] is needed, by student_width"
+            )
+        # Before the projection, or garbage in tokens that don't count would be in the gradient of its weight.
+        projected: torch.Tensor = self.projection(zero_uncounted(hidden_s, mask))
+        return projected
+
+
+class HiddenMSELoss(_HiddenLoss):
+    """Mean squared difference of hidden states; trainable where the widths differ (arXiv 1909.10351).
+
+    Args:
+        student_width: width of the student's hidden states.
+        teacher_width: width of the teacher's; another one adds a learned projection, without bias.
+        reduction: "mean" (over the counted tokens), "batchmean", "sum", or "none" (one value a token).
+
+    Raises:
+        ValueError: for other widths or another reduction.
+    """
+
+    def forward(
+        self, hidden_s: torch.Tensor, hidden_t: torch.Tensor, *, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Loss of hidden states `[..., width]` over the tokens that the `mask` `[...]` counts; all, without one."""
+        projected = self._project(hidden_s, hidden_t, mask)
+        return functional.hidden_mse(projected, hidden_t, mask=mask, reduction=self._reduction)
+
+
+class HiddenCosineLoss(_HiddenLoss):
+    """1 - cosine between hidden states; trainable where the widths differ (arXiv 1910.01108).
+
+    Args:
+        student_width: width of the student's hidden states.
+        teacher_width: width of the teacher's; another one adds a learned projection, without bias.
+        reduction: "mean" (over the counted tokens), "batchmean", "sum", or "none" (one value a token).
+
+    Raises:
+        ValueError: for other widths or another reduction.
+    """
+
+    def forward(
+        self, hidden_s: torch.Tensor, hidden_t: torch.Tensor, *, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Loss of hidden states `[..., width]` over the tokens that the `mask` `[...]` counts; all, without one."""
+        projected = self._project(hidden_s, hidden_t, mask)
+        return functional.hidden_cosine(projected, hidden_t, mask=mask, reduction=self._reduction)
+
+
+class AttentionTransferLoss(_Loss):
+    """Squared difference of normalised attention maps (arXiv 1612.03928).
+
+    Args:
+        p: power of the activations' size, 1 or above.
+        reduction: "mean" or "batchmean" (both over the batch), "sum", or "none" (one value an example).
+
+    Raises:
+        ValueError: for another p or reduction.
+    """
+
+    def __init__(self, p: float = 2.0, reduction: str = "mean") -> None:
+        _checks.check_reduction(reduction)
+        super().__init__(reduction=reduction)
+        _checks.check_positive("p", p)
+        if p < 1:
+            raise ValueError(f"p is {p}; it must be 1 or above: below, the gradient at an activation of 0 is infinite")
+        self._p = p
+        self._reduction = reduction
+
+    def forward(self, maps_s: torch.Tensor, maps_t: torch.Tensor) -> torch.Tensor:
+        """Loss of maps `[batch, channels, height, width]` that differ in channels at most."""
+        return functional.attention_transfer(maps_s, maps_t, p=self._p, reduction=self._reduction)
+
+
+class RKDLoss(_Loss):
+    """Relational knowledge distillation, by distances and angles between a batch's examples (arXiv 1904.05068).
+
+    Args:
+        distance_weight: weight of the distance-wise loss, 0 or above.
+        angle_weight: weight of the angle-wise loss, 0 or above.
+
+    Raises:
+        ValueError: for other weights.
+    """
+
+    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
+        super().__init__()
+        _checks.check_weight("distance_weight", distance_weight)
+        _checks.check_weight("angle_weight", angle_weight)
+        self._distance_weight = distance_weight
+        self._angle_weight = angle_weight
+
+    def forward(self, embeddings_s: torch.Tensor, embeddings_t: torch.Tensor) -> torch.Tensor:
+        """Loss, a scalar, of embeddings `[batch, width]`; widths may differ."""
+        distance = functional.rkd_distance(embeddings_s, embeddings_t)
+        return self._distance_weight * distance + self._angle_weight * functional.rkd_angle(embeddings_s, embeddings_t)
+
+
+_CAUSAL_LM_CHOICES = (
+    "LogitsDistillationLoss, ReverseKLLoss, JSDLoss, SkewedKLLoss, MFTLoss, DKDLoss, "
+    "or a subclass of LogitsLoss that defines per_example"
+)
+
+
+def _needed(labels: torch.Tensor | None, loss: nn.Module) -> torch.Tensor:
+    if labels is None:
+        raise ValueError(f"{type(loss).__name__} needs labels, and None came; pass labels=")
+    return labels
+
+
+def _logits_of(output: Any) -> Any:
+    return output if isinstance(output, torch.Tensor) else getattr(output, "logits", output)

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +19,8 @@ from schoolhouse.errors import ConfigError, UnknownTapError
 class Tap(NamedTuple):
     """A place in a model: what submodule `module` ("" is the model) receives ("input") or returns ("output").
 
-    A module that runs more than once in a forward is tapped at its first call.
+    As with a plain forward hook, a module that runs more than once is tapped at its last call, and what later modules
+    write into a tapped tensor in place is seen.
     """
 
     module: str
@@ -82,56 +82,65 @@ class _Stopped(BaseException):
 
 
 class _Recorder:
-    def __init__(self, taps: Sequence[Tap], clone: frozenset[Tap], stop: bool) -> None:
+    def __init__(self, taps: Sequence[Tap], stop: bool) -> None:
         self.features: dict[Tap, Any] = {}
-        self._wanted = len(taps)
-        self._versions: list[tuple[Tap, torch.Tensor, int]] = []
-        self._clone = clone
+        self.calls = dict.fromkeys(taps, 0)
+        self._versions: dict[Tap, list[tuple[torch.Tensor, int]]] = {}
         self._stop = stop
 
-    def record(self, tap: Tap, value: Any) -> None:
-        if tap in self.features:
-            warnings.warn(
-                f"module {tap.module!r} runs more than once in a forward; its first call is tapped", stacklevel=2
-            )
-            return
-        if tap in self._clone:
-            value = map_tensors(value, torch.clone)
-        self._versions += [(tap, tensor, version_of(tensor)) for tensor in tensors_of(value)]
-        self.features[tap] = value
-        if self._stop and len(self.features) == self._wanted:
-            raise _Stopped
+    @property
+    def complete(self) -> bool:
+        """Each tap has a feature."""
+        return len(self.features) == len(self.calls)
 
-    def overwritten(self) -> frozenset[Tap]:
-        """Taps whose tensors the rest of the forward changed in place."""
-        return frozenset(tap for tap, tensor, version in self._versions if version_of(tensor) != version)
+    def record(self, tap: Tap, value: Any) -> None:
+        self.calls[tap] += 1
+        self.features[tap] = value
+        if self._stop:
+            if self.complete:
+                raise _Stopped
+        else:
+            self._versions[tap] = [(tensor, version_of(tensor)) for tensor in tensors_of(value)]
+
+    def settled(self) -> bool:
+        """After a whole forward: each tap's last value was its first, and nothing changed it later."""
+        return all(count == 1 for count in self.calls.values()) and not any(
+            tensor.is_inference() or version_of(tensor) != version
+            for versions in self._versions.values()
+            for tensor, version in versions
+        )
 
 
 def run_with_taps(
-    model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], clone: frozenset[Tap]
-) -> tuple[dict[Tap, Any], frozenset[Tap]]:
-    """Run `model` and capture `taps`; stops right after the last one unless the model's own output is asked for.
+    model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], *, stop: bool
+) -> tuple[dict[Tap, Any], bool | None]:
+    """Run `model` and capture `taps` as plain hooks would: the last call of each module, as it stands in the end.
 
-    Returns the features, in the order of `taps`, and those taps whose tensors were changed in place by later modules
-    (such as an in-place ReLU): run again with these in `clone` to have them as the module returned them.
+    Returns the features, in the order of `taps`, and whether a forward with `stop`, which ends right after the first
+    value of the last tap, will have the same: no tapped module runs twice, and no later one writes into a feature. None
+    if this forward did not run to its end, so that it cannot tell.
     """
     if taps == (_WHOLE,):
-        return {_WHOLE: model(*inputs, **inputs.kwargs)}, frozenset()
-    stop = _WHOLE not in taps
-    recorder = _Recorder(taps, clone, stop)
+        return {_WHOLE: model(*inputs, **inputs.kwargs)}, False
+    recorder = _Recorder(taps, stop and _WHOLE not in taps)
+    finished = False
     with _hooks(model, taps, recorder):
         try:
             if Tap("", "input") in taps:
                 recorder.record(Tap("", "input"), inputs)
             output = model(*inputs, **inputs.kwargs)
+            if _WHOLE in taps:
+                recorder.record(_WHOLE, output)
+            finished = True
         except _Stopped:
-            output = None
-    if not stop:
-        recorder.features[_WHOLE] = output
+            pass
+        except Exception:
+            if not recorder.complete:  # with all of them, nobody asked for what failed
+                raise
     missing = [tap.module for tap in taps if tap not in recorder.features]
     if missing:
         raise UnknownTapError(f"the submodules {missing} did not run in this forward, so they have no features")
-    return {tap: recorder.features[tap] for tap in taps}, recorder.overwritten()
+    return {tap: recorder.features[tap] for tap in taps}, recorder.settled() if finished else None
 
 
 @contextmanager

@@ -84,8 +84,8 @@ class LocalTeacher:
         self._name = name
         self._modules = dict.fromkeys(module_names(module))  # ordered, and quick to search
         self._revision = ""
-        self._clone: frozenset[Tap] = frozenset()  # taps whose tensors later modules write into
         self._leaves_inputs: set[tuple[Tap, ...]] = set()
+        self._may_stop: dict[tuple[Tap, ...], bool] = {}  # learned from the first whole forward
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
 
     def describe(self) -> TeacherDescription:
@@ -116,7 +116,10 @@ class LocalTeacher:
         return future
 
     def compute(self, args: Sequence[Any], kwargs: Mapping[str, Any], taps: tuple[Tap, ...]) -> Features:
-        """Features of `taps`, each as its module received or returned it. The inputs stay as they were.
+        """Features of `taps`, as plain forward hooks would see them in the end. The inputs stay as they were.
+
+        The first forward with a set of taps runs to its end. Later ones stop after their last tap, if none of its
+        modules ran twice and none of its tensors was written into by a later module.
 
         Raises:
             UnknownTapError: for a submodule that there is not, or that did not run.
@@ -139,22 +142,27 @@ class LocalTeacher:
         trusted = taps in self._leaves_inputs
         used = inputs if trusted else map_tensors(inputs, torch.clone)
         before = [version_of(tensor) for tensor in tensors_of(used)]
-        values, overwritten = run_with_taps(self.module, used, taps, self._clone)
+        values, may_stop = run_with_taps(self.module, used, taps, stop=self._may_stop.get(taps, False))
         changed = before != [version_of(tensor) for tensor in tensors_of(used)]
         if changed and trusted:
             raise TeacherForwardError(
                 "the teacher's forward wrote into its inputs, which it did not do for earlier batches; the batch is "
                 "no longer what it was. Make the forward work on a clone"
             )
+        if may_stop is not None and len(self._may_stop) < _MAX_TAP_SETS:
+            self._may_stop.setdefault(taps, may_stop)
         if not changed and not trusted and len(self._leaves_inputs) < _MAX_TAP_SETS:
             self._leaves_inputs.add(taps)
-        if overwritten:
-            self._clone |= overwritten
-            return self._run(inputs, taps)
         return values
 
     def close(self) -> None:
         """Nothing to free: the module is the caller's."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
 
 def _qualified_name(module: nn.Module) -> str:

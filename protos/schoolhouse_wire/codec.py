@@ -55,6 +55,21 @@ class Arguments(tuple[Any, ...]):
         return (Arguments, (tuple(self), self.kwargs))
 
 
+@dataclass(frozen=True)
+class Opaque:
+    """Stands in a reply for an object that cannot travel, such as a key-value cache; to use it is an error."""
+
+    type_name: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedValueError(
+            f"the teacher's {self.type_name} stayed with the teacher, since such objects cannot travel; "
+            f"{name!r} of it cannot be read here"
+        )
+
+
 def tensor_nbytes(header: values_pb2.TensorHeader) -> int:
     """Bytes that a declared tensor takes in the payload."""
     dtype = _BY_NUMBER.get(header.dtype)
@@ -87,8 +102,10 @@ class Declared:
     tensors: list[torch.Tensor]  # contiguous, on CPU, in the order of their declarations
 
 
-def pack(value: Any) -> Declared:
+def pack(value: Any, *, opaque: bool = False) -> Declared:
     """Declare `value` and list the memory of its tensors, without copying where it is contiguous on CPU.
+
+    With `opaque`, an object of a type that cannot travel becomes an `Opaque` at the receiver's side.
 
     Raises:
         UnsupportedValueError: for a type that cannot travel; the message says where it stands in the value.
@@ -97,7 +114,7 @@ def pack(value: Any) -> Declared:
     flat = _flat_spec(value)
     if flat is not None:
         return Declared(*_flat_header(type(value) is list, flat), list(value))
-    packer = _Packer()
+    packer = _Packer(opaque)
     packer.put(packer.bundle.root, value, "value", 0)
     *_, nbytes = offsets(tensor_nbytes(header) for header in packer.bundle.tensors)
     return Declared(packer.bundle.SerializeToString(), nbytes, packer.tensors)
@@ -135,8 +152,9 @@ def _flat_header(is_list: bool, spec: _Spec) -> tuple[bytes, int]:
 
 
 class _Packer:
-    def __init__(self) -> None:
+    def __init__(self, opaque: bool) -> None:
         self.bundle = values_pb2.Bundle()
+        self._opaque = opaque
         self.tensors: list[torch.Tensor] = []
         self._index: dict[int, int] = {}
         self._keep: list[torch.Tensor] = []  # ids stay unique while their tensors live
@@ -171,6 +189,8 @@ class _Packer:
             for key, item in value.items():
                 self._key(node.dict.keys.add(), key, where)
                 self.put(node.dict.values.add(), item, f"{where}[{key!r}]", depth + 1)
+        elif self._opaque or isinstance(value, Opaque):
+            node.opaque = value.type_name if isinstance(value, Opaque) else _type_name(type(value))
         else:
             raise UnsupportedValueError(
                 f"{where} is a {_type_name(type(value))}, which cannot travel; use tensors, numbers, strings, bytes, "
@@ -364,6 +384,8 @@ class _Unpacker:
         if kind == "arguments":
             keyword = {name: self.get(item, depth + 1) for name, item in node.arguments.keyword.items()}
             return Arguments(self._items(node.arguments.positional, depth), keyword)
+        if kind == "opaque":
+            return Opaque(node.opaque)
         if kind == "record":
             if len(node.record.names) != len(node.record.values):
                 raise CorruptPayloadError("a record has another number of names than of values")

@@ -116,9 +116,9 @@ def write_message(message: Message | bytes) -> bytes:
 class Outgoing:
     """A value on its way out: its serialized bundle, and its payload either inline or as frames."""
 
-    def __init__(self, value: Any, *, limits: Limits, snapshot: bool) -> None:
+    def __init__(self, value: Any, *, limits: Limits, snapshot: bool, opaque: bool = False) -> None:
         """Declare `value`. With `snapshot`, what isn't sent at once is copied, so that the caller may change it."""
-        declared = codec.pack(value)
+        declared = codec.pack(value, opaque=opaque)
         self.header, self.nbytes, tensors = declared.header, declared.nbytes, declared.tensors
         if self.nbytes > limits.max_payload_bytes:
             raise MessageTooLargeError(

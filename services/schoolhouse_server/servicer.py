@@ -203,7 +203,7 @@ class ServerSession:
         try:
             if isinstance(result, BaseException):
                 raise result
-            outgoing = framing.Outgoing(list(result.values()), limits=_REPLY_LIMITS, snapshot=False)
+            outgoing = framing.Outgoing(list(result.values()), limits=_REPLY_LIMITS, snapshot=False, opaque=True)
             reply = teacher_pb2.Reply(
                 request_id=request_id,
                 revision=result.revision,

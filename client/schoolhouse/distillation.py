@@ -1,0 +1,156 @@
+"""convert() and export(): a student and a config become a DistillationModel, and back."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from schoolhouse.config import KDLossConfig, make_model, make_teacher, read_mode
+from schoolhouse.distillation_model import DistillationModel
+from schoolhouse.errors import ConfigError
+from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
+from schoolhouse.remote import connect
+from schoolhouse.step import Distillation
+from schoolhouse.taps import check_modules, module_names
+from schoolhouse.teachers import LocalTeacher
+
+_KINDS = {"kd_loss": DistillationModel, "layerwise_kd": LayerwiseDistillationModel}
+
+
+def convert(model: Any, mode: Any) -> Any:
+    """Turn `model`, in place, into a meta-model that distils a teacher into it.
+
+    Args:
+        model: the student; afterwards an instance of a dynamic subclass of its own class. A class, a callable or a
+            tuple `(callable, args, kwargs)` is called first.
+        mode: one mode, as a name, `[name]`, `[(name, config)]` or `{name: config}`. The modes: "kd_loss"
+            (`KDLossConfig`), "layerwise_kd" (`LayerwiseKDConfig`), and "export_student", which is `export`. A config
+            is an object of that class or a dict of its fields.
+
+    Raises:
+        ConfigError: a field is wrong; the message names it and the choices.
+        UnknownTapError: a layer that the student or the teacher does not have; lists close matches.
+    """
+    name, config = read_mode(mode)
+    if name == "export_student":
+        return export(model)
+    model = model if isinstance(model, nn.Module) else make_model(model, "model", "an nn.Module, or what makes one")
+    _check_student(model)
+    config.check()
+    pairs = config.pairs()
+    check_modules((layer for layer, _ in pairs), module_names(model), "the student")
+    return _convert(model, config, pairs, _KINDS[name])
+
+
+def _convert(
+    model: nn.Module, config: KDLossConfig, pairs: dict[tuple[str, str], nn.Module], kind: type[DistillationModel]
+) -> nn.Module:
+    teacher = make_teacher(config.teacher_model, connect)
+    if isinstance(teacher, LocalTeacher):
+        _check_apart(model, teacher.module)
+        known, whose = module_names(teacher.module), "the teacher"
+    else:
+        description = teacher.describe()
+        known, whose = description.modules, f"teacher {description.name!r}"
+    check_modules((layer for _, layer in pairs), known, whose)
+    state = Distillation(
+        teacher=teacher,
+        owns_teacher=teacher is not config.teacher_model,
+        criterion=pairs,
+        original_cls=type(model),
+        minimal_state_dict=config.expose_minimal_state_dict,
+        own_forward=model.__dict__.pop("forward", None),
+    )
+    object.__setattr__(model, "_distillation", state)
+    model.__class__ = meta_class(kind, type(model))
+    assert isinstance(model, DistillationModel)
+    model._attach(config.loss_balancer)
+    return model
+
+
+def export(model: nn.Module) -> nn.Module:
+    """The plain student back: the same object, of its own class, without hooks; a wrapper around it is taken off."""
+    inner = _unwrapped(model)
+    if inner is not model:
+        warnings.warn(
+            f"export takes the {type(model).__name__} off and changes the model inside; wrap it again if needed",
+            stacklevel=2,
+        )
+    if not isinstance(inner, DistillationModel):
+        warnings.warn(f"there is nothing to export: this is a plain {type(inner).__name__}", stacklevel=2)
+        return inner
+    state = inner._distillation
+    inner._detach()
+    inner.__class__ = _without_meta(type(inner), state.original_cls)  # type: ignore[assignment]
+    object.__delattr__(inner, "_distillation")
+    if state.own_forward is not None:
+        inner.forward = state.own_forward
+    if state.owns_teacher:
+        state.teacher.close()
+    return inner
+
+
+def _check_student(model: nn.Module) -> None:
+    if isinstance(model, DistillationModel):
+        raise ConfigError("the model is converted already; export() it first")
+    if _unwrapped(model) is not model:
+        raise ConfigError(
+            f"the model is wrapped in {type(model).__name__}, which would not see the losses' parameters and would be "
+            "left behind: convert the module inside first, then wrap it"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "the model is a ScriptModule, whose class cannot change; convert the module that it was made of"
+        )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner = {
+        "DistributedDataParallel": "module",
+        "DataParallel": "module",
+        "FullyShardedDataParallel": "module",
+        "OptimizedModule": "_orig_mod",
+    }.get(type(model).__name__)  # by name, since importing all of them takes seconds
+    if inner is None or not type(model).__module__.startswith("torch."):
+        return model
+    return _unwrapped(getattr(model, inner))
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    own = {id(parameter): name for name, parameter in student.named_parameters()}
+    shared = [own[id(parameter)] for parameter in teacher.parameters() if id(parameter) in own]
+    if student is teacher or shared:
+        raise ConfigError(
+            f"teacher_model shares parameters with the student ({', '.join(shared[:5])}), and a teacher is frozen; "
+            "give a copy.deepcopy of it"
+        )
+
+
+_classes: dict[tuple[type, type], Any] = {}
+
+
+def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) -> Any:
+    """The class that a student of `student_class` gets; always the same one."""
+
+    @functools.wraps(student_class.forward)
+    def forward(self: DistillationModel, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    name = f"{kind.__name__.removesuffix('Model')}{student_class.__name__}"
+    space = {"forward": forward, "__module__": student_class.__module__}
+    if (kind, student_class) not in _classes:
+        _classes[kind, student_class] = type(name, (kind, student_class), space)
+    return _classes[kind, student_class]
+
+
+def _without_meta(converted: type, student_class: type[nn.Module]) -> type[nn.Module]:
+    """The student's class; a class that was put on after `convert`, as `fully_shard` does, stays on."""
+    if issubclass(converted.__bases__[0], DistillationModel):
+        return student_class
+    above, *rest = converted.__bases__
+    if not rest or not issubclass(rest[-1], DistillationModel):
+        raise ConfigError(f"the class {converted.__name__} was put on after convert, and export cannot take it off")
+    own = {key: value for key, value in vars(converted).items() if key not in ("__dict__", "__weakref__")}
+    return type(converted.__name__, (above, *rest[:-1], student_class), own)

@@ -1,0 +1,303 @@
+"""DistillationModel: a student whose forward also asks the teacher, and which computes the losses between them."""
+
+import copyreg
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from schoolhouse.balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
+from schoolhouse.errors import ConfigError, FeatureMismatchError
+from schoolhouse.step import Distillation, Step, eager, on_device_of
+from schoolhouse.taps import Tap
+from schoolhouse.teachers import LocalTeacher
+
+# Names in the module tree, as the seed's.
+TEACHER, LOSSES, BALANCER = "_teacher_model", "_loss_modules", "_loss_balancer"
+_EXTRAS = (LOSSES, BALANCER, TEACHER)
+
+
+class DistillationModel(nn.Module):
+    """Mixin of the dynamic subclass that `convert` gives a student.
+
+    In its module tree stand `_loss_modules` (the losses with parameters or buffers), `_loss_balancer`, and
+    `_teacher_model` if the teacher lives in this process.
+    """
+
+    _distillation: Distillation
+
+    # Set up and taken down by convert() and export().
+
+    def _attach(self, balancer: DistillationLossBalancer | None) -> None:
+        state = self._distillation
+        state.taps = self._taps()
+        for layer in dict.fromkeys(layer for layer, _ in state.criterion if layer != ""):
+            self._hook(layer, self.get_submodule(layer))
+        stateful = [loss for loss in state.criterion.values() if [*loss.parameters(), *loss.buffers()]]
+        self.add_module(LOSSES, nn.ModuleList(dict.fromkeys(stateful)))
+        self.add_module(BALANCER, balancer)
+        if isinstance(state.teacher, LocalTeacher):
+            self.add_module(TEACHER, state.teacher.module)
+        state.handles.append(self.register_load_state_dict_post_hook(_forgive_extras))  # type: ignore[no-untyped-call]
+
+    def _detach(self) -> None:
+        state = self._distillation
+        for handle in state.handles:
+            handle.remove()
+        for undo in state.undo:
+            undo()
+        state.drop_step()
+        for name in _EXTRAS:
+            self._modules.pop(name, None)
+
+    def _taps(self) -> tuple[Tap, ...]:
+        """The teacher's features that a step needs."""
+        return tuple(dict.fromkeys(Tap(layer) for _, layer in self._distillation.criterion))
+
+    def _hook(self, layer: str, module: nn.Module) -> None:
+        state = self._distillation
+        state.handles.append(module.register_forward_hook(_Capture(state, layer)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, *rest = reduced
+        kind = type(self).__bases__[0]
+        if make is copyreg.__newobj__ and issubclass(kind, DistillationModel):  # type: ignore[attr-defined]
+            return (_new, (kind, self._distillation.original_cls, *args[1:]), *rest)
+        return (make, args, *rest)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ConfigError(
+            "DataParallel runs copies of the student whose outputs would be lost; use DistributedDataParallel"
+        )
+
+    # What users see.
+
+    @property
+    def original_cls(self) -> type[nn.Module]:
+        """The student's own class."""
+        return self._distillation.original_cls
+
+    @property
+    def teacher_model(self) -> Any:
+        """The teacher's module if it lives in this process, otherwise the Teacher, such as a RemoteTeacher."""
+        return self._modules.get(TEACHER, self._distillation.teacher)
+
+    @property
+    def loss_modules(self) -> nn.ModuleList:
+        """The losses that have parameters or buffers, in the order of the criterion."""
+        return cast(nn.ModuleList, self._modules[LOSSES])
+
+    @property
+    def loss_balancer(self) -> DistillationLossBalancer | None:
+        """The balancer, if any."""
+        return cast("DistillationLossBalancer | None", self._modules[BALANCER])
+
+    def hide_teacher_model(self, enable: bool = True) -> Any:
+        """Context in which the teacher's module is not in the module tree, if it ever is."""
+        return self._hidden(TEACHER, nn.Module, enable)
+
+    def hide_loss_modules(self, enable: bool = True) -> Any:
+        """Context in which the losses are not in the module tree."""
+        return self._hidden(LOSSES, nn.ModuleList, enable)
+
+    @contextmanager
+    def _hidden(self, name: str, stand_in: Callable[[], nn.Module | None], enable: bool) -> Iterator[None]:
+        enable = enable and name in self._modules
+        module = self._modules.get(name)
+        if enable:
+            self._modules[name] = stand_in()
+        try:
+            yield
+        finally:
+            if enable:
+                self._modules[name] = module
+
+    @contextmanager
+    def only_teacher_forward(self, enable: bool = True) -> Iterator[None]:
+        """Within it, a forward runs the teacher alone and returns its output.
+
+        A forward of the student on the same batch, within `only_student_forward`, completes the step.
+        """
+        state = self._distillation
+        before, state.only_teacher = state.only_teacher, enable or state.only_teacher
+        try:
+            yield
+        finally:
+            state.only_teacher = before
+
+    @contextmanager
+    def only_student_forward(self, enable: bool = True) -> Iterator[None]:
+        """Within it, a forward runs the student alone: for validation."""
+        state = self._distillation
+        before, state.only_student = state.only_student, enable or state.only_student
+        try:
+            yield
+        finally:
+            state.only_student = before
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._distillation
+        if state.only_teacher and not state.only_student:
+            return _ask_alone(self, args, kwargs)
+        _begin(self, args, kwargs)
+        extras = _hide_extras(self)  # a forward that walks over its children, as nn.Sequential's, must not meet them
+        try:
+            if state.own_forward is not None:
+                output = state.own_forward(*args, **kwargs)
+            else:
+                output = state.original_cls.forward(self, *args, **kwargs)
+        finally:
+            _show_extras(self, extras)
+        _end(self, output)
+        return output
+
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`; the teacher stays in eval mode, and a change of mode drops what was captured."""
+        if mode != self.training:
+            self._distillation.drop_step()
+        super().train(mode)
+        if (teacher := self._modules.get(TEACHER)) is not None:
+            teacher.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`; the teacher stays frozen."""
+        super().requires_grad_(requires_grad)
+        if (teacher := self._modules.get(TEACHER)) is not None:
+            teacher.requires_grad_(False)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.state_dict`, without the teacher if `expose_minimal_state_dict`."""
+        with self.hide_teacher_model(self._distillation.minimal_state_dict):
+            return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`; a checkpoint of the student alone is loaded into the student alone.
+
+        Teacher, losses and balancer are left as they are where the checkpoint has nothing of them, and the teacher
+        always if `expose_minimal_state_dict`.
+        """
+
+        def absent(name: str) -> bool:
+            return not any(key.startswith(f"{name}.") for key in state_dict)
+
+        with (
+            self.hide_teacher_model(self._distillation.minimal_state_dict or absent(TEACHER)),
+            self.hide_loss_modules(absent(LOSSES)),
+            self._hidden(BALANCER, lambda: None, absent(BALANCER)),
+        ):
+            return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def compute_kd_loss(
+        self,
+        student_loss: torch.Tensor | None = None,
+        loss_reduction_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        skip_balancer: bool = False,
+        **loss_fn_kwargs: Any,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Wait for the features of the last forward's batch, and reduce the losses to a scalar.
+
+        Args:
+            student_loss: the student's own loss; needs a balancer.
+            loss_reduction_fn: applied to each distillation loss before balancing, such as a masked mean.
+            skip_balancer: return the losses by name instead: `ClassName_i` in the order of the criterion, and
+                `STUDENT_LOSS_KEY`.
+            **loss_fn_kwargs: given to each loss.
+
+        Raises:
+            ConfigError: for a student_loss without a balancer.
+            FeatureMismatchError: if there was no forward since the last call, or only one of the two ran.
+            SchoolhouseError: whatever kept the teacher from answering.
+        """
+        state = self._distillation
+        if student_loss is not None and self.loss_balancer is None:
+            raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
+        step = _complete_step(state)
+        try:
+            features = on_device_of(step.outputs, step.features())
+        finally:
+            state.step = None  # used, or lost
+        losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
+        for i, ((student_layer, teacher_layer), loss_fn) in enumerate(state.criterion.items()):
+            if student_layer not in step.outputs:
+                raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
+            loss = loss_fn(step.outputs[student_layer], features[Tap(teacher_layer)], **loss_fn_kwargs)
+            losses[f"{type(loss_fn).__name__}_{i}"] = loss if loss_reduction_fn is None else loss_reduction_fn(loss)
+        self._mark(step, losses)
+        if skip_balancer:
+            return losses
+        if self.loss_balancer is None:
+            return next(iter(losses.values()))
+        total: torch.Tensor = self.loss_balancer(losses)
+        return total
+
+    def _mark(self, step: Step, losses: dict[str, torch.Tensor]) -> None:
+        """Called with the losses of a step, before they are reduced."""
+
+
+def _complete_step(state: Distillation) -> Step:
+    if state.step is None:
+        raise FeatureMismatchError("compute_kd_loss needs a forward before it; call model(batch) first")
+    if not state.step.student_ran:
+        raise FeatureMismatchError(
+            "the student did not run, or failed, on the batch that the teacher got; forward that batch again"
+        )
+    return state.step
+
+
+class _Capture:
+    """Forward hook that keeps a layer's output while the student's forward runs; a class, so that it pickles."""
+
+    def __init__(self, state: Distillation, layer: str) -> None:
+        self._state = state
+        self._layer = layer
+
+    @eager
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self._state.recording is not None:
+            self._state.recording.outputs[self._layer] = output
+
+
+@eager
+def _begin(model: DistillationModel, args: Any, kwargs: Any) -> None:
+    model._distillation.begin(args, kwargs, model.training)
+
+
+@eager
+def _end(model: DistillationModel, output: Any) -> None:
+    model._distillation.end(output)
+
+
+@eager
+def _ask_alone(model: DistillationModel, args: Any, kwargs: Any) -> Any:
+    return model._distillation.ask_alone(args, kwargs, model.training)
+
+
+@eager
+def _hide_extras(model: DistillationModel) -> dict[str, nn.Module | None]:
+    return {name: model._modules.pop(name) for name in _EXTRAS if name in model._modules}
+
+
+@eager
+def _show_extras(model: DistillationModel, extras: dict[str, nn.Module | None]) -> None:
+    model._modules.update(extras)
+
+
+def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
+    """Post hook of load_state_dict, for a model inside another one, such as DistributedDataParallel."""
+    for name in _EXTRAS:
+        part = model._modules.get(name)
+        absent = [key for key in incompatible.missing_keys if f".{name}." in f".{key}"]
+        if part is not None and len(absent) == len(part.state_dict()):
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in absent]
+
+
+def _new(kind: type[DistillationModel], student_class: type[nn.Module], *args: Any) -> Any:
+    from schoolhouse.distillation import meta_class
+
+    made = meta_class(kind, student_class)
+    return made.__new__(made, *args)

@@ -1,0 +1,74 @@
+"""What the losses demand of tensors and settings, and the one way they reduce."""
+
+import math
+
+import torch
+
+REDUCTIONS = ("mean", "batchmean", "sum", "none")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError unless `reduction` is one of `REDUCTIONS`."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; choices: {', '.join(map(repr, REDUCTIONS))}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless the setting is a finite number above 0 (NaN is refused too)."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be above 0 and finite")
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raise ValueError unless the setting is a finite number of 0 or above."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}; it must be 0 or above, and finite")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise ValueError unless the setting lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; it must be between 0 and 1")
+
+
+def check_tensors(what: str, of_student: object, of_teacher: object) -> None:
+    """Raise TypeError unless both are tensors: a layer's output may be any object, such as a ModelOutput."""
+    for whose, value in (("student", of_student), ("teacher", of_teacher)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"the {whose}'s {what} came as {type(value).__module__}.{type(value).__qualname__}, and a tensor is "
+                'needed; pair the layers that return it, such as ("lm_head", "lm_head") for logits, or wrap the loss '
+                "in a module that picks the tensor, such as one that reads `.logits`"
+            )
+
+
+def check_same_shape(what: str, of_student: torch.Tensor, of_teacher: torch.Tensor) -> None:
+    """Raise TypeError unless both are tensors, ValueError unless their shapes are equal."""
+    check_tensors(what, of_student, of_teacher)
+    if of_student.shape != of_teacher.shape:
+        raise ValueError(
+            f"the student's {what} have the shape {tuple(of_student.shape)}, the teacher's {tuple(of_teacher.shape)}; "
+            "they must be equal"
+        )
+
+
+def check_labels(labels: torch.Tensor, shape: torch.Size, expected: str) -> None:
+    """Raise TypeError unless the labels are a tensor, ValueError unless it has `shape`, which `expected` explains."""
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels came as {type(labels).__name__}; give a tensor of class indices (int64)")
+    if labels.shape != shape:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)}; {expected} {tuple(shape)} is needed")
+
+
+def widen(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 if its dtype is a narrower one: sums over many classes lose half-precision numbers."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def reduce(per_example: torch.Tensor, reduction: str, *, n_elements: int, batch_size: int) -> torch.Tensor:
+    """The per-example values as they are ("none"), or their sum, divided by the count that `reduction` names."""
+    check_reduction(reduction)
+    if reduction == "none":
+        return per_example
+    divisors = {"sum": 1, "batchmean": batch_size, "mean": n_elements}
+    return per_example.sum() / divisors[reduction]

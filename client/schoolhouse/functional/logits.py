@@ -1,0 +1,230 @@
+"""Losses between class logits of a student and of a teacher.
+
+All of them multiply by temperature squared, so that gradients keep their size when the temperature changes
+(arXiv 1503.02531), and none sends a gradient to the teacher. Reductions are those of `torch.nn.KLDivLoss`: "mean"
+divides by the number of all elements of the logits, classes included, "batchmean" by the size of the first dimension.
+A class with the logit -inf in both distributions counts nothing, in the value as in the gradient.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from schoolhouse.functional._checks import check_labels, check_same_shape, reduce, widen
+
+
+def logits_distillation(
+    logits_s: torch.Tensor, logits_t: torch.Tensor, *, temperature: float = 1.0, reduction: str = "mean"
+) -> torch.Tensor:
+    """KL(teacher || student) of logits `[..., classes]` at `temperature`, times temperature squared (arXiv 1503.02531).
+
+    With reduction "none" the result has the shape `[...]`; otherwise it is a scalar. "mean" divides by the number of
+    all elements, "batchmean" by the size of the first dimension. Computed in the dtype of the logits.
+
+    Raises:
+        TypeError: if something else than a tensor came.
+        ValueError: if the shapes differ.
+    """
+    check_same_shape("logits", logits_s, logits_t)
+    log_student = F.log_softmax(logits_s / temperature, dim=-1)
+    teacher = F.softmax(logits_t / temperature, dim=-1).detach()
+    loss = _kl_to_target(log_student, teacher, reduction)
+    if reduction == "none":
+        loss = loss.sum(dim=-1)
+    return loss * temperature**2
+
+
+def mft(
+    logits_s: torch.Tensor,
+    logits_t: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    threshold: float = 0.2,
+    reduction: str = "batchmean",
+) -> torch.Tensor:
+    """KL of the student's distribution from the teacher's, corrected towards the labels (arXiv 2506.15702).
+
+    The correction leaves the label's class ahead of the teacher's strongest other by `threshold`. Logits
+    `[..., classes]` are flattened to `[n, classes]`; labels are `[n]` class indices. With reduction "none" the result
+    is elementwise, `[n, classes]`, and "batchmean" divides by n. Computed in the dtype of the logits.
+
+    Raises:
+        TypeError: if something else than a tensor came.
+        ValueError: if the shapes of the logits differ, or if the labels are not 1-D with one index an example.
+    """
+    check_same_shape("logits", logits_s, logits_t)
+    n_classes = logits_s.shape[-1]
+    check_labels(labels, torch.Size([logits_s.shape[:-1].numel()]), "one index for each example, flattened to")
+    log_student = F.log_softmax(logits_s / temperature, dim=-1).reshape(-1, n_classes)
+    teacher = F.softmax((logits_t / temperature).reshape(-1, n_classes), dim=-1).detach()
+    loss = _kl_to_target(log_student, _corrected(teacher, labels, threshold), reduction)
+    return loss * temperature**2
+
+
+def reverse_kl(
+    logits_s: torch.Tensor, logits_t: torch.Tensor, *, temperature: float = 1.0, reduction: str = "batchmean"
+) -> torch.Tensor:
+    """KL(student || teacher) of logits `[..., classes]`, times temperature squared (arXiv 2306.08543).
+
+    With reduction "none" the result has the shape `[...]`; otherwise it is a scalar. Computed in float32 or wider,
+    returned in the dtype of the student's logits.
+
+    Raises:
+        TypeError: if something else than a tensor came.
+        ValueError: if the shapes differ, or for another reduction.
+    """
+    log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
+    return _finish(_kl(log_s, log_t), logits_s, temperature, reduction)
+
+
+def jsd(
+    logits_s: torch.Tensor,
+    logits_t: torch.Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+) -> torch.Tensor:
+    """Generalized Jensen-Shannon divergence of logits `[..., classes]`, times temperature squared (arXiv 2306.13649).
+
+    `beta * KL(t || m) + (1 - beta) * KL(s || m)` with `m = beta * t + (1 - beta) * s`; it is KL(t || s) for beta 0 and
+    KL(s || t) for beta 1, as in TRL's GKD trainer, which leaves out the factor temperature squared. With reduction
+    "none" the result has the shape `[...]`; otherwise it is a scalar. Computed in float32 or wider, returned in the
+    dtype of the student's logits.
+
+    Raises:
+        TypeError: if something else than a tensor came.
+        ValueError: if the shapes differ, or for another reduction.
+    """
+    log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
+    if beta == 0:
+        loss = _kl(log_t, log_s)
+    elif beta == 1:
+        loss = _kl(log_s, log_t)
+    else:
+        log_m = _log_mixture(log_t, log_s, beta)
+        loss = beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+    return _finish(loss, logits_s, temperature, reduction)
+
+
+def skewed_kl(
+    logits_s: torch.Tensor,
+    logits_t: torch.Tensor,
+    *,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    reverse: bool = False,
+) -> torch.Tensor:
+    """Skew KL divergence of logits `[..., classes]`, times temperature squared (DistiLLM, arXiv 2402.03898).
+
+    `KL(t || alpha * t + (1 - alpha) * s)`, or `KL(s || alpha * s + (1 - alpha) * t)` if `reverse`; alpha 0 is the plain
+    divergence. With reduction "none" the result has the shape `[...]`; otherwise it is a scalar. Computed in float32
+    or wider, returned in the dtype of the student's logits.
+
+    Raises:
+        TypeError: if something else than a tensor came.
+        ValueError: if the shapes differ, or for another reduction.
+    """
+    log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
+    log_p, log_q = (log_s, log_t) if reverse else (log_t, log_s)
+    log_skewed = log_q if alpha == 0 else _log_mixture(log_p, log_q, alpha)
+    return _finish(_kl(log_p, log_skewed), logits_s, temperature, reduction)
+
+
+def dkd(
+    logits_s: torch.Tensor,
+    logits_t: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    reduction: str = "batchmean",
+) -> torch.Tensor:
+    """Decoupled knowledge distillation, `alpha * TCKD + beta * NCKD`, times temperature squared (arXiv 2203.08679).
+
+    TCKD is the KL(t || s) of the two masses label or not label, NCKD that of the classes but the label, normalised
+    among themselves. Logits `[..., classes]`, labels `[...]` class indices. With reduction "none" the result has the
+    shape `[...]`; otherwise it is a scalar. Computed in log space in float32 or wider, returned in the dtype of the
+    student's logits.
+
+    Raises:
+        TypeError: if something else than a tensor came.
+        ValueError: if the shapes do not fit, if there is one class only, or for another reduction.
+    """
+    check_same_shape("logits", logits_s, logits_t)
+    check_labels(labels, logits_s.shape[:-1], "one index for each example,")
+    if logits_s.shape[-1] < 2:
+        raise ValueError(f"the logits have the shape {tuple(logits_s.shape)}; DKD needs 2 classes or more")
+    masses_s, others_s = _decoupled(widen(logits_s) / temperature, labels)
+    masses_t, others_t = _decoupled(widen(logits_t.detach()) / temperature, labels)
+    loss = alpha * _kl(masses_t, masses_s) + beta * _kl(others_t, others_s)
+    return _finish(loss, logits_s, temperature, reduction)
+
+
+def _kl_to_target(log_student: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+    """KL of probabilities `[..., classes]` from the student's, elementwise or reduced, in the dtype of both."""
+    # The kernel multiplies a probability of 0 by the student's log-probability, which is NaN where that is -inf.
+    elementwise = F.kl_div(log_student.masked_fill(target == 0, 0.0), target, reduction="none")
+    # kl_div's own "mean" warns that it will become "batchmean"; a mean and a sum over n are different roundings.
+    if reduction == "mean":
+        return elementwise.mean()
+    return reduce(elementwise, reduction, n_elements=target.numel(), batch_size=target.shape[0])
+
+
+def _corrected(teacher: torch.Tensor, labels: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Probabilities `[n, classes]` with mass moved to the labels `[n]`; the order of operations is part of the result.
+
+    The label's class ends at least `threshold` above the strongest class where the teacher is wrong, and gains
+    `threshold`, up to a probability of 1, where it is right.
+    """
+    top = teacher.argmax(dim=-1)
+    p_top, p_label = teacher.gather(1, torch.stack([top, labels], dim=1)).unbind(dim=1)
+    share_if_wrong = (p_top - p_label + threshold) / (1 + p_top - p_label + 1e-7)
+    wanted = torch.where(p_label > 1 - threshold, 1, p_label + threshold)
+    share_if_right = (wanted - p_top) / (1 - p_top + 1e-7)
+    # Rounding may put a share just above 1, and what remains of the other classes below 0: its logarithm is NaN.
+    share = torch.where(top != labels, share_if_wrong, share_if_right).clamp(max=1)[:, None]
+    return (teacher * (1 - share)).scatter_add(1, labels[:, None], share)
+
+
+def _log_distributions(
+    logits_s: torch.Tensor, logits_t: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of student and teacher at `temperature`, in float32 or wider."""
+    check_same_shape("logits", logits_s, logits_t)
+    log_s = F.log_softmax(widen(logits_s) / temperature, dim=-1)
+    log_t = F.log_softmax(widen(logits_t.detach()) / temperature, dim=-1)
+    return log_s, log_t
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of log-probabilities `[..., classes]`, shape `[...]`; a class with p = 0 counts 0."""
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(dim=-1)
+
+
+def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
+    """log(weight * p + (1 - weight) * q); of no meaning, but finite, for classes that neither p nor q has."""
+    # logaddexp of -inf and -inf has the gradient NaN, so those classes are taken out before it.
+    absent = (log_p == -math.inf) & (log_q == -math.inf)
+    log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
+    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+
+def _decoupled(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-masses (label, not label) `[..., 2]`, and log-probabilities of the classes but the label `[..., classes]`."""
+    index = labels.unsqueeze(-1)
+    # The lowest finite number, not -inf, which would give NaN where every other class is masked.
+    others = logits.scatter(-1, index, torch.finfo(logits.dtype).min)
+    masses = torch.cat([logits.gather(-1, index), others.logsumexp(dim=-1, keepdim=True)], dim=-1)
+    return F.log_softmax(masses, dim=-1), F.log_softmax(others, dim=-1)
+
+
+def _finish(loss: torch.Tensor, logits: torch.Tensor, temperature: float, reduction: str) -> torch.Tensor:
+    """The per-example losses `[...]` of `logits`, scaled, reduced and in the dtype of the logits."""
+    reduced = reduce(loss, reduction, n_elements=logits.numel(), batch_size=logits.shape[0])
+    return (reduced * temperature**2).to(logits.dtype)

@@ -1,0 +1,123 @@
+"""LayerwiseDistillationModel: named layers of the student get the teacher's inputs and learn to give its outputs."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from schoolhouse.distillation_model import DistillationModel
+from schoolhouse.errors import FeatureMismatchError
+from schoolhouse.step import Distillation, Step, eager, on_device_of
+from schoolhouse.taps import Tap, tensors_of
+
+
+class LayerwiseDistillationModel(DistillationModel):
+    """Mixin of a student whose layers in the criterion replace layers of the teacher.
+
+    Each gets the inputs of the teacher's layer: its positional arguments, and where the teacher's layer was called with
+    keyword arguments alone, those of them that hold tensors. All else of the student is frozen, the losses' own
+    parameters too: `model.loss_modules.requires_grad_()` trains them. A layer `lm_head` of the student, if it is not in
+    the criterion, passes its input on. `export` leaves `requires_grad` as it is.
+    """
+
+    def _taps(self) -> tuple[Tap, ...]:
+        layers = dict.fromkeys(layer for _, layer in self._distillation.criterion)
+        return tuple(Tap(layer, side) for layer in layers for side in ("input", "output"))
+
+    def _attach(self, balancer: Any) -> None:
+        super()._attach(balancer)
+        state = self._distillation
+        self.requires_grad_(False)
+        for layer, _ in state.criterion:
+            self.get_submodule(layer).requires_grad_(True)
+        head = self._modules.get("lm_head")
+        if head is not None and not any(f"{layer}.".startswith("lm_head.") for layer, _ in state.criterion):
+            state.undo.append(_Skip(head))
+
+    def _hook(self, layer: str, module: nn.Module) -> None:
+        state = self._distillation
+        paired = next(teacher_layer for student_layer, teacher_layer in state.criterion if student_layer == layer)
+        inject = _Inject(state, layer, Tap(paired, "input"))
+        state.handles.append(module.register_forward_pre_hook(inject, with_kwargs=True))
+        super()._hook(layer, module)
+
+    def _mark(self, step: Step, losses: dict[str, torch.Tensor]) -> None:
+        for loss in losses.values():
+            if loss.requires_grad:
+                loss.register_hook(_Recomputes(self._distillation, step))  # type: ignore[no-untyped-call]
+
+
+class _Skip:
+    """Makes a module pass its input on, until it is called; its parameters stay where they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own_forward = module.__dict__.get("forward")
+        module.forward = _pass_on
+
+    def __call__(self) -> None:
+        del self._module.forward
+        if self._own_forward is not None:
+            self._module.forward = self._own_forward
+
+
+def _pass_on(value: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return value
+
+
+class _Recomputes:
+    """Hook of a step's loss: from here on it is this step's layers that activation checkpointing may run again."""
+
+    def __init__(self, state: Distillation, step: Step) -> None:
+        self._state, self._step = state, step
+
+    def __call__(self, _gradient: torch.Tensor) -> None:
+        self._state.recomputing = self._step
+
+
+class _Inject:
+    """Forward pre-hook that gives a layer what the teacher's layer was given."""
+
+    def __init__(self, state: Distillation, layer: str, tap: Tap) -> None:
+        self._state, self._layer, self._tap = state, layer, tap
+
+    @eager
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        step = self._state.recording
+        if step is None:
+            return self._again(args, kwargs) if torch._C._current_graph_task_id() != -1 else None
+        if step.future is None:
+            return None  # the student runs alone
+        if self._layer in step.injected:
+            step.ran_twice.add(self._layer)
+            warnings.warn(
+                f"the layer {self._layer!r} runs again in one forward, now on inputs of the student's own", stacklevel=2
+            )
+            return None
+        device = [*module.parameters(), *tensors_of(args), *tensors_of(kwargs)][:1]
+        given = on_device_of(device, {self._tap: step.features()[self._tap]})[self._tap]
+        step.injected[self._layer] = given
+        return _replaced(given, args, kwargs)
+
+    def _again(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        step = self._state.recomputing
+        if step is None:
+            raise FeatureMismatchError(
+                f"activation checkpointing runs the layer {self._layer!r} again, in a backward that did not start at "
+                "a loss of compute_kd_loss, so that the inputs which it had cannot be told"
+            )
+        if self._layer in step.ran_twice:
+            raise FeatureMismatchError(
+                f"the layer {self._layer!r} runs several times in a forward, so that activation checkpointing cannot "
+                "tell which inputs each run had; leave it out of the checkpointed part"
+            )
+        given = step.injected.get(self._layer)
+        return None if given is None else _replaced(given, args, kwargs)
+
+
+def _replaced(given: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if len(given):
+        return tuple(given), kwargs
+    theirs = {name: given.kwargs[name] for name in kwargs if [*tensors_of(given.kwargs.get(name))]}
+    return args, {**kwargs, **theirs}

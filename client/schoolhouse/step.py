@@ -1,0 +1,163 @@
+"""One batch on its way through teacher and student, and the state of a meta-model that steps through batches."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.memory import version_of
+from torch import nn
+
+from schoolhouse.errors import FeatureMismatchError
+from schoolhouse.taps import Tap, map_tensors, tensors_of
+from schoolhouse.teachers import Features, Teacher
+
+
+@dataclass(eq=False)
+class Step:
+    """What one batch has produced: the teacher's features to come, and the student's outputs by layer."""
+
+    future: "Future[Features] | None" = None
+    outputs: dict[str, Any] = field(default_factory=dict)
+    student_ran: bool = False
+    inputs: "Inputs | None" = None  # kept where teacher and student run in separate calls
+    injected: dict[str, Any] = field(default_factory=dict)  # layerwise: what layers of the student were given
+    ran_twice: set[str] = field(default_factory=set)  # layerwise: layers that ran again, on inputs of the student's own
+
+    def features(self) -> Features:
+        """Wait for the teacher's answer."""
+        if self.future is None:
+            raise FeatureMismatchError(
+                "the teacher was not asked for the last batch: only_student_forward was on; forward it without, or "
+                "within only_teacher_forward"
+            )
+        return self.future.result()
+
+
+class Inputs:
+    """A batch, remembered to tell whether another one is the same."""
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        self._given = Arguments(args, kwargs)
+        self._tensors = [(tensor, version_of(tensor)) for tensor in tensors_of(self._given)]
+        self._names = (len(args), sorted(kwargs))
+
+    def same_as(self, other: "Inputs") -> bool:
+        """Whether both hold the same values in the same places."""
+        return (
+            self._names == other._names
+            and len(self._tensors) == len(other._tensors)
+            and all(_same(*pair) for pair in zip(self._tensors, other._tensors, strict=True))
+        )
+
+
+def _same(kept: tuple[torch.Tensor, int], given: tuple[torch.Tensor, int]) -> bool:
+    if version_of(kept[0]) != kept[1]:
+        return False  # written into since, so what it held is gone
+    return kept[0] is given[0] or (kept[0].device == given[0].device and torch.equal(kept[0], given[0]))
+
+
+@dataclass(eq=False, kw_only=True)
+class Distillation:
+    """State of a meta-model, beside its module tree."""
+
+    teacher: Teacher
+    owns_teacher: bool
+    criterion: Mapping[tuple[str, str], nn.Module]
+    original_cls: type[nn.Module]
+    minimal_state_dict: bool
+    own_forward: Callable[..., Any] | None  # a forward that was set on the student itself
+    taps: tuple[Tap, ...] = ()
+    step: Step | None = None
+    recording: Step | None = None  # while the student's forward runs
+    recomputing: Step | None = None  # whose backward runs
+    only_student: bool = False
+    only_teacher: bool = False
+    handles: list[Any] = field(default_factory=list)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        transient = ("step", "recording", "recomputing")
+        return {**self.__dict__, **dict.fromkeys(transient)}
+
+    def drop_step(self) -> None:
+        """Forget what the last forward produced; the teacher is told."""
+        if self.step is not None and self.step.future is not None:
+            self.step.future.cancel()
+        self.step = self.recording = None
+
+    def ask(self, args: Any, kwargs: Any, training: bool) -> Step:
+        """Begin a step: the teacher gets the batch."""
+        if self.step is not None and self.step.student_ran and self.step.future is not None and training:
+            warnings.warn(
+                "forward was called again without compute_kd_loss; the earlier batch's features are dropped",
+                stacklevel=6,
+            )
+        self.drop_step()
+        self.step = Step(self.teacher.submit(args, kwargs, self.taps))
+        return self.step
+
+    def begin(self, args: Any, kwargs: Any, training: bool) -> None:
+        """Begin the student's forward, and the teacher's unless it is switched off."""
+        self.recording = (
+            self._student_step(args, kwargs, training) if self.only_student else self.ask(args, kwargs, training)
+        )
+
+    def _student_step(self, args: Any, kwargs: Any, training: bool) -> Step | None:
+        """Where a forward of the student alone leaves its outputs: nowhere, if a batch is under way already."""
+        inputs = Inputs(args, kwargs)
+        step = self.step
+        if step is not None and step.future is not None:
+            waits = not step.student_ran and step.inputs is not None and step.inputs.same_as(inputs)
+            return step if waits else None
+        if step is not None and step.student_ran and training:
+            warnings.warn(
+                "the student ran again without compute_kd_loss; its earlier outputs are dropped", stacklevel=6
+            )
+        self.step = Step(inputs=inputs)
+        return self.step
+
+    def end(self, output: Any) -> None:
+        """The student's forward is over."""
+        if self.recording is not None:
+            self.recording.student_ran = True
+            if any(layer == "" for layer, _ in self.criterion):
+                self.recording.outputs[""] = output
+        self.recording = None
+
+    def ask_alone(self, args: Any, kwargs: Any, training: bool) -> Any:
+        """Run the teacher alone; a student that ran on the same batch before, or runs on it next, is paired with it."""
+        inputs = Inputs(args, kwargs)
+        whole = Tap("")
+        future = self.teacher.submit(args, kwargs, tuple(dict.fromkeys((*self.taps, whole))))
+        features = future.result()
+        before = self.step
+        if before is not None and before.future is None and before.inputs is not None and before.inputs.same_as(inputs):
+            before.future = future
+        else:
+            self.drop_step()
+            self.step = Step(future, inputs=inputs)
+        return features[whole]
+
+
+def eager(function: Any) -> Any:
+    """Keep `function` out of torch.compile, as `torch.compiler.disable`, which takes a second to import, does."""
+    disabled = vars(torch)["_disable_dynamo"](function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return disabled(*args) if torch.compiler.is_compiling() else function(*args)
+
+    return call
+
+
+def on_device_of(outputs: Any, features: Mapping[Tap, Any]) -> Mapping[Tap, Any]:
+    """Features on the device of the first tensor of `outputs`."""
+    device = next((tensor.device for tensor in tensors_of(outputs)), torch.device("cpu"))
+    if all(tensor.device == device for tensor in tensors_of(features)):
+        return features
+    return {tap: map_tensors(value, lambda tensor: tensor.to(device)) for tap, value in features.items()}
