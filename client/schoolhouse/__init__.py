@@ -3,11 +3,22 @@
 from schoolhouse_wire.codec import Arguments, Opaque
 
 from schoolhouse import errors, functional
-from schoolhouse.balancers import STUDENT_LOSS_KEY, DistillationLossBalancer, StaticLossBalancer
+from schoolhouse.checkpoint import restore, save
 from schoolhouse.config import ExportStudentConfig, KDLossConfig, LayerwiseKDConfig
 from schoolhouse.distillation import convert, export
 from schoolhouse.distillation_model import DistillationModel
 from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
+from schoolhouse.loss_balancers import (
+    STUDENT_LOSS_KEY,
+    CosineSchedule,
+    DistillationLossBalancer,
+    GradientScaleBalancer,
+    LinearSchedule,
+    LossScaleBalancer,
+    ScaleBalancer,
+    ScheduledLossBalancer,
+    StaticLossBalancer,
+)
 from schoolhouse.losses import (
     AttentionTransferLoss,
     CausalLMLoss,
@@ -33,26 +44,32 @@ __all__ = [
     "Arguments",
     "AttentionTransferLoss",
     "CausalLMLoss",
+    "CosineSchedule",
     "DKDLoss",
     "DistillationLossBalancer",
     "DistillationModel",
     "ExportStudentConfig",
     "Features",
+    "GradientScaleBalancer",
     "HiddenCosineLoss",
     "HiddenMSELoss",
     "JSDLoss",
     "KDLossConfig",
     "LayerwiseDistillationModel",
     "LayerwiseKDConfig",
+    "LinearSchedule",
     "LocalTeacher",
     "LogitsDistillationLoss",
     "LogitsLoss",
+    "LossScaleBalancer",
     "MFTLoss",
     "MGDLoss",
     "Opaque",
     "RKDLoss",
     "RemoteTeacher",
     "ReverseKLLoss",
+    "ScaleBalancer",
+    "ScheduledLossBalancer",
     "SkewedKLLoss",
     "StaticLossBalancer",
     "Tap",
@@ -64,4 +81,6 @@ __all__ = [
     "errors",
     "export",
     "functional",
+    "restore",
+    "save",
 ]

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from schoolhouse.balancers import DistillationLossBalancer
 from schoolhouse.errors import ConfigError
+from schoolhouse.loss_balancers import DistillationLossBalancer
 from schoolhouse.teachers import LocalTeacher, Teacher
 
 Criterion: TypeAlias = "nn.Module | type[nn.Module] | Mapping[tuple[str, str], nn.Module | type[nn.Module]]"

@@ -72,7 +72,7 @@ def _convert(
 
 def export(model: nn.Module) -> nn.Module:
     """The plain student back: the same object, of its own class, without hooks; a wrapper around it is taken off."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     if inner is not model:
         warnings.warn(
             f"export takes the {type(model).__name__} off and changes the model inside; wrap it again if needed",
@@ -95,7 +95,7 @@ def export(model: nn.Module) -> nn.Module:
 def _check_student(model: nn.Module) -> None:
     if isinstance(model, DistillationModel):
         raise ConfigError("the model is converted already; export() it first")
-    if _unwrapped(model) is not model:
+    if unwrapped(model) is not model:
         raise ConfigError(
             f"the model is wrapped in {type(model).__name__}, which would not see the losses' parameters and would be "
             "left behind: convert the module inside first, then wrap it"
@@ -106,7 +106,8 @@ def _check_student(model: nn.Module) -> None:
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, FSDP1 or torch.compile, or the module itself."""
     inner = {
         "DistributedDataParallel": "module",
         "DataParallel": "module",
@@ -115,7 +116,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     }.get(type(model).__name__)  # by name, since importing all of them takes seconds
     if inner is None or not type(model).__module__.startswith("torch."):
         return model
-    return _unwrapped(getattr(model, inner))
+    return unwrapped(getattr(model, inner))
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:

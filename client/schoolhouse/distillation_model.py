@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from schoolhouse.balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
 from schoolhouse.errors import ConfigError, FeatureMismatchError
+from schoolhouse.loss_balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
 from schoolhouse.step import Distillation, Step, eager, on_device_of
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import LocalTeacher

@@ -17,6 +17,7 @@ from schoolhouse_wire.errors import (
 )
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "CorruptPayloadError",
     "FeatureMismatchError",
@@ -37,6 +38,10 @@ __all__ = [
 
 class ConfigError(SchoolhouseError, ValueError):
     """A setting given to `convert`, `connect` or a constructor is wrong; the message names it and the choices."""
+
+
+class CheckpointError(SchoolhouseError, ValueError):
+    """A checkpoint cannot be written, is damaged, or is not of this architecture; the message says which."""
 
 
 class FeatureMismatchError(SchoolhouseError, RuntimeError):

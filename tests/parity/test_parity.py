@@ -47,7 +47,7 @@ def batches(dtype=torch.float32):
 
 
 def trained(mtd, model, step, dtype=torch.float32, eval_between=False):
-    """Train with `step`; losses, and all weights that the meta-model shows."""
+    """Train with `step`; losses, gradients of the student (the seed's order of losses is a set's), and the state."""
     torch.manual_seed(3)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
@@ -55,7 +55,8 @@ def trained(mtd, model, step, dtype=torch.float32, eval_between=False):
         loss = step(model, x, y)
         optimizer.zero_grad()
         loss.backward()
-        losses += [loss.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]]
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and n[0] != "_"}
+        losses += [loss.detach(), grads]
         optimizer.step()
         if eval_between:
             model.eval()
@@ -352,6 +353,20 @@ def test_losses_and_their_gradients(name, temperature, reduction, dtype):
         student = copy.deepcopy(logits[0]).requires_grad_()
         value = getattr(module, name)(temperature=temperature, reduction=reduction)(student, logits[1], *labels)
         value.sum().backward()
+        found.append([value.detach(), student.grad])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+def test_logits_of_a_language_model(reduction, dtype):
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(3, 64, 8192, generator=generator).mul(5).to(dtype) for _ in range(2)]
+    found = []
+    for module in (mtd, sh):
+        student = logits[0].clone().requires_grad_()
+        value = module.LogitsDistillationLoss(2.0, reduction)(student, logits[1])
+        value.mean().backward()
         found.append([value.detach(), student.grad])
     assert_same(*found)
 
