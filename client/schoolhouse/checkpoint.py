@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import secrets
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from schoolhouse.distillation import unwrapped
+from schoolhouse.distillation import is_sharded, unwrapped
 from schoolhouse.distillation_model import BALANCER, LOSSES, DistillationModel
 from schoolhouse.errors import CheckpointError
 from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
@@ -51,7 +50,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, include_losses: bool
         CheckpointError: if the state holds an object that cannot be read back without running code.
     """
     inner = unwrapped(model)
-    sharded = _is_sharded(inner)
+    sharded = is_sharded(inner)
     state = _state_of(inner, sharded)
     if not include_losses:
         state = {name: value for name, value in state.items() if not _is_extra(name)}
@@ -85,7 +84,7 @@ def restore(student: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
         _say_how_to_convert(facts, any(map(_is_extra, state)))
         state = {name: value for name, value in state.items() if not _is_extra(name)}
     given = {_extra(name) for name in state}
-    sharded = _is_sharded(inner)
+    sharded = is_sharded(inner)
     expected = {name: value for name, value in _own_state(inner).items() if _extra(name) in ("", *given)}
     _check(state, expected, strict, path)
     _load(inner, {name: value for name, value in state.items() if name in expected}, sharded)
@@ -112,14 +111,6 @@ def _own_state(model: nn.Module) -> dict[str, Any]:
     with model.hide_teacher_model():
         state: dict[str, Any] = model.state_dict()
         return state
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    return any(
-        isinstance(parameter, sys.modules["torch.distributed.tensor"].DTensor) for parameter in model.parameters()
-    )
 
 
 def _state_of(model: nn.Module, sharded: bool) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """convert() and export(): a student and a config become a DistillationModel, and back."""
 
 import functools
+import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ def convert(model: Any, mode: Any) -> Any:
 def _convert(
     model: nn.Module, config: KDLossConfig, pairs: dict[tuple[str, str], nn.Module], kind: type[DistillationModel]
 ) -> nn.Module:
+    _check_sharding(model, pairs.values())
     teacher = make_teacher(config.teacher_model, connect)
     if isinstance(teacher, LocalTeacher):
         _check_apart(model, teacher.module)
@@ -117,6 +120,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if inner is None or not type(model).__module__.startswith("torch."):
         return model
     return unwrapped(getattr(model, inner))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or tensor parallelism has made DTensors of parameters of the model."""
+    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever did
+    return module is not None and any(isinstance(parameter, module.DTensor) for parameter in model.parameters())
+
+
+def _check_sharding(student: nn.Module, losses: Iterable[nn.Module]) -> None:
+    alone = [type(loss).__name__ for loss in losses if [*loss.parameters()] and not is_sharded(loss)]
+    if alone and is_sharded(student):
+        raise ConfigError(
+            f"the student is sharded and the trainable losses ({', '.join(alone)}) are not, so that no one would "
+            "average their gradients over ranks: fully_shard each loss too before convert, or convert before fully_shard"
+        )
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:

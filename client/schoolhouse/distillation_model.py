@@ -10,7 +10,7 @@ from torch import nn
 
 from schoolhouse.errors import ConfigError, FeatureMismatchError
 from schoolhouse.loss_balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
-from schoolhouse.step import Distillation, Step, eager, on_device_of
+from schoolhouse.step import Distillation, Step, check_data_parallel, eager, on_device_of
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import LocalTeacher
 
@@ -264,6 +264,8 @@ class _Capture:
 
 @eager
 def _begin(model: DistillationModel, args: Any, kwargs: Any) -> None:
+    losses = model._modules[LOSSES]
+    check_data_parallel(model, losses is not None and any(p.requires_grad for p in losses.parameters()))
     model._distillation.begin(args, kwargs, model.training)
 
 

@@ -11,8 +11,9 @@ import torch
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from schoolhouse.errors import FeatureMismatchError
+from schoolhouse.errors import ConfigError, FeatureMismatchError
 from schoolhouse.taps import Tap, map_tensors, tensors_of
 from schoolhouse.teachers import Features, Teacher
 
@@ -142,6 +143,25 @@ class Distillation:
             self.drop_step()
             self.step = Step(future, inputs=inputs)
         return features[whole]
+
+
+def check_data_parallel(model: nn.Module, trainable_losses: bool) -> None:
+    """Refuse settings of DistributedDataParallel under which gradients of a loss at inner layers go wrong.
+
+    It expects gradients to come from the outputs that its own forward returned: with `static_graph` the first ones are
+    not averaged, and with `find_unused_parameters` those of a loss's own parameters raise far from here.
+    """
+    wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if wrapper is None or wrapper.module is not model:
+        return
+    settings = {"static_graph": wrapper.static_graph}
+    settings["find_unused_parameters"] = wrapper.find_unused_parameters and trainable_losses
+    wrong = [name for name, on in settings.items() if on]
+    if wrong:
+        raise ConfigError(
+            f"DistributedDataParallel({wrong[0]}=True) does not see the gradients that a distillation loss sends into "
+            "layers and into its own parameters; leave that setting out"
+        )
 
 
 def eager(function: Any) -> Any:
