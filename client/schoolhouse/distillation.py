@@ -31,6 +31,10 @@ def convert(model: Any, mode: Any) -> Any:
             (`KDLossConfig`), "layerwise_kd" (`LayerwiseKDConfig`), and "export_student", which is `export`. A config
             is an object of that class or a dict of its fields.
 
+    With DistributedDataParallel convert the module inside first and wrap it then, without `static_graph`, and without
+    `find_unused_parameters` if a loss has parameters. With FSDP2 (`fully_shard`) do either first; if the student is
+    sharded first, so must be each loss that has parameters. Each rank asks the teacher for its own rows.
+
     Raises:
         ConfigError: a field is wrong; the message names it and the choices.
         UnknownTapError: a layer that the student or the teacher does not have; lists close matches.
@@ -133,7 +137,7 @@ def _check_sharding(student: nn.Module, losses: Iterable[nn.Module]) -> None:
     if alone and is_sharded(student):
         raise ConfigError(
             f"the student is sharded and the trainable losses ({', '.join(alone)}) are not, so that no one would "
-            "average their gradients over ranks: fully_shard each loss too before convert, or convert before fully_shard"
+            "average their gradients over ranks: fully_shard each loss too before convert, or convert first"
         )
 
 
