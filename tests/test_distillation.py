@@ -546,6 +546,12 @@ def test_activation_checkpointing(teach, x, kind):
         assert torch.equal(plain, checkpointed)
 
 
+def test_reentrant_checkpointing_is_told(teach, x):
+    model = converted(Blocks(1, "reentrant"), teach(Blocks(2)), {("two", "two"): nn.MSELoss()})
+    with pytest.warns(UserWarning, match="'two' runs without gradients.*use_reentrant=False"):
+        model(x.requires_grad_())
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_torch_compile(teach, x, backend):
     pairs = {("body", "body"): Projected(), ("", ""): nn.MSELoss()}

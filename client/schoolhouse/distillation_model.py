@@ -258,8 +258,16 @@ class _Capture:
 
     @eager
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if self._state.recording is not None:
-            self._state.recording.outputs[self._layer] = output
+        step = self._state.recording
+        if step is None:
+            return
+        step.outputs[self._layer] = output
+        if step.gradients and not torch.is_grad_enabled():
+            warnings.warn(
+                f"the layer {self._layer!r} runs without gradients, so its loss trains nothing: under no_grad, or in "
+                "activation checkpointing with use_reentrant=True, where use_reentrant=False works",
+                stacklevel=2,
+            )
 
 
 @eager

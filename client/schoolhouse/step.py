@@ -25,6 +25,7 @@ class Step:
     future: "Future[Features] | None" = None
     outputs: dict[str, Any] = field(default_factory=dict)
     student_ran: bool = False
+    gradients: bool = field(default_factory=torch.is_grad_enabled)
     inputs: "Inputs | None" = None  # kept where teacher and student run in separate calls
     injected: dict[str, Any] = field(default_factory=dict)  # layerwise: what layers of the student were given
     ran_twice: set[str] = field(default_factory=set)  # layerwise: layers that ran again, on inputs of the student's own
