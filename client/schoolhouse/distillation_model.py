@@ -1,6 +1,7 @@
 """DistillationModel: a student whose forward also asks the teacher, and which computes the losses between them."""
 
 import copyreg
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
