@@ -13,8 +13,8 @@ GUIDE = (ROOT / "docs/from-modelopt.md").read_text()
 TOP = """
 convert export DistillationModel LayerwiseDistillationModel KDLossConfig LayerwiseKDConfig ExportStudentConfig
 DistillationLossBalancer StaticLossBalancer LogitsDistillationLoss MFTLoss MGDLoss DistillationDMRegistry
-LayerwiseDistillationDMRegistry config distillation distillation_model layerwise_distillation_model loss_balancers losses
-mode registry plugins
+LayerwiseDistillationDMRegistry config distillation distillation_model layerwise_distillation_model loss_balancers
+losses mode registry plugins
 """
 MODEL = """
 teacher_model loss_modules loss_balancer hide_teacher_model hide_loss_modules only_teacher_forward only_student_forward
