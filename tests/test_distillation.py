@@ -181,6 +181,7 @@ def test_what_cannot_be_converted():
     tied.fc = student.fc
     with pytest.raises(errors.ConfigError, match=r"fc\.weight"):
         converted(student, tied)
+    assert all(p.requires_grad for p in student.parameters())
     with pytest.raises(errors.ConfigError, match="DataParallel.*inside first"):
         converted(nn.DataParallel(Net()), Net())
     with pytest.raises(errors.ConfigError, match="OptimizedModule"):

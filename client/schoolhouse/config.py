@@ -8,7 +8,7 @@ from torch import nn
 
 from schoolhouse.errors import ConfigError
 from schoolhouse.loss_balancers import DistillationLossBalancer
-from schoolhouse.teachers import LocalTeacher, Teacher
+from schoolhouse.teachers import Teacher
 
 Criterion: TypeAlias = "nn.Module | type[nn.Module] | Mapping[tuple[str, str], nn.Module | type[nn.Module]]"
 ModelLike: TypeAlias = "nn.Module | type[nn.Module] | Callable[..., nn.Module] | tuple[Any, ...]"
@@ -132,16 +132,14 @@ def make_model(given: Any, field: str, choices: str) -> Any:
     return make(*args, **kwargs)
 
 
-def make_teacher(given: Any, connect: Callable[[str], Teacher]) -> Teacher:
-    """The teacher that the field `teacher_model` stands for; a URL is connected to."""
+def make_teacher(given: Any, connect: Callable[[str], Teacher]) -> nn.Module | Teacher:
+    """The module or Teacher that the field `teacher_model` stands for; a URL is connected to."""
     made = given
     if isinstance(given, type) or not isinstance(given, nn.Module | str | Teacher):
         made = make_model(given, "teacher_model", _TEACHER_CHOICES)
     if isinstance(made, str):
         return connect(made)
-    if isinstance(made, nn.Module):
-        return LocalTeacher(made)
-    if isinstance(made, Teacher):
+    if isinstance(made, nn.Module | Teacher):
         return made
     raise ConfigError(f"teacher_model made a {type(made).__name__}; choices: {_TEACHER_CHOICES}")
 

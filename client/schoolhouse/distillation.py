@@ -16,7 +16,7 @@ from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
 from schoolhouse.remote import connect
 from schoolhouse.step import Distillation
 from schoolhouse.taps import check_modules, module_names
-from schoolhouse.teachers import LocalTeacher
+from schoolhouse.teachers import LocalTeacher, Teacher
 
 _KINDS = {"kd_loss": DistillationModel, "layerwise_kd": LayerwiseDistillationModel}
 
@@ -54,14 +54,7 @@ def _convert(
     model: nn.Module, config: KDLossConfig, pairs: dict[tuple[str, str], nn.Module], kind: type[DistillationModel]
 ) -> nn.Module:
     _check_sharding(model, pairs.values())
-    teacher = make_teacher(config.teacher_model, connect)
-    if isinstance(teacher, LocalTeacher):
-        _check_apart(model, teacher.module)
-        known, whose = module_names(teacher.module), "the teacher"
-    else:
-        description = teacher.describe()
-        known, whose = description.modules, f"teacher {description.name!r}"
-    check_modules((layer for _, layer in pairs), known, whose)
+    teacher = _teacher(model, config.teacher_model, pairs)
     state = Distillation(
         teacher=teacher,
         owns_teacher=teacher is not config.teacher_model,
@@ -75,6 +68,19 @@ def _convert(
     assert isinstance(model, DistillationModel)
     model._attach(config.loss_balancer)
     return model
+
+
+def _teacher(student: nn.Module, given: Any, pairs: Iterable[tuple[str, str]]) -> Teacher:
+    """The teacher, which has all the layers; a module is frozen once that is known not to freeze the student."""
+    made = make_teacher(given, connect)
+    module = made.module if isinstance(made, LocalTeacher) else made
+    if isinstance(module, nn.Module):
+        _check_apart(student, module)
+        check_modules((layer for _, layer in pairs), module_names(module), "the teacher")
+        return LocalTeacher(made) if isinstance(made, nn.Module) else made
+    description = module.describe()
+    check_modules((layer for _, layer in pairs), description.modules, f"teacher {description.name!r}")
+    return module
 
 
 def export(model: nn.Module) -> nn.Module:
