@@ -289,7 +289,7 @@ def _warn_of_the_rest(weights: list[float]) -> None:
 
 def _check_count(losses: list[torch.Tensor], weights: list[float]) -> None:
     if len(losses) != len(weights):
-        raise ValueError(f"{len(losses)} distillation losses came, but the weights are {weights}: give one for each")
+        raise ValueError(f"{len(losses)} distillation losses came, but kd_loss_weight is {weights}: give one for each")
 
 
 def _weighted(student: torch.Tensor | None, losses: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
