@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/from-modelopt.md"
 PAGES = [PAGE, ROOT / "README.md"]
 
-SEED = """
+PUBLIC = """
 convert export KDLossConfig LayerwiseKDConfig ExportStudentConfig LogitsDistillationLoss MFTLoss MGDLoss
 DistillationLossBalancer DistillationLossBalancer.forward DistillationLossBalancer.set_student_loss_reduction_fn
 StaticLossBalancer DistillationModel DistillationModel.teacher_model DistillationModel.loss_modules
@@ -37,7 +37,8 @@ plugins.megatron.BaseLoss plugins.megatron.MSELoss plugins.megatron.HiddenStateC
 plugins.megatron.LogitsKLLoss plugins.megatron.TopKLogitsKLLoss plugins.megatron.LogitsAndIntermediatesLossBalancer
 plugins.megatron.ProjectionLayer plugins.megatron.adjust_distillation_model_for_mcore
 plugins.megatron.get_tensor_shapes_adjust_fn_for_distillation
-""".split()
+"""
+SEED = PUBLIC.split()
 SAME_NAME = [name for name in SEED if not name.startswith(("plugins", "mode", "registry"))]
 
 
@@ -107,13 +108,13 @@ def test_a_wrong_name_does_not_resolve(wrong):
 
 def programs():
     for page in PAGES:
-        found = re.findall(r"^```python *(.*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        found = re.findall(r"^```python *([^\n]*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         for i, (kind, code) in enumerate(found):
             if kind != "fragment":
                 yield pytest.param(code, id=f"{page.stem}-{i}")
 
 
-@pytest.mark.parametrize("code", programs())
+@pytest.mark.parametrize("code", list(programs()))
 def test_programs_run(code, tmp_path):
     arguments = ["-W", "ignore:kd_loss_weight sums to less than 1"]
     done = subprocess.run(
