@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import schoolhouse as sh
+import torch
 from schoolhouse_server import serve
 
 HERE = str(Path(__file__).parent)
@@ -39,3 +40,9 @@ def teach(request):
     yield make
     for one in open_ones:
         one.close()
+
+
+@pytest.fixture
+def x():
+    """A batch for `Net`."""
+    return torch.randn(6, 8, generator=torch.Generator().manual_seed(5))

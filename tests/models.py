@@ -1,7 +1,10 @@
-"""Small models that tests share."""
+"""Small models, losses and configs that tests share."""
 
+import schoolhouse as sh
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Net(nn.Module):
@@ -18,3 +21,42 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.act(self.body(x)))
+
+
+class Blocks(nn.Module):
+    """Two blocks under activation checkpointing, if asked for."""
+
+    def __init__(self, seed, mode=None):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.one, self.two, self.mode = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8), mode
+        self.runs = 0
+        self.two.register_forward_pre_hook(self.count)
+
+    def count(self, *_):
+        self.runs += 1
+
+    def forward(self, x):
+        for block in (self.one, self.two):
+            x = block(x) if self.mode is None else checkpoint(block, x, use_reentrant=self.mode == "reentrant")
+        return x
+
+
+class Projected(nn.Module):
+    """A loss with parameters."""
+
+    def __init__(self, width_s=16, width_t=32):
+        super().__init__()
+        self.map = nn.Linear(width_s, width_t)
+
+    def forward(self, out_s, out_t):
+        return F.mse_loss(self.map(out_s), out_t)
+
+
+def config(teacher, criterion=None, balancer=None, **more):
+    criterion = sh.LogitsDistillationLoss() if criterion is None else criterion
+    return {"teacher_model": teacher, "criterion": criterion, "loss_balancer": balancer, **more}
+
+
+def converted(student, *args, **kwargs):
+    return sh.convert(student, mode=[("kd_loss", config(*args, **kwargs))])
