@@ -154,3 +154,8 @@ def test_a_student_loss_needs_a_balancer(teacher, x):
     with pytest.raises(errors.ConfigError, match="student_loss needs a loss_balancer"):
         model.compute_kd_loss(student_loss=torch.ones(()))
     assert model.compute_kd_loss() > 0  # the step is still there
+
+
+def test_a_frozen_student_is_told(teacher):
+    with pytest.warns(UserWarning, match=r"nothing of it will be trained.*requires_grad_\(\)"):
+        converted(Net().requires_grad_(False), teacher)

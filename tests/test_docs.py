@@ -126,6 +126,7 @@ def test_programs_run(code, tmp_path):
 
 def test_both_pages_have_a_program():
     assert {param.id.rsplit("-", 1)[0] for param in programs()} == {page.stem for page in PAGES}
+    assert all("import schoolhouse" in code and "compute_kd_loss" in code for (code,) in (p.values for p in programs()))
 
 
 def test_pages_link_files_that_exist():

@@ -170,7 +170,6 @@ def _distillation(model: Any) -> dict[str, Any]:
     state, balancer = model._distillation, model.loss_balancer
     return {
         "mode": "layerwise_kd" if isinstance(model, LayerwiseDistillationModel) else "kd_loss",
-        "teacher": getattr(state.teacher, "url", None) or type(model.teacher_model).__name__,
         "criterion": [[*pair, type(loss).__name__] for pair, loss in state.criterion.items()],
         "balancer": type(balancer).__name__ if balancer is not None else None,
     }
@@ -181,7 +180,7 @@ def _say_how_to_convert(facts: Mapping[str, Any], extras: bool) -> None:
         was = json.loads(facts["distillation"])
         criterion = ", ".join(f"({s!r}, {t!r}): {loss}(...)" for s, t, loss in was["criterion"])
         balancer = f", 'loss_balancer': {was['balancer']}(...)" if was["balancer"] else ""
-        again = f"[({was['mode']!r}, {{'teacher_model': {was['teacher']}, 'criterion': {{{criterion}}}{balancer}}})]"
+        again = f"[({was['mode']!r}, {{'teacher_model': ..., 'criterion': {{{criterion}}}{balancer}}})]"
     except (KeyError, TypeError, ValueError):
         again = "[('kd_loss', {...})]"
         if not extras:

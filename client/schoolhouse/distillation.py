@@ -54,6 +54,7 @@ def _convert(
     model: nn.Module, config: KDLossConfig, pairs: dict[tuple[str, str], nn.Module], kind: type[DistillationModel]
 ) -> nn.Module:
     _check_sharding(model, pairs.values())
+    _check_trainable(model)
     teacher = _teacher(model, config.teacher_model, pairs)
     state = Distillation(
         teacher=teacher,
@@ -144,6 +145,16 @@ def _check_sharding(student: nn.Module, losses: Iterable[nn.Module]) -> None:
         raise ConfigError(
             f"the student is sharded and the trainable losses ({', '.join(alone)}) are not, so that no one would "
             "average their gradients over ranks: fully_shard each loss too before convert, or convert first"
+        )
+
+
+def _check_trainable(student: nn.Module) -> None:
+    parameters = [*student.parameters()]
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        warnings.warn(
+            "no parameter of the student requires gradients, so nothing of it will be trained; if it is a copy of a model "
+            "that has been a teacher, call student.requires_grad_() first",
+            stacklevel=4,
         )
 
 
