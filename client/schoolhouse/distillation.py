@@ -152,8 +152,8 @@ def _check_trainable(student: nn.Module) -> None:
     parameters = [*student.parameters()]
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         warnings.warn(
-            "no parameter of the student requires gradients, so nothing of it will be trained; if it is a copy of a model "
-            "that has been a teacher, call student.requires_grad_() first",
+            "no parameter of the student requires gradients, so nothing of it will be trained; if it is a copy of a "
+            "model that has been a teacher, call student.requires_grad_() first",
             stacklevel=4,
         )
 
