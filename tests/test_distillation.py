@@ -147,6 +147,27 @@ def test_a_batch_that_was_written_into_is_another_batch(teacher, x):
         model.compute_kd_loss()
 
 
+class Scaled(Net):
+    def forward(self, x, how):
+        return super().forward(x) * len(how["word"])
+
+
+def test_what_is_not_a_tensor_belongs_to_the_batch_too(teach, x):
+    model = converted(Scaled(), teach(Scaled(32, seed=1)), nn.MSELoss())
+    for other in ({"word": "abc"}, {"word": "ab", "more": 1}):
+        with model.only_teacher_forward():
+            model(x, how={"word": "ab"})
+        with model.only_student_forward():
+            model(x, how=other)
+        with pytest.raises(errors.FeatureMismatchError):
+            model.compute_kd_loss()
+    with model.only_teacher_forward():
+        model(x, how={"word": "ab"})
+    with model.only_student_forward():
+        model(x, how={"word": "ab"})
+    assert model.compute_kd_loss() > 0
+
+
 def test_gradient_accumulation_is_the_whole_batch(teacher, x):
     grads = []
     for parts in (1, 3):

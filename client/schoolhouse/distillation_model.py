@@ -285,7 +285,7 @@ def _end(model: DistillationModel, output: Any) -> None:
 
 @eager
 def _ask_alone(model: DistillationModel, args: Any, kwargs: Any) -> Any:
-    return model._distillation.ask_alone(args, kwargs, model.training)
+    return model._distillation.ask_alone(args, kwargs)
 
 
 @eager

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -44,16 +43,14 @@ class Inputs:
     """A batch, remembered to tell whether another one is the same."""
 
     def __init__(self, args: Any, kwargs: Any) -> None:
-        self._given = Arguments(args, kwargs)
-        self._tensors = [(tensor, version_of(tensor)) for tensor in tensors_of(self._given)]
-        self._names = (len(args), sorted(kwargs))
+        given = [list(args), dict(kwargs)]
+        self._tensors = [(tensor, version_of(tensor)) for tensor in tensors_of(given)]
+        self._rest = map_tensors(given, lambda tensor: (tensor.shape, tensor.dtype))
 
     def same_as(self, other: "Inputs") -> bool:
         """Whether both hold the same values in the same places."""
-        return (
-            self._names == other._names
-            and len(self._tensors) == len(other._tensors)
-            and all(_same(*pair) for pair in zip(self._tensors, other._tensors, strict=True))
+        return bool(self._rest == other._rest) and all(
+            _same(*pair) for pair in zip(self._tensors, other._tensors, strict=True)
         )
 
 
@@ -90,7 +87,7 @@ class Distillation:
         """Forget what the last forward produced; the teacher is told."""
         if self.step is not None and self.step.future is not None:
             self.step.future.cancel()
-        self.step = self.recording = None
+        self.step = self.recording = self.recomputing = None
 
     def ask(self, args: Any, kwargs: Any, training: bool) -> Step:
         """Begin a step: the teacher gets the batch."""
@@ -131,7 +128,7 @@ class Distillation:
                 self.recording.outputs[""] = output
         self.recording = None
 
-    def ask_alone(self, args: Any, kwargs: Any, training: bool) -> Any:
+    def ask_alone(self, args: Any, kwargs: Any) -> Any:
         """Run the teacher alone; a student that ran on the same batch before, or runs on it next, is paired with it."""
         inputs = Inputs(args, kwargs)
         whole = Tap("")
