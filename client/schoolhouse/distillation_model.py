@@ -11,7 +11,16 @@ from torch import nn
 
 from schoolhouse.errors import ConfigError, FeatureMismatchError
 from schoolhouse.loss_balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
-from schoolhouse.step import Distillation, Step, check_data_parallel, eager, on_device_of
+from schoolhouse.step import (
+    Distillation,
+    Step,
+    as_forward,
+    check_data_parallel,
+    check_loss_sharding,
+    eager,
+    on_device_of,
+    unshard_in_backward,
+)
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import LocalTeacher
 
@@ -223,11 +232,8 @@ class DistillationModel(nn.Module):
         finally:
             state.step = None  # used, or lost
         losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
-        for i, ((student_layer, teacher_layer), loss_fn) in enumerate(state.criterion.items()):
-            if student_layer not in step.outputs:
-                raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
-            loss = loss_fn(step.outputs[student_layer], features[Tap(teacher_layer)], **loss_fn_kwargs)
-            losses[f"{type(loss_fn).__name__}_{i}"] = loss if loss_reduction_fn is None else loss_reduction_fn(loss)
+        for name, loss in as_forward(self, lambda: self._losses(step, features, loss_fn_kwargs)).items():
+            losses[name] = loss if loss_reduction_fn is None else loss_reduction_fn(loss)
         self._mark(step, losses)
         if skip_balancer:
             return losses
@@ -235,6 +241,16 @@ class DistillationModel(nn.Module):
             return next(iter(losses.values()))
         total: torch.Tensor = self.loss_balancer(losses)
         return total
+
+    def _losses(self, step: Step, features: Mapping[Tap, Any], loss_fn_kwargs: Any) -> dict[str, torch.Tensor]:
+        losses = {}
+        for i, ((student_layer, teacher_layer), loss_fn) in enumerate(self._distillation.criterion.items()):
+            if student_layer not in step.outputs:
+                raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
+            output = step.outputs[student_layer]
+            unshard_in_backward(self, student_layer, output)
+            losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, features[Tap(teacher_layer)], **loss_fn_kwargs)
+        return losses
 
     def _mark(self, step: Step, losses: dict[str, torch.Tensor]) -> None:
         """Called with the losses of a step, before they are reduced."""
@@ -275,6 +291,7 @@ class _Capture:
 def _begin(model: DistillationModel, args: Any, kwargs: Any) -> None:
     losses = model._modules[LOSSES]
     check_data_parallel(model, losses is not None and any(p.requires_grad for p in losses.parameters()))
+    check_loss_sharding(model, () if losses is None else losses.children())
     model._distillation.begin(args, kwargs, model.training)
 
 

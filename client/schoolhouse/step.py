@@ -1,8 +1,9 @@
 """One batch on its way through teacher and student, and the state of a meta-model that steps through batches."""
 
 import functools
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,6 +161,61 @@ def check_data_parallel(model: nn.Module, trainable_losses: bool) -> None:
             f"DistributedDataParallel({wrong[0]}=True) does not see the gradients that a distillation loss sends into "
             "layers and into its own parameters; leave that setting out"
         )
+
+
+def _fsdp_class() -> Any:
+    """The class that `fully_shard` adds to a module, if it can have been called: importing it takes long."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+
+
+def check_loss_sharding(model: nn.Module, losses: Iterable[nn.Module]) -> None:
+    """Refuse losses whose gradients FSDP2 would not average, since it holds parts of the student only."""
+    kind = _fsdp_class()
+    if not kind or isinstance(model, kind) or not any(isinstance(module, kind) for module in model.modules()):
+        return
+    alone = [
+        type(loss).__name__
+        for loss in losses
+        if any(p.requires_grad for p in loss.parameters()) and not any(isinstance(m, kind) for m in loss.modules())
+    ]
+    if alone:
+        raise ConfigError(
+            f"parts of the student are sharded and the trainable losses ({', '.join(alone)}) are not, so that no one "
+            "would average their gradients over ranks: fully_shard the converted model as a whole too, or each loss"
+        )
+
+
+def as_forward(model: nn.Module, compute: Callable[[], Any]) -> Any:
+    """`compute()`, as a part of the model's forward if FSDP2 shards it.
+
+    So the parameters of losses are whole while it runs, and a backward from its results reaches FSDP, also where the
+    model's own output has no part in them.
+    """
+    kind = _fsdp_class()
+    if not kind or not isinstance(model, kind):
+        return compute()
+    object.__setattr__(model, "_as_forward", compute)
+    try:
+        sys.modules["torch.distributed.fsdp"].register_fsdp_forward_method(model, "_as_forward")
+        return model._as_forward()
+    finally:
+        object.__delattr__(model, "_as_forward")
+
+
+def unshard_in_backward(model: nn.Module, layer: str, output: Any) -> None:
+    """Let FSDP2 gather the parts around `layer` when a backward enters at its output, and not at theirs."""
+    kind = _fsdp_class()
+    names = layer.split(".")
+    around = [model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)] if kind else []
+    sharded = [module for module in around if isinstance(module, kind)]
+    for tensor in tensors_of(output) if sharded else ():
+        if tensor.requires_grad:
+            tensor.register_hook(functools.partial(_unshard, sharded))  # type: ignore[no-untyped-call]
+
+
+def _unshard(sharded: Iterable[Any], _gradient: torch.Tensor) -> None:
+    for module in sharded:
+        module.unshard()
 
 
 def eager(function: Any) -> Any:

@@ -183,7 +183,7 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(value.values()))
 
 
-def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """A nested value of the same structure with each tensor changed; what holds no tensor stays itself."""
     if isinstance(value, torch.Tensor):
         return change(value)
