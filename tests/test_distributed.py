@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_job import ROWS, Projected, batch
+from distributed_job import GIVE_UP_S, KINDS, LAYERS, ROWS, SHARDED, WHEN, Blocks, Projected, Taught, batch
 from models import Net
 from schoolhouse_server import serve
 from torch.nn import functional as F
@@ -16,19 +16,25 @@ JOB = Path(__file__).with_name("distributed_job.py")
 
 
 @pytest.fixture(scope="module", params=["local", "remote"])
-def ranks(request, tmp_path_factory):
-    """What both ranks found, with a teacher in each or one that is served."""
+def job(request, tmp_path_factory):
+    """What both ranks found, with a teacher in each or one that is served, and the batches that the served one got."""
     folder = tmp_path_factory.mktemp("ranks")
     if request.param == "local":
-        return run(folder, "")
-    with serve(Net(32, seed=1)) as server:
-        return run(folder, server.url)
+        return run(folder), None
+    seen = []
+    with serve(Taught(seen)) as taught, serve(Blocks(1)) as blocks:
+        return run(folder, taught.url, blocks.url), seen
 
 
-def run(folder, url):
+@pytest.fixture
+def ranks(job):
+    return job[0]
+
+
+def run(folder, *urls):
     outs = [folder / f"{rank}.pt" for rank in range(2)]
     logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    commands = [[sys.executable, JOB, str(rank), folder / "rendezvous", url, out] for rank, out in enumerate(outs)]
+    commands = [[sys.executable, JOB, str(rank), folder / "rendezvous", out, *urls] for rank, out in enumerate(outs)]
     started = [subprocess.Popen(c, stdout=log, stderr=log) for c, log in zip(commands, logs, strict=True)]
     try:
         codes = [process.wait(200) for process in started]
@@ -87,12 +93,17 @@ def test_accumulated_gradients_are_averaged_once(ranks, expected):
         torch.testing.assert_close(found["ddp"]["accumulated"], expected["gradients"], atol=1e-6, rtol=1e-4)
 
 
-def test_each_rank_asks_for_its_own_rows(ranks):
-    row = 8 * 4
-    for found in ranks:
-        sent = found["ddp"]["sent"]
-        if sent is not None:
-            assert ROWS // 2 * row <= sent < ROWS * row + 1000
+def test_each_rank_asks_for_its_own_rows(job):
+    ranks, served = job
+    own = [{tuple(row) for row in part.tolist()} for part in batch().split(ROWS // 2)]
+    for rank, found in enumerate(ranks):
+        seen = found["asked"]["seen"] if served is None else served
+        asked = [rows for rows in seen if {tuple(row) for row in rows.tolist()} <= own[rank]]
+        assert len(asked) == found["asked"]["requests"] > 10
+        if served is None:
+            assert len(asked) == len(seen)
+    if served is not None:
+        assert len(served) == sum(found["asked"]["requests"] for found in ranks)
 
 
 def test_state_dicts_through_the_wrapper(ranks):
@@ -114,6 +125,8 @@ def test_what_would_go_wrong_is_refused(ranks):
         assert "find_unused_parameters=True" in refused["find_unused_parameters"]
         assert "inside first, then wrap" in refused["before"]
         assert "fully_shard each loss" in found["fsdp_before"]["refused"]
+        assert "fully_shard the converted model" in found["fsdp_settings"]["losses alone"]
+        assert "inside first, then shard it with fully_shard" in found["fsdp_settings"]["fsdp1"]
 
 
 def test_unused_parameters_may_be_looked_for_without_trainable_losses(ranks):
@@ -132,3 +145,64 @@ def test_sharded_students_on_disk_and_exported(ranks, how):
         assert "FSDPModule" in found[how]["bases"]
         assert "DistillationModel" not in found[how]["bases"]
     assert ranks[0][how]["names"] == list(names_of(Net(), Projected()))
+
+
+@pytest.mark.parametrize("how", ["resharded", "loss by itself"])
+def test_losses_have_their_parameters_however_they_are_sharded(ranks, expected, how):
+    for found in ranks:
+        torch.testing.assert_close(found["fsdp_settings"][how], expected["gradients"], atol=1e-6, rtol=1e-4)
+
+
+def expected_inner(layers, kind):
+    """Gradients of losses at inner layers, on the whole batch, without Schoolhouse."""
+    student, teacher, x = Blocks(2), Blocks(1), batch()
+    with torch.no_grad():
+        early, between = teacher.one[:2](x), teacher.one(x)
+        first, second = teacher.one[2](early), teacher.two(between)
+    given = (student.one[:2](x), student.one(x)) if kind == "kd_loss" else (early, between)
+    loss = F.mse_loss(student.one[2](given[0]), first)
+    if "two" in layers:
+        loss = loss + F.mse_loss(student.two(given[1]), second)
+    (loss / len(layers)).backward()
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+def check_inner(steps, layers, kind):
+    for gradients in steps:
+        moved = {name: gradient for name, gradient in gradients.items() if gradient.count_nonzero()}
+        torch.testing.assert_close(moved, expected_inner(layers, kind), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("sharded", SHARDED)
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_at_layers_inside_what_is_sharded(ranks, kind, layers, sharded, when):
+    for found in ranks:
+        steps = found["fsdp_inner"][kind, layers, sharded, when]
+        assert len(steps) == 5
+        check_inner(steps, layers, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_at_inner_layers_with_the_rest_frozen(ranks, kind):
+    for found in ranks:
+        assert len(found["ddp_inner"][kind]) == 3
+        check_inner(found["ddp_inner"][kind], LAYERS[0], kind)
+
+
+def test_a_teacher_that_is_sharded_on_its_own(job):
+    ranks, served = job
+    for found in ranks:
+        assert list(found["sharded_teacher"]) == (list(SHARDED) if served is None else [])
+        for steps in found["sharded_teacher"].values():
+            check_inner(steps, LAYERS[1], "kd_loss")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_teacher_that_fails_on_one_rank(ranks, how):
+    (waited, waited_s), (failed, failed_s) = (found["failing"][how] for found in ranks)
+    assert failed == "TeacherForwardError"
+    assert failed_s < GIVE_UP_S
+    assert waited != "nothing"
+    assert waited_s < GIVE_UP_S + 5

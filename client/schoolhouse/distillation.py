@@ -32,8 +32,10 @@ def convert(model: Any, mode: Any) -> Any:
             is an object of that class or a dict of its fields.
 
     With DistributedDataParallel convert the module inside first and wrap it then, without `static_graph`, and without
-    `find_unused_parameters` if a loss has parameters. With FSDP2 (`fully_shard`) do either first; if the student is
-    sharded first, so must be each loss that has parameters. Each rank asks the teacher for its own rows.
+    `find_unused_parameters` if a loss has parameters; all that requires gradients must take part in the loss, so if
+    losses stand at inner layers only, freeze what comes after those before wrapping. With FSDP2 (`fully_shard`) do
+    either first; if the student is sharded first, so must be each loss that has parameters. Each rank asks the teacher
+    for its own rows.
 
     Raises:
         ConfigError: a field is wrong; the message names it and the choices.
@@ -110,9 +112,10 @@ def _check_student(model: nn.Module) -> None:
     if isinstance(model, DistillationModel):
         raise ConfigError("the model is converted already; export() it first")
     if unwrapped(model) is not model:
+        then = "shard it with fully_shard" if type(model).__name__ == "FullyShardedDataParallel" else "wrap it"
         raise ConfigError(
             f"the model is wrapped in {type(model).__name__}, which would not see the losses' parameters and would be "
-            "left behind: convert the module inside first, then wrap it"
+            f"left behind: convert the module inside first, then {then}"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError(

@@ -232,7 +232,8 @@ class DistillationModel(nn.Module):
         finally:
             state.step = None  # used, or lost
         losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
-        for name, loss in as_forward(self, lambda: self._losses(step, features, loss_fn_kwargs)).items():
+        layers = [layer for layer, _ in state.criterion]
+        for name, loss in as_forward(self, layers, lambda: self._losses(step, features, loss_fn_kwargs)).items():
             losses[name] = loss if loss_reduction_fn is None else loss_reduction_fn(loss)
         self._mark(step, losses)
         if skip_balancer:

@@ -171,43 +171,49 @@ def _fsdp_class() -> Any:
 def check_loss_sharding(model: nn.Module, losses: Iterable[nn.Module]) -> None:
     """Refuse losses whose gradients FSDP2 would not average, since it holds parts of the student only."""
     kind = _fsdp_class()
-    if not kind or isinstance(model, kind) or not any(isinstance(module, kind) for module in model.modules()):
-        return
     alone = [
         type(loss).__name__
         for loss in losses
         if any(p.requires_grad for p in loss.parameters()) and not any(isinstance(m, kind) for m in loss.modules())
     ]
-    if alone:
+    if alone and not isinstance(model, kind) and any(isinstance(module, kind) for module in model.modules()):
         raise ConfigError(
             f"parts of the student are sharded and the trainable losses ({', '.join(alone)}) are not, so that no one "
             "would average their gradients over ranks: fully_shard the converted model as a whole too, or each loss"
         )
 
 
-def as_forward(model: nn.Module, compute: Callable[[], Any]) -> Any:
-    """`compute()`, as a part of the model's forward if FSDP2 shards it.
+def as_forward(model: nn.Module, layers: Iterable[str], compute: Callable[[], Any]) -> Any:
+    """`compute()`, as a part of the forward of what FSDP2 shards: the model, or else parts of it around the layers.
 
     So the parameters of losses are whole while it runs, and a backward from its results reaches FSDP, also where the
-    model's own output has no part in them.
+    sharded module's own output has no part in them.
     """
-    kind = _fsdp_class()
-    if not kind or not isinstance(model, kind):
-        return compute()
-    object.__setattr__(model, "_as_forward", compute)
+    outermost = [[model]] if isinstance(model, _fsdp_class()) else [_sharded_around(model, layer) for layer in layers]
+    for module in dict.fromkeys(around[0] for around in outermost if around):
+        compute = functools.partial(_within, module, compute)
+    return compute()
+
+
+def _within(module: nn.Module, compute: Callable[[], Any]) -> Any:
+    object.__setattr__(module, "_as_forward", compute)
     try:
-        sys.modules["torch.distributed.fsdp"].register_fsdp_forward_method(model, "_as_forward")
-        return model._as_forward()
+        sys.modules["torch.distributed.fsdp"].register_fsdp_forward_method(module, "_as_forward")
+        return module._as_forward()  # type: ignore[operator]
     finally:
-        object.__delattr__(model, "_as_forward")
+        object.__delattr__(module, "_as_forward")
+
+
+def _sharded_around(model: nn.Module, layer: str) -> list[Any]:
+    """The parts of the model that hold `layer`, itself among them, and are sharded on their own; outermost first."""
+    kind, names = _fsdp_class(), layer.split(".")
+    around = (model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)) if kind and layer else ()
+    return [module for module in around if isinstance(module, kind)]
 
 
 def unshard_in_backward(model: nn.Module, layer: str, output: Any) -> None:
     """Let FSDP2 gather the parts around `layer` when a backward enters at its output, and not at theirs."""
-    kind = _fsdp_class()
-    names = layer.split(".")
-    around = [model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)] if kind else []
-    sharded = [module for module in around if isinstance(module, kind)]
+    sharded = _sharded_around(model, layer)
     for tensor in tensors_of(output) if sharded else ():
         if tensor.requires_grad:
             tensor.register_hook(functools.partial(_unshard, sharded))  # type: ignore[no-untyped-call]
