@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import schoolhouse as sh
@@ -132,3 +134,26 @@ def test_a_teacher_that_cannot_be_built_says_why(cluster, tmp_path):
         time.sleep(0.1)
     assert find(required=False) is None
     assert not [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("teacher/")]
+
+
+def test_a_local_cluster_that_is_late_is_tried_again(monkeypatch):
+    from schoolhouse_server.pool import ray_cluster
+
+    started = []
+
+    def late(**_):
+        started.append(subprocess.Popen(["sleep", "60"]))
+        if len(started) < 3:
+            raise Exception("The current node timed out during startup")
+        return SimpleNamespace(address_info={"gcs_address": "127.0.0.1:1"})
+
+    monkeypatch.setattr(ray, "init", late)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with ray_cluster() as address:
+        assert address == "127.0.0.1:1"
+    assert [process.poll() is None for process in started] == [False, False, True]  # what a failed start left has ended
+    started[-1].kill()
+    started[-1].wait()
+    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(Exception("still late")))
+    with pytest.raises(TeacherUnavailableError, match="did not start: still late"), ray_cluster():
+        pass

@@ -1,12 +1,14 @@
 """Start, find and stop a pool on a Ray cluster, from a driver process."""
 
 import contextlib
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherTimeoutError, TeacherUnavailableError
@@ -15,6 +17,9 @@ from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE, DirectoryAct
 from schoolhouse_server.config import PoolConfig
 
 _CALL_TIMEOUT_S = 30.0
+_STARTS = 3
+_STOP_TIMEOUT_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 class PoolFailedError(SchoolhouseError):
@@ -128,20 +133,46 @@ def _free_port() -> int:
 def ray_cluster(address: str | None = None, num_cpus: int | None = None) -> Iterator[str]:
     """Connect this process to the Ray cluster at `address`, or to a local one that it starts; yields its address.
 
-    A local one ends with the context.
+    A local one ends with the context. Ray gives its processes 30 s to come up, which a busy machine may need more
+    than once: a local start is tried three times.
+
+    Raises:
+        TeacherUnavailableError: no cluster answers at `address`, or a local one did not come up.
     """
-    try:
-        context = ray.init(
-            address=address,
-            namespace=NAMESPACE,
-            num_cpus=num_cpus,
-            include_dashboard=False if address is None else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-    except (ConnectionError, ValueError, RuntimeError) as err:
-        raise TeacherUnavailableError(f"no Ray cluster answers at {address}: {err}") from err
+    context = _connect(address) if address is not None else _start(num_cpus)
     try:
         yield str(context.address_info["gcs_address"])
     finally:
         ray.shutdown()
+
+
+def _connect(address: str) -> Any:
+    try:
+        return ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as err:
+        raise TeacherUnavailableError(f"no Ray cluster answers at {address}: {err}") from err
+
+
+def _start(num_cpus: int | None) -> Any:
+    here = psutil.Process()
+    others = set(here.children(recursive=True))
+    for left in reversed(range(_STARTS)):
+        try:
+            return ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as err:  # Ray raises a bare Exception where its processes are late
+            started = set(here.children(recursive=True)) - others
+            for process in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(started, timeout=_STOP_TIMEOUT_S)
+            if not left:
+                raise TeacherUnavailableError(f"a local Ray cluster did not start: {err}") from err
+            _log.warning("a local Ray cluster did not start, tried again: %s", err)
+    raise AssertionError("unreachable")
