@@ -360,11 +360,16 @@ def test_refused_labels(loss):
         loss(logits, logits, [0, 0, 0, 0])
 
 
-def test_mft_takes_labels_of_one_dimension():
-    logits = torch.zeros(2, 3, 4)
-    assert functional.mft(logits, logits, torch.zeros(6, dtype=torch.int64)).shape == ()
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(6,\)"):
-        functional.mft(logits, logits, torch.zeros(2, 3, dtype=torch.int64))
+@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean", "sum"])
+def test_mft_takes_labels_flat_or_of_the_logits_shape(reduction):
+    generator = torch.Generator().manual_seed(3)
+    logits_s, logits_t = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    labels = torch.randint(0, 4, (2, 3), generator=generator)
+    flat = functional.mft(logits_s.reshape(6, 4), logits_t.reshape(6, 4), labels.reshape(6), reduction=reduction)
+    assert torch.equal(functional.mft(logits_s, logits_t, labels, reduction=reduction), flat)
+    assert torch.equal(functional.mft(logits_s, logits_t, labels.reshape(6), reduction=reduction), flat)
+    with pytest.raises(ValueError, match=r"\(3, 2\).*\(6,\)"):
+        functional.mft(logits_s, logits_t, labels.reshape(3, 2), reduction=reduction)
 
 
 def test_dkd_needs_two_classes():

@@ -144,3 +144,4 @@ def test_export_takes_wrappers_off_and_says_so(teacher):
         assert type(sh.export(torch.compile(model))) is Net
     with pytest.warns(UserWarning, match="nothing to export"):
         assert sh.export(model) is model
+    assert type(converted(Net(), teacher).export()) is Net

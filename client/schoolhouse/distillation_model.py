@@ -202,6 +202,12 @@ class DistillationModel(nn.Module):
         ):
             return super().load_state_dict(state_dict, *args, **kwargs)
 
+    def export(self) -> nn.Module:
+        """As `schoolhouse.export(model)`."""
+        from schoolhouse.distillation import export
+
+        return export(self)
+
     def compute_kd_loss(
         self,
         student_loss: torch.Tensor | None = None,

@@ -238,6 +238,7 @@ METHODS = [
     "only_teacher_forward",
     "only_student_forward",
     "train",
+    "export",
 ]
 
 

@@ -47,15 +47,17 @@ def mft(
     """KL of the student's distribution from the teacher's, corrected towards the labels (arXiv 2506.15702).
 
     The correction leaves the label's class ahead of the teacher's strongest other by `threshold`. Logits
-    `[..., classes]` are flattened to `[n, classes]`; labels are `[n]` class indices. With reduction "none" the result
-    is elementwise, `[n, classes]`, and "batchmean" divides by n. Computed in the dtype of the logits.
+    `[..., classes]` are flattened to `[n, classes]`; labels are class indices, `[n]` or `[...]`. With reduction "none"
+    the result is elementwise, `[n, classes]`, and "batchmean" divides by n. Computed in the dtype of the logits.
 
     Raises:
         TypeError: if something else than a tensor came.
-        ValueError: if the shapes of the logits differ, or if the labels are not 1-D with one index an example.
+        ValueError: if the shapes of the logits differ, or if the labels are not one index an example.
     """
     check_same_shape("logits", logits_s, logits_t)
     n_classes = logits_s.shape[-1]
+    if isinstance(labels, torch.Tensor) and labels.shape == logits_s.shape[:-1]:
+        labels = labels.reshape(-1)
     check_labels(labels, torch.Size([logits_s.shape[:-1].numel()]), "one index for each example, flattened to")
     log_student = F.log_softmax(logits_s / temperature, dim=-1).reshape(-1, n_classes)
     teacher = F.softmax((logits_t / temperature).reshape(-1, n_classes), dim=-1).detach()
