@@ -163,7 +163,7 @@ class MFTLoss(LogitsLoss):
         self._threshold = threshold
 
     def forward(self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Loss of the student's logits `[..., classes]`, flattened to `[n, classes]`, for the labels `[n]` or `[...]`."""
+        """Loss of the student's logits `[..., classes]`, flattened to `[n, classes]`; labels are `[n]` or `[...]`."""
         return self._mft(logits_s, logits_t, labels, self._reduction)
 
     def per_example(
