@@ -1,5 +1,6 @@
 """Values survive the trip through bundles and frames, and bad declarations take no memory."""
 
+import itertools
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -52,6 +53,34 @@ def test_every_dtype(dtype):
     assert back[1].shape == (0,)
     assert back[2].shape == ()
     assert torch.equal(raw(back[0]), raw(tensor))
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_order_of_dimensions_in_memory(rank, alone):
+    for order in itertools.permutations(range(rank)):
+        memory = torch.randn([order[i] + 2 for i in range(rank)])  # sizes 2, 3, ... of dimensions 0, 1, ...
+        tensor = memory.permute([order.index(dim) for dim in range(rank)])
+        back = trip([tensor])[0] if alone else trip({"here": [tensor, "x"]})["here"][0]
+        assert back.shape == tensor.shape == torch.Size(range(2, rank + 2))
+        assert back.stride() == tensor.stride()
+        assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3, 1).expand(3, 4), torch.arange(24.0).view(4, 6)[:, 1:4]])
+def test_what_has_gaps_or_overlaps_becomes_row_major(tensor):
+    back = trip([tensor])[0]
+    assert back.is_contiguous()
+    assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("order", [[0], [0, 0], [0, 2], [0, 1, 2], [1, 0, 0]])
+def test_a_wrong_order_of_dimensions_is_refused(order):
+    bundle = values_pb2.Bundle()
+    bundle.root.list.items.add().tensor = 0
+    bundle.tensors.add(dtype=values_pb2.FLOAT32, shape=[2, 3], dim_order=order)
+    with pytest.raises(ProtocolError, match="rank 2"):
+        codec.read_layout(bundle.SerializeToString(), Limits())
 
 
 def test_the_table_of_dtypes_is_whole():

@@ -267,3 +267,59 @@ def test_torch_compile(teach, x, backend):
         got.backward()
         assert got.item() == pytest.approx(loss, rel=1e-5)
     assert model.body.weight.grad is not None
+
+
+class Names(nn.Module):
+    """Uses names that a careless mixin would take: a method, a submodule, and plain attributes."""
+
+    def __init__(self, names=()):
+        super().__init__()
+        torch.manual_seed(0)
+        for name in names:
+            setattr(self, name, nn.Linear(8, 8))
+        self.names = names
+        self._step, self._future = [], 3
+        self.fc = nn.Linear(8, 5)
+
+    def _forward(self, x):
+        for name in self.names:
+            x = getattr(self, name)(x)
+        return self.fc(x)
+
+    def forward(self, x):
+        assert self._step == []
+        return self._forward(x)
+
+
+def test_a_students_own_names_are_its_own(teacher, x):
+    names = ("_hidden", "_losses", "_taps", "_hook", "_mark", "_attach", "_detach", "_distillation", "_begin", "_end")
+    plain, model = Names(names), converted(Names(names), teacher)
+    assert torch.equal(model(x), plain(x))
+    want = sh.LogitsDistillationLoss()(plain(x), teacher.submit((x,), {}, [""]).result()[""])
+    assert torch.equal(model.compute_kd_loss(), want)
+    inherited = {name for name in vars(nn.Module) if name.startswith("_")}
+    for kind in (sh.DistillationModel, sh.LayerwiseDistillationModel):
+        private = {name for name in vars(kind) if name.startswith("_")} - inherited - {"__module__", "__reduce_ex__"}
+        assert [name for name in private if not name.startswith(("_schoolhouse", "__"))] == []
+
+
+def test_the_whole_output_is_what_a_call_returns(teacher, x):
+    def loss(output):
+        return sh.LogitsDistillationLoss()(output, teacher.submit((x,), {}, [""]).result()[""])
+
+    student = Net()
+    student.register_forward_hook(lambda _module, _args, output: output * 2)
+    model = converted(student, teacher)
+    output = model(x)
+    assert torch.equal(output, 2 * Net()(x))
+    assert torch.equal(model.compute_kd_loss(), loss(output))
+
+    inner = model.forward
+    model.forward = lambda *args: inner(*args) * 3  # as accelerate wraps it for mixed precision
+    output = model(x)
+    assert torch.equal(output, 6 * Net()(x))
+    with model.only_student_forward():
+        model(x + 1)  # a validation in between leaves the step alone
+    assert torch.equal(model.compute_kd_loss(), loss(output))
+    assert torch.equal(model.forward(x), 3 * Net()(x))  # not called as a module, so no hook ran
+    assert torch.equal(model.compute_kd_loss(), loss(Net()(x)))

@@ -1,6 +1,7 @@
 """What a teacher promises wherever it lives: features as modules made them, and the student's batch left alone."""
 
 import socket
+from collections import UserDict
 from dataclasses import dataclass
 
 import pytest
@@ -114,3 +115,139 @@ def test_a_module_that_did_not_run_is_named(teach):
     module.spare = nn.Linear(2, 2)
     with pytest.raises(errors.UnknownTapError, match="spare"):
         teach(module).submit((torch.ones(1, 8),), {}, ["spare"]).result()
+
+
+class Decides(nn.Module):
+    """What happens after `fc` depends on the inputs' lengths, on a mask being there, or on nothing but chance."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc, self.out, self.how = nn.Linear(4, 4), nn.Linear(4, 3), how
+
+    def forward(self, x, mask=None, times=1):
+        if self.how == "loop":
+            state = torch.zeros(x.shape[0], 4)
+            for t in range(x.shape[1] * times):
+                state = torch.tanh(self.fc(state) + x[:, t % x.shape[1]])
+        else:
+            state = self.fc(x)
+            if mask is not None:
+                state[~mask] = 0
+            if self.how == "chance":
+                state = nn.functional.dropout(state, 0.5)
+        return self.out(state)
+
+
+def hooked(module, *args, **kwargs):
+    found = []
+    handle = module.fc.register_forward_hook(lambda _module, _args, output: found.append(output))
+    with torch.no_grad():
+        module(*args, **kwargs)
+    handle.remove()
+    return found[-1]
+
+
+def test_an_early_stop_is_for_inputs_like_those_of_a_whole_forward(teach):
+    loop, mask = Decides("loop"), Decides("mask")
+    teacher = teach(loop)
+    for length, times in [(1, 1), (1, 1), (4, 1), (4, 2), (1, 3), (4, 1)]:
+        x = torch.randn(6, length, 4)
+        got = teacher.submit((x,), {"times": times}, ["fc"]).result()["fc"]
+        assert torch.equal(got, hooked(loop, x, times=times))
+    teacher = teach(mask)
+    for masked in (False, False, True, True):
+        x, keep = torch.randn(6, 4), (torch.arange(6) % 2 == 0) if masked else None
+        assert torch.equal(teacher.submit((x,), {"mask": keep}, ["fc"]).result()["fc"], hooked(mask, x, mask=keep))
+
+
+def test_an_early_stop_is_learned_and_can_be_switched_off():
+    module, x = Net(), torch.ones(2, 8)
+    ran = []
+    module.fc.register_forward_hook(lambda *_: ran.append(1))
+    module.act.inplace = False
+    for early_stop, whole in [(True, 1), (False, 3)]:
+        teacher = sh.LocalTeacher(module, early_stop=early_stop)
+        ran.clear()
+        for _ in range(3):
+            teacher.submit((x,), {}, ["body"]).result()
+        assert len(ran) == whole
+    with serve(module, early_stop=False) as server, sh.connect(server.url) as teacher:
+        ran.clear()
+        for _ in range(3):
+            teacher.submit((x,), {}, ["body"]).result()
+        assert len(ran) == 3
+
+
+def test_a_forward_that_draws_random_numbers_is_never_cut_short():
+    x = torch.ones(2, 4)
+    drawn = []
+    for step in ("with a tap", "whole"):
+        torch.manual_seed(3)
+        module = Decides("chance")
+        teacher = sh.LocalTeacher(module)
+        torch.manual_seed(4)
+        for _ in range(3):
+            if step == "whole":
+                module(x)
+            else:
+                teacher.submit((x,), {}, ["fc"]).result()
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1]
+
+
+class Batch(UserDict):
+    """As transformers' BatchEncoding: a mapping with attributes."""
+
+    def __getattr__(self, name):
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def test_a_mapping_of_another_type_reaches_a_local_teacher_as_it_is():
+    class ByName(nn.Module):
+        def forward(self, batch):
+            return batch.x + batch["x"]
+
+    given = Batch({"x": torch.ones(2)})
+    teacher = sh.LocalTeacher(ByName())
+    for _ in range(2):
+        assert teacher.submit((given,), {}, [""]).result()[""].tolist() == [2, 2]
+    assert given["x"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "inner"])
+def test_a_compiled_teacher_is_tapped_by_the_names_of_the_plain_one(teach, x, how):
+    plain, module = Net(seed=1), Net(seed=1)
+    if how == "wrapped":
+        module = torch.compile(module, backend="eager")
+    elif how == "in place":
+        module.compile(backend="eager")
+    else:
+        module.body.compile(backend="eager")
+    teacher = teach(module)
+    assert teacher.describe().revision == revision_of(plain)
+    assert teacher.describe().class_name == "models.Net"
+    for _ in range(2):
+        for taps in (["body", "fc"], [""], ["act"]):
+            got = teacher.submit((x,), {}, taps).result()
+            want = sh.LocalTeacher(plain).submit((x,), {}, taps).result()
+            assert all(torch.equal(got[tap], want[tap]) for tap in taps)
+
+
+def test_memory_formats_travel_both_ways(teach):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2)]
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).eval()
+    teacher = teach(module)
+    for seed in range(5):
+        x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        x = x.to(memory_format=torch.channels_last)
+        got = teacher.submit((x,), {}, ["3", "6"]).result()
+        with torch.no_grad():
+            assert torch.equal(got["6"], module(x))  # kernels round by the layout of their inputs
+            inner = module[:4](x)
+        assert got["3"].stride() == inner.stride() != inner.contiguous().stride()
+        assert torch.equal(got["3"], inner)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from schoolhouse.config import KDLossConfig, make_model, make_teacher, read_mode
-from schoolhouse.distillation_model import DistillationModel
+from schoolhouse.distillation_model import DistillationModel, detach, run_forward
 from schoolhouse.errors import ConfigError
 from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
 from schoolhouse.remote import connect
@@ -66,10 +66,10 @@ def _convert(
         minimal_state_dict=config.expose_minimal_state_dict,
         own_forward=model.__dict__.pop("forward", None),
     )
-    object.__setattr__(model, "_distillation", state)
+    object.__setattr__(model, "_schoolhouse", state)
     model.__class__ = meta_class(kind, type(model))
     assert isinstance(model, DistillationModel)
-    model._attach(config.loss_balancer)
+    model._schoolhouse_mode.attach(model, config.loss_balancer)
     return model
 
 
@@ -97,10 +97,10 @@ def export(model: nn.Module) -> nn.Module:
     if not isinstance(inner, DistillationModel):
         warnings.warn(f"there is nothing to export: this is a plain {type(inner).__name__}", stacklevel=2)
         return inner
-    state = inner._distillation
-    inner._detach()
+    state = inner._schoolhouse
+    detach(inner)
     inner.__class__ = _without_meta(type(inner), state.original_cls)  # type: ignore[assignment]
-    object.__delattr__(inner, "_distillation")
+    object.__delattr__(inner, "_schoolhouse")
     if state.own_forward is not None:
         inner.forward = state.own_forward
     if state.owns_teacher:
@@ -179,7 +179,7 @@ def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) ->
 
     @functools.wraps(student_class.forward)
     def forward(self: DistillationModel, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
+        return run_forward(self, *args, **kwargs)
 
     name = f"{kind.__name__.removesuffix('Model')}{student_class.__name__}"
     space = {"forward": forward, "__module__": student_class.__module__}

@@ -29,53 +29,52 @@ TEACHER, LOSSES, BALANCER = "_teacher_model", "_loss_modules", "_loss_balancer"
 _EXTRAS = (LOSSES, BALANCER, TEACHER)
 
 
+class KDMode:
+    """What the mode "kd_loss" does to a student; "layerwise_kd" differs in these."""
+
+    def attach(self, model: "DistillationModel", balancer: DistillationLossBalancer | None) -> None:
+        """Set hooks and register what a converted student has beside its own modules."""
+        state = model._schoolhouse
+        state.taps = self.taps(state)
+        for layer in dict.fromkeys(layer for layer, _ in state.criterion):
+            self.hook(state, layer, model.get_submodule(layer))
+        stateful = [loss for loss in state.criterion.values() if [*loss.parameters(), *loss.buffers()]]
+        model.add_module(LOSSES, nn.ModuleList(dict.fromkeys(stateful)))
+        model.add_module(BALANCER, balancer)
+        if isinstance(state.teacher, LocalTeacher):
+            model.add_module(TEACHER, state.teacher.module)
+        state.handles.append(model.register_load_state_dict_post_hook(_forgive_extras))  # type: ignore[no-untyped-call]
+
+    def taps(self, state: Distillation) -> tuple[Tap, ...]:
+        """The teacher's features that a step needs."""
+        return tuple(dict.fromkeys(Tap(layer) for _, layer in state.criterion))
+
+    def hook(self, state: Distillation, layer: str, module: nn.Module) -> None:
+        """Capture what a layer of the student returns; "" is the student itself."""
+        capture = _Capture(state, layer) if layer else _CaptureWhole(state)
+        state.handles.append(module.register_forward_hook(capture))
+
+    def mark(self, state: Distillation, step: Step, losses: dict[str, torch.Tensor]) -> None:
+        """Called with the losses of a step, before they are reduced."""
+
+
 class DistillationModel(nn.Module):
     """Mixin of the dynamic subclass that `convert` gives a student.
 
     In its module tree stand `_loss_modules` (the losses with parameters or buffers), `_loss_balancer`, and
-    `_teacher_model` if the teacher lives in this process.
+    `_teacher_model` if the teacher lives in this process. It stands before the student's own class, so that apart from
+    ModelOpt's names all of its own begin with `_schoolhouse`: another could be one of the student's.
     """
 
-    _distillation: Distillation
-
-    # Set up and taken down by convert() and export().
-
-    def _attach(self, balancer: DistillationLossBalancer | None) -> None:
-        state = self._distillation
-        state.taps = self._taps()
-        for layer in dict.fromkeys(layer for layer, _ in state.criterion if layer != ""):
-            self._hook(layer, self.get_submodule(layer))
-        stateful = [loss for loss in state.criterion.values() if [*loss.parameters(), *loss.buffers()]]
-        self.add_module(LOSSES, nn.ModuleList(dict.fromkeys(stateful)))
-        self.add_module(BALANCER, balancer)
-        if isinstance(state.teacher, LocalTeacher):
-            self.add_module(TEACHER, state.teacher.module)
-        state.handles.append(self.register_load_state_dict_post_hook(_forgive_extras))  # type: ignore[no-untyped-call]
-
-    def _detach(self) -> None:
-        state = self._distillation
-        for handle in state.handles:
-            handle.remove()
-        for undo in state.undo:
-            undo()
-        state.drop_step()
-        for name in _EXTRAS:
-            self._modules.pop(name, None)
-
-    def _taps(self) -> tuple[Tap, ...]:
-        """The teacher's features that a step needs."""
-        return tuple(dict.fromkeys(Tap(layer) for _, layer in self._distillation.criterion))
-
-    def _hook(self, layer: str, module: nn.Module) -> None:
-        state = self._distillation
-        state.handles.append(module.register_forward_hook(_Capture(state, layer)))
+    _schoolhouse: Distillation
+    _schoolhouse_mode: KDMode = KDMode()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         make, args, *rest = reduced
         kind = type(self).__bases__[0]
         if make is copyreg.__newobj__ and issubclass(kind, DistillationModel):  # type: ignore[attr-defined]
-            return (_new, (kind, self._distillation.original_cls, *args[1:]), *rest)
+            return (_new, (kind, self._schoolhouse.original_cls, *args[1:]), *rest)
         return (make, args, *rest)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -83,17 +82,15 @@ class DistillationModel(nn.Module):
             "DataParallel runs copies of the student whose outputs would be lost; use DistributedDataParallel"
         )
 
-    # What users see.
-
     @property
     def original_cls(self) -> type[nn.Module]:
         """The student's own class."""
-        return self._distillation.original_cls
+        return self._schoolhouse.original_cls
 
     @property
     def teacher_model(self) -> Any:
         """The teacher's module if it lives in this process, otherwise the Teacher, such as a RemoteTeacher."""
-        return self._modules.get(TEACHER, self._distillation.teacher)
+        return self._modules.get(TEACHER, self._schoolhouse.teacher)
 
     @property
     def loss_modules(self) -> nn.ModuleList:
@@ -107,23 +104,11 @@ class DistillationModel(nn.Module):
 
     def hide_teacher_model(self, enable: bool = True) -> Any:
         """Context in which the teacher's module is not in the module tree, if it ever is."""
-        return self._hidden(TEACHER, nn.Module, enable)
+        return _hidden(self, TEACHER, nn.Module, enable)
 
     def hide_loss_modules(self, enable: bool = True) -> Any:
         """Context in which the losses are not in the module tree."""
-        return self._hidden(LOSSES, nn.ModuleList, enable)
-
-    @contextmanager
-    def _hidden(self, name: str, stand_in: Callable[[], nn.Module | None], enable: bool) -> Iterator[None]:
-        enable = enable and name in self._modules
-        module = self._modules.get(name)
-        if enable:
-            self._modules[name] = stand_in()
-        try:
-            yield
-        finally:
-            if enable:
-                self._modules[name] = module
+        return _hidden(self, LOSSES, nn.ModuleList, enable)
 
     @contextmanager
     def only_teacher_forward(self, enable: bool = True) -> Iterator[None]:
@@ -131,7 +116,7 @@ class DistillationModel(nn.Module):
 
         A forward of the student on the same batch, within `only_student_forward`, completes the step.
         """
-        state = self._distillation
+        state = self._schoolhouse
         before, state.only_teacher = state.only_teacher, enable or state.only_teacher
         try:
             yield
@@ -141,33 +126,17 @@ class DistillationModel(nn.Module):
     @contextmanager
     def only_student_forward(self, enable: bool = True) -> Iterator[None]:
         """Within it, a forward runs the student alone: for validation."""
-        state = self._distillation
+        state = self._schoolhouse
         before, state.only_student = state.only_student, enable or state.only_student
         try:
             yield
         finally:
             state.only_student = before
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = self._distillation
-        if state.only_teacher and not state.only_student:
-            return _ask_alone(self, args, kwargs)
-        _begin(self, args, kwargs)
-        extras = _hide_extras(self)  # a forward that walks over its children, as nn.Sequential's, must not meet them
-        try:
-            if state.own_forward is not None:
-                output = state.own_forward(*args, **kwargs)
-            else:
-                output = state.original_cls.forward(self, *args, **kwargs)
-        finally:
-            _show_extras(self, extras)
-        _end(self, output)
-        return output
-
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`; the teacher stays in eval mode, and a change of mode drops what was captured."""
         if mode != self.training:
-            self._distillation.drop_step()
+            self._schoolhouse.drop_step()
         super().train(mode)
         if (teacher := self._modules.get(TEACHER)) is not None:
             teacher.eval()
@@ -182,7 +151,7 @@ class DistillationModel(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.state_dict`, without the teacher if `expose_minimal_state_dict`."""
-        with self.hide_teacher_model(self._distillation.minimal_state_dict):
+        with self.hide_teacher_model(self._schoolhouse.minimal_state_dict):
             return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -196,9 +165,9 @@ class DistillationModel(nn.Module):
             return not any(key.startswith(f"{name}.") for key in state_dict)
 
         with (
-            self.hide_teacher_model(self._distillation.minimal_state_dict or absent(TEACHER)),
+            self.hide_teacher_model(self._schoolhouse.minimal_state_dict or absent(TEACHER)),
             self.hide_loss_modules(absent(LOSSES)),
-            self._hidden(BALANCER, lambda: None, absent(BALANCER)),
+            _hidden(self, BALANCER, lambda: None, absent(BALANCER)),
         ):
             return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -229,19 +198,19 @@ class DistillationModel(nn.Module):
             FeatureMismatchError: if there was no forward since the last call, or only one of the two ran.
             SchoolhouseError: whatever kept the teacher from answering.
         """
-        state = self._distillation
+        state = self._schoolhouse
         if student_loss is not None and self.loss_balancer is None:
             raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
         step = _complete_step(state)
         try:
             features = on_device_of(step.outputs, step.features())
         finally:
-            state.step = None  # used, or lost
+            state.step = state.ended = None  # used, or lost
         losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
         layers = [layer for layer, _ in state.criterion]
-        for name, loss in as_forward(self, layers, lambda: self._losses(step, features, loss_fn_kwargs)).items():
+        for name, loss in as_forward(self, layers, lambda: _losses(self, step, features, loss_fn_kwargs)).items():
             losses[name] = loss if loss_reduction_fn is None else loss_reduction_fn(loss)
-        self._mark(step, losses)
+        self._schoolhouse_mode.mark(state, step, losses)
         if skip_balancer:
             return losses
         if self.loss_balancer is None:
@@ -249,18 +218,63 @@ class DistillationModel(nn.Module):
         total: torch.Tensor = self.loss_balancer(losses)
         return total
 
-    def _losses(self, step: Step, features: Mapping[Tap, Any], loss_fn_kwargs: Any) -> dict[str, torch.Tensor]:
-        losses = {}
-        for i, ((student_layer, teacher_layer), loss_fn) in enumerate(self._distillation.criterion.items()):
-            if student_layer not in step.outputs:
-                raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
-            output = step.outputs[student_layer]
-            unshard_in_backward(self, student_layer, output)
-            losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, features[Tap(teacher_layer)], **loss_fn_kwargs)
-        return losses
 
-    def _mark(self, step: Step, losses: dict[str, torch.Tensor]) -> None:
-        """Called with the losses of a step, before they are reduced."""
+def detach(model: DistillationModel) -> None:
+    """Take down what `KDMode.attach` has set up."""
+    state = model._schoolhouse
+    for handle in state.handles:
+        handle.remove()
+    for undo in state.undo:
+        undo()
+    state.drop_step()
+    for name in _EXTRAS:
+        model._modules.pop(name, None)
+
+
+@contextmanager
+def _hidden(
+    model: DistillationModel, name: str, stand_in: Callable[[], nn.Module | None], enable: bool
+) -> Iterator[None]:
+    enable = enable and name in model._modules
+    module = model._modules.get(name)
+    if enable:
+        model._modules[name] = stand_in()
+    try:
+        yield
+    finally:
+        if enable:
+            model._modules[name] = module
+
+
+def run_forward(model: DistillationModel, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a converted student: the teacher gets the batch too."""
+    state = model._schoolhouse
+    if state.only_teacher and not state.only_student:
+        return _ask_alone(model, args, kwargs)
+    _begin(model, args, kwargs)
+    extras = _hide_extras(model)  # a forward that walks over its children, as nn.Sequential's, must not meet them
+    try:
+        if state.own_forward is not None:
+            output = state.own_forward(*args, **kwargs)
+        else:
+            output = state.original_cls.forward(model, *args, **kwargs)
+    finally:
+        _show_extras(model, extras)
+    _end(model, output)
+    return output
+
+
+def _losses(
+    model: DistillationModel, step: Step, features: Mapping[Tap, Any], loss_fn_kwargs: Any
+) -> dict[str, torch.Tensor]:
+    losses = {}
+    for i, ((student_layer, teacher_layer), loss_fn) in enumerate(model._schoolhouse.criterion.items()):
+        if student_layer not in step.outputs:
+            raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
+        output = step.outputs[student_layer]
+        unshard_in_backward(model, student_layer, output)
+        losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, features[Tap(teacher_layer)], **loss_fn_kwargs)
+    return losses
 
 
 def _complete_step(state: Distillation) -> Step:
@@ -294,22 +308,36 @@ class _Capture:
             )
 
 
+class _CaptureWhole:
+    """Forward hook of the student itself: what a call of it returns, which others may have changed after its forward.
+
+    Such are forward hooks that were there before, and a `forward` that was wrapped after `convert`, as accelerate does.
+    """
+
+    def __init__(self, state: Distillation) -> None:
+        self._state = state
+
+    @eager
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._state.returned(output)
+
+
 @eager
 def _begin(model: DistillationModel, args: Any, kwargs: Any) -> None:
     losses = model._modules[LOSSES]
     check_data_parallel(model, losses is not None and any(p.requires_grad for p in losses.parameters()))
     check_loss_sharding(model, () if losses is None else losses.children())
-    model._distillation.begin(args, kwargs, model.training)
+    model._schoolhouse.begin(args, kwargs, model.training)
 
 
 @eager
 def _end(model: DistillationModel, output: Any) -> None:
-    model._distillation.end(output)
+    model._schoolhouse.end(output)
 
 
 @eager
 def _ask_alone(model: DistillationModel, args: Any, kwargs: Any) -> Any:
-    return model._distillation.ask_alone(args, kwargs)
+    return model._schoolhouse.ask_alone(args, kwargs)
 
 
 @eager

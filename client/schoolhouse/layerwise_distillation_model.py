@@ -6,10 +6,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from schoolhouse.distillation_model import DistillationModel
+from schoolhouse.distillation_model import DistillationModel, KDMode
 from schoolhouse.errors import FeatureMismatchError
 from schoolhouse.step import Distillation, Step, eager, on_device_of
 from schoolhouse.taps import Tap, tensors_of
+
+
+class LayerwiseMode(KDMode):
+    """What the mode "layerwise_kd" does to a student."""
+
+    def attach(self, model: DistillationModel, balancer: Any) -> None:
+        """Also freeze all but the layers in the criterion."""
+        super().attach(model, balancer)
+        state = model._schoolhouse
+        model.requires_grad_(False)
+        for layer, _ in state.criterion:
+            model.get_submodule(layer).requires_grad_(True)
+        head = model._modules.get("lm_head")
+        if head is not None and not any(f"{layer}.".startswith("lm_head.") for layer, _ in state.criterion):
+            state.undo.append(_Skip(head))
+
+    def taps(self, state: Distillation) -> tuple[Tap, ...]:
+        """The inputs too."""
+        layers = dict.fromkeys(layer for _, layer in state.criterion)
+        return tuple(Tap(layer, side) for layer in layers for side in ("input", "output"))
+
+    def hook(self, state: Distillation, layer: str, module: nn.Module) -> None:
+        """Also give the layer the inputs of its pair."""
+        paired = next(teacher_layer for student_layer, teacher_layer in state.criterion if student_layer == layer)
+        inject = _Inject(state, layer, Tap(paired, "input"))
+        state.handles.append(module.register_forward_pre_hook(inject, with_kwargs=True))
+        super().hook(state, layer, module)
+
+    def mark(self, state: Distillation, step: Step, losses: dict[str, torch.Tensor]) -> None:
+        """Tell in a backward whose layers run again."""
+        for loss in losses.values():
+            if loss.requires_grad:
+                loss.register_hook(_Recomputes(state, step))  # type: ignore[no-untyped-call]
 
 
 class LayerwiseDistillationModel(DistillationModel):
@@ -21,31 +54,7 @@ class LayerwiseDistillationModel(DistillationModel):
     the criterion, passes its input on. `export` leaves `requires_grad` as it is.
     """
 
-    def _taps(self) -> tuple[Tap, ...]:
-        layers = dict.fromkeys(layer for _, layer in self._distillation.criterion)
-        return tuple(Tap(layer, side) for layer in layers for side in ("input", "output"))
-
-    def _attach(self, balancer: Any) -> None:
-        super()._attach(balancer)
-        state = self._distillation
-        self.requires_grad_(False)
-        for layer, _ in state.criterion:
-            self.get_submodule(layer).requires_grad_(True)
-        head = self._modules.get("lm_head")
-        if head is not None and not any(f"{layer}.".startswith("lm_head.") for layer, _ in state.criterion):
-            state.undo.append(_Skip(head))
-
-    def _hook(self, layer: str, module: nn.Module) -> None:
-        state = self._distillation
-        paired = next(teacher_layer for student_layer, teacher_layer in state.criterion if student_layer == layer)
-        inject = _Inject(state, layer, Tap(paired, "input"))
-        state.handles.append(module.register_forward_pre_hook(inject, with_kwargs=True))
-        super()._hook(layer, module)
-
-    def _mark(self, step: Step, losses: dict[str, torch.Tensor]) -> None:
-        for loss in losses.values():
-            if loss.requires_grad:
-                loss.register_hook(_Recomputes(self._distillation, step))  # type: ignore[no-untyped-call]
+    _schoolhouse_mode = LayerwiseMode()
 
 
 class _Skip:

@@ -74,6 +74,7 @@ class Distillation:
     taps: tuple[Tap, ...] = ()
     step: Step | None = None
     recording: Step | None = None  # while the student's forward runs
+    ended: Step | None = None  # from there until the call of the student returns
     recomputing: Step | None = None  # whose backward runs
     only_student: bool = False
     only_teacher: bool = False
@@ -81,14 +82,14 @@ class Distillation:
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("step", "recording", "recomputing")
+        transient = ("step", "recording", "ended", "recomputing")
         return {**self.__dict__, **dict.fromkeys(transient)}
 
     def drop_step(self) -> None:
         """Forget what the last forward produced; the teacher is told."""
         if self.step is not None and self.step.future is not None:
             self.step.future.cancel()
-        self.step = self.recording = self.recomputing = None
+        self.step = self.recording = self.ended = self.recomputing = None
 
     def ask(self, args: Any, kwargs: Any, training: bool) -> Step:
         """Begin a step: the teacher gets the batch."""
@@ -103,6 +104,7 @@ class Distillation:
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
         """Begin the student's forward, and the teacher's unless it is switched off."""
+        self.ended = None
         self.recording = (
             self._student_step(args, kwargs, training) if self.only_student else self.ask(args, kwargs, training)
         )
@@ -122,15 +124,23 @@ class Distillation:
         return self.step
 
     def end(self, output: Any) -> None:
-        """The student's forward is over."""
+        """The student's forward is over; hooks that follow may still change what its call returns."""
         if self.recording is not None:
             self.recording.student_ran = True
             if any(layer == "" for layer, _ in self.criterion):
                 self.recording.outputs[""] = output
+                self.ended = self.recording
         self.recording = None
+
+    def returned(self, output: Any) -> None:
+        """The student's call returns `output`. A forward that was not called as a module never comes here."""
+        if self.ended is not None:
+            self.ended.outputs[""] = output
+        self.ended = None
 
     def ask_alone(self, args: Any, kwargs: Any) -> Any:
         """Run the teacher alone; a student that ran on the same batch before, or runs on it next, is paired with it."""
+        self.ended = None
         inputs = Inputs(args, kwargs)
         whole = Tap("")
         future = self.teacher.submit(args, kwargs, tuple(dict.fromkeys((*self.taps, whole))))

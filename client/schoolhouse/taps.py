@@ -1,8 +1,9 @@
 """Capture what named submodules receive and return during one forward, and stop it after the last one."""
 
+import copy
 import difflib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,6 +30,8 @@ class Tap(NamedTuple):
 
 TapLike: TypeAlias = Tap | tuple[str, str] | str
 _WHOLE = Tap("", "output")
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 
 
 def as_tap(tap: TapLike) -> Tap:
@@ -62,9 +65,15 @@ def as_taps(taps: Iterable[TapLike]) -> tuple[Tap, ...]:
     return found
 
 
+def without_compiler(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, where `model` is what it returned."""
+    kind = type(model)  # by name, since importing it takes seconds
+    return model._orig_mod if (kind.__module__, kind.__name__) == _COMPILED else model  # type: ignore[return-value]
+
+
 def module_names(model: nn.Module) -> tuple[str, ...]:
     """What may be tapped, in the order of registration; a module that stands twice has both names."""
-    return tuple(name for name, _ in model.named_modules(remove_duplicate=False))
+    return tuple(name for name, _ in without_compiler(model).named_modules(remove_duplicate=False))
 
 
 def check_modules(names: Iterable[str], known: Collection[str], whose: str) -> None:
@@ -120,8 +129,6 @@ def run_with_taps(
     value of the last tap, will have the same: no tapped module runs twice, and no later one writes into a feature. None
     if this forward did not run to its end, so that it cannot tell.
     """
-    if taps == (_WHOLE,):
-        return {_WHOLE: model(*inputs, **inputs.kwargs)}, False
     recorder = _Recorder(taps, stop and _WHOLE not in taps)
     finished = False
     with _hooks(model, taps, recorder):
@@ -183,6 +190,23 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(value.values()))
 
 
+def signature_of(value: Any) -> Hashable:
+    """All that a forward can decide by before it looks into tensors; equal for equal structures, shapes and values."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.dtype)
+    if value is None or isinstance(value, _PLAIN):
+        return (type(value), value)
+    if (record := record_of(value)) is not None:
+        return (type(value), signature_of(record.fields))
+    if isinstance(value, Arguments):
+        return (tuple(map(signature_of, value)), signature_of(value.kwargs))
+    if isinstance(value, tuple | list):
+        return (type(value), *map(signature_of, value))
+    if isinstance(value, Mapping):
+        return (type(value), *((key, signature_of(item)) for key, item in value.items()))
+    return object()  # of an object that may hold anything nothing is known: equal to no other
+
+
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """A nested value of the same structure with each tensor changed; what holds no tensor stays itself."""
     if isinstance(value, torch.Tensor):
@@ -195,5 +219,18 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(map_tensors(item, change) for item in value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(item, change) for key, item in value.items()}
+        return _like(value, {key: map_tensors(item, change) for key, item in value.items()})
     return value
+
+
+def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the type of `value` with other items; a plain dict if it takes none."""
+    if type(value) is dict:
+        return items
+    made: Any = copy.copy(value)
+    try:
+        for key, item in items.items():
+            made[key] = item
+    except TypeError:
+        return items
+    return made

@@ -1,13 +1,15 @@
 """The Teacher protocol, and LocalTeacher: a frozen module in this process."""
 
+import contextlib
 import hashlib
 import inspect
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import xxhash
@@ -25,10 +27,12 @@ from schoolhouse.taps import (
     map_tensors,
     module_names,
     run_with_taps,
+    signature_of,
     tensors_of,
+    without_compiler,
 )
 
-_MAX_TAP_SETS = 256
+_MAX_LEARNED = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,13 @@ class Features(dict[Tap, Any]):
         return self[tap]
 
 
+class _Learned(NamedTuple):
+    """What a whole forward told of those with the same taps and the same signature of the inputs."""
+
+    leaves_inputs: bool
+    may_stop: bool
+
+
 @runtime_checkable
 class Teacher(Protocol):
     """A maker of features: in this process or behind gRPC."""
@@ -77,29 +88,41 @@ class Teacher(Protocol):
 
 
 class LocalTeacher:
-    """A module in this process: frozen, in eval mode, without gradients. `submit` computes before it returns."""
+    """A module in this process: frozen, in eval mode, without gradients. `submit` computes before it returns.
 
-    def __init__(self, module: nn.Module, name: str = "teacher") -> None:
+    Args:
+        module: the teacher. One that `torch.compile` made runs compiled where its whole output is all that is asked
+            for, and otherwise as the plain module, since compiled code keeps its inner values to itself.
+        name: for messages.
+        early_stop: let a forward end after its last tap where that makes no difference: no tapped module runs again,
+            none of the features is written into, and no random number is drawn. That is learned from one whole forward
+            for each structure of inputs, with their shapes, dtypes and plain values. Switch it off for a module that
+            decides by the values in tensors how often a layer runs, or what is written into its output.
+    """
+
+    def __init__(self, module: nn.Module, name: str = "teacher", *, early_stop: bool = True) -> None:
         self.module = module.requires_grad_(False).eval()
+        self._plain = without_compiler(module)
+        self._compiled = any(map(_is_compiled, module.modules()))
         self._name = name
+        self._early_stop = early_stop
         self._modules = dict.fromkeys(module_names(module))  # ordered, and quick to search
         self._revision = ""
-        self._leaves_inputs: set[tuple[Tap, ...]] = set()
-        self._may_stop: dict[tuple[Tap, ...], bool] = {}  # learned from the first whole forward
+        self._learned: OrderedDict[Any, _Learned] = OrderedDict()  # by taps and signature of the inputs
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
 
     def describe(self) -> TeacherDescription:
         """Static facts. The revision is computed at the first call: it reads every weight once."""
         if not self._revision:
-            self._revision = revision_of(self.module)
+            self._revision = revision_of(self._plain)
         parameter = next(self.module.parameters(), None)
         floating = next((p.dtype for p in self.module.parameters() if p.dtype.is_floating_point), None)
         return TeacherDescription(
             name=self._name,
             revision=self._revision,
-            class_name=_qualified_name(self.module),
+            class_name=_qualified_name(self._plain),
             modules=tuple(self._modules),
-            parameters=tuple(inspect.signature(self.module.forward).parameters),
+            parameters=tuple(inspect.signature(self._plain.forward).parameters),
             dtype=str(floating).removeprefix("torch.") if floating else "",
             device=str(parameter.device) if parameter is not None else "cpu",
         )
@@ -118,9 +141,6 @@ class LocalTeacher:
     def compute(self, args: Sequence[Any], kwargs: Mapping[str, Any], taps: tuple[Tap, ...]) -> Features:
         """Features of `taps`, as plain forward hooks would see them in the end. The inputs stay as they were.
 
-        The first forward with a set of taps runs to its end. Later ones stop after their last tap, if none of its
-        modules ran twice and none of its tensors was written into by a later module.
-
         Raises:
             UnknownTapError: for a submodule that there is not, or that did not run.
             TeacherForwardError: if the module's forward raises; its own error is the cause.
@@ -138,22 +158,35 @@ class LocalTeacher:
         return Features(values, revision=self._revision)
 
     def _run(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
-        """Run the module, on copies of its inputs until it is known to leave them alone with these taps."""
-        trusted = taps in self._leaves_inputs
+        """Run the module, on copies of its inputs until it is known to leave such inputs alone."""
+        key = (taps, signature_of(inputs))
+        known = self._learned.get(key)
+        trusted = known is not None and known.leaves_inputs
         used = inputs if trusted else map_tensors(inputs, torch.clone)
         before = [version_of(tensor) for tensor in tensors_of(used)]
-        values, may_stop = run_with_taps(self.module, used, taps, stop=self._may_stop.get(taps, False))
+        values, may_stop = self._forward(used, taps, known)
         changed = before != [version_of(tensor) for tensor in tensors_of(used)]
         if changed and trusted:
             raise TeacherForwardError(
                 "the teacher's forward wrote into its inputs, which it did not do for earlier batches; the batch is "
                 "no longer what it was. Make the forward work on a clone"
             )
-        if may_stop is not None and len(self._may_stop) < _MAX_TAP_SETS:
-            self._may_stop.setdefault(taps, may_stop)
-        if not changed and not trusted and len(self._leaves_inputs) < _MAX_TAP_SETS:
-            self._leaves_inputs.add(taps)
+        if known is None:
+            self._learned[key] = _Learned(not changed, self._early_stop and bool(may_stop))
+            if len(self._learned) > _MAX_LEARNED:
+                self._learned.popitem(last=False)
         return values
+
+    def _forward(
+        self, inputs: Arguments, taps: tuple[Tap, ...], known: _Learned | None
+    ) -> tuple[dict[Tap, Any], bool | None]:
+        """Features, and, if nothing is known, whether other forwards may stop early."""
+        if taps == (Tap(""),):
+            return {taps[0]: self.module(*inputs, **inputs.kwargs)}, False
+        random = _random_state(inputs) if known is None else None
+        with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
+            values, may_stop = run_with_taps(self._plain, inputs, taps, stop=known is not None and known.may_stop)
+        return values, may_stop and (random is None or random == _random_state(inputs))
 
     def close(self) -> None:
         """Nothing to free: the module is the caller's."""
@@ -163,6 +196,17 @@ class LocalTeacher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return without_compiler(module) is not module or module._compiled_call_impl is not None
+
+
+def _random_state(inputs: Arguments) -> list[bytes]:
+    """The state of the random generators that a forward on these inputs may draw from."""
+    devices = {tensor.device for tensor in tensors_of(inputs) if tensor.device.type == "cuda"}
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    return [state.numpy().tobytes() for state in states]
 
 
 def _qualified_name(module: nn.Module) -> str:

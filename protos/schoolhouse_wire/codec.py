@@ -1,7 +1,7 @@
 """Nested values <-> bundles: the structure as a protobuf message, the tensors as slices of one payload.
 
-`pack` declares a value and lists the memory of its tensors, without copying where a tensor is contiguous on CPU;
-`unpack` rebuilds the value over one received buffer, without copying. Field names of records are kept, code never.
+`pack` declares a value and lists the memory of its tensors, without copying where a tensor is dense on CPU; `unpack`
+rebuilds the value over one received buffer, without copying. Field names of records are kept, code never.
 """
 
 import functools
@@ -99,11 +99,11 @@ class Declared:
 
     header: bytes
     nbytes: int
-    tensors: list[torch.Tensor]  # contiguous, on CPU, in the order of their declarations
+    tensors: list[torch.Tensor]  # contiguous in memory order, on CPU, in the order of their declarations
 
 
 def pack(value: Any, *, opaque: bool = False) -> Declared:
-    """Declare `value` and list the memory of its tensors, without copying where it is contiguous on CPU.
+    """Declare `value` and list the memory of its tensors, without copying where they are dense on CPU.
 
     With `opaque`, an object of a type that cannot travel becomes an `Opaque` at the receiver's side.
 
@@ -113,28 +113,55 @@ def pack(value: Any, *, opaque: bool = False) -> Declared:
     """
     flat = _flat_spec(value)
     if flat is not None:
-        return Declared(*_flat_header(type(value) is list, flat), list(value))
+        tensors = [_in_memory_order(tensor, order) for tensor, (_, _, order) in zip(value, flat, strict=True)]
+        return Declared(*_flat_header(type(value) is list, flat), tensors)
     packer = _Packer(opaque)
     packer.put(packer.bundle.root, value, "value", 0)
     *_, nbytes = offsets(tensor_nbytes(header) for header in packer.bundle.tensors)
     return Declared(packer.bundle.SerializeToString(), nbytes, packer.tensors)
 
 
-_Spec: TypeAlias = tuple[tuple[torch.dtype, torch.Size], ...]
+_DimOrder: TypeAlias = tuple[int, ...]
+_Spec: TypeAlias = tuple[tuple[torch.dtype, torch.Size, _DimOrder], ...]
 
 
 def _flat_spec(value: Any) -> _Spec | None:
-    """Types and shapes of a list or of Arguments that hold nothing but plain tensors, the usual case by far."""
+    """What a header says of a list or of Arguments that hold nothing but plain tensors, the usual case by far."""
     if type(value) is not list and not (type(value) is Arguments and not value.kwargs):
         return None
     for tensor in value:
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or not tensor.is_cpu:
             return None
-        if not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj() or tensor.dtype not in DTYPES:
+        if tensor.is_neg() or tensor.is_conj() or tensor.dtype not in DTYPES:
             return None
     if len({id(tensor) for tensor in value}) != len(value):
         return None
-    return tuple((tensor.dtype, tensor.shape) for tensor in value)
+    orders = [dim_order(tensor) for tensor in value]
+    if None in orders:
+        return None
+    return tuple((tensor.dtype, tensor.shape, order or ()) for tensor, order in zip(value, orders, strict=True))
+
+
+def dim_order(tensor: torch.Tensor) -> _DimOrder | None:
+    """Its dimensions by their place in memory, outermost first; () if it is row-major, None if it has gaps.
+
+    The strides of dimensions of size 1 count too: by them kernels choose a layout for what they return.
+    """
+    strides, step = tensor.stride(), 1
+    for size, stride in zip(reversed(tensor.shape), reversed(strides), strict=True):
+        if stride != step:
+            break
+        step *= max(size, 1)
+    else:
+        return ()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], tensor.shape[dim] == 1)))
+    if tensor.permute(order).is_contiguous():
+        return order
+    return () if tensor.is_contiguous() else None
+
+
+def _in_memory_order(tensor: torch.Tensor, order: _DimOrder) -> torch.Tensor:
+    return tensor.detach().permute(order) if order else tensor
 
 
 @functools.lru_cache(maxsize=512)
@@ -144,9 +171,9 @@ def _flat_header(is_list: bool, spec: _Spec) -> tuple[bytes, int]:
     container: Any = bundle.root.list if is_list else bundle.root.arguments
     container.SetInParent()
     items = container.items if is_list else container.positional
-    for i, (dtype, shape) in enumerate(spec):
+    for i, (dtype, shape, order) in enumerate(spec):
         items.add().tensor = i
-        bundle.tensors.add(dtype=DTYPES[dtype], shape=shape)
+        bundle.tensors.add(dtype=DTYPES[dtype], shape=shape, dim_order=order)
     *_, nbytes = offsets(tensor_nbytes(header) for header in bundle.tensors)
     return bundle.SerializeToString(), nbytes
 
@@ -229,7 +256,9 @@ class _Packer:
         self._index[id(tensor)] = index = len(self.tensors)
         header = self.bundle.tensors.add(dtype=dtype)
         header.shape.extend(tensor.shape)
-        self.tensors.append(on_cpu(tensor))
+        order = dim_order(tensor) or ()
+        header.dim_order.extend(order)
+        self.tensors.append(on_cpu(_in_memory_order(tensor, order)))
         return index
 
 
@@ -274,7 +303,7 @@ class Layout:
     """A received declaration, checked: the structure, and where each tensor lies in the payload."""
 
     root: values_pb2.Value
-    tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...]], ...]  # start, count, dtype, shape
+    tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...], _DimOrder], ...]  # start, count, dtype, shape, order
     nbytes: int
     flat: bool  # a list or Arguments of all the tensors in their order
 
@@ -303,6 +332,8 @@ def _layout(header: bytes, limits: Limits) -> Layout:
             raise MessageTooLargeError(f"a tensor of rank {len(declared.shape)} is over the limit of {limits.max_rank}")
         if any(size >= 1 << 63 for size in declared.shape):
             raise MessageTooLargeError("a tensor with a dimension of 2**63 or more was declared")
+        if declared.dim_order and sorted(declared.dim_order) != list(range(len(declared.shape))):
+            raise ProtocolError(f"a tensor of rank {len(declared.shape)} was declared with another one's dimensions")
     sizes = [tensor_nbytes(declared) for declared in bundle.tensors]
     *starts, total = offsets(sizes)
     if total > limits.max_payload_bytes:
@@ -311,7 +342,13 @@ def _layout(header: bytes, limits: Limits) -> Layout:
             "send smaller batches, tap fewer modules, or raise the receiver's limit"
         )
     tensors = tuple(
-        (start, math.prod(declared.shape), _BY_NUMBER[declared.dtype], tuple(declared.shape))
+        (
+            start,
+            math.prod(declared.shape),
+            _BY_NUMBER[declared.dtype],
+            tuple(declared.shape),
+            tuple(declared.dim_order),
+        )
         for start, declared in zip(starts, bundle.tensors, strict=True)
     )
     return Layout(bundle.root, tensors, total, _is_flat(bundle))
@@ -345,11 +382,17 @@ def unpack(layout: Layout, payload: Any, limits: Limits) -> Any:
     return _Unpacker(tensors, limits.max_nesting).get(layout.root, 0)
 
 
-def _view(payload: Any, start: int, count: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def _view(
+    payload: Any, start: int, count: int, dtype: torch.dtype, shape: tuple[int, ...], order: _DimOrder
+) -> torch.Tensor:
     try:
         if count == 0:
             return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(payload, dtype=dtype, count=count, offset=start).view(shape)
+        plain = torch.frombuffer(payload, dtype=dtype, count=count, offset=start)
+        if not order:
+            return plain.view(shape)
+        places = [order.index(dim) for dim in range(len(order))]
+        return plain.view([shape[dim] for dim in order]).permute(places)
     except RuntimeError as err:  # a zero dimension beside sizes whose product torch refuses
         raise ProtocolError(f"a tensor of the impossible shape {shape} was declared") from err
 

@@ -26,6 +26,7 @@ class TeacherSpec:
 
     Exactly one of `build` (`module:callable`, called with `kwargs`) and `transformers` (a checkpoint folder) is given.
     `weights` is a safetensors file loaded into the model afterwards. `threads` are torch's intra-op threads.
+    `early_stop` is that of `schoolhouse.LocalTeacher`.
     """
 
     build: str | None = None
@@ -36,6 +37,7 @@ class TeacherSpec:
     device: str = "cpu"
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     threads: Annotated[int, Field(ge=1)] | None = None
+    early_stop: bool = True
     resources: Resources = Field(default_factory=Resources)
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ class Replica:
         host: str = "127.0.0.1",
         port: int = 0,
         merge: str = "never",
+        early_stop: bool = True,
         max_sessions: int = 64,
         max_queued: int = 4096,
         max_request_bytes: int = 2 << 30,
@@ -42,6 +43,7 @@ class Replica:
             if not name or "/" in name:
                 raise ConfigError(f"{name!r} cannot be a teacher's name; it must not be empty or contain '/'")
         self._host, self._port = host, port
+        self._early_stop = early_stop
         self._max_sessions = max_sessions
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._modules = dict(modules)
@@ -71,7 +73,7 @@ class Replica:
         """Listen; returns when clients can connect."""
         memory.keep_freed_memory()
         self.engines = {
-            name: Engine(LocalTeacher(module, name), max_queued=self._max_queued)
+            name: Engine(LocalTeacher(module, name, early_stop=self._early_stop), max_queued=self._max_queued)
             for name, module in self._modules.items()
         }
         workers = ThreadPoolExecutor(self._max_sessions + 16, thread_name_prefix="schoolhouse-rpc")
@@ -140,12 +142,16 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 0,
     merge: str = "never",
+    early_stop: bool = True,
     max_request_bytes: int = 2 << 30,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
     Use it in a `with`, or call `close()`. `merge="never"` runs each request as a forward of its own, so that remote
-    features are bit-identical to those of the same module on the same device in the student's process.
+    features are bit-identical to those of the same module on the same device in the student's process. `early_stop` is
+    that of `schoolhouse.LocalTeacher`.
     """
     modules = {name: module} if isinstance(module, nn.Module) else module
-    return Replica(modules, host=host, port=port, merge=merge, max_request_bytes=max_request_bytes).start()
+    return Replica(
+        modules, host=host, port=port, merge=merge, early_stop=early_stop, max_request_bytes=max_request_bytes
+    ).start()

@@ -143,6 +143,21 @@ def separate_forwards(mtd, teacher):
     return trained(mtd, model, step)
 
 
+def changed_outputs(mtd, teacher):
+    """By a hook that was there before, and by a forward that is wrapped later, as accelerate does."""
+    student = Net(6, 1)
+    student.register_forward_hook(lambda _module, _args, output: output * 2)
+    model = convert(mtd, teacher, mtd.LogitsDistillationLoss(), student=student)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs).double() * 3
+    return trained(mtd, model, lambda m, x, _: (m(x), m.compute_kd_loss())[1])
+
+
+def channels_last(mtd, teacher):
+    model = convert(mtd, teacher, {("stem", "norm"): mtd.MGDLoss(6, 8)})
+    return trained(mtd, model, lambda m, x, _: (m(x.to(memory_format=torch.channels_last)), m.compute_kd_loss())[1])
+
+
 def in_double(mtd, teacher):
     model = convert(mtd, teacher, mtd.LogitsDistillationLoss(2.0), student=Net(6, 1).double())
     return trained(mtd, model, lambda m, x, _: (m(x), m.compute_kd_loss())[1], torch.float64)
@@ -184,6 +199,8 @@ SCRIPTS = [
     reduction_and_reducer,
     by_name,
     separate_forwards,
+    changed_outputs,
+    channels_last,
     in_double,
     in_bfloat16,
     exported,

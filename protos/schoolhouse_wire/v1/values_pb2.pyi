@@ -95,12 +95,14 @@ BITS8: DType
 BITS16: DType
 
 class TensorHeader(_message.Message):
-    __slots__ = ("dtype", "shape")
+    __slots__ = ("dtype", "shape", "dim_order")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DIM_ORDER_FIELD_NUMBER: _ClassVar[int]
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    dim_order: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., dim_order: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Value(_message.Message):
     __slots__ = ("none", "boolean", "integer", "big_integer", "real", "complex", "text", "raw", "tensor", "tuple", "list", "dict", "record", "arguments", "opaque")
