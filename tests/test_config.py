@@ -140,6 +140,12 @@ def test_what_cannot_be_converted():
         converted(torch.compile(Net()), Net())
     with pytest.raises(errors.ConfigError, match="ScriptModule"):
         converted(torch.jit.trace(Net(), torch.ones(1, 8)), Net())
+    with pytest.raises(errors.ConfigError, match="model made a int"):
+        converted(lambda: 5, Net())
+    owner = Net()
+    owner._teacher_model = nn.Linear(2, 2)
+    with pytest.raises(errors.ConfigError, match="_teacher_model.*rename"):
+        converted(owner, Net())
     with pytest.raises(errors.ConfigError, match="converted already"):
         converted(converted(student, Net()), Net())
     with pytest.raises(errors.UnknownTapError, match="the student.*'fc'"):

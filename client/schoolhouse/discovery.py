@@ -19,11 +19,21 @@ from schoolhouse.teachers import TeacherDescription
 
 
 def parse(url: str) -> tuple[str, str]:
-    """`grpc://HOST:PORT/NAME` as HOST:PORT and NAME."""
-    parts = urllib.parse.urlsplit(url)
-    name = parts.path.strip("/")
-    if parts.scheme != "grpc" or not parts.netloc or not name:
-        raise ConfigError(f"{url!r} is not a teacher's address; expected grpc://HOST:PORT/NAME")
+    """`grpc://HOST:PORT/NAME` as HOST:PORT and NAME.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port, name = parts.hostname, parts.port, parts.path.strip("/")
+    except (ValueError, AttributeError, TypeError):
+        host, port, name = None, None, ""
+    if not host or not port or not name or parts.scheme != "grpc":
+        raise ConfigError(
+            f"teacher_model: {url!r} is not a teacher's address; expected grpc://HOST:PORT/NAME, with a port from 1 to "
+            "65535"
+        )
     return parts.netloc, name
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from schoolhouse.config import KDLossConfig, make_model, make_teacher, read_mode
-from schoolhouse.distillation_model import DistillationModel, detach, run_forward
+from schoolhouse.distillation_model import EXTRAS, DistillationModel, detach, run_forward
 from schoolhouse.errors import ConfigError
 from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
 from schoolhouse.remote import connect
@@ -18,6 +18,7 @@ from schoolhouse.step import Distillation
 from schoolhouse.taps import check_modules, module_names
 from schoolhouse.teachers import LocalTeacher, Teacher
 
+_STUDENT_CHOICES = "an nn.Module, or a class, callable or tuple (callable, args, kwargs) that makes one"
 _KINDS = {"kd_loss": DistillationModel, "layerwise_kd": LayerwiseDistillationModel}
 
 
@@ -44,7 +45,9 @@ def convert(model: Any, mode: Any) -> Any:
     name, config = read_mode(mode)
     if name == "export_student":
         return export(model)
-    model = model if isinstance(model, nn.Module) else make_model(model, "model", "an nn.Module, or what makes one")
+    model = model if isinstance(model, nn.Module) else make_model(model, "model", _STUDENT_CHOICES)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model made a {type(model).__name__}; choices: {_STUDENT_CHOICES}")
     _check_student(model)
     config.check()
     pairs = config.pairs()
@@ -121,6 +124,9 @@ def _check_student(model: nn.Module) -> None:
         raise ConfigError(
             "the model is a ScriptModule, whose class cannot change; convert the module that it was made of"
         )
+    taken = [name for name in EXTRAS if name in {*model._modules, *model._parameters, *model._buffers, *vars(model)}]
+    if taken:
+        raise ConfigError(f"the model has {taken} of its own, which is where convert puts its parts: rename them")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

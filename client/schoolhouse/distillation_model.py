@@ -9,24 +9,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from schoolhouse.distributed import as_forward, check_data_parallel, check_loss_sharding, unshard_in_backward
 from schoolhouse.errors import ConfigError, FeatureMismatchError
 from schoolhouse.loss_balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
-from schoolhouse.step import (
-    Distillation,
-    Step,
-    as_forward,
-    check_data_parallel,
-    check_loss_sharding,
-    eager,
-    on_device_of,
-    unshard_in_backward,
-)
+from schoolhouse.step import Distillation, Step, eager, on_device_of
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import LocalTeacher
 
 # Names in the module tree, as the seed's.
 TEACHER, LOSSES, BALANCER = "_teacher_model", "_loss_modules", "_loss_balancer"
-_EXTRAS = (LOSSES, BALANCER, TEACHER)
+EXTRAS = (LOSSES, BALANCER, TEACHER)
 
 
 class KDMode:
@@ -151,7 +143,7 @@ class DistillationModel(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.state_dict`, without the teacher if `expose_minimal_state_dict`."""
-        with self.hide_teacher_model(self._schoolhouse.minimal_state_dict):
+        with self._schoolhouse.lock, self.hide_teacher_model(self._schoolhouse.minimal_state_dict):
             return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -165,6 +157,7 @@ class DistillationModel(nn.Module):
             return not any(key.startswith(f"{name}.") for key in state_dict)
 
         with (
+            self._schoolhouse.lock,
             self.hide_teacher_model(self._schoolhouse.minimal_state_dict or absent(TEACHER)),
             self.hide_loss_modules(absent(LOSSES)),
             _hidden(self, BALANCER, lambda: None, absent(BALANCER)),
@@ -201,11 +194,11 @@ class DistillationModel(nn.Module):
         state = self._schoolhouse
         if student_loss is not None and self.loss_balancer is None:
             raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
-        step = _complete_step(state)
+        step = state.complete_step()
         try:
             features = on_device_of(step.outputs, step.features())
         finally:
-            state.step = state.ended = None  # used, or lost
+            state.step = state.alone = state.ended = None  # used, or lost
         losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
         layers = [layer for layer, _ in state.criterion]
         for name, loss in as_forward(self, layers, lambda: _losses(self, step, features, loss_fn_kwargs)).items():
@@ -227,7 +220,7 @@ def detach(model: DistillationModel) -> None:
     for undo in state.undo:
         undo()
     state.drop_step()
-    for name in _EXTRAS:
+    for name in EXTRAS:
         model._modules.pop(name, None)
 
 
@@ -251,16 +244,15 @@ def run_forward(model: DistillationModel, *args: Any, **kwargs: Any) -> Any:
     state = model._schoolhouse
     if state.only_teacher and not state.only_student:
         return _ask_alone(model, args, kwargs)
-    _begin(model, args, kwargs)
-    extras = _hide_extras(model)  # a forward that walks over its children, as nn.Sequential's, must not meet them
+    extras = _enter(model, args, kwargs)
     try:
         if state.own_forward is not None:
             output = state.own_forward(*args, **kwargs)
         else:
             output = state.original_cls.forward(model, *args, **kwargs)
+        _end(model, output)
     finally:
-        _show_extras(model, extras)
-    _end(model, output)
+        _leave(model, extras)
     return output
 
 
@@ -275,16 +267,6 @@ def _losses(
         unshard_in_backward(model, student_layer, output)
         losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, features[Tap(teacher_layer)], **loss_fn_kwargs)
     return losses
-
-
-def _complete_step(state: Distillation) -> Step:
-    if state.step is None:
-        raise FeatureMismatchError("compute_kd_loss needs a forward before it; call model(batch) first")
-    if not state.step.student_ran:
-        raise FeatureMismatchError(
-            "the student did not run, or failed, on the batch that the teacher got; forward that batch again"
-        )
-    return state.step
 
 
 class _Capture:
@@ -323,11 +305,19 @@ class _CaptureWhole:
 
 
 @eager
-def _begin(model: DistillationModel, args: Any, kwargs: Any) -> None:
-    losses = model._modules[LOSSES]
-    check_data_parallel(model, losses is not None and any(p.requires_grad for p in losses.parameters()))
-    check_loss_sharding(model, () if losses is None else losses.children())
-    model._schoolhouse.begin(args, kwargs, model.training)
+def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Module | None]:
+    """Begin a forward, and hide the extras: one that walks over its children, as nn.Sequential's, must not see them."""
+    state = model._schoolhouse
+    state.enter()
+    try:
+        losses = model._modules[LOSSES]
+        check_data_parallel(model, losses is not None and any(p.requires_grad for p in losses.parameters()))
+        check_loss_sharding(model, () if losses is None else losses.children())
+        state.begin(args, kwargs, model.training)
+        return {name: model._modules.pop(name) for name in EXTRAS if name in model._modules}
+    except BaseException:
+        state.leave()
+        raise
 
 
 @eager
@@ -336,23 +326,23 @@ def _end(model: DistillationModel, output: Any) -> None:
 
 
 @eager
-def _ask_alone(model: DistillationModel, args: Any, kwargs: Any) -> Any:
-    return model._schoolhouse.ask_alone(args, kwargs)
-
-
-@eager
-def _hide_extras(model: DistillationModel) -> dict[str, nn.Module | None]:
-    return {name: model._modules.pop(name) for name in _EXTRAS if name in model._modules}
-
-
-@eager
-def _show_extras(model: DistillationModel, extras: dict[str, nn.Module | None]) -> None:
+def _leave(model: DistillationModel, extras: dict[str, nn.Module | None]) -> None:
     model._modules.update(extras)
+    model._schoolhouse.leave()
+
+
+@eager
+def _ask_alone(model: DistillationModel, args: Any, kwargs: Any) -> Any:
+    model._schoolhouse.enter()
+    try:
+        return model._schoolhouse.ask_alone(args, kwargs)
+    finally:
+        model._schoolhouse.leave()
 
 
 def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
     """Post hook of load_state_dict, for a model inside another one, such as DistributedDataParallel."""
-    for name in _EXTRAS:
+    for name in EXTRAS:
         part = model._modules.get(name)
         absent = [key for key in incompatible.missing_keys if f".{name}." in f".{key}"]
         if part is not None and len(absent) == len(part.state_dict()):

@@ -9,7 +9,7 @@ from torch import nn
 from schoolhouse.distillation_model import DistillationModel, KDMode
 from schoolhouse.errors import FeatureMismatchError
 from schoolhouse.step import Distillation, Step, eager, on_device_of
-from schoolhouse.taps import Tap, tensors_of
+from schoolhouse.taps import Tap, apart_from, storages_of, tensors_of
 
 
 class LayerwiseMode(KDMode):
@@ -105,7 +105,9 @@ class _Inject:
             )
             return None
         device = [*module.parameters(), *tensors_of(args), *tensors_of(kwargs)][:1]
-        given = on_device_of(device, {self._tap: step.features()[self._tap]})[self._tap]
+        features = step.features()
+        learned = storages_of([value for tap, value in features.items() if tap.side == "output"])
+        given = on_device_of(device, {self._tap: apart_from(features[self._tap], learned)})[self._tap]
         step.injected[self._layer] = given
         return _replaced(given, args, kwargs)
 

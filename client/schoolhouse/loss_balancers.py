@@ -3,6 +3,7 @@
 import abc
 import functools
 import math
+import numbers
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,9 @@ STUDENT_LOSS_KEY = "student_loss"
 
 Weights: TypeAlias = float | Sequence[float]
 Losses: TypeAlias = dict[str, torch.Tensor]
+
+# Weights that make 1 on paper need not in floating point: 0.2 + 0.4 + 0.3 + 0.1 is 1.0000000000000002.
+_ROUNDING = 1e-9
 
 
 class DistillationLossBalancer(nn.Module):
@@ -49,8 +53,10 @@ class DistillationLossBalancer(nn.Module):
 class StaticLossBalancer(DistillationLossBalancer):
     """Fixed weights: `kd_loss_weight` for the distillation losses in their order, the rest to 1 for the student's.
 
+    The sum may be above 1 by 1e-9, which is rounding; the rest is never below 0.
+
     Raises:
-        ValueError: if the weights' sum is not within [0, 1].
+        ValueError: if a weight is not a finite number, or the weights' sum not within [0, 1].
     """
 
     def __init__(self, kd_loss_weight: float | list[float] = 0.5) -> None:
@@ -144,7 +150,8 @@ class ScaleBalancer(DistillationLossBalancer):
     `w` are `kd_loss_weight` and, for the student's own loss, the rest to 1. `m_i` is a running average of what
     `magnitudes` measures of loss i, without gradient, and `a` that of the anchor: of the student's own loss, or of the
     first one without. So loss i contributes `w_i * a`, and the total keeps the anchor's size. The average is
-    exponential, with bias correction as in Adam (arXiv 1412.6980), and is in buffers.
+    exponential, with bias correction as in Adam (arXiv 1412.6980), and is in buffers, which stay float32 and int64 when
+    the model is cast.
 
     It is updated in training mode with gradients on. A magnitude that is 0 or not finite is left out, and a loss
     without any so far has the factor 1. Where torch.distributed is initialised, ranks average their magnitudes, so that
@@ -153,7 +160,7 @@ class ScaleBalancer(DistillationLossBalancer):
     Args:
         kd_loss_weight: as in `StaticLossBalancer`.
         decay: share of the old average that an update keeps, in [0, 1).
-        max_factor: bound of `a / m_i`, and its inverse the lower one.
+        max_factor: bound of `a / m_i`, and its inverse the lower one. So is the largest number of the loss's dtype.
 
     Raises:
         ValueError: for weights whose sum is not within [0, 1], or another decay or max_factor.
@@ -171,7 +178,7 @@ class ScaleBalancer(DistillationLossBalancer):
         self._kd_loss_weight = _checked(kd_loss_weight, "kd_loss_weight")
         _warn_of_the_rest(self._kd_loss_weight)
         self._decay = decay
-        self._max_factor = max_factor
+        self._max_factor = min(max_factor, torch.finfo(torch.float32).max)
         slots = len(self._kd_loss_weight) + 1  # the first is the student's
         self.register_buffer("average", torch.zeros(slots, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros(slots, dtype=torch.int64))
@@ -192,8 +199,22 @@ class ScaleBalancer(DistillationLossBalancer):
         factors = self._factors(slots).to(present[0].device)
         if student is not None:
             factors = factors[1:]  # the anchor's own is 1
-        scaled = [value * factor.to(value.dtype) for value, factor in zip(losses, factors, strict=True)]
+        scaled = [value * _finite(factor, value) for value, factor in zip(losses, factors, strict=True)]
         return _weighted(student, scaled, self._kd_loss_weight)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ScaleBalancer":
+        """As `nn.Module._apply`, but only the device follows: half the bits would round small updates away."""
+        before = {"average": self.average, "updates": self.updates}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            now = getattr(self, name)
+            if now.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(now.device))
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.average = self.average.float()  # `assign=True` takes the dtype of the checkpoint, which may be a cast one
 
     @torch.no_grad()
     def _update(self, slots: slice, losses: list[torch.Tensor]) -> None:
@@ -207,14 +228,15 @@ class ScaleBalancer(DistillationLossBalancer):
             torch.distributed.all_reduce(both)
             found, counted = both
         mean = found / counted.clamp(min=1)
-        average = torch.lerp(mean, self.average[slots], self._decay)
+        average = torch.lerp(self.average[slots], mean, 1 - self._decay)  # float32 would round a decay near 1 to 1
         self.average[slots] = torch.where(counted > 0, average, self.average[slots])
         self.updates[slots] += counted > 0
 
     def _factors(self, slots: slice) -> torch.Tensor:
-        average, updates = self.average[slots], self.updates[slots]
-        corrected = average / (1 - self._decay ** updates.clamp(min=1))
-        known = (updates > 0) & (updates[0] > 0)
+        average, updates = self.average[slots], self.updates[slots].clamp(min=1)
+        log_decay = math.log(self._decay) if self._decay else -math.inf
+        corrected = average / -torch.expm1(updates.float() * log_decay)  # 1 - decay**updates would round to 0
+        known = (average > 0) & (average[0] > 0)
         factors = corrected[0] / torch.where(known, corrected, 1.0)
         return torch.where(known, factors.clamp(1 / self._max_factor, self._max_factor), 1.0)
 
@@ -235,8 +257,8 @@ class GradientScaleBalancer(ScaleBalancer):
 
     Args:
         parameters: gives the tensors at which gradients are compared, such as the bound method
-            `student.layer3.parameters`. Under FSDP, whose sharded parameters no gradient of one loss reaches, give an
-            activation instead.
+            `student.layer3.parameters`. In a deep copy of the model that is the copy's, which a lambda would not be.
+            Under FSDP, whose sharded parameters no gradient of one loss reaches, give an activation instead.
         kd_loss_weight, decay, max_factor: as in `ScaleBalancer`.
 
     Raises:
@@ -273,15 +295,35 @@ class GradientScaleBalancer(ScaleBalancer):
         return norm
 
 
+def _finite(factor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+    dtype = torch.result_type(loss, 1.0)  # the loss's own, unless it is a constant of integers, such as tensor(0)
+    return factor.to(dtype).clamp(max=torch.finfo(dtype).max)
+
+
 def _checked(given: Weights, what: str) -> list[float]:
-    weights = [float(given)] if isinstance(given, float | int) else list(given)
-    if not 0.0 <= sum(weights) <= 1.0:
-        raise ValueError(f"{what} sums to {sum(weights)}; the sum must be within [0, 1]")
+    weights = _listed(given)
+    real = all(isinstance(weight, numbers.Real) for weight in weights)
+    if not real or not all(abs(weight) < math.inf for weight in weights):
+        raise ValueError(
+            f"{what} is {given!r}; choices: a finite number, or a list of finite numbers, one for each distillation "
+            "loss, whose sum is within [0, 1]"
+        )
+    if not 0.0 <= sum(weights) <= 1.0 + _ROUNDING:
+        raise ValueError(f"{what} sums to {sum(weights)}; it is {given!r}, and the sum must be within [0, 1]")
     return weights
 
 
+def _listed(given: Any) -> list[Any]:
+    if isinstance(given, str | bytes):
+        return [given]
+    try:
+        return list(given)
+    except TypeError:  # one number, or what is no weight at all
+        return [given]
+
+
 def _warn_of_the_rest(weights: list[float]) -> None:
-    if sum(weights) < 1.0:
+    if sum(weights) < 1.0 - _ROUNDING:
         warnings.warn(
             "kd_loss_weight sums to less than 1: pass student_loss to compute_kd_loss, it gets the rest", stacklevel=3
         )
@@ -294,5 +336,7 @@ def _check_count(losses: list[torch.Tensor], weights: list[float]) -> None:
 
 def _weighted(student: torch.Tensor | None, losses: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     _check_count(losses, weights)
-    total = functools.reduce(operator.add, [value * weight for value, weight in zip(losses, weights, strict=True)])
-    return total if student is None else total + (1.0 - sum(weights)) * student
+    # Any real number may be a weight, such as a Fraction, but tensors multiply by few of them.
+    weighted = [value * float(weight) for value, weight in zip(losses, weights, strict=True)]
+    total = functools.reduce(operator.add, weighted)
+    return total if student is None else total + float(max(0.0, 1.0 - sum(weights))) * student

@@ -1,12 +1,14 @@
 """RemoteTeacher: the Teacher protocol over gRPC, on whichever live replica has the least to do."""
 
 import contextlib
+import functools
 import heapq
 import itertools
 import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -30,6 +32,7 @@ from schoolhouse.teachers import Features, TeacherDescription
 
 _MAX_KNOWN_TAPS = 256
 _REFRESH_TIMEOUT_S = 2.0
+_MAX_SETTING = 1e6  # about 12 days, in seconds; beyond what clocks and locks take, a wait fails at once
 
 
 def connect(
@@ -83,11 +86,10 @@ class RemoteTeacher:
             "connect_timeout_s": connect_timeout_s,
             "max_pending": max_pending,
         }
-        for name in ("timeout_s", "connect_timeout_s", "max_pending"):
-            if self._settings[name] <= 0:
-                raise ConfigError(f"{name} is {self._settings[name]}; it must be above 0")
+        _check(self._settings)
         self._limits = Limits()
         self._closed = False
+        self._pinned = ""  # the revision that it began with, also in a copy and after a fork
         self._reset()
 
     def _reset(self) -> None:
@@ -106,9 +108,11 @@ class RemoteTeacher:
         self._deadlines: list[tuple[float, int]] = []
         self._ids = itertools.count()
         self._watchdog: threading.Thread | None = None
+        self._finalizer = weakref.finalize(self, _shut, self._sessions, self._wake)
+        self._finalizer.atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (self.url, self._settings))
+        return (_rebuild, (self.url, self._settings, self._pinned))
 
     def __repr__(self) -> str:
         return f"RemoteTeacher({self.url!r})"
@@ -125,8 +129,10 @@ class RemoteTeacher:
             if self._description is None:
                 timeout_s = self._settings["connect_timeout_s"]
                 self._refresh(timeout_s)
-                self._description, self._request_limits = discovery.describe(self._addresses, self._name, timeout_s)
-                self._modules = dict.fromkeys(self._description.modules)  # ordered, and quick to search
+                found, self._request_limits = discovery.describe(self._addresses, self._name, timeout_s)
+                self._check_revision(found.revision, self._target, self._pinned or found.revision)
+                self._description, self._pinned = found, found.revision
+                self._modules = dict.fromkeys(found.modules)  # ordered, and quick to search
             return self._description
 
     def submit(
@@ -142,6 +148,7 @@ class RemoteTeacher:
         if self._closed:
             raise ConfigError(f"{self!r} is closed; connect again")
         if self._pid != os.getpid():
+            self._finalizer.detach()  # the sessions are the parent's
             self._reset()
         description = self._description or self.describe()
         wanted = self._checked(tuple(taps))
@@ -171,12 +178,10 @@ class RemoteTeacher:
             return sum((session.traffic for session in self._sessions.values()), self._past_traffic)
 
     def close(self) -> None:
-        """End the sessions; what is unanswered fails with `TeacherUnavailableError`."""
+        """End the sessions; what is unanswered fails with `TeacherUnavailableError`. It happens by itself when the
+        teacher is garbage collected."""
         self._closed = True
-        with self._wake:
-            self._wake.notify_all()
-        for session in list(self._sessions.values()):
-            session.close()
+        _shut(self._sessions, self._wake)
 
     def _watch(self, request: Request) -> None:
         """Hold the request to its deadline, and take it off when it is done."""
@@ -189,7 +194,12 @@ class RemoteTeacher:
             self._outstanding[request_id] = request
             heapq.heappush(self._deadlines, (request.deadline, request_id))
             if self._watchdog is None:
-                self._watchdog = threading.Thread(target=self._expire, name="schoolhouse-deadlines", daemon=True)
+                self._watchdog = threading.Thread(
+                    target=_watch_deadlines,
+                    args=(weakref.ref(self), self._wake),
+                    name="schoolhouse-deadlines",
+                    daemon=True,
+                )
                 self._watchdog.start()
             if self._deadlines[0][1] == request_id:
                 self._wake.notify()
@@ -206,24 +216,25 @@ class RemoteTeacher:
         for session in list(self._sessions.values()):
             session.cancel(request)
 
-    def _expire(self) -> None:
-        """Fail each request at its deadline."""
-        while not self._closed:
-            with self._wake:
-                now = time.monotonic()
-                if not self._deadlines or self._deadlines[0][0] > now:
-                    self._wake.wait(self._deadlines[0][0] - now if self._deadlines else None)
-                    continue
-                _, request_id = heapq.heappop(self._deadlines)
-                request = self._outstanding.get(request_id)
+    def _take_late(self) -> tuple[Request | None, float | None]:
+        """A request that is past its deadline, or None and the seconds until there may be one."""
+        while self._deadlines:
+            pause = self._deadlines[0][0] - time.monotonic()
+            if pause > 0:
+                return None, pause
+            request = self._outstanding.get(heapq.heappop(self._deadlines)[1])
             if request is not None:
-                self._cancel(request)
-                request.fail(
-                    TeacherTimeoutError(
-                        f"the teacher did not answer within {self._settings['timeout_s']} s and was told to stop; "
-                        "raise timeout_s in connect(), or add replicas"
-                    )
-                )
+                return request, None
+        return None, None
+
+    def _fail_late(self, request: Request) -> None:
+        self._cancel(request)
+        request.fail(
+            TeacherTimeoutError(
+                f"the teacher did not answer within {self._settings['timeout_s']} s and was told to stop; "
+                "raise timeout_s in connect(), or add replicas"
+            )
+        )
 
     def _dispatch(self, request: Request) -> None:
         """Give the request to the live replica with the least outstanding work that it has not tried."""
@@ -268,17 +279,23 @@ class RemoteTeacher:
             self._name,
             job=self._settings["job"],
             limits=self._limits,
-            on_loss=self._on_loss,
+            on_loss=functools.partial(_on_loss, weakref.ref(self)),
             clock=time.monotonic,
         )
         opened = session.open(self._settings["connect_timeout_s"])
-        if opened.revision != request.revision:
+        try:
+            self._check_revision(opened.revision, address, request.revision)
+        except RevisionChangedError:
             session.close()
-            raise RevisionChangedError(
-                f"teacher {self._name!r} at {address} has revision {opened.revision}; this client began with "
-                f"{request.revision}. Connect again to use the new one"
-            )
+            raise
         return session
+
+    def _check_revision(self, found: str, address: str, expected: str) -> None:
+        if found != expected:
+            raise RevisionChangedError(
+                f"teacher {self._name!r} at {address} has revision {found}; this client began with {expected}. "
+                "Connect again to use the new one"
+            )
 
     def _on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
         """Send again, elsewhere, what a replica left unanswered; requests are idempotent."""
@@ -307,5 +324,53 @@ def _gone(error: SchoolhouseError) -> SchoolhouseError:
     return TeacherUnavailableError(f"the replica that held the request is gone, and no other could take it: {error}")
 
 
-def _rebuild(url: str, settings: dict[str, Any]) -> RemoteTeacher:
-    return RemoteTeacher(url, **settings)
+def _check(settings: dict[str, Any]) -> None:
+    if not isinstance(settings["job"], str):
+        raise ConfigError(f"job is {settings['job']!r}; it must be a string")
+    for name in ("timeout_s", "connect_timeout_s", "max_pending"):
+        value = settings[name]
+        if not isinstance(value, int | float) or not 0 < value <= _MAX_SETTING:
+            raise ConfigError(f"{name} is {value!r}; it must be a number above 0 and at most {_MAX_SETTING:.0e}")
+
+
+def _rebuild(url: str, settings: dict[str, Any], pinned: str) -> RemoteTeacher:
+    teacher = RemoteTeacher(url, **settings)
+    teacher._pinned = pinned
+    return teacher
+
+
+# What runs beside a teacher must not keep it alive: it closes when nobody uses it any more.
+
+
+def _shut(sessions: dict[str, Session], wake: threading.Condition) -> None:
+    for session in list(sessions.values()):
+        session.close()
+    with wake:
+        wake.notify_all()
+
+
+def _on_loss(
+    teacher: "weakref.ref[RemoteTeacher]", session: Session, lost: list[Request], error: SchoolhouseError
+) -> None:
+    found = teacher()
+    if found is not None:
+        found._on_loss(session, lost, error)
+        return
+    for request in lost:
+        request.fail(error)
+
+
+def _watch_deadlines(teacher: "weakref.ref[RemoteTeacher]", wake: threading.Condition) -> None:
+    """Fail each request at its deadline."""
+    while True:
+        with wake:
+            found = teacher()
+            if found is None or found._closed:
+                return
+            late, pause = found._take_late()
+            if late is None:
+                del found
+                wake.wait(pause)
+                continue
+        found._fail_late(late)
+        del found, late

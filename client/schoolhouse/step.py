@@ -1,21 +1,22 @@
 """One batch on its way through teacher and student, and the state of a meta-model that steps through batches."""
 
+import copy
 import functools
-import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from schoolhouse.errors import ConfigError, FeatureMismatchError
-from schoolhouse.taps import Tap, map_tensors, tensors_of
-from schoolhouse.teachers import Features, Teacher
+from schoolhouse.errors import FeatureMismatchError
+from schoolhouse.taps import Tap, map_tensors, signature_of, tensors_of
+from schoolhouse.teachers import Features, LocalTeacher, Teacher
 
 
 @dataclass(eq=False)
@@ -29,36 +30,55 @@ class Step:
     inputs: "Inputs | None" = None  # kept where teacher and student run in separate calls
     injected: dict[str, Any] = field(default_factory=dict)  # layerwise: what layers of the student were given
     ran_twice: set[str] = field(default_factory=set)  # layerwise: layers that ran again, on inputs of the student's own
+    thread: int = field(default_factory=threading.get_ident)
+    versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # of features that are here
+
+    def __post_init__(self) -> None:
+        if self.future is not None and self.future.done() and self.future.exception() is None:
+            outputs = [value for tap, value in self.future.result().items() if tap.side == "output"]
+            self.versions = [(tensor, version_of(tensor)) for tensor in tensors_of(outputs)]
 
     def features(self) -> Features:
         """Wait for the teacher's answer."""
-        if self.future is None:
+        assert self.future is not None
+        features = self.future.result()
+        if any(version_of(tensor) != version for tensor, version in self.versions):
             raise FeatureMismatchError(
-                "the teacher was not asked for the last batch: only_student_forward was on; forward it without, or "
-                "within only_teacher_forward"
+                "the teacher's features were written into after its forward, and are no longer those of this batch: "
+                "have its modules return a clone of memory that they use again"
             )
-        return self.future.result()
+        return features
 
 
 class Inputs:
-    """A batch, remembered to tell whether another one is the same."""
+    """A batch, remembered by its values to tell whether another one is the same, whatever is written into it later."""
 
     def __init__(self, args: Any, kwargs: Any) -> None:
-        given = [list(args), dict(kwargs)]
-        self._tensors = [(tensor, version_of(tensor)) for tensor in tensors_of(given)]
-        self._rest = map_tensors(given, lambda tensor: (tensor.shape, tensor.dtype))
+        given = Arguments(args, kwargs)
+        self._tensors = [tensor.detach().clone() for tensor in tensors_of(given)]
+        self._objects: list[Any] = []  # kept, so that their ids stay theirs
+        self._rest = signature_of(given, self._told)
+
+    def _told(self, value: Any) -> Hashable:
+        if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+            return (type(value), value.shape, value.dtype.str, value.tobytes())
+        self._objects.append(value)
+        return id(value)
 
     def same_as(self, other: "Inputs") -> bool:
         """Whether both hold the same values in the same places."""
-        return bool(self._rest == other._rest) and all(
-            _same(*pair) for pair in zip(self._tensors, other._tensors, strict=True)
-        )
+        return self._rest == other._rest and all(map(_same, self._tensors, other._tensors))
 
 
-def _same(kept: tuple[torch.Tensor, int], given: tuple[torch.Tensor, int]) -> bool:
-    if version_of(kept[0]) != kept[1]:
-        return False  # written into since, so what it held is gone
-    return kept[0] is given[0] or (kept[0].device == given[0].device and torch.equal(kept[0], given[0]))
+def _same(kept: torch.Tensor, given: torch.Tensor) -> bool:
+    if kept.device != given.device or kept.layout != given.layout:
+        return False
+    return torch.equal(_bytes_of(kept), _bytes_of(given))  # a NaN equals itself
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return dense.contiguous().reshape(-1).view(torch.uint8)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -72,7 +92,8 @@ class Distillation:
     minimal_state_dict: bool
     own_forward: Callable[..., Any] | None  # a forward that was set on the student itself
     taps: tuple[Tap, ...] = ()
-    step: Step | None = None
+    step: Step | None = None  # that the teacher was asked for
+    alone: Step | None = None  # of the student, whose batch the teacher may get later
     recording: Step | None = None  # while the student's forward runs
     ended: Step | None = None  # from there until the call of the student returns
     recomputing: Step | None = None  # whose backward runs
@@ -80,20 +101,46 @@ class Distillation:
     only_teacher: bool = False
     handles: list[Any] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
+    lock: Any = field(default_factory=threading.RLock)  # held while a forward runs
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("step", "recording", "ended", "recomputing")
-        return {**self.__dict__, **dict.fromkeys(transient)}
+        transient = dict.fromkeys(("step", "alone", "recording", "ended", "recomputing"))
+        return {name: value for name, value in {**self.__dict__, **transient}.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
+        """A copy has a connection of its own only where it can be closed with it: by `export`."""
+        if not isinstance(self.teacher, LocalTeacher) and not self.owns_teacher:
+            memo[id(self.teacher)] = self.teacher
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def drop_step(self) -> None:
         """Forget what the last forward produced; the teacher is told."""
         if self.step is not None and self.step.future is not None:
             self.step.future.cancel()
-        self.step = self.recording = self.ended = self.recomputing = None
+        self.step = self.alone = self.recording = self.ended = self.recomputing = None
+
+    def enter(self) -> None:
+        """Begin a forward; until `leave`, no other thread may."""
+        if not self.lock.acquire(blocking=False):
+            raise FeatureMismatchError(
+                "the model runs in another thread, and the two forwards would mix their batches: give each thread a "
+                "copy.deepcopy of the model, or take turns"
+            )
+
+    def leave(self) -> None:
+        """End a forward, whether it came to its end or not."""
+        self.recording = None
+        self.lock.release()
 
     def ask(self, args: Any, kwargs: Any, training: bool) -> Step:
         """Begin a step: the teacher gets the batch."""
-        if self.step is not None and self.step.student_ran and self.step.future is not None and training:
+        if self.step is not None and self.step.student_ran and training:
             warnings.warn(
                 "forward was called again without compute_kd_loss; the earlier batch's features are dropped",
                 stacklevel=6,
@@ -110,18 +157,18 @@ class Distillation:
         )
 
     def _student_step(self, args: Any, kwargs: Any, training: bool) -> Step | None:
-        """Where a forward of the student alone leaves its outputs: nowhere, if a batch is under way already."""
+        """Where a forward of the student alone leaves its outputs: nowhere, if a step waits for its loss already."""
+        if self.step is not None and self.step.student_ran:
+            return None
         inputs = Inputs(args, kwargs)
-        step = self.step
-        if step is not None and step.future is not None:
-            waits = not step.student_ran and step.inputs is not None and step.inputs.same_as(inputs)
-            return step if waits else None
-        if step is not None and step.student_ran and training:
+        if self.step is not None and self.step.inputs is not None and self.step.inputs.same_as(inputs):
+            return self.step
+        if self.alone is not None and self.alone.student_ran and training:
             warnings.warn(
                 "the student ran again without compute_kd_loss; its earlier outputs are dropped", stacklevel=6
             )
-        self.step = Step(inputs=inputs)
-        return self.step
+        self.alone = Step(inputs=inputs)
+        return self.alone
 
     def end(self, output: Any) -> None:
         """The student's forward is over; hooks that follow may still change what its call returns."""
@@ -130,7 +177,6 @@ class Distillation:
             if any(layer == "" for layer, _ in self.criterion):
                 self.recording.outputs[""] = output
                 self.ended = self.recording
-        self.recording = None
 
     def returned(self, output: Any) -> None:
         """The student's call returns `output`. A forward that was not called as a module never comes here."""
@@ -145,93 +191,36 @@ class Distillation:
         whole = Tap("")
         future = self.teacher.submit(args, kwargs, tuple(dict.fromkeys((*self.taps, whole))))
         features = future.result()
-        before = self.step
-        if before is not None and before.future is None and before.inputs is not None and before.inputs.same_as(inputs):
-            before.future = future
-        else:
-            self.drop_step()
-            self.step = Step(future, inputs=inputs)
+        before = self.alone
+        self.drop_step()
+        self.step = Step(future, inputs=inputs)
+        if before is not None and before.student_ran and before.inputs is not None and before.inputs.same_as(inputs):
+            self.step.outputs, self.step.gradients, self.step.student_ran = before.outputs, before.gradients, True
         return features[whole]
 
+    def complete_step(self) -> Step:
+        """The step whose loss can be computed.
 
-def check_data_parallel(model: nn.Module, trainable_losses: bool) -> None:
-    """Refuse settings of DistributedDataParallel under which gradients of a loss at inner layers go wrong.
-
-    It expects gradients to come from the outputs that its own forward returned: with `static_graph` the first ones are
-    not averaged, and with `find_unused_parameters` those of a loss's own parameters raise far from here.
-    """
-    wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-    if wrapper is None or wrapper.module is not model:
-        return
-    settings = {"static_graph": wrapper.static_graph}
-    settings["find_unused_parameters"] = wrapper.find_unused_parameters and trainable_losses
-    wrong = [name for name, on in settings.items() if on]
-    if wrong:
-        raise ConfigError(
-            f"DistributedDataParallel({wrong[0]}=True) does not see the gradients that a distillation loss sends into "
-            "layers and into its own parameters; leave that setting out"
-        )
-
-
-def _fsdp_class() -> Any:
-    """The class that `fully_shard` adds to a module, if it can have been called: importing it takes long."""
-    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-
-
-def check_loss_sharding(model: nn.Module, losses: Iterable[nn.Module]) -> None:
-    """Refuse losses whose gradients FSDP2 would not average, since it holds parts of the student only."""
-    kind = _fsdp_class()
-    alone = [
-        type(loss).__name__
-        for loss in losses
-        if any(p.requires_grad for p in loss.parameters()) and not any(isinstance(m, kind) for m in loss.modules())
-    ]
-    if alone and not isinstance(model, kind) and any(isinstance(module, kind) for module in model.modules()):
-        raise ConfigError(
-            f"parts of the student are sharded and the trainable losses ({', '.join(alone)}) are not, so that no one "
-            "would average their gradients over ranks: fully_shard the converted model as a whole too, or each loss"
-        )
-
-
-def as_forward(model: nn.Module, layers: Iterable[str], compute: Callable[[], Any]) -> Any:
-    """`compute()`, as a part of the forward of what FSDP2 shards: the model, or else parts of it around the layers.
-
-    So the parameters of losses are whole while it runs, and a backward from its results reaches FSDP, also where the
-    sharded module's own output has no part in them.
-    """
-    outermost = [[model]] if isinstance(model, _fsdp_class()) else [_sharded_around(model, layer) for layer in layers]
-    for module in dict.fromkeys(around[0] for around in outermost if around):
-        compute = functools.partial(_within, module, compute)
-    return compute()
-
-
-def _within(module: nn.Module, compute: Callable[[], Any]) -> Any:
-    object.__setattr__(module, "_as_forward", compute)
-    try:
-        sys.modules["torch.distributed.fsdp"].register_fsdp_forward_method(module, "_as_forward")
-        return module._as_forward()  # type: ignore[operator]
-    finally:
-        object.__delattr__(module, "_as_forward")
-
-
-def _sharded_around(model: nn.Module, layer: str) -> list[Any]:
-    """The parts of the model that hold `layer`, itself among them, and are sharded on their own; outermost first."""
-    kind, names = _fsdp_class(), layer.split(".")
-    around = (model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)) if kind and layer else ()
-    return [module for module in around if isinstance(module, kind)]
-
-
-def unshard_in_backward(model: nn.Module, layer: str, output: Any) -> None:
-    """Let FSDP2 gather the parts around `layer` when a backward enters at its output, and not at theirs."""
-    sharded = _sharded_around(model, layer)
-    for tensor in tensors_of(output) if sharded else ():
-        if tensor.requires_grad:
-            tensor.register_hook(functools.partial(_unshard, sharded))  # type: ignore[no-untyped-call]
-
-
-def _unshard(sharded: Iterable[Any], _gradient: torch.Tensor) -> None:
-    for module in sharded:
-        module.unshard()
+        Raises:
+            FeatureMismatchError: if there is none, or if it is another thread's.
+        """
+        step = self.step
+        if step is None and self.alone is not None:
+            raise FeatureMismatchError(
+                "the teacher was not asked for the last batch: only_student_forward was on; forward it without, or "
+                "within only_teacher_forward"
+            )
+        if step is None:
+            raise FeatureMismatchError("compute_kd_loss needs a forward before it; call model(batch) first")
+        if not step.student_ran:
+            raise FeatureMismatchError(
+                "the student did not run, or failed, on the batch that the teacher got; forward that batch again"
+            )
+        if step.thread != threading.get_ident():
+            raise FeatureMismatchError(
+                "the last forward ran in another thread; give each thread a copy.deepcopy of the model"
+            )
+        return step
 
 
 def eager(function: Any) -> Any:

@@ -190,21 +190,41 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(value.values()))
 
 
-def signature_of(value: Any) -> Hashable:
-    """All that a forward can decide by before it looks into tensors; equal for equal structures, shapes and values."""
+def signature_of(value: Any, other: Callable[[Any], Hashable] = lambda _value: object()) -> Hashable:
+    """All that a forward can decide by before it looks into tensors; equal for equal structures, shapes and values.
+
+    `other` stands for an object that may hold anything. The default is equal to nothing else.
+    """
     if isinstance(value, torch.Tensor):
         return (value.shape, value.dtype)
     if value is None or isinstance(value, _PLAIN):
         return (type(value), value)
     if (record := record_of(value)) is not None:
-        return (type(value), signature_of(record.fields))
+        return (type(value), signature_of(record.fields, other))
     if isinstance(value, Arguments):
-        return (tuple(map(signature_of, value)), signature_of(value.kwargs))
+        return (signature_of(tuple(value), other), signature_of(value.kwargs, other))
     if isinstance(value, tuple | list):
-        return (type(value), *map(signature_of, value))
+        return (type(value), *(signature_of(item, other) for item in value))
     if isinstance(value, Mapping):
-        return (type(value), *((key, signature_of(item)) for key, item in value.items()))
-    return object()  # of an object that may hold anything nothing is known: equal to no other
+        return (type(value), *((key, signature_of(item, other)) for key, item in value.items()))
+    return other(value)
+
+
+def storages_of(value: Any) -> set[int]:
+    """Addresses of the memory that the dense tensors of a nested value stand in."""
+    found = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(value) if _is_dense(tensor)}
+    return found - {0}  # of empty ones
+
+
+def apart_from(value: Any, storages: set[int]) -> Any:
+    """A nested value whose tensors do not stand in any of `storages`: those that do are copied."""
+    if not storages & storages_of(value):
+        return value
+    return map_tensors(value, lambda tensor: tensor.clone() if storages_of(tensor) & storages else tensor)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type != "meta"
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:

@@ -21,6 +21,7 @@ from schoolhouse.errors import SchoolhouseError, TeacherForwardError
 from schoolhouse.taps import (
     Tap,
     TapLike,
+    apart_from,
     as_tap,
     as_taps,
     check_modules,
@@ -28,6 +29,7 @@ from schoolhouse.taps import (
     module_names,
     run_with_taps,
     signature_of,
+    storages_of,
     tensors_of,
     without_compiler,
 )
@@ -69,6 +71,7 @@ class _Learned(NamedTuple):
 
     leaves_inputs: bool
     may_stop: bool
+    returns_its_own: bool  # memory of parameters or buffers, which a later forward may write again
 
 
 @runtime_checkable
@@ -141,6 +144,9 @@ class LocalTeacher:
     def compute(self, args: Sequence[Any], kwargs: Mapping[str, Any], taps: tuple[Tap, ...]) -> Features:
         """Features of `taps`, as plain forward hooks would see them in the end. The inputs stay as they were.
 
+        No feature stands in memory of the inputs or of the module, so that neither the next batch nor the student can
+        write into it.
+
         Raises:
             UnknownTapError: for a submodule that there is not, or that did not run.
             TeacherForwardError: if the module's forward raises; its own error is the cause.
@@ -172,10 +178,13 @@ class LocalTeacher:
                 "no longer what it was. Make the forward work on a clone"
             )
         if known is None:
-            self._learned[key] = _Learned(not changed, self._early_stop and bool(may_stop))
+            owned = storages_of([*self._plain.parameters(), *self._plain.buffers()])
+            known = _Learned(not changed, self._early_stop and bool(may_stop), bool(owned & storages_of(values)))
+            self._learned[key] = known
             if len(self._learned) > _MAX_LEARNED:
                 self._learned.popitem(last=False)
-        return values
+        borrowed = storages_of(values if known.returns_its_own else inputs)
+        return {tap: apart_from(value, borrowed) for tap, value in values.items()}
 
     def _forward(
         self, inputs: Arguments, taps: tuple[Tap, ...], known: _Learned | None

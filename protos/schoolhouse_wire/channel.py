@@ -23,7 +23,7 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
 ]
 SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),
+    ("grpc.http2.min_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),  # received ones; gRPC's C name for it
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.so_reuseport", 0),
 ]

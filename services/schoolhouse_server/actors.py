@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 from schoolhouse_server.config import PoolConfig, TeacherSpec
 from schoolhouse_server.directory import Directory
+from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.loading import load_teacher
 from schoolhouse_server.replica import Replica
 from schoolhouse_server.standard import add_standard_services
@@ -83,7 +83,11 @@ class DirectoryActor:
     def __init__(self, host: str, port: int) -> None:
         bind, advertised = _listen_host(host)
         self._directory = Directory()
-        server = grpc.server(ThreadPoolExecutor(256), options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=256)
+        server = grpc.server(
+            DaemonExecutor(256, "schoolhouse-directory"),  # type: ignore[arg-type]  # it uses what every Executor has
+            options=channel.SERVER_OPTIONS,
+            maximum_concurrent_rpcs=256,
+        )
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
         add_standard_services(server, ("schoolhouse.v1.DirectoryService",))
         self._port = server.add_insecure_port(f"{bind}:{port}")

@@ -1,7 +1,6 @@
 """A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -14,6 +13,7 @@ from torch import nn
 
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
+from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.standard import add_standard_services
 
@@ -76,8 +76,12 @@ class Replica:
             name: Engine(LocalTeacher(module, name, early_stop=self._early_stop), max_queued=self._max_queued)
             for name, module in self._modules.items()
         }
-        workers = ThreadPoolExecutor(self._max_sessions + 16, thread_name_prefix="schoolhouse-rpc")
-        server = grpc.server(workers, options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=self._max_sessions + 16)
+        self._workers = DaemonExecutor(self._max_sessions + 16, "schoolhouse-rpc")
+        server = grpc.server(
+            self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
+            options=channel.SERVER_OPTIONS,
+            maximum_concurrent_rpcs=self._max_sessions + 16,
+        )
         self._add_services(server)
         try:
             self._port = server.add_insecure_port(f"{self._host}:{self._port}")
@@ -106,6 +110,7 @@ class Replica:
         self._directory.close()
         if self._server is not None:
             self._server.stop(grace_s).wait(grace_s + 5)
+            self._workers.shutdown()
         for engine in self.engines.values():
             engine.close()
         self._server = None

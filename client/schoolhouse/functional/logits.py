@@ -174,7 +174,7 @@ def _kl_to_target(log_student: torch.Tensor, target: torch.Tensor, reduction: st
     # kl_div's own "mean" warns that it will become "batchmean"; a mean and a sum over n are different roundings.
     if reduction == "mean":
         return elementwise.mean()
-    return reduce(elementwise, reduction, n_elements=target.numel(), batch_size=target.shape[0])
+    return reduce(elementwise, reduction, n_elements=target.numel(), batch_size=target.shape[0] if target.dim() else 1)
 
 
 def _corrected(teacher: torch.Tensor, labels: torch.Tensor, threshold: float) -> torch.Tensor:

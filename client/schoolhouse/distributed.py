@@ -1,0 +1,93 @@
+"""Students of several ranks: what DistributedDataParallel and FSDP2 need to know of losses, or a refusal."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from schoolhouse.errors import ConfigError
+from schoolhouse.taps import tensors_of
+
+
+def check_data_parallel(model: nn.Module, trainable_losses: bool) -> None:
+    """Refuse settings of DistributedDataParallel under which gradients of a loss at inner layers go wrong.
+
+    It expects gradients to come from the outputs that its own forward returned: with `static_graph` the first ones are
+    not averaged, and with `find_unused_parameters` those of a loss's own parameters raise far from here.
+    """
+    wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if wrapper is None or wrapper.module is not model:
+        return
+    settings = {"static_graph": wrapper.static_graph}
+    settings["find_unused_parameters"] = wrapper.find_unused_parameters and trainable_losses
+    wrong = [name for name, on in settings.items() if on]
+    if wrong:
+        raise ConfigError(
+            f"DistributedDataParallel({wrong[0]}=True) does not see the gradients that a distillation loss sends into "
+            "layers and into its own parameters; leave that setting out"
+        )
+
+
+def _fsdp_class() -> Any:
+    """The class that `fully_shard` adds to a module, if it can have been called: importing it takes long."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+
+
+def check_loss_sharding(model: nn.Module, losses: Iterable[nn.Module]) -> None:
+    """Refuse losses whose gradients FSDP2 would not average, since it holds parts of the student only."""
+    kind = _fsdp_class()
+    alone = [
+        type(loss).__name__
+        for loss in losses
+        if any(p.requires_grad for p in loss.parameters()) and not any(isinstance(m, kind) for m in loss.modules())
+    ]
+    if alone and not isinstance(model, kind) and any(isinstance(module, kind) for module in model.modules()):
+        raise ConfigError(
+            f"parts of the student are sharded and the trainable losses ({', '.join(alone)}) are not, so that no one "
+            "would average their gradients over ranks: fully_shard the converted model as a whole too, or each loss"
+        )
+
+
+def as_forward(model: nn.Module, layers: Iterable[str], compute: Callable[[], Any]) -> Any:
+    """`compute()`, as a part of the forward of what FSDP2 shards: the model, or else parts of it around the layers.
+
+    So the parameters of losses are whole while it runs, and a backward from its results reaches FSDP, also where the
+    sharded module's own output has no part in them.
+    """
+    outermost = [[model]] if isinstance(model, _fsdp_class()) else [_sharded_around(model, layer) for layer in layers]
+    for module in dict.fromkeys(around[0] for around in outermost if around):
+        compute = functools.partial(_within, module, compute)
+    return compute()
+
+
+def _within(module: nn.Module, compute: Callable[[], Any]) -> Any:
+    object.__setattr__(module, "_as_forward", compute)
+    try:
+        sys.modules["torch.distributed.fsdp"].register_fsdp_forward_method(module, "_as_forward")
+        return module._as_forward()  # type: ignore[operator]
+    finally:
+        object.__delattr__(module, "_as_forward")
+
+
+def _sharded_around(model: nn.Module, layer: str) -> list[Any]:
+    """The parts of the model that hold `layer`, itself among them, and are sharded on their own; outermost first."""
+    kind, names = _fsdp_class(), layer.split(".")
+    around = (model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)) if kind and layer else ()
+    return [module for module in around if isinstance(module, kind)]
+
+
+def unshard_in_backward(model: nn.Module, layer: str, output: Any) -> None:
+    """Let FSDP2 gather the parts around `layer` when a backward enters at its output, and not at theirs."""
+    sharded = _sharded_around(model, layer)
+    for tensor in tensors_of(output) if sharded else ():
+        if tensor.requires_grad:
+            tensor.register_hook(functools.partial(_unshard, sharded))  # type: ignore[no-untyped-call]
+
+
+def _unshard(sharded: Iterable[Any], _gradient: torch.Tensor) -> None:
+    for module in sharded:
+        module.unshard()

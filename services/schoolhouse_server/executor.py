@@ -1,0 +1,58 @@
+"""Threads for gRPC's handlers that do not keep the process alive, as those of ThreadPoolExecutor do."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+_Work = tuple["Future[Any]", Callable[[], Any]]
+
+
+class DaemonExecutor(Executor):
+    """Runs calls in up to `max_workers` daemon threads, started when none is idle.
+
+    A session's handler runs as long as its client stays; a script that ends without `close()`, by an exception say,
+    must end all the same.
+    """
+
+    def __init__(self, max_workers: int, name: str) -> None:
+        self._max_workers = max_workers
+        self._name = name
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._workers = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        """Run `fn(*args, **kwargs)` in a thread; waits for a free one beyond `max_workers`."""
+        future: Future[Any] = Future()
+        self._queue.put((future, lambda: fn(*args, **kwargs)))
+        if not self._idle.acquire(blocking=False):
+            self._start_worker()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the idle threads end; running calls are not waited for."""
+        with self._lock:
+            for _ in range(self._workers):
+                self._queue.put(None)
+
+    def _start_worker(self) -> None:
+        with self._lock:
+            if self._workers == self._max_workers:
+                return
+            self._workers += 1
+            name = f"{self._name}-{self._workers}"
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def _work(self) -> None:
+        while (work := self._queue.get()) is not None:
+            future, call = work
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as err:
+                    future.set_exception(err)
+            del work, future, call
+            self._idle.release()

@@ -1,0 +1,148 @@
+"""What a connection promises: it lives as long as it is needed, keeps its revision, and says at once what is wrong."""
+
+import contextlib
+import copy
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import schoolhouse as sh
+import torch
+from schoolhouse import errors
+from schoolhouse_server import serve
+from schoolhouse_wire import channel
+from torch import nn
+
+
+def constant(value):
+    module = nn.Linear(2, 2, bias=False)
+    nn.init.constant_(module.weight, value)
+    return module
+
+
+SERVER = """
+import sys, torch
+from schoolhouse_server import serve
+module = torch.nn.Linear(2, 2, bias=False)
+torch.nn.init.constant_(module.weight, float(sys.argv[1]))
+with serve(module, port=int(sys.argv[2])) as server:
+    print(server.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def served_elsewhere(value, port=0):
+    command = [sys.executable, "-c", SERVER, str(value), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+
+
+def test_copies_keep_the_revision_that_was_begun_with():
+    x = torch.ones(1, 2)
+    with serve(constant(1.0)) as server, sh.connect(server.url) as teacher:
+        settings = {"teacher_model": teacher, "criterion": nn.MSELoss()}
+        model = sh.convert(nn.Linear(2, 2), mode=[("kd_loss", settings)])
+        copies = [pickle.loads(pickle.dumps(teacher)), copy.deepcopy(teacher)]
+        student = pickle.loads(pickle.dumps(model))
+    with serve(constant(2.0), port=server.port):
+        for teacher in copies:
+            with pytest.raises(errors.RevisionChangedError, match="Connect again"):
+                teacher.submit((x,), {}, [""])
+        with pytest.raises(errors.RevisionChangedError, match="Connect again"):
+            student(x)
+        with sh.connect(server.url) as anew:
+            assert anew.submit((x,), {}, [""]).result()[""].tolist() == [[4, 4]]
+
+
+def test_a_fork_keeps_the_revision_that_was_begun_with():
+    x = torch.ones(1, 2)
+    with served_elsewhere(1.0) as url:
+        teacher = sh.connect(url)
+        assert teacher.submit((x,), {}, [""]).result()[""].tolist() == [[2, 2]]
+    with served_elsewhere(2.0, port=url.split(":")[2].split("/")[0]):
+        child = os.fork()
+        if child == 0:
+            try:
+                teacher.submit((x,), {}, [""])
+            except errors.RevisionChangedError:
+                os._exit(7)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    teacher.close()
+
+
+def test_pings_of_a_client_that_waits_are_welcome():
+    """With both intervals a hundredth of what they are; gRPC ignores options that it does not know."""
+    server_options = [
+        (name, value // 100 if value == channel._SERVER_MIN_PING_MS else value)
+        for name, value in channel.SERVER_OPTIONS
+    ]
+    client_options = [
+        (name, value // 100 if value == channel._CLIENT_PING_MS else value) for name, value in channel.CLIENT_OPTIONS
+    ]
+    assert channel._SERVER_MIN_PING_MS < channel._CLIENT_PING_MS
+    handler = grpc.unary_unary_rpc_method_handler(lambda *_: (time.sleep(4), b"done")[1])
+    server = grpc.server(ThreadPoolExecutor(2), options=server_options)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Slow", {"Call": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=client_options) as opened:
+        assert opened.unary_unary("/test.Slow/Call")(b"", timeout=30) == b"done"
+    server.stop(0).wait()
+
+
+@pytest.mark.parametrize("ending", ["raise SystemExit(3)", "raise ValueError('as scripts do')"])
+def test_a_script_that_ends_without_close_ends(ending):
+    script = f"""
+import torch, schoolhouse as sh
+from schoolhouse_server import serve
+server = serve(torch.nn.Linear(2, 2))
+teacher = sh.connect(server.url)
+teacher.submit((torch.ones(1, 2),), {{}}, [""]).result()
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (3 if "SystemExit" in ending else 1)
+    assert ("as scripts do" in done.stderr) == ("ValueError" in ending)
+
+
+WRONG_URLS = [
+    "grpc://[::1/x",
+    "grpc://h:abc/x",
+    "grpc://h:99999/x",
+    "grpc://h:-1/x",
+    "grpc://h/x",
+    "http://h:1/x",
+    "h:1/x",
+]
+
+
+@pytest.mark.parametrize("url", WRONG_URLS)
+def test_a_wrong_address_is_refused_at_once(url):
+    with pytest.raises(errors.ConfigError, match="teacher_model.*grpc://HOST:PORT/NAME"):
+        sh.connect(url)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timeout_s": 0},
+        {"timeout_s": math.nan},
+        {"timeout_s": "1"},
+        {"connect_timeout_s": math.inf},
+        {"connect_timeout_s": None},
+        {"max_pending": -1},
+        {"job": 5},
+    ],
+)
+def test_wrong_settings_of_a_connection(settings):
+    with pytest.raises(errors.ConfigError, match=next(iter(settings))):
+        sh.connect("grpc://127.0.0.1:1/x", **settings)
