@@ -169,9 +169,10 @@ class LocalTeacher:
         known = self._learned.get(key)
         trusted = known is not None and known.leaves_inputs
         used = inputs if trusted else map_tensors(inputs, torch.clone)
-        before = [version_of(tensor) for tensor in tensors_of(used)]
+        tensors = [*tensors_of(used)]
+        before = [version_of(tensor) for tensor in tensors]
         values, may_stop = self._forward(used, taps, known)
-        changed = before != [version_of(tensor) for tensor in tensors_of(used)]
+        changed = before != [version_of(tensor) for tensor in tensors]
         if changed and trusted:
             raise TeacherForwardError(
                 "the teacher's forward wrote into its inputs, which it did not do for earlier batches; the batch is "
@@ -183,7 +184,7 @@ class LocalTeacher:
             self._learned[key] = known
             if len(self._learned) > _MAX_LEARNED:
                 self._learned.popitem(last=False)
-        borrowed = storages_of(values if known.returns_its_own else inputs)
+        borrowed = storages_of(values if known.returns_its_own else tensors)
         return {tap: apart_from(value, borrowed) for tap, value in values.items()}
 
     def _forward(

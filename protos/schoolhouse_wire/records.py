@@ -1,6 +1,7 @@
 """Objects with named fields: named tuples, dataclasses, Hugging Face's ModelOutput, and stand-ins for them."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def _instance(found: Any, kind: Kind, fields: dict[str, Any]) -> Any:
     return instance
 
 
+@functools.lru_cache(maxsize=1024)
 def _kind_of(kind: type) -> Kind | None:
     if any(_name(base) == "transformers.utils.generic.ModelOutput" for base in kind.__mro__[1:]):
         return MODEL_OUTPUT if dataclasses.is_dataclass(kind) else None
