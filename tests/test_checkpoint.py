@@ -1,8 +1,11 @@
 """Checkpoints: the student alone, safe to read, and safe from crashes."""
 
+import functools
 import io
+import json
 import os
 import pickle
+import random
 import signal
 import stat
 import subprocess
@@ -10,6 +13,7 @@ import sys
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -39,6 +43,16 @@ def converted(student, teacher, **more):
 
 def same(a, b):
     return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def bits(model):
+    return {name: p.detach().numpy().tobytes() for name, p in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def with_buffer(value, seed=3):
+    student = Net(seed=seed)
+    student.register_buffer("own", value)
+    return student
 
 
 @pytest.fixture
@@ -140,6 +154,57 @@ def test_what_only_code_could_restore_is_refused_when_saving(path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+UNSAVABLE = {
+    "quantised": lambda: torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear}),
+    "lambda": lambda: Extra(lambda: 1),
+    "deep": lambda: Extra(functools.reduce(lambda inner, _: [inner], range(2000), [])),
+    "lazy": lambda: nn.LazyLinear(3),
+    "nested": lambda: with_buffer(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+    "opaque": lambda: with_buffer(torch.ones(3).to_mkldnn()),
+    "no text": lambda: nn.ParameterDict({"\ud800": torch.ones(2)}),
+}
+
+
+@pytest.mark.parametrize("case", UNSAVABLE)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The PyTorch API of nested tensors")
+def test_what_cannot_be_saved_is_refused(path, case):
+    sh.save(Net(seed=2), path)
+    before = path.read_bytes()
+    with pytest.raises(errors.CheckpointError, match="uninitialised|nested|cannot be saved"):
+        sh.save(UNSAVABLE[case](), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_extra_state_that_contains_itself(path):
+    extra = {"steps": 3}
+    extra["self"] = extra
+    sh.save(Extra(extra), path)
+    restored = sh.restore(Extra(None), path).extra
+    assert restored["self"] is restored
+
+
+def test_a_name_that_safetensors_keeps_for_itself(path):
+    sh.save(nn.ParameterDict({"__metadata__": torch.ones(2)}), path)
+    assert sh.restore(nn.ParameterDict({"__metadata__": torch.zeros(2)}), path)["__metadata__"].tolist() == [1, 1]
+
+
+def test_one_memory_read_in_two_ways_is_not_tied(path):
+    number = torch.tensor([1.0, 2.0])
+    views = {"number": number, "bits": number.view(torch.int32), "column": number[:, None], "minus": number._neg_view()}
+    views["alone"] = torch.tensor([1.0, 2.0])._neg_view()
+    student, other = nn.Module(), nn.Module()
+    for name, view in views.items():
+        student.register_buffer(name, view)
+        other.register_buffer(name, torch.zeros_like(view.resolve_neg()))
+    sh.save(student, path)
+    sh.restore(other, path)
+    assert other.number.tolist() == [1.0, 2.0]
+    assert other.bits.tolist() == [0x3F800000, 0x40000000]
+    assert other.column.tolist() == [[1.0], [2.0]]
+    assert other.minus.tolist() == other.alone.tolist() == [-1.0, -2.0]
+
+
 class Payload:
     def __reduce__(self):
         return (os.mkdir, (str(Payload.where),))
@@ -178,6 +243,59 @@ def test_damaged_files(path, make):
             function(student, path.parent)
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({"tied": tied} for tied in ('["fc.bias"]', '"fc"', "null", '{"a": 1}', '{"a": ["fc.bias"]}', '{"a": "b"}')),
+        {"tied": "{"},
+        {"tied": DEEP},
+        {"distillation": DEEP},
+        {"distillation": '{"mode": "kd_loss"}'},
+    ],
+    ids=lambda facts: str(facts)[:30],
+)
+def test_damaged_metadata(path, facts):
+    safetensors.torch.save_file(dict(Net(seed=2).state_dict()), path, facts)
+    student = Net(seed=3)
+    with pytest.raises(errors.CheckpointError, match="is damaged"):
+        sh.restore(student, path)
+    assert same(student, Net(seed=3))
+
+
+def test_a_shape_beyond_integers(path):
+    header = json.dumps({"fc.bias": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    student = Net(seed=3)
+    with pytest.raises(errors.CheckpointError, match="is damaged"):
+        sh.restore(student, path, strict=False)
+    assert same(student, Net(seed=3))
+
+
+def test_mutated_pickles(path):
+    """Whatever the pickle of a torch file says, a student is restored, or unchanged."""
+    sh.save(Extra({"a": [1, torch.ones(2)]}), path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in parts if name.endswith("data.pkl"))
+    student, chance, refused = Extra(None), random.Random(1), 0
+    for _ in range(500):
+        parts[name], whole, before = bytearray(parts[name]), bytes(parts[name]), bits(student)
+        parts[name][chance.randrange(len(whole))] = chance.randrange(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for part, content in parts.items():
+                archive.writestr(part, bytes(content))
+        try:
+            sh.restore(student, path)
+        except errors.CheckpointError:
+            refused += 1
+            assert bits(student) == before
+        parts[name] = whole
+    assert refused > 300
+
+
 def test_another_architecture_changes_nothing(path):
     student = Net(seed=2)
     student.more = nn.Linear(2, 2)
@@ -195,6 +313,157 @@ def test_another_architecture_changes_nothing(path):
     assert torch.equal(same_widths.fc.weight, Net(seed=2).fc.weight)
 
 
+def sparse():
+    return torch.eye(3).to_sparse()
+
+
+MISFITS = {
+    "list": ([1.0, 2.0, 3.0], torch.zeros(3), "no tensor but a list in the file and a tensor of layout torch.strided"),
+    "None": (None, torch.zeros(3), "no tensor but a NoneType"),
+    "str": ("abc", torch.zeros(3), "no tensor but a str"),
+    "sparse": (sparse(), torch.zeros(3, 3), "torch.sparse_coo in the file and a tensor of layout torch.strided"),
+    "dense": (torch.zeros(3, 3), sparse(), "torch.strided in the file and a tensor of layout torch.sparse_coo"),
+    "quantised": (torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8), torch.zeros(3), "quantised .*qint8"),
+    "nested": (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), torch.zeros(2, 3), "a nested tensor"),
+    "meta": (torch.empty(3, device="meta"), torch.zeros(3), "without values in the file"),
+    "complex": (torch.tensor([1 + 2j]), torch.zeros(1), "torch.complex64 in the file and torch.float32 in the model"),
+    "float": (torch.tensor([1.5]), torch.tensor([1]), "torch.float32 in the file and torch.int64 in the model"),
+    "bool": (torch.tensor([0.5]), torch.tensor([True]), "torch.float32 in the file and torch.bool in the model"),
+    "expanded": (torch.ones(3), torch.zeros(1).expand(3), "1 expanded in the model.*contiguous.*: own"),
+    "own nested": (torch.ones(3), torch.nested.nested_tensor([torch.ones(2)]), "1 nested in the model.*: own"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantize_per_tensor")
+def test_a_value_that_does_not_fit_changes_nothing(path, case):
+    given, own, message = MISFITS[case]
+    with path.open("wb") as file:
+        torch.save({"own": given, **Net(seed=2).state_dict()}, file)
+    student = Net(seed=3)
+    before = bits(student)
+    student.register_buffer("own", own)
+    for strict in (True, False):
+        with pytest.raises(errors.CheckpointError, match=f"unchanged.*{message}"):
+            sh.restore(student, path, strict=strict)
+        assert bits(student.body) == {name[5:]: value for name, value in before.items() if name.startswith("body.")}
+    assert student.own is own
+
+
+def test_a_lazy_student_is_told_to_run(path):
+    sh.save(nn.Linear(2, 3), path)
+    student = nn.LazyLinear(3)
+    with pytest.raises(errors.CheckpointError, match=r"2 uninitialised in the model \(run a forward.*: bias, weight"):
+        sh.restore(student, path)
+    assert student.has_uninitialized_params()
+
+
+def test_precision_may_change(path):
+    with path.open("wb") as file:
+        torch.save({"own": torch.tensor([1 + 2**-8, 3.0]), **Net(seed=2).state_dict()}, file)
+    restored = sh.restore(with_buffer(torch.zeros(2, dtype=torch.bfloat16)), path)
+    assert restored.own.tolist() == [1.0, 3.0]  # halfway to 1 + 2**-7, to the even one
+    assert restored.own.dtype is torch.bfloat16
+    with path.open("wb") as file:
+        torch.save({"own": torch.tensor([1, 3]), **Net(seed=2).state_dict()}, file)
+    assert sh.restore(with_buffer(torch.zeros(2)), path).own.tolist() == [1.0, 3.0]
+
+
+class Refusing(Extra):
+    def __init__(self, extra, fault):
+        super().__init__(extra)
+        self.fault = fault
+
+    def set_extra_state(self, state):
+        if state != self.extra:
+            raise self.fault
+
+
+def test_a_student_that_refuses_is_put_back(path):
+    def make(seed, fault):
+        student = nn.Sequential(Net(seed=seed), Extra([seed]), Refusing(seed, fault), Net(seed=seed))
+        with torch.no_grad():
+            student[0].fc.bias[:3] = torch.tensor([float("nan"), -0.0, float("-inf")])
+        return student
+
+    sh.save(make(2, None), path)
+    student = make(3, ValueError("not mine"))
+    before = bits(student)
+    with pytest.raises(errors.CheckpointError, match=r"ValueError: not mine\); the student is unchanged$"):
+        sh.restore(student, path)
+    assert bits(student) == before
+    assert student[1].extra == [3]
+    with pytest.raises(KeyboardInterrupt):
+        sh.restore(make(3, KeyboardInterrupt()), path)
+    student.register_load_state_dict_post_hook(lambda *_: 1 / 0)
+    student[2].extra = 2
+    with pytest.raises(errors.CheckpointError, match="unchanged, but for what its own code"):
+        sh.restore(student, path)
+    assert bits(student) == before
+    assert student[1].extra == [3]
+
+
+SHARDED = """
+import sys, schoolhouse as sh, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+class Refusing(nn.Linear):
+    def get_extra_state(self):
+        return self.seed
+    def set_extra_state(self, seed):
+        if seed != self.seed:
+            raise ValueError("not mine")
+def make(seed, own):
+    torch.manual_seed(seed)
+    student = nn.Sequential(nn.Linear(4, 4), Refusing(4, 4))
+    student[1].seed = own
+    for module in (*student, student):
+        fully_shard(module)
+    return student
+def whole(model):
+    return [p.full_tensor() for p in model.parameters()]
+def equal(some, others):
+    return all(map(torch.equal, some, others))
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.ranks", rank=0, world_size=1)
+first, other = make(1, 1), make(2, 2)
+sh.save(first, sys.argv[1])
+before = whole(other)
+try:
+    sh.restore(other, sys.argv[1])
+except sh.errors.CheckpointError:
+    assert equal(whole(other), before)
+    print("refused")
+with torch.device("meta"):
+    built = make(3, 1)
+assert equal(whole(sh.restore(built, sys.argv[1])), whole(first))
+print("restored")
+dist.destroy_process_group()
+"""
+
+
+def test_a_sharded_student_that_refuses_is_put_back(path):
+    ran = subprocess.run([sys.executable, "-c", SHARDED, str(path)], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.split() == ["refused", "restored"], ran.stderr
+
+
+def test_names_of_a_meta_model_in_a_plain_student(path):
+    def make(seed):
+        student = Net(seed=seed)
+        student._loss_balancer, student._loss_modules = nn.Linear(2, 2), nn.Linear(3, 3)
+        return student
+
+    student, other = make(2), make(3)
+    sh.save(student, path)
+    assert sorted(safetensors.torch.load_file(path)) == sorted(student.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(sh.restore(other, path), student)
+    safetensors.torch.save_file(dict(Net(seed=4).state_dict()), path)
+    with pytest.raises(errors.CheckpointError, match=r"4 missing in the file.*_loss_balancer\.weight"):
+        sh.restore(other, path)
+    assert same(other, student)
+
+
 def test_files_of_others(path):
     safetensors.torch.save_file(dict(Net(seed=2).state_dict()), path)
     assert same(sh.restore(Net(seed=3), path), Net(seed=2))
@@ -206,9 +475,15 @@ def test_files_of_others(path):
 def test_meta_tensors_are_refused(path):
     with torch.device("meta"):
         student = nn.Linear(2, 2)
-    with pytest.raises(errors.CheckpointError, match="meta device"):
-        sh.save(student, path)
+    beside_a_complex_one = nn.ParameterDict({"a": torch.ones(2, dtype=torch.complex64), "b": student.weight})
+    for model in (student, beside_a_complex_one, Extra({"a": [student.weight]})):
+        with pytest.raises(errors.CheckpointError, match="meta device"):
+            sh.save(model, path)
     assert list(path.parent.iterdir()) == []
+    sh.save(nn.Linear(2, 2), path)
+    with pytest.raises(errors.CheckpointError, match=r"2 on the meta device.*to_empty.*bias, weight"):
+        sh.restore(student, path)
+    assert same(sh.restore(student.to_empty(device="cpu"), path), sh.restore(nn.Linear(2, 2), path))
 
 
 def test_the_mode_follows_the_umask(path):
@@ -218,6 +493,33 @@ def test_the_mode_follows_the_umask(path):
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_file_keeps_its_mode(path):
+    for mode in (0o600, 0o666):
+        sh.save(Net(), path)
+        path.chmod(mode)
+        before = os.umask(0o022)
+        try:
+            sh.save(Net(seed=2), path)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert same(sh.restore(Net(seed=3), path), Net(seed=2))
+
+
+def test_a_link_stays_one(path, tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    path.symlink_to("runs/first")  # there is none yet
+    sh.save(Net(seed=2), path)
+    assert [p.name for p in folder.iterdir()] == ["first"]
+    (folder / "first").chmod(0o600)
+    sh.save(Net(seed=4), path)
+    assert path.readlink().name == "first"
+    assert stat.S_IMODE((folder / "first").stat().st_mode) == 0o600
+    assert same(sh.restore(Net(seed=3), folder / "first"), Net(seed=4))
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "runs"}
 
 
 def test_a_failed_write_leaves_the_former_checkpoint(path, monkeypatch):
@@ -259,3 +561,15 @@ def test_a_killed_writer_leaves_the_former_checkpoint(path):
     sh.save(Net(seed=5), path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert same(sh.restore(Net(seed=4), path), Net(seed=5))
+
+
+def test_savers_at_the_same_time(path):
+    def save_often(seed):
+        for _ in range(100):
+            sh.save(Net(seed=seed), path)
+
+    with ThreadPoolExecutor(4) as savers:
+        list(savers.map(save_often, range(4)))
+    restored = sh.restore(Net(seed=9), path)
+    assert sum(same(restored, Net(seed=seed)) for seed in range(4)) == 1
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

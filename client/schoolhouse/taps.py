@@ -224,6 +224,8 @@ def apart_from(value: Any, storages: set[int]) -> Any:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
+    if type(tensor) not in (torch.Tensor, nn.Parameter):  # a DTensor, say, which has no memory itself
+        return False
     return tensor.layout is torch.strided and tensor.device.type != "meta"
 
 

@@ -1,0 +1,233 @@
+"""The file of a checkpoint: written whole or not at all, and read without running code."""
+
+import contextlib
+import fcntl
+import glob
+import io
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch.nn.parameter import is_lazy
+
+from schoolhouse.errors import CheckpointError
+
+_FORMAT = "schoolhouse.student.v1"
+_MAX_NAMES = 5  # that an error message lists
+_SAFETENSORS_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+
+
+def write(path: Path, facts: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Write a state, and what the file says of itself, to `path`, or to the file that it links to.
+
+    Raises:
+        CheckpointError: if that could not be read back; the former file stays as it was.
+    """
+    _check_is_no_folder(path)
+    for name, value in state.items():
+        _check_has_values(name, value)
+    content = _content({"format": _FORMAT, **facts}, state)
+    target = Path(os.path.realpath(path))
+    _remove_orphans(target)
+    while not _replace(target, content):
+        pass
+    _sync_folder(target.parent)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the file says of itself, and the state in it, on CPU.
+
+    Raises:
+        CheckpointError: if it is damaged, or of another format.
+        FileNotFoundError: if there is none.
+    """
+    _check_is_no_folder(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith(b"PK\x03\x04"):
+        return _read_torch(path)
+    if head[8:] == b"{":
+        return _read_safetensors(path)
+    raise CheckpointError(f"{path} is neither a safetensors file nor one that torch.save wrote")
+
+
+def shortened(names: list[str]) -> str:
+    """The first of the names, for a message."""
+    return ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
+
+
+def _check_is_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the name of a file")
+
+
+# What is written.
+
+
+def _check_has_values(name: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        raise CheckpointError(f"{name} is a nested tensor, which cannot be restored; keep a padded one instead")
+    for tensor in _tensors(value):
+        if is_lazy(tensor):
+            raise CheckpointError(f"{name} is uninitialised and has no values; run a forward of the student first")
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device and has no values; load the student first")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors within dicts, lists and tuples, however deep, even if these contain themselves."""
+    items, seen = [value], set[int]()
+    for item in items:  # which grow
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            items.extend(item.values() if isinstance(item, Mapping) else item)
+
+
+def _content(facts: Mapping[str, str], state: Mapping[str, Any]) -> bytes:
+    try:
+        if all(map(_fits_safetensors, state, state.values())):
+            tensors, tied = _untied(state)
+            content: bytes = safetensors.torch.save(tensors, {**facts, "tied": json.dumps(tied)})
+            return content
+        return _torch_content({**facts, "state": dict(state)})
+    except MemoryError:
+        raise
+    except Exception as err:  # whatever pickling an object raises
+        odd = [f"{n} ({type(value).__name__})" for n, value in state.items() if not _fits_safetensors(n, value)]
+        raise CheckpointError(
+            f"the student's state holds what cannot be saved, or what only running code could restore, within "
+            f"{shortened(odd) or 'its tensors or their names'}: make its get_extra_state return tensors, numbers, "
+            "strings, lists and dicts, and save a student before it is quantised"
+        ) from err
+
+
+def _fits_safetensors(name: str, value: Any) -> bool:
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dtype in _SAFETENSORS_DTYPES
+    return plain and name != "__metadata__"
+
+
+def _untied(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Each tensor once, in memory of its own; and the names that stand for the same tensor as another name."""
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    taken: set[tuple[torch.device, int]] = set()
+    for name, value in state.items():
+        plain = value.detach().resolve_neg()
+        kept = names.setdefault(_view(plain), name) if plain.numel() else name
+        if kept != name:
+            tied[name] = kept
+        else:
+            memory = plain.untyped_storage()
+            alone = memory.nbytes() == plain.nbytes and (plain.device, memory.data_ptr()) not in taken
+            taken.add((plain.device, memory.data_ptr()))
+            tensors[name] = plain.contiguous() if alone else plain.contiguous().clone()
+    return tensors, tied
+
+
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What is equal for tensors that are the same elements of the same memory, read in the same way."""
+    memory = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+    return (*memory, tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _torch_content(content: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    torch.load(file, map_location="meta", weights_only=True)  # raises what `restore` would
+    return file.getvalue()
+
+
+# How it gets to the disk.
+
+
+def _replace(path: Path, content: bytes) -> bool:
+    """Write a file beside `path`, make sure that it is on disk, and rename it to `path`.
+
+    False, with nothing done, if another saver of `path` took the new file for an orphan before it was locked.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    mode = _mode(path)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+    with open(descriptor, "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: so an orphan can be told from it
+            if not part.exists():
+                return False
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    return True
+
+
+def _mode(path: Path) -> int | None:
+    """The permission bits of a file, None if there is none."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return None
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError), part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# What is read.
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tied = json.loads(facts.get("tied", "{}"))
+        return facts, {**state, **{name: state[kept] for name, kept in tied.items()}}
+    except Exception as err:  # a damaged file may make any of this raise anything
+        raise CheckpointError(f"{path} is damaged: {err!r}") from err
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with path.open("rb") as file:  # by its name, torch may take it for something else
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as err:  # a damaged file may make this raise anything
+        raise CheckpointError(
+            f"{path} is damaged, or holds objects that only running code could restore; nothing of it was run"
+        ) from err
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; a student's state is a dict")
+    state = content.get("state") if content.get("format") == _FORMAT else content
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path} holds no student's state: its names are not strings")
+    return (content if state is not content else {}), state
