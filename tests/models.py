@@ -53,6 +53,30 @@ class Projected(nn.Module):
         return F.mse_loss(self.map(out_s), out_t)
 
 
+class Extra(Net):
+    """Has extra state."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def same(a, b):
+    """Whether two models have equal states."""
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def bits(model):
+    """The parameters and buffers, to the bit."""
+    return {name: p.detach().numpy().tobytes() for name, p in [*model.named_parameters(), *model.named_buffers()]}
+
+
 def config(teacher, criterion=None, balancer=None, **more):
     criterion = sh.LogitsDistillationLoss() if criterion is None else criterion
     return {"teacher_model": teacher, "criterion": criterion, "loss_balancer": balancer, **more}
