@@ -57,7 +57,7 @@ class RecordView(Mapping[str, Any]):
 
 def record_of(value: Any) -> Record | None:
     """The record that `value` travels as, or None if it is not an object with named fields."""
-    kind = _kind_of(type(value))
+    kind = _kind_of(type(value))  # type: ignore[arg-type]  # types are hashable
     if isinstance(value, RecordView):
         return Record(DATACLASS, value._type_name, dict(value._fields))
     if kind == MODEL_OUTPUT:
