@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,7 @@ import schoolhouse as sh
 import torch
 from schoolhouse import errors
 from schoolhouse_server import serve
+from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_wire import channel
 from torch import nn
 
@@ -29,6 +31,7 @@ def constant(value):
 SERVER = """
 import sys, torch
 from schoolhouse_server import serve
+from schoolhouse_server.executor import DaemonExecutor
 module = torch.nn.Linear(2, 2, bias=False)
 torch.nn.init.constant_(module.weight, float(sys.argv[1]))
 with serve(module, port=int(sys.argv[2])) as server:
@@ -104,9 +107,11 @@ def test_a_script_that_ends_without_close_ends(ending):
     script = f"""
 import torch, schoolhouse as sh
 from schoolhouse_server import serve
+from schoolhouse_server.executor import DaemonExecutor
 server = serve(torch.nn.Linear(2, 2))
 teacher = sh.connect(server.url)
 teacher.submit((torch.ones(1, 2),), {{}}, [""]).result()
+futures = [teacher.submit((torch.ones(100_000, 2),), {{}}, [""]) for _ in range(50)]
 {ending}
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
@@ -146,3 +151,23 @@ def test_a_wrong_address_is_refused_at_once(url):
 def test_wrong_settings_of_a_connection(settings):
     with pytest.raises(errors.ConfigError, match=next(iter(settings))):
         sh.connect("grpc://127.0.0.1:1/x", **settings)
+
+
+def test_an_executor_runs_all_that_it_is_given_and_ends():
+    executor = DaemonExecutor(3, "test-executor")
+    gate = threading.Event()
+    futures = [executor.submit(lambda i=i: (gate.wait(30), i)[1]) for i in range(10)]
+    failing = executor.submit(lambda: 1 / 0)
+    running = [thread for thread in threading.enumerate() if thread.name.startswith("test-executor")]
+    assert len(running) == 3
+    assert futures[-1].cancel()
+    gate.set()
+    assert [future.result(30) for future in futures[:-1]] == list(range(9))
+    with pytest.raises(ZeroDivisionError):
+        failing.result(30)
+    executor.shutdown()
+    for thread in running:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in running)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(int)

@@ -52,8 +52,9 @@ def test_losses_by_name_reduction_and_kwargs(teacher, x):
 def test_a_repeated_forward_warns_and_the_later_batch_counts(teacher, x):
     model = converted(Net(), teacher, nn.MSELoss()).train()
     model(x)
-    with pytest.warns(UserWarning, match="again without compute_kd_loss"):
+    with pytest.warns(UserWarning, match="again without compute_kd_loss") as told:
         out = model(x * 2)
+    assert told[0].filename == __file__
     assert torch.equal(model.compute_kd_loss(), F.mse_loss(out, Net(32, seed=1)(x * 2)))
     with pytest.raises(errors.FeatureMismatchError, match="forward"):
         model.compute_kd_loss()
@@ -323,3 +324,31 @@ def test_the_whole_output_is_what_a_call_returns(teacher, x):
     assert torch.equal(model.compute_kd_loss(), loss(output))
     assert torch.equal(model.forward(x), 3 * Net()(x))  # not called as a module, so no hook ran
     assert torch.equal(model.compute_kd_loss(), loss(Net()(x)))
+
+
+class Halves(nn.Module):
+    """Its forward calls itself."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x, depth=1):
+        return self(x, depth - 1) + self(x.flip(-1), 0) if depth else self.fc(x)
+
+
+def test_a_student_that_calls_itself(teach, x):
+    model = converted(
+        Halves(0),
+        teach(Halves(1)),
+        {("", ""): nn.MSELoss(), ("fc", "fc"): nn.MSELoss()},
+        sh.StaticLossBalancer([0.5, 0.5]),
+    )
+    for _ in range(2):
+        output = model(x)
+        assert torch.equal(output, Halves(0)(x))
+        losses = model.compute_kd_loss(skip_balancer=True)
+        assert torch.equal(losses["MSELoss_0"], F.mse_loss(output, Halves(1)(x)))
+        last = [half.fc(x.flip(-1)) for half in (Halves(0), Halves(1))]
+        assert torch.equal(losses["MSELoss_1"], F.mse_loss(*last))

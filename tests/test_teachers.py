@@ -251,3 +251,105 @@ def test_memory_formats_travel_both_ways(teach):
             inner = module[:4](x)
         assert got["3"].stride() == inner.stride() != inner.contiguous().stride()
         assert torch.equal(got["3"], inner)
+
+
+class Flattens(nn.Module):
+    """Whether `flatten` copies is decided by strides."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 5)
+
+    def forward(self, x):
+        return self.out(torch.flatten(self.fc(x), 1).relu_())
+
+
+class Casts(nn.Module):
+    """Whether `float` copies is decided by the dtype of what `fc` returns."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.out(self.fc(x.to(self.fc.weight.dtype)).float().add_(1))
+
+
+def test_an_early_stop_is_for_one_layout_and_dtype(teach):
+    module, x = Flattens(), torch.randn(2, 3, 8, 8)
+    teacher = teach(module)
+    for batch in (x.to(memory_format=torch.channels_last), x, x):
+        assert torch.equal(teacher.submit((batch,), {}, ["fc"]).result()["fc"], hooked(module, batch))
+
+
+def test_an_early_stop_is_for_one_autocast_and_dtype_of_weights():
+    module, x = Casts(), torch.randn(2, 8)
+    teacher = sh.LocalTeacher(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher.submit((x,), {}, ["fc"]).result()
+    assert torch.equal(teacher.submit((x,), {}, ["fc"]).result()["fc"], hooked(module, x))
+    module.fc.bfloat16()
+    teacher.submit((x,), {}, ["fc"]).result()
+    module.fc.float()
+    assert torch.equal(teacher.submit((x,), {}, ["fc"]).result()["fc"], hooked(module, x))
+
+
+def test_a_batch_is_left_alone_in_every_layout(teach):
+    module = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(192, 5))
+    teacher, x = teach(module), torch.randn(2, 3, 8, 8)
+    for given in (x.to(memory_format=torch.channels_last), x, x[:, :, ::2].repeat(1, 1, 2, 1)):
+        before = given.clone()
+        got = teacher.submit((given,), {}, [""]).result()[""]
+        assert torch.equal(got, module(given.clone()))
+        assert torch.equal(given, before)
+
+
+def test_a_teacher_that_is_compiled_after_it_was_given(x):
+    module = Net(seed=1)
+    teacher = sh.LocalTeacher(module)
+    module.compile(backend="eager")
+    with torch.no_grad():
+        module(x)
+    got = teacher.submit((x,), {}, ["body"]).result()["body"]
+    assert torch.equal(got, sh.LocalTeacher(Net(seed=1)).submit((x,), {}, ["body"]).result()["body"])
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[:, :3], lambda x: x[:, 1:, 4:20, 4:20], lambda x: x[::2, :3]])
+def test_parts_of_images_keep_their_order_of_dimensions(teach, cut):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 32, 7, stride=2, padding=3), nn.ReLU(), nn.Conv2d(32, 64, 3)).eval()
+    x = cut(torch.randn(8, 4, 64, 64).to(memory_format=torch.channels_last))
+    got = teach(module).submit((x,), {}, [""]).result()[""]
+    with torch.no_grad():
+        want = module(x)
+    assert got.stride() == want.stride()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_reach_a_local_teacher(layout):
+    class Pads(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x).to_padded_tensor(0.0)
+
+    rows = [torch.randn(2, 4), torch.randn(3, 4)]
+    x = torch.nested.nested_tensor(rows, layout=layout)
+    module = Pads(1)
+    teacher = sh.LocalTeacher(module)
+    for _ in range(2):
+        assert torch.equal(teacher.submit((x,), {}, [""]).result()[""], module(x))
+    model = sh.convert(Pads(0), mode=[("kd_loss", {"teacher_model": Pads(1), "criterion": nn.MSELoss()})])
+    want = (model(x), model.compute_kd_loss())[1]
+    with model.only_teacher_forward():
+        model(x)
+    with model.only_student_forward():
+        model(x)
+    assert torch.equal(model.compute_kd_loss(), want)

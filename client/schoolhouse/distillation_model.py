@@ -250,7 +250,8 @@ def run_forward(model: DistillationModel, *args: Any, **kwargs: Any) -> Any:
             output = state.own_forward(*args, **kwargs)
         else:
             output = state.original_cls.forward(model, *args, **kwargs)
-        _end(model, output)
+        if extras is not None:
+            _end(model, output)
     finally:
         _leave(model, extras)
     return output
@@ -305,10 +306,14 @@ class _CaptureWhole:
 
 
 @eager
-def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Module | None]:
-    """Begin a forward, and hide the extras: one that walks over its children, as nn.Sequential's, must not see them."""
+def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Module | None] | None:
+    """Begin a forward, and hide the extras: one that walks over its children, as nn.Sequential's, must not see them.
+
+    None if it is within another one.
+    """
     state = model._schoolhouse
-    state.enter()
+    if not state.enter():
+        return None
     try:
         losses = model._modules[LOSSES]
         check_data_parallel(model, losses is not None and any(p.requires_grad for p in losses.parameters()))
@@ -326,8 +331,8 @@ def _end(model: DistillationModel, output: Any) -> None:
 
 
 @eager
-def _leave(model: DistillationModel, extras: dict[str, nn.Module | None]) -> None:
-    model._modules.update(extras)
+def _leave(model: DistillationModel, extras: dict[str, nn.Module | None] | None) -> None:
+    model._modules.update(extras or {})
     model._schoolhouse.leave()
 
 

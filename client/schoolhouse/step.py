@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from schoolhouse_wire.memory import version_of
 from torch import nn
 
 from schoolhouse.errors import FeatureMismatchError
-from schoolhouse.taps import Tap, map_tensors, signature_of, tensors_of
+from schoolhouse.taps import Tap, is_plain, map_tensors, signature_of, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
+
+_INNER = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
 @dataclass(eq=False)
@@ -51,11 +55,14 @@ class Step:
 
 
 class Inputs:
-    """A batch, remembered by its values to tell whether another one is the same, whatever is written into it later."""
+    """A batch, remembered by its values to tell whether another one is the same, whatever is written into it later.
+
+    An object that is not known, such as a nested tensor, is the same only if it is itself.
+    """
 
     def __init__(self, args: Any, kwargs: Any) -> None:
         given = Arguments(args, kwargs)
-        self._tensors = [tensor.detach().clone() for tensor in tensors_of(given)]
+        self._tensors = [tensor.detach().clone() for tensor in tensors_of(given) if is_plain(tensor)]
         self._objects: list[Any] = []  # kept, so that their ids stay theirs
         self._rest = signature_of(given, self._told)
 
@@ -63,7 +70,7 @@ class Inputs:
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
             return (type(value), value.shape, value.dtype.str, value.tobytes())
         self._objects.append(value)
-        return id(value)
+        return (id(value), version_of(value) if isinstance(value, torch.Tensor) else 0)
 
     def same_as(self, other: "Inputs") -> bool:
         """Whether both hold the same values in the same places."""
@@ -71,8 +78,6 @@ class Inputs:
 
 
 def _same(kept: torch.Tensor, given: torch.Tensor) -> bool:
-    if kept.device != given.device or kept.layout != given.layout:
-        return False
     return torch.equal(_bytes_of(kept), _bytes_of(given))  # a NaN equals itself
 
 
@@ -102,10 +107,11 @@ class Distillation:
     handles: list[Any] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
     lock: Any = field(default_factory=threading.RLock)  # held while a forward runs
+    depth: int = 0  # of forwards within one another
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("step", "alone", "recording", "ended", "recomputing"))
-        return {name: value for name, value in {**self.__dict__, **transient}.items() if name != "lock"}
+        return {name: value for name, value in {**self.__dict__, **transient, "depth": 0}.items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
@@ -125,17 +131,21 @@ class Distillation:
             self.step.future.cancel()
         self.step = self.alone = self.recording = self.ended = self.recomputing = None
 
-    def enter(self) -> None:
-        """Begin a forward; until `leave`, no other thread may."""
+    def enter(self) -> bool:
+        """Begin a forward; until `leave`, no other thread may. False for one within another, which is a part of it."""
         if not self.lock.acquire(blocking=False):
             raise FeatureMismatchError(
                 "the model runs in another thread, and the two forwards would mix their batches: give each thread a "
                 "copy.deepcopy of the model, or take turns"
             )
+        self.depth += 1
+        return self.depth == 1
 
     def leave(self) -> None:
         """End a forward, whether it came to its end or not."""
-        self.recording = None
+        self.depth -= 1
+        if self.depth == 0:
+            self.recording = None
         self.lock.release()
 
     def ask(self, args: Any, kwargs: Any, training: bool) -> Step:
@@ -143,7 +153,7 @@ class Distillation:
         if self.step is not None and self.step.student_ran and training:
             warnings.warn(
                 "forward was called again without compute_kd_loss; the earlier batch's features are dropped",
-                stacklevel=6,
+                stacklevel=_to_caller(),
             )
         self.drop_step()
         self.step = Step(self.teacher.submit(args, kwargs, self.taps))
@@ -165,7 +175,8 @@ class Distillation:
             return self.step
         if self.alone is not None and self.alone.student_ran and training:
             warnings.warn(
-                "the student ran again without compute_kd_loss; its earlier outputs are dropped", stacklevel=6
+                "the student ran again without compute_kd_loss; its earlier outputs are dropped",
+                stacklevel=_to_caller(),
             )
         self.alone = Step(inputs=inputs)
         return self.alone
@@ -221,6 +232,14 @@ class Distillation:
                 "the last forward ran in another thread; give each thread a copy.deepcopy of the model"
             )
         return step
+
+
+def _to_caller() -> int:
+    """The `stacklevel` that a warning of the calling function needs to name who called the model."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def eager(function: Any) -> Any:

@@ -190,30 +190,46 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(value.values()))
 
 
-def signature_of(value: Any, other: Callable[[Any], Hashable] = lambda _value: object()) -> Hashable:
-    """All that a forward can decide by before it looks into tensors; equal for equal structures, shapes and values.
+def signature_of(
+    value: Any,
+    other: Callable[[Any], Hashable] = lambda _value: object(),
+    layout: Callable[[torch.Tensor], Hashable] = lambda _tensor: None,
+) -> Hashable:
+    """Equal for nested values of equal structure, shapes, dtypes and plain values, whatever stands in their tensors.
 
-    `other` stands for an object that may hold anything. The default is equal to nothing else.
+    `other` stands for an object that may hold anything; the default is equal to nothing else. `layout` adds what else
+    counts of a tensor.
     """
     if isinstance(value, torch.Tensor):
-        return (value.shape, value.dtype)
+        return (value.shape, value.dtype, value.device, layout(value)) if is_plain(value) else other(value)
     if value is None or isinstance(value, _PLAIN):
         return (type(value), value)
     if (record := record_of(value)) is not None:
-        return (type(value), signature_of(record.fields, other))
+        return (type(value), signature_of(record.fields, other, layout))
     if isinstance(value, Arguments):
-        return (signature_of(tuple(value), other), signature_of(value.kwargs, other))
+        return (signature_of(tuple(value), other, layout), signature_of(value.kwargs, other, layout))
     if isinstance(value, tuple | list):
-        return (type(value), *(signature_of(item, other) for item in value))
+        return (type(value), *(signature_of(item, other, layout) for item in value))
     if isinstance(value, Mapping):
-        return (type(value), *((key, signature_of(item, other)) for key, item in value.items()))
+        return (type(value), *((key, signature_of(item, other, layout)) for key, item in value.items()))
     return other(value)
+
+
+def layout_of(tensor: torch.Tensor) -> Hashable:
+    """By what a kernel, or a module, decides whether it returns a view or a copy."""
+    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and values of its own; a nested one, a DTensor and one on `meta` do not."""
+    known = type(tensor) in (torch.Tensor, nn.Parameter)
+    return known and not tensor.is_nested and tensor.device.type != "meta"
 
 
 def storages_of(value: Any) -> set[int]:
     """Addresses of the memory that the dense tensors of a nested value stand in."""
-    found = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(value) if _is_dense(tensor)}
-    return found - {0}  # of empty ones
+    dense = (tensor for tensor in tensors_of(value) if is_plain(tensor) and tensor.layout is torch.strided)
+    return {tensor.untyped_storage().data_ptr() for tensor in dense} - {0}  # of empty ones
 
 
 def apart_from(value: Any, storages: set[int]) -> Any:
@@ -221,12 +237,6 @@ def apart_from(value: Any, storages: set[int]) -> Any:
     if not storages & storages_of(value):
         return value
     return map_tensors(value, lambda tensor: tensor.clone() if storages_of(tensor) & storages else tensor)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    if type(tensor) not in (torch.Tensor, nn.Parameter):  # a DTensor, say, which has no memory itself
-        return False
-    return tensor.layout is torch.strided and tensor.device.type != "meta"
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:

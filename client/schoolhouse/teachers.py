@@ -17,7 +17,7 @@ from schoolhouse_wire.codec import Arguments, on_cpu
 from schoolhouse_wire.memory import memory_of, version_of
 from torch import nn
 
-from schoolhouse.errors import SchoolhouseError, TeacherForwardError
+from schoolhouse.errors import SchoolhouseError, TeacherForwardError, UnknownTapError
 from schoolhouse.taps import (
     Tap,
     TapLike,
@@ -25,6 +25,7 @@ from schoolhouse.taps import (
     as_tap,
     as_taps,
     check_modules,
+    layout_of,
     map_tensors,
     module_names,
     run_with_taps,
@@ -99,13 +100,14 @@ class LocalTeacher:
         name: for messages.
         early_stop: let a forward end after its last tap where that makes no difference: no tapped module runs again,
             none of the features is written into, and no random number is drawn. That is learned from one whole forward
-            for each structure of inputs, with their shapes, dtypes and plain values. Switch it off for a module that
-            decides by the values in tensors how often a layer runs, or what is written into its output.
+            for each structure of inputs, with their shapes, strides, dtypes and plain values. Switch it off for a
+            module that decides by the values in tensors how often a layer runs, or what is written into its output.
     """
 
     def __init__(self, module: nn.Module, name: str = "teacher", *, early_stop: bool = True) -> None:
         self.module = module.requires_grad_(False).eval()
         self._plain = without_compiler(module)
+        self._weights = [*module.parameters(), *module.buffers()]
         self._compiled = any(map(_is_compiled, module.modules()))
         self._name = name
         self._early_stop = early_stop
@@ -165,7 +167,12 @@ class LocalTeacher:
 
     def _run(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
         """Run the module, on copies of its inputs until it is known to leave such inputs alone."""
-        key = (taps, signature_of(inputs))
+        key = (
+            taps,
+            signature_of(inputs, layout=layout_of),
+            _autocast(),
+            tuple(weight.dtype for weight in self._weights),
+        )
         known = self._learned.get(key)
         trusted = known is not None and known.leaves_inputs
         used = inputs if trusted else map_tensors(inputs, torch.clone)
@@ -179,7 +186,7 @@ class LocalTeacher:
                 "no longer what it was. Make the forward work on a clone"
             )
         if known is None:
-            owned = storages_of([*self._plain.parameters(), *self._plain.buffers()])
+            owned = storages_of(self._weights)
             known = _Learned(not changed, self._early_stop and bool(may_stop), bool(owned & storages_of(values)))
             self._learned[key] = known
             if len(self._learned) > _MAX_LEARNED:
@@ -194,9 +201,19 @@ class LocalTeacher:
         if taps == (Tap(""),):
             return {taps[0]: self.module(*inputs, **inputs.kwargs)}, False
         random = _random_state(inputs) if known is None else None
-        with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
-            values, may_stop = run_with_taps(self._plain, inputs, taps, stop=known is not None and known.may_stop)
+        stop = known is not None and known.may_stop
+        try:
+            values, may_stop = self._run_plain(inputs, taps, stop)
+        except UnknownTapError:
+            if self._compiled or not any(map(_is_compiled, self.module.modules())):
+                raise
+            self._compiled = True  # it was compiled after it was given
+            values, may_stop = self._run_plain(inputs, taps, stop)
         return values, may_stop and (random is None or random == _random_state(inputs))
+
+    def _run_plain(self, inputs: Arguments, taps: tuple[Tap, ...], stop: bool) -> tuple[dict[Tap, Any], bool | None]:
+        with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
+            return run_with_taps(self._plain, inputs, taps, stop=stop)
 
     def close(self) -> None:
         """Nothing to free: the module is the caller's."""
@@ -210,6 +227,12 @@ class LocalTeacher:
 
 def _is_compiled(module: nn.Module) -> bool:
     return without_compiler(module) is not module or module._compiled_call_impl is not None
+
+
+def _autocast() -> tuple[Any, ...]:
+    """What decides whether a cast in a forward makes a copy."""
+    kinds = ("cpu", "cuda")
+    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
 
 
 def _random_state(inputs: Arguments) -> list[bytes]:

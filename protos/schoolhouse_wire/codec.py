@@ -160,6 +160,14 @@ def dim_order(tensor: torch.Tensor) -> _DimOrder | None:
     return () if tensor.is_contiguous() else None
 
 
+def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the dimensions in the same order in memory, or, of a dtype that torch cannot copy, itself."""
+    try:
+        return tensor.detach().clone()
+    except (NotImplementedError, RuntimeError):
+        return tensor
+
+
 def _in_memory_order(tensor: torch.Tensor, order: _DimOrder) -> torch.Tensor:
     return tensor.detach().permute(order) if order else tensor
 
@@ -256,7 +264,10 @@ class _Packer:
         self._index[id(tensor)] = index = len(self.tensors)
         header = self.bundle.tensors.add(dtype=dtype)
         header.shape.extend(tensor.shape)
-        order = dim_order(tensor) or ()
+        order = dim_order(tensor)
+        if order is None:
+            tensor = _without_gaps(tensor)
+            order = dim_order(tensor) or ()
         header.dim_order.extend(order)
         self.tensors.append(on_cpu(_in_memory_order(tensor, order)))
         return index

@@ -23,9 +23,12 @@ class DaemonExecutor(Executor):
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._workers = 0
+        self._ended = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
         """Run `fn(*args, **kwargs)` in a thread; waits for a free one beyond `max_workers`."""
+        if self._ended:
+            raise RuntimeError("cannot schedule new futures after shutdown")
         future: Future[Any] = Future()
         self._queue.put((future, lambda: fn(*args, **kwargs)))
         if not self._idle.acquire(blocking=False):
@@ -33,7 +36,8 @@ class DaemonExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the idle threads end; running calls are not waited for."""
+        """Let the threads end after what was submitted; it is never waited for, nor cancelled."""
+        self._ended = True
         with self._lock:
             for _ in range(self._workers):
                 self._queue.put(None)

@@ -1,5 +1,6 @@
 """A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
 
+import atexit
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,6 +97,7 @@ class Replica:
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
         server.start()
         self._server = server
+        atexit.register(self.close, 0.0)  # a thread that is within torch when the interpreter ends aborts the process
         return self
 
     def load(self, name: str) -> directory_pb2.Load:
@@ -106,7 +108,8 @@ class Replica:
         )
 
     def close(self, grace_s: float = 0.5) -> None:
-        """Stop listening and end all sessions."""
+        """Stop listening and end all sessions. A process that ends does it by itself."""
+        atexit.unregister(self.close)
         self._directory.close()
         if self._server is not None:
             self._server.stop(grace_s).wait(grace_s + 5)
