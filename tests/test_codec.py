@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from schoolhouse_wire import codec, framing
+from schoolhouse_wire import codec, framing, tensors
 from schoolhouse_wire.errors import CorruptPayloadError, MessageTooLargeError, ProtocolError, UnsupportedValueError
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2, values_pb2
@@ -41,7 +41,7 @@ def raw(tensor):
     return plain.contiguous().reshape(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("dtype", list(codec.DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", list(tensors.DTYPES), ids=str)
 def test_every_dtype(dtype):
     data = torch.arange(64, dtype=torch.uint8)
     tensor = (data % 2).to(torch.bool) if dtype == torch.bool else data.view(dtype)
@@ -86,7 +86,7 @@ def test_a_wrong_order_of_dimensions_is_refused(order):
 def test_the_table_of_dtypes_is_whole():
     quantized = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
     every = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-    assert set(codec.DTYPES) == every - quantized
+    assert set(tensors.DTYPES) == every - quantized
 
 
 def test_structures():

@@ -6,7 +6,7 @@ import math
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schoolhouse_wire import codec, framing
+from schoolhouse_wire import codec, framing, tensors
 from schoolhouse_wire.errors import SchoolhouseError
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
@@ -17,7 +17,7 @@ SMALL = Limits(max_payload_bytes=1 << 20)
 
 @st.composite
 def tensors(draw):
-    dtype = draw(st.sampled_from(list(codec.DTYPES)))
+    dtype = draw(st.sampled_from(list(tensors.DTYPES)))
     shape = draw(st.lists(st.integers(0, 4), max_size=4))
     count = math.prod(shape) * dtype.itemsize
     data = torch.tensor(list(draw(st.binary(min_size=count, max_size=count))), dtype=torch.uint8)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import xxhash
-from schoolhouse_wire.codec import Arguments, on_cpu
+from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import memory_of, version_of
+from schoolhouse_wire.tensors import on_cpu
 from torch import nn
 
 from schoolhouse.errors import SchoolhouseError, TeacherForwardError, UnknownTapError

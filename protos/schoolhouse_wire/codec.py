@@ -21,18 +21,20 @@ from schoolhouse_wire.errors import (
 )
 from schoolhouse_wire.limits import ALIGNMENT, Limits
 from schoolhouse_wire.records import build_record, record_of
+from schoolhouse_wire.tensors import (
+    DTYPE_OF_NUMBER,
+    DTYPES,
+    DimOrder,
+    dim_order,
+    in_memory_order,
+    on_cpu,
+    view_of,
+    without_gaps,
+)
 from schoolhouse_wire.v1 import values_pb2
 
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CACHED_HEADER_BYTES = 4096
 _INT64 = range(-(1 << 63), 1 << 63)
-
-DTYPES: dict[torch.dtype, int] = {
-    getattr(torch, name.lower()): number
-    for name, number in values_pb2.DType.items()
-    if number and hasattr(torch, name.lower())
-}
-_BY_NUMBER = {number: dtype for dtype, number in DTYPES.items()}
 
 
 class Arguments(tuple[Any, ...]):
@@ -72,7 +74,7 @@ class Opaque:
 
 def tensor_nbytes(header: values_pb2.TensorHeader) -> int:
     """Bytes that a declared tensor takes in the payload."""
-    dtype = _BY_NUMBER.get(header.dtype)
+    dtype = DTYPE_OF_NUMBER.get(header.dtype)
     if dtype is None:
         raise ProtocolError(f"a tensor of the unknown dtype number {header.dtype} was declared")
     return math.prod(header.shape) * dtype.itemsize
@@ -113,7 +115,7 @@ def pack(value: Any, *, opaque: bool = False) -> Declared:
     """
     flat = _flat_spec(value)
     if flat is not None:
-        tensors = [_in_memory_order(tensor, order) for tensor, (_, _, order) in zip(value, flat, strict=True)]
+        tensors = [in_memory_order(tensor, order) for tensor, (_, _, order) in zip(value, flat, strict=True)]
         return Declared(*_flat_header(type(value) is list, flat), tensors)
     packer = _Packer(opaque)
     packer.put(packer.bundle.root, value, "value", 0)
@@ -121,8 +123,7 @@ def pack(value: Any, *, opaque: bool = False) -> Declared:
     return Declared(packer.bundle.SerializeToString(), nbytes, packer.tensors)
 
 
-_DimOrder: TypeAlias = tuple[int, ...]
-_Spec: TypeAlias = tuple[tuple[torch.dtype, torch.Size, _DimOrder], ...]
+_Spec: TypeAlias = tuple[tuple[torch.dtype, torch.Size, DimOrder], ...]
 
 
 def _flat_spec(value: Any) -> _Spec | None:
@@ -140,36 +141,6 @@ def _flat_spec(value: Any) -> _Spec | None:
     if None in orders:
         return None
     return tuple((tensor.dtype, tensor.shape, order or ()) for tensor, order in zip(value, orders, strict=True))
-
-
-def dim_order(tensor: torch.Tensor) -> _DimOrder | None:
-    """Its dimensions by their place in memory, outermost first; () if it is row-major, None if it has gaps.
-
-    The strides of dimensions of size 1 count too: by them kernels choose a layout for what they return.
-    """
-    strides, step = tensor.stride(), 1
-    for size, stride in zip(reversed(tensor.shape), reversed(strides), strict=True):
-        if stride != step:
-            break
-        step *= max(size, 1)
-    else:
-        return ()
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], tensor.shape[dim] == 1)))
-    if tensor.permute(order).is_contiguous():
-        return order
-    return () if tensor.is_contiguous() else None
-
-
-def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the dimensions in the same order in memory, or, of a dtype that torch cannot copy, itself."""
-    try:
-        return tensor.detach().clone()
-    except (NotImplementedError, RuntimeError):
-        return tensor
-
-
-def _in_memory_order(tensor: torch.Tensor, order: _DimOrder) -> torch.Tensor:
-    return tensor.detach().permute(order) if order else tensor
 
 
 @functools.lru_cache(maxsize=512)
@@ -266,22 +237,11 @@ class _Packer:
         header.shape.extend(tensor.shape)
         order = dim_order(tensor)
         if order is None:
-            tensor = _without_gaps(tensor)
+            tensor = without_gaps(tensor)
             order = dim_order(tensor) or ()
         header.dim_order.extend(order)
-        self.tensors.append(on_cpu(_in_memory_order(tensor, order)))
+        self.tensors.append(on_cpu(in_memory_order(tensor, order)))
         return index
-
-
-def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as plain contiguous memory on CPU; the tensor itself where it already is that."""
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    if plain.is_contiguous():
-        return plain
-    same_size = _SAME_SIZE.get(plain.dtype.itemsize)
-    if same_size is None:
-        return plain.contiguous()
-    return plain.view(same_size).contiguous().view(plain.dtype)  # torch cannot copy every dtype as itself
 
 
 def _put_scalar(node: values_pb2.Value, value: Any, where: str) -> None:
@@ -314,7 +274,7 @@ class Layout:
     """A received declaration, checked: the structure, and where each tensor lies in the payload."""
 
     root: values_pb2.Value
-    tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...], _DimOrder], ...]  # start, count, dtype, shape, order
+    tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...], DimOrder], ...]  # start, count, dtype, shape, order
     nbytes: int
     flat: bool  # a list or Arguments of all the tensors in their order
 
@@ -356,7 +316,7 @@ def _layout(header: bytes, limits: Limits) -> Layout:
         (
             start,
             math.prod(declared.shape),
-            _BY_NUMBER[declared.dtype],
+            DTYPE_OF_NUMBER[declared.dtype],
             tuple(declared.shape),
             tuple(declared.dim_order),
         )
@@ -387,25 +347,10 @@ def unpack(layout: Layout, payload: Any, limits: Limits) -> Any:
         CorruptPayloadError: if the structure and the declarations do not fit together.
         MessageTooLargeError: if the structure is nested deeper than `limits` allow.
     """
-    tensors = [_view(payload, *slot) for slot in layout.tensors]
+    tensors = [view_of(payload, *slot) for slot in layout.tensors]
     if layout.flat:
         return tensors if layout.root.HasField("list") else Arguments(tensors)
     return _Unpacker(tensors, limits.max_nesting).get(layout.root, 0)
-
-
-def _view(
-    payload: Any, start: int, count: int, dtype: torch.dtype, shape: tuple[int, ...], order: _DimOrder
-) -> torch.Tensor:
-    try:
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        plain = torch.frombuffer(payload, dtype=dtype, count=count, offset=start)
-        if not order:
-            return plain.view(shape)
-        places = [order.index(dim) for dim in range(len(order))]
-        return plain.view([shape[dim] for dim in order]).permute(places)
-    except RuntimeError as err:  # a zero dimension beside sizes whose product torch refuses
-        raise ProtocolError(f"a tensor of the impossible shape {shape} was declared") from err
 
 
 class _Unpacker:

@@ -1,0 +1,80 @@
+"""Tensors as memory: their dtypes on the wire, the order of their dimensions, and views of received bytes."""
+
+from typing import Any, TypeAlias
+
+import torch
+
+from schoolhouse_wire.errors import ProtocolError
+from schoolhouse_wire.v1 import values_pb2
+
+DimOrder: TypeAlias = tuple[int, ...]
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+DTYPES: dict[torch.dtype, int] = {
+    getattr(torch, name.lower()): number
+    for name, number in values_pb2.DType.items()
+    if number and hasattr(torch, name.lower())
+}
+DTYPE_OF_NUMBER = {number: dtype for dtype, number in DTYPES.items()}
+
+
+def dim_order(tensor: torch.Tensor) -> DimOrder | None:
+    """Its dimensions by their place in memory, outermost first; () if it is row-major, None if it has gaps.
+
+    The strides of dimensions of size 1 count too: by them kernels choose a layout for what they return.
+    """
+    strides, step = tensor.stride(), 1
+    for size, stride in zip(reversed(tensor.shape), reversed(strides), strict=True):
+        if stride != step:
+            break
+        step *= max(size, 1)
+    else:
+        return ()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], tensor.shape[dim] == 1)))
+    if tensor.permute(order).is_contiguous():
+        return order
+    return () if tensor.is_contiguous() else None
+
+
+def without_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the dimensions in the same order in memory, or, of a dtype that torch cannot copy, itself."""
+    try:
+        return tensor.detach().clone()
+    except (NotImplementedError, RuntimeError):
+        return tensor
+
+
+def in_memory_order(tensor: torch.Tensor, order: DimOrder) -> torch.Tensor:
+    """The tensor with its dimensions in their order in memory, outermost first."""
+    return tensor.detach().permute(order) if order else tensor
+
+
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as plain contiguous memory on CPU; the tensor itself where it already is that."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
+    if plain.is_contiguous():
+        return plain
+    same_size = _SAME_SIZE.get(plain.dtype.itemsize)
+    if same_size is None:
+        return plain.contiguous()
+    return plain.view(same_size).contiguous().view(plain.dtype)  # torch cannot copy every dtype as itself
+
+
+def view_of(
+    payload: Any, start: int, count: int, dtype: torch.dtype, shape: tuple[int, ...], order: DimOrder
+) -> torch.Tensor:
+    """A tensor over a part of a received payload.
+
+    Raises:
+        ProtocolError: if no tensor has such a shape.
+    """
+    try:
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        plain = torch.frombuffer(payload, dtype=dtype, count=count, offset=start)
+        if not order:
+            return plain.view(shape)
+        places = [order.index(dim) for dim in range(len(order))]
+        return plain.view([shape[dim] for dim in order]).permute(places)
+    except RuntimeError as err:  # a zero dimension beside sizes whose product torch refuses
+        raise ProtocolError(f"a tensor of the impossible shape {shape} was declared") from err
