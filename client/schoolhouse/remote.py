@@ -178,8 +178,10 @@ class RemoteTeacher:
             return sum((session.traffic for session in self._sessions.values()), self._past_traffic)
 
     def close(self) -> None:
-        """End the sessions; what is unanswered fails with `TeacherUnavailableError`. It happens by itself when the
-        teacher is garbage collected."""
+        """End the sessions; what is unanswered fails with `TeacherUnavailableError`.
+
+        It happens by itself when nobody holds the teacher, or a future of its, any more.
+        """
         self._closed = True
         _shut(self._sessions, self._wake)
 
