@@ -84,3 +84,9 @@ def config(teacher, criterion=None, balancer=None, **more):
 
 def converted(student, *args, **kwargs):
     return sh.convert(student, mode=[("kd_loss", config(*args, **kwargs))])
+
+
+def some_logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
+    """Logits of a student and of a teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype) for _ in range(2)]

@@ -4,15 +4,8 @@ import math
 
 import pytest
 import torch
+from models import some_logits
 from schoolhouse import functional
-from schoolhouse.losses import (
-    DKDLoss,
-    JSDLoss,
-    LogitsDistillationLoss,
-    MFTLoss,
-    ReverseKLLoss,
-    SkewedKLLoss,
-)
 
 INF = math.inf
 SETTINGS = [0.0, 0.1, 0.5, 0.9]
@@ -27,7 +20,6 @@ DIVERGENCES = {
     "skewed, reverse": lambda s, t, **k: functional.skewed_kl(s, t, reverse=True, **k),
 }
 LABELED = {"mft": functional.mft, "dkd": functional.dkd}
-MODULES = [LogitsDistillationLoss, ReverseKLLoss, JSDLoss, SkewedKLLoss, MFTLoss, DKDLoss]
 
 
 def softmax(logits, temperature=1.0):
@@ -65,11 +57,6 @@ def corrected(t, label, threshold):
     else:  # (1 - x) * t[label] + x = min(1, t[label] + threshold)
         x = (min(1.0, t[label] + threshold) - t[label]) / (1 - t[label])
     return [(1 - x) * p + x * (c == label) for c, p in enumerate(t)]
-
-
-def some_logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype) for _ in range(2)]
 
 
 def expected(formula, student, teacher, temperature, *labels):
@@ -375,94 +362,3 @@ def test_mft_takes_labels_flat_or_of_the_logits_shape(reduction):
 def test_dkd_needs_two_classes():
     with pytest.raises(ValueError, match="2 classes or more"):
         functional.dkd(torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
-
-
-class ModelOutput:
-    logits = torch.zeros(2, 3)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_what_is_not_a_tensor_is_refused_with_advice(module):
-    labels = (torch.zeros(2, dtype=torch.int64),) if module in (MFTLoss, DKDLoss) else ()
-    for pair, whose in [
-        ((ModelOutput(), torch.zeros(2, 3)), "student"),
-        ((torch.zeros(2, 3), ModelOutput()), "teacher"),
-    ]:
-        with pytest.raises(TypeError, match=rf"{whose}'s logits came as .*ModelOutput.*\"lm_head\".*`\.logits`"):
-            module()(*pair, *labels)
-
-
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("reduction", ["none", "mean", "batchmean", "sum"])
-def test_modules_hold_the_settings_of_the_functions(module, reduction):
-    student, teacher = some_logits(4, 5)
-    labels = torch.tensor([0, 4, 2, 1])
-    cases = {
-        LogitsDistillationLoss: (functional.logits_distillation, {}),
-        ReverseKLLoss: (functional.reverse_kl, {}),
-        JSDLoss: (functional.jsd, {"beta": 0.3}),
-        SkewedKLLoss: (functional.skewed_kl, {"alpha": 0.3, "reverse": True}),
-        MFTLoss: (functional.mft, {"threshold": 0.4}),
-        DKDLoss: (functional.dkd, {"alpha": 2.0, "beta": 3.0}),
-    }
-    function, settings = cases[module]
-    inputs = (student, teacher, labels) if module in (MFTLoss, DKDLoss) else (student, teacher)
-    made = module(temperature=3.0, reduction=reduction, **settings)
-    want = function(*inputs, temperature=3.0, reduction=reduction, **settings)
-    assert torch.equal(made(*inputs), want)
-    each = function(*inputs, temperature=3.0, reduction="none", **settings)
-    each = each.sum(-1) if module is MFTLoss else each
-    assert torch.equal(made.per_example(student, teacher, labels), each)
-
-
-@pytest.mark.parametrize("module", [MFTLoss, DKDLoss])
-def test_per_example_needs_labels_and_keeps_shapes(module):
-    student, teacher = some_logits(2, 3, 5)
-    labels = torch.tensor([[0, 1, 2], [3, 4, 0]])
-    each = module().per_example(student, teacher, labels)
-    flat = module().per_example(student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten())
-    assert torch.equal(each, flat.reshape(2, 3))
-    with pytest.raises(ValueError, match=f"{module.__name__} needs labels"):
-        module().per_example(student, teacher)
-
-
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", 0.0),
-        ("temperature", -1.0),
-        ("temperature", math.nan),
-        ("temperature", INF),
-        ("reduction", "avg"),
-    ],
-)
-def test_settings_of_all_are_refused_at_once(module, field, value):
-    with pytest.raises(ValueError, match=rf"{field} is .*(above 0|'mean', 'batchmean', 'sum', 'none')"):
-        module(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("module", "field", "value", "choices"),
-    [
-        (JSDLoss, "beta", -0.1, "between 0 and 1"),
-        (JSDLoss, "beta", 1.1, "between 0 and 1"),
-        (JSDLoss, "beta", math.nan, "between 0 and 1"),
-        (SkewedKLLoss, "alpha", -0.1, "0 or above and below 1"),
-        (SkewedKLLoss, "alpha", 1.0, "0 or above and below 1"),
-        (MFTLoss, "threshold", -0.1, "between 0 and 1"),
-        (MFTLoss, "threshold", 1.1, "between 0 and 1"),
-        (DKDLoss, "alpha", -1.0, "0 or above"),
-        (DKDLoss, "beta", INF, "finite"),
-    ],
-)
-def test_settings_of_one_are_refused_at_once(module, field, value, choices):
-    with pytest.raises(ValueError, match=f"{field} is .*{choices}"):
-        module(**{field: value})
-
-
-def test_defaults_are_those_documented():
-    assert (MFTLoss()._temperature, MFTLoss()._threshold, MFTLoss()._reduction) == (1.0, 0.2, "batchmean")
-    assert (LogitsDistillationLoss()._temperature, LogitsDistillationLoss()._reduction) == (1.0, "mean")
-    for module in MODULES[1:]:
-        assert module().reduction == "batchmean"

@@ -208,6 +208,42 @@ def test_threads_cannot_mix_their_batches(teacher, x):
     assert torch.isfinite((model(x), model.compute_kd_loss())[1])
 
 
+class Saves(nn.Module):
+    """Takes its time to give its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 5)
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def get_extra_state(self):
+        self.inside.set()
+        assert self.go_on.wait(30)
+        return {"n": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def test_a_forward_waits_for_another_threads_checkpoint(teacher, x):
+    student = Saves()
+    model = converted(student, teacher, nn.MSELoss())
+    states = []
+    saver = threading.Thread(target=lambda: states.append(model.state_dict()))
+    saver.start()
+    assert student.inside.wait(30)
+    threading.Timer(0.3, student.go_on.set).start()
+    output = model(x)
+    assert student.go_on.is_set()
+    answer = teacher.submit((x,), {}, [""]).result()[""]
+    assert torch.equal(model.compute_kd_loss(), F.mse_loss(output, answer))
+    saver.join(30)
+    assert sorted(states[0]) == ["_extra_state", "fc.bias", "fc.weight"]
+
+
 class Fails(nn.Module):
     def __init__(self, seed):
         super().__init__()

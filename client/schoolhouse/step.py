@@ -106,11 +106,12 @@ class Distillation:
     only_teacher: bool = False
     handles: list[Any] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
-    lock: Any = field(default_factory=threading.RLock)  # held while a forward runs
+    lock: Any = field(default_factory=threading.RLock)  # held while a forward runs, or the state is read or loaded
+    running: int | None = None  # the thread whose forward runs
     depth: int = 0  # of forwards within one another
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = dict.fromkeys(("step", "alone", "recording", "ended", "recomputing"))
+        transient = dict.fromkeys(("step", "alone", "recording", "ended", "recomputing", "running"))
         return {name: value for name, value in {**self.__dict__, **transient, "depth": 0}.items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -133,11 +134,13 @@ class Distillation:
 
     def enter(self) -> bool:
         """Begin a forward; until `leave`, no other thread may. False for one within another, which is a part of it."""
-        if not self.lock.acquire(blocking=False):
+        if self.running not in (None, threading.get_ident()):
             raise FeatureMismatchError(
                 "the model runs in another thread, and the two forwards would mix their batches: give each thread a "
                 "copy.deepcopy of the model, or take turns"
             )
+        self.lock.acquire()  # another thread may be saving the state
+        self.running = threading.get_ident()
         self.depth += 1
         return self.depth == 1
 
@@ -145,7 +148,7 @@ class Distillation:
         """End a forward, whether it came to its end or not."""
         self.depth -= 1
         if self.depth == 0:
-            self.recording = None
+            self.recording = self.running = None
         self.lock.release()
 
     def ask(self, args: Any, kwargs: Any, training: bool) -> Step:

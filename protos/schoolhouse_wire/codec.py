@@ -6,7 +6,7 @@ rebuilds the value over one received buffer, without copying. Field names of rec
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from schoolhouse_wire.errors import (
     ProtocolError,
     UnsupportedValueError,
 )
-from schoolhouse_wire.limits import ALIGNMENT, Limits
+from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.records import build_record, record_of
 from schoolhouse_wire.tensors import (
     DTYPE_OF_NUMBER,
@@ -27,7 +27,9 @@ from schoolhouse_wire.tensors import (
     DimOrder,
     dim_order,
     in_memory_order,
+    offsets,
     on_cpu,
+    tensor_nbytes,
     view_of,
     without_gaps,
 )
@@ -70,29 +72,6 @@ class Opaque:
             f"the teacher's {self.type_name} stayed with the teacher, since such objects cannot travel; "
             f"{name!r} of it cannot be read here"
         )
-
-
-def tensor_nbytes(header: values_pb2.TensorHeader) -> int:
-    """Bytes that a declared tensor takes in the payload."""
-    dtype = DTYPE_OF_NUMBER.get(header.dtype)
-    if dtype is None:
-        raise ProtocolError(f"a tensor of the unknown dtype number {header.dtype} was declared")
-    return math.prod(header.shape) * dtype.itemsize
-
-
-def aligned(offset: int) -> int:
-    """`offset` rounded up to the alignment of a tensor."""
-    return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def offsets(sizes: Iterable[int]) -> Iterator[int]:
-    """Where each tensor starts; the last item is where the payload ends."""
-    end = 0
-    for size in sizes:
-        start = aligned(end)
-        yield start
-        end = start + size
-    yield end
 
 
 @dataclass(frozen=True)

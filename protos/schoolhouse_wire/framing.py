@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from schoolhouse_wire import codec, memory
 from schoolhouse_wire.errors import CorruptPayloadError, MessageTooLargeError, ProtocolError
 from schoolhouse_wire.limits import ALIGNMENT, FRAME_BYTES, INLINE_BYTES, Limits
+from schoolhouse_wire.tensors import aligned
 from schoolhouse_wire.v1 import teacher_pb2
 
 M = TypeVar("M", bound=Message)
@@ -146,7 +147,7 @@ class Outgoing:
     def _small_slices(self) -> Iterator[bytes]:
         end = 0
         for tensor in self._tensors:
-            start = codec.aligned(end)
+            start = aligned(end)
             yield bytes(start - end)
             yield ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b""
             end = start + tensor.nbytes
@@ -154,7 +155,7 @@ class Outgoing:
     def _slices(self) -> Iterator[memoryview]:
         end = 0
         for tensor in self._tensors:
-            start = codec.aligned(end)
+            start = aligned(end)
             if start > end:
                 yield _PADDING[: start - end]
             yield memory.memory_of(tensor)

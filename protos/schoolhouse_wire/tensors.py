@@ -1,10 +1,13 @@
-"""Tensors as memory: their dtypes on the wire, the order of their dimensions, and views of received bytes."""
+"""Tensors as memory: their dtypes on the wire, their places in a payload, the order of their dimensions."""
 
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
 
 from schoolhouse_wire.errors import ProtocolError
+from schoolhouse_wire.limits import ALIGNMENT
 from schoolhouse_wire.v1 import values_pb2
 
 DimOrder: TypeAlias = tuple[int, ...]
@@ -16,6 +19,29 @@ DTYPES: dict[torch.dtype, int] = {
     if number and hasattr(torch, name.lower())
 }
 DTYPE_OF_NUMBER = {number: dtype for dtype, number in DTYPES.items()}
+
+
+def tensor_nbytes(header: values_pb2.TensorHeader) -> int:
+    """Bytes that a declared tensor takes in the payload."""
+    dtype = DTYPE_OF_NUMBER.get(header.dtype)
+    if dtype is None:
+        raise ProtocolError(f"a tensor of the unknown dtype number {header.dtype} was declared")
+    return math.prod(header.shape) * dtype.itemsize
+
+
+def aligned(offset: int) -> int:
+    """`offset` rounded up to the alignment of a tensor."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def offsets(sizes: Iterable[int]) -> Iterator[int]:
+    """Where each tensor starts; the last item is where the payload ends."""
+    end = 0
+    for size in sizes:
+        start = aligned(end)
+        yield start
+        end = start + size
+    yield end
 
 
 def dim_order(tensor: torch.Tensor) -> DimOrder | None:
