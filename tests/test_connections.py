@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -80,6 +81,32 @@ def test_a_fork_keeps_the_revision_that_was_begun_with():
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     teacher.close()
+
+
+def test_a_fork_that_closes_a_teacher_leaves_the_parents_sessions():
+    x = torch.ones(1, 2)
+    held, free = threading.Event(), threading.Event()
+
+    def hold():
+        with teacher._wake:  # as a thread of the parent may at any time
+            held.set()
+            free.wait(30)
+
+    with served_elsewhere(1.0) as url, sh.connect(url) as teacher:
+        teacher.submit((x,), {}, [""]).result()
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(30)
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not what the test runner does at it
+            signal.alarm(20)
+            teacher.close()
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        free.set()
+        holder.join(30)
+        assert teacher.submit((x,), {}, [""]).result(20)[""].tolist() == [[2, 2]]
 
 
 def test_pings_of_a_client_that_waits_are_welcome():

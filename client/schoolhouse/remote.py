@@ -1,5 +1,6 @@
 """RemoteTeacher: the Teacher protocol over gRPC, on whichever live replica has the least to do."""
 
+import atexit
 import contextlib
 import functools
 import heapq
@@ -32,6 +33,7 @@ from schoolhouse.teachers import Features, TeacherDescription
 
 _MAX_KNOWN_TAPS = 256
 _REFRESH_TIMEOUT_S = 2.0
+_EXIT_TIMEOUT_S = 5.0
 _MAX_SETTING = 1e6  # about 12 days, in seconds; beyond what clocks and locks take, a wait fails at once
 
 
@@ -108,8 +110,7 @@ class RemoteTeacher:
         self._deadlines: list[tuple[float, int]] = []
         self._ids = itertools.count()
         self._watchdog: threading.Thread | None = None
-        self._finalizer = weakref.finalize(self, _shut, self._sessions, self._wake)
-        self._finalizer.atexit = False
+        weakref.finalize(self, _shut, self._pid, self._sessions, self._wake).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self.url, self._settings, self._pinned))
@@ -148,7 +149,6 @@ class RemoteTeacher:
         if self._closed:
             raise ConfigError(f"{self!r} is closed; connect again")
         if self._pid != os.getpid():
-            self._finalizer.detach()  # the sessions are the parent's
             self._reset()
         description = self._description or self.describe()
         wanted = self._checked(tuple(taps))
@@ -183,7 +183,7 @@ class RemoteTeacher:
         It happens by itself when nobody holds the teacher, or a future of its, any more.
         """
         self._closed = True
-        _shut(self._sessions, self._wake)
+        _shut(self._pid, self._sessions, self._wake)
 
     def _watch(self, request: Request) -> None:
         """Hold the request to its deadline, and take it off when it is done."""
@@ -276,6 +276,9 @@ class RemoteTeacher:
         return session.outstanding if session is not None else 0
 
     def _open(self, address: str, request: Request) -> Session:
+        _in_use.add(self)
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)  # to run before what was registered earlier, such as the close of a server here
         session = Session(
             address,
             self._name,
@@ -341,10 +344,26 @@ def _rebuild(url: str, settings: dict[str, Any], pinned: str) -> RemoteTeacher:
     return teacher
 
 
+_in_use: "weakref.WeakSet[RemoteTeacher]" = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """A thread that is within torch or gRPC when the interpreter ends aborts the process."""
+    sessions: list[Session] = []
+    for teacher in list(_in_use):
+        sessions += teacher._sessions.values()
+        teacher.close()
+    deadline = time.monotonic() + _EXIT_TIMEOUT_S
+    for session in sessions:
+        session.join(max(deadline - time.monotonic(), 0.0))
+
+
 # What runs beside a teacher must not keep it alive: it closes when nobody uses it any more.
 
 
-def _shut(sessions: dict[str, Session], wake: threading.Condition) -> None:
+def _shut(pid: int, sessions: dict[str, Session], wake: threading.Condition) -> None:
+    if pid != os.getpid():
+        return  # a fork: the sessions are the parent's, and the lock may be held by a thread that is not here
     for session in list(sessions.values()):
         session.close()
     with wake:

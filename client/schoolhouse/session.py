@@ -119,7 +119,8 @@ class Session:
         )
         self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
         self._call: Any = stub(self._outbox)
-        threading.Thread(target=self._read, name=f"schoolhouse-session-{self.address}", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name=f"schoolhouse-session-{self.address}", daemon=True)
+        self._reader.start()
         if not self._opened.wait(timeout_s):
             self.close()
             raise TeacherUnavailableError(f"no teacher answered at {self.address} within {timeout_s} s")
@@ -156,6 +157,10 @@ class Session:
         self._outbox.close()
         self._call.cancel()
         self._channel.close()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until a closed session's thread is at its end."""
+        self._reader.join(timeout_s)
 
     def _pump(self) -> None:
         """Send what waits, as far as the window that the replica granted goes."""

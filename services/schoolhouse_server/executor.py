@@ -2,10 +2,12 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
+_END_TIMEOUT_S = 5.0
 _Work = tuple["Future[Any]", Callable[[], Any]]
 
 
@@ -22,7 +24,7 @@ class DaemonExecutor(Executor):
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
-        self._workers = 0
+        self._workers: list[threading.Thread] = []
         self._ended = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
@@ -36,19 +38,21 @@ class DaemonExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the threads end after what was submitted; it is never waited for, nor cancelled."""
-        self._ended = True
+        """Let the threads end after what was submitted, and wait for them, 5 s at most; nothing is cancelled."""
         with self._lock:
-            for _ in range(self._workers):
+            self._ended = True
+            for _ in self._workers:
                 self._queue.put(None)
+        deadline = time.monotonic() + (_END_TIMEOUT_S if wait else 0.0)
+        for worker in self._workers:
+            worker.join(max(deadline - time.monotonic(), 0.0))
 
     def _start_worker(self) -> None:
         with self._lock:
-            if self._workers == self._max_workers:
-                return
-            self._workers += 1
-            name = f"{self._name}-{self._workers}"
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+            if len(self._workers) < self._max_workers:
+                name = f"{self._name}-{len(self._workers) + 1}"
+                self._workers.append(threading.Thread(target=self._work, name=name, daemon=True))
+                self._workers[-1].start()
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
