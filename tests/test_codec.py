@@ -20,8 +20,8 @@ class Point:
     label: str
 
 
-def trip(value):
-    outgoing = framing.Outgoing(value, limits=Limits(), snapshot=False)
+def trip(value, snapshot=False):
+    outgoing = framing.Outgoing(value, limits=Limits(), snapshot=snapshot)
     incoming = framing.Incoming(outgoing.header, outgoing.payload, Limits())
     for message in outgoing.frames(7):
         frame = framing.read_message(teacher_pb2.ServerMessage, message)
@@ -38,7 +38,7 @@ def raw(tensor):
     """The bytes of a tensor's elements in row-major order; torch cannot copy every dtype as itself."""
     same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.dtype.itemsize)
     plain = tensor if same_size is None else tensor.view(same_size)
-    return plain.contiguous().reshape(-1).view(torch.uint8)
+    return plain.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", list(tensors.DTYPES), ids=str)
@@ -72,6 +72,17 @@ def test_what_has_gaps_or_overlaps_becomes_row_major(tensor):
     back = trip([tensor])[0]
     assert back.is_contiguous()
     assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float32, torch.complex128])
+def test_one_element_or_none_may_have_any_stride(dtype):
+    large = torch.zeros(1 << 17, dtype=torch.uint8)  # so that the payload travels in frames
+    one, none = torch.arange(4).to(dtype)[3::2], torch.zeros(4, dtype=dtype)[4::2]
+    assert (one.stride(), none.stride()) == ((2,), (2,))
+    for value in ([one, none], [large, one, none]):
+        for snapshot in (True, False):
+            back = trip(value, snapshot=snapshot)
+            assert [t.tolist() for t in back] == [t.tolist() for t in value]
 
 
 @pytest.mark.parametrize("order", [[0], [0, 0], [0, 2], [0, 1, 2], [1, 0, 0]])

@@ -122,6 +122,18 @@ def test_separate_calls_compare_the_values_that_were(teacher, how, teacher_first
         model.compute_kd_loss()
 
 
+def test_a_batch_of_one_with_any_stride(teacher):
+    model = converted(Net(), teacher)
+    x = torch.randn(3, 8)[2::2]
+    assert x.stride() == (16, 1)
+    for batch in (x, x[:, :1].expand(1, 8), torch.randn(8).as_strided((1, 8), (3, 1))):
+        with model.only_teacher_forward():
+            model(batch)
+        with model.only_student_forward():
+            model(batch.clone())
+        assert torch.isfinite(model.compute_kd_loss())
+
+
 class Weighs(nn.Module):
     """Takes a numpy array beside its batch."""
 

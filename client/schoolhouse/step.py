@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.tensors import bytes_of
 from torch import nn
 
 from schoolhouse.errors import FeatureMismatchError
@@ -78,12 +79,8 @@ class Inputs:
 
 
 def _same(kept: torch.Tensor, given: torch.Tensor) -> bool:
-    return torch.equal(_bytes_of(kept), _bytes_of(given))  # a NaN equals itself
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
-    return dense.contiguous().reshape(-1).view(torch.uint8)
+    kept, given = (tensor if tensor.layout is torch.strided else tensor.to_dense() for tensor in (kept, given))
+    return torch.equal(bytes_of(kept.contiguous()), bytes_of(given.contiguous()))  # a NaN equals itself
 
 
 @dataclass(eq=False, kw_only=True)

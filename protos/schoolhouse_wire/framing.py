@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
 import xxhash
 from google.protobuf.message import DecodeError, Message
 
 from schoolhouse_wire import codec, memory
 from schoolhouse_wire.errors import CorruptPayloadError, MessageTooLargeError, ProtocolError
 from schoolhouse_wire.limits import ALIGNMENT, FRAME_BYTES, INLINE_BYTES, Limits
-from schoolhouse_wire.tensors import aligned
+from schoolhouse_wire.tensors import aligned, bytes_of
 from schoolhouse_wire.v1 import teacher_pb2
 
 M = TypeVar("M", bound=Message)
@@ -132,7 +131,7 @@ class Outgoing:
             )
         self.inline = self.nbytes <= INLINE_BYTES
         if snapshot and not self.inline:
-            tensors = [tensor.detach().reshape(-1).view(torch.uint8).clone() for tensor in tensors]
+            tensors = [bytes_of(tensor).clone() for tensor in tensors]
         self._tensors = tensors
         self.payload = _NO_PAYLOAD
         self.digest = b""  # known once the last byte is on its way

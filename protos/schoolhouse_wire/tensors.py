@@ -86,6 +86,14 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return plain.view(same_size).contiguous().view(plain.dtype)  # torch cannot copy every dtype as itself
 
 
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a contiguous tensor as bytes, without copying."""
+    flat = tensor.detach().reshape(-1)
+    if flat.stride(0) != 1:  # of one element or none, whose stride may be any
+        flat = flat.as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8)
+
+
 def view_of(
     payload: Any, start: int, count: int, dtype: torch.dtype, shape: tuple[int, ...], order: DimOrder
 ) -> torch.Tensor:
