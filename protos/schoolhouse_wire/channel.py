@@ -2,7 +2,7 @@
 
 from schoolhouse_wire.limits import FRAME_BYTES, Limits
 
-PROTOCOL = 2
+PROTOCOL = 3
 SESSION_METHOD = "/schoolhouse.v1.TeacherService/Session"
 _MAX_MESSAGE = Limits().max_header_bytes + FRAME_BYTES
 _CLIENT_PING_MS = 30_000

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#schoolhouse_wire/v1/directory.proto\x12\x0eschoolhouse.v1\"\x15\n\x13ListTeachersRequest\"D\n\x14ListTeachersResponse\x12,\n\x08teachers\x18\x01 \x03(\x0b\x32\x1a.schoolhouse.v1.ReplicaSet\"\x1f\n\x0cWatchRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"X\n\nReplicaSet\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12)\n\x08replicas\x18\x02 \x03(\x0b\x32\x17.schoolhouse.v1.Replica\x12\x0e\n\x06wanted\x18\x03 \x01(\r\"\\\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.schoolhouse.v1.Load\"K\n\x04Load\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x11\n\tin_flight\x18\x02 \x01(\r\x12\x0e\n\x06served\x18\x03 \x01(\x04\x12\x10\n\x08sessions\x18\x04 \x01(\r2\xb2\x01\n\x10\x44irectoryService\x12Y\n\x0cListTeachers\x12#.schoolhouse.v1.ListTeachersRequest\x1a$.schoolhouse.v1.ListTeachersResponse\x12\x43\n\x05Watch\x12\x1c.schoolhouse.v1.WatchRequest\x1a\x1a.schoolhouse.v1.ReplicaSet0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#schoolhouse_wire/v1/directory.proto\x12\x0eschoolhouse.v1\"\x15\n\x13ListTeachersRequest\"D\n\x14ListTeachersResponse\x12,\n\x08teachers\x18\x01 \x03(\x0b\x32\x1a.schoolhouse.v1.ReplicaSet\"\x1f\n\x0cWatchRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"X\n\nReplicaSet\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12)\n\x08replicas\x18\x02 \x03(\x0b\x32\x17.schoolhouse.v1.Replica\x12\x0e\n\x06wanted\x18\x03 \x01(\r\"\\\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.schoolhouse.v1.Load\"\xf2\x01\n\x04Load\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x11\n\tin_flight\x18\x02 \x01(\r\x12\x0e\n\x06served\x18\x03 \x01(\x04\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\x0e\n\x06joined\x18\x05 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x06 \x01(\x04\x12\x0e\n\x06missed\x18\x07 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x08 \x01(\x04\x12\x31\n\x07stage_s\x18\t \x03(\x0b\x32 .schoolhouse.v1.Load.StageSEntry\x1a-\n\x0bStageSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xb2\x01\n\x10\x44irectoryService\x12Y\n\x0cListTeachers\x12#.schoolhouse.v1.ListTeachersRequest\x1a$.schoolhouse.v1.ListTeachersResponse\x12\x43\n\x05Watch\x12\x1c.schoolhouse.v1.WatchRequest\x1a\x1a.schoolhouse.v1.ReplicaSet0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'schoolhouse_wire.v1.directory_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_LOAD_STAGESENTRY']._loaded_options = None
+  _globals['_LOAD_STAGESENTRY']._serialized_options = b'8\001'
   _globals['_LISTTEACHERSREQUEST']._serialized_start=55
   _globals['_LISTTEACHERSREQUEST']._serialized_end=76
   _globals['_LISTTEACHERSRESPONSE']._serialized_start=78
@@ -41,8 +43,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLICASET']._serialized_end=269
   _globals['_REPLICA']._serialized_start=271
   _globals['_REPLICA']._serialized_end=363
-  _globals['_LOAD']._serialized_start=365
-  _globals['_LOAD']._serialized_end=440
-  _globals['_DIRECTORYSERVICE']._serialized_start=443
-  _globals['_DIRECTORYSERVICE']._serialized_end=621
+  _globals['_LOAD']._serialized_start=366
+  _globals['_LOAD']._serialized_end=608
+  _globals['_LOAD_STAGESENTRY']._serialized_start=563
+  _globals['_LOAD_STAGESENTRY']._serialized_end=608
+  _globals['_DIRECTORYSERVICE']._serialized_start=611
+  _globals['_DIRECTORYSERVICE']._serialized_end=789
 # @@protoc_insertion_point(module_scope)

@@ -45,13 +45,30 @@ class Replica(_message.Message):
     def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., revision: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("queued", "in_flight", "served", "sessions")
+    __slots__ = ("queued", "in_flight", "served", "sessions", "joined", "cached", "missed", "cache_bytes", "stage_s")
+    class StageSEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     SERVED_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    MISSED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGE_S_FIELD_NUMBER: _ClassVar[int]
     queued: int
     in_flight: int
     served: int
     sessions: int
-    def __init__(self, queued: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., sessions: _Optional[int] = ...) -> None: ...
+    joined: int
+    cached: int
+    missed: int
+    cache_bytes: int
+    stage_s: _containers.ScalarMap[str, float]
+    def __init__(self, queued: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., sessions: _Optional[int] = ..., joined: _Optional[int] = ..., cached: _Optional[int] = ..., missed: _Optional[int] = ..., cache_bytes: _Optional[int] = ..., stage_s: _Optional[_Mapping[str, float]] = ...) -> None: ...

@@ -1,3 +1,4 @@
+from schoolhouse_wire.v1 import values_pb2 as _values_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -38,64 +39,156 @@ class DescribeResponse(_message.Message):
     def __init__(self, teacher: _Optional[str] = ..., revision: _Optional[str] = ..., class_name: _Optional[str] = ..., modules: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., merge: _Optional[str] = ..., max_request_bytes: _Optional[int] = ..., max_in_flight: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "call", "cancel", "frame")
+    __slots__ = ("open", "call", "cancel", "attached", "release", "frame")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     open: Open
     call: Call
     cancel: Cancel
+    attached: Attached
+    release: Release
     frame: Frame
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("opened", "reply", "failure", "frame")
+    __slots__ = ("opened", "reply", "failure", "release", "frame")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     reply: Reply
     failure: Failure
+    release: Release
     frame: Frame
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "teacher", "job")
+    __slots__ = ("protocol", "teacher", "job", "shared_memory")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     teacher: str
     job: str
-    def __init__(self, protocol: _Optional[int] = ..., teacher: _Optional[str] = ..., job: _Optional[str] = ...) -> None: ...
+    shared_memory: bool
+    def __init__(self, protocol: _Optional[int] = ..., teacher: _Optional[str] = ..., job: _Optional[str] = ..., shared_memory: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("revision", "max_in_flight", "max_request_bytes")
+    __slots__ = ("revision", "max_in_flight", "max_request_bytes", "shared_memory")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     revision: str
     max_in_flight: int
     max_request_bytes: int
-    def __init__(self, revision: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_request_bytes: _Optional[int] = ...) -> None: ...
+    shared_memory: SharedMemory
+    def __init__(self, revision: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("pid", "fd", "nbytes", "requests_at", "replies_at", "nonce")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_AT_FIELD_NUMBER: _ClassVar[int]
+    REPLIES_AT_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    nbytes: int
+    requests_at: int
+    replies_at: int
+    nonce: bytes
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., nbytes: _Optional[int] = ..., requests_at: _Optional[int] = ..., replies_at: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class Attached(_message.Message):
+    __slots__ = ("attached",)
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    attached: bool
+    def __init__(self, attached: _Optional[bool] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("offset",)
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    def __init__(self, offset: _Optional[int] = ...) -> None: ...
+
+class Block(_message.Message):
+    __slots__ = ("offset", "nbytes")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    nbytes: int
+    def __init__(self, offset: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Tap(_message.Message):
-    __slots__ = ("module", "side")
+    __slots__ = ("module", "side", "encoding")
     class Side(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SIDE_UNSPECIFIED: _ClassVar[Tap.Side]
         INPUT: _ClassVar[Tap.Side]
         OUTPUT: _ClassVar[Tap.Side]
+        HEAD: _ClassVar[Tap.Side]
     SIDE_UNSPECIFIED: Tap.Side
     INPUT: Tap.Side
     OUTPUT: Tap.Side
+    HEAD: Tap.Side
     MODULE_FIELD_NUMBER: _ClassVar[int]
     SIDE_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
     module: str
     side: Tap.Side
-    def __init__(self, module: _Optional[str] = ..., side: _Optional[_Union[Tap.Side, str]] = ...) -> None: ...
+    encoding: Encoding
+    def __init__(self, module: _Optional[str] = ..., side: _Optional[_Union[Tap.Side, str]] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ...) -> None: ...
+
+class Encoding(_message.Message):
+    __slots__ = ("cast", "per_row", "topk", "sampled", "hidden", "positions")
+    CAST_FIELD_NUMBER: _ClassVar[int]
+    PER_ROW_FIELD_NUMBER: _ClassVar[int]
+    TOPK_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    cast: _values_pb2.DType
+    per_row: _values_pb2.DType
+    topk: TopK
+    sampled: Sampled
+    hidden: Hidden
+    positions: bool
+    def __init__(self, cast: _Optional[_Union[_values_pb2.DType, str]] = ..., per_row: _Optional[_Union[_values_pb2.DType, str]] = ..., topk: _Optional[_Union[TopK, _Mapping]] = ..., sampled: _Optional[_Union[Sampled, _Mapping]] = ..., hidden: _Optional[_Union[Hidden, _Mapping]] = ..., positions: _Optional[bool] = ...) -> None: ...
+
+class TopK(_message.Message):
+    __slots__ = ("k", "temperature")
+    K_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    k: int
+    temperature: float
+    def __init__(self, k: _Optional[int] = ..., temperature: _Optional[float] = ...) -> None: ...
+
+class Sampled(_message.Message):
+    __slots__ = ("n", "temperature", "seed")
+    N_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    n: int
+    temperature: float
+    seed: int
+    def __init__(self, n: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Hidden(_message.Message):
+    __slots__ = ("head", "encoding")
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    head: str
+    encoding: Encoding
+    def __init__(self, head: _Optional[str] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
     __slots__ = ("request_id", "taps", "revision", "timeout_s", "inputs", "payload")
@@ -130,12 +223,14 @@ class Reply(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., revision: _Optional[str] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., input_digest: _Optional[bytes] = ..., features: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
 
 class Payload(_message.Message):
-    __slots__ = ("digest", "data")
+    __slots__ = ("digest", "data", "shared")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     digest: bytes
     data: bytes
-    def __init__(self, digest: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+    shared: Block
+    def __init__(self, digest: _Optional[bytes] = ..., data: _Optional[bytes] = ..., shared: _Optional[_Union[Block, _Mapping]] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("request_id", "offset", "digest", "data")
