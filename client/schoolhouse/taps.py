@@ -201,7 +201,7 @@ def signature_of(
     counts of a tensor.
     """
     if isinstance(value, torch.Tensor):
-        return (value.shape, value.dtype, value.device, layout(value)) if is_plain(value) else other(value)
+        return (value.shape, value.dtype, layout(value)) if is_plain(value) else other(value)
     if value is None or isinstance(value, _PLAIN):
         return (type(value), value)
     if (record := record_of(value)) is not None:
@@ -217,7 +217,7 @@ def signature_of(
 
 def layout_of(tensor: torch.Tensor) -> Hashable:
     """By what a kernel, or a module, decides whether it returns a view or a copy."""
-    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    return tensor.device, tensor.stride() if tensor.layout is torch.strided else tensor.layout
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
