@@ -105,9 +105,9 @@ class Ahead:
         why = " of other values" if others else ""
         return (
             f"the forward got {summary(call)}{why}, where {names} of the loop over prefetch was expected, which the "
-            "teacher was asked for. Forward the batch as it was yielded, or give prefetch inputs=, a function that makes "
-            "of a batch what the forward gets; model.eval() or only_student_forward() are for other batches; close() or the "
-            "loop's end drop what was asked for"
+            "teacher was asked for. Forward the batch as it was yielded, or give prefetch inputs=, a function that "
+            "makes of a batch what the forward gets. model.eval() or only_student_forward() are for other batches; "
+            "the loop's end, or its close(), drops what was asked for"
         )
 
     def used(self, step: Step) -> None:
