@@ -22,16 +22,15 @@ from schoolhouse.errors import SchoolhouseError, TeacherForwardError, UnknownTap
 from schoolhouse.taps import (
     Tap,
     TapLike,
-    apart_from,
     as_tap,
     as_taps,
     check_modules,
     layout_of,
     map_tensors,
     module_names,
+    owned,
     run_with_taps,
     signature_of,
-    storages_of,
     tensors_of,
     without_compiler,
 )
@@ -80,7 +79,6 @@ class _Learned(NamedTuple):
 
     leaves_inputs: bool
     may_stop: bool
-    returns_its_own: bool  # memory of parameters or buffers, which a later forward may write again
 
 
 @runtime_checkable
@@ -164,8 +162,8 @@ class LocalTeacher:
     def forward(self, inputs: Arguments, wanted: "Wanted") -> dict[Tap, Any]:
         """Features as plain forward hooks would see them in the end. The inputs stay as they were.
 
-        No feature stands in memory of the inputs or of the module, so that neither the next batch nor the student can
-        write into it.
+        No feature stands in memory of the inputs, or that the module keeps, so that neither the next batch nor the
+        student can write into it.
 
         Raises:
             UnknownTapError: for a submodule that there is not, or that did not run.
@@ -203,13 +201,14 @@ class LocalTeacher:
                 "no longer what it was. Make the forward work on a clone"
             )
         if known is None:
-            owned = storages_of(self._weights)
-            known = _Learned(not changed, self._early_stop and bool(may_stop), bool(owned & storages_of(values)))
+            known = _Learned(not changed, self._early_stop and bool(may_stop))
             self._learned[key] = known
             if len(self._learned) > _MAX_LEARNED:
                 self._learned.popitem(last=False)
-        borrowed = storages_of(values if known.returns_its_own else tensors)
-        return {tap: apart_from(value, borrowed) for tap, value in values.items()}
+        given = [values]
+        del values  # nothing here may hold what the forward returned
+        result: dict[Tap, Any] = owned(given)
+        return result
 
     def _forward(
         self, inputs: Arguments, taps: tuple[Tap, ...], known: _Learned | None

@@ -14,7 +14,7 @@ from schoolhouse.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse.taps import Tap, map_tensors, tensors_of
+from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import LocalTeacher, Wanted
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import INLINE_BYTES
@@ -34,21 +34,13 @@ class Answer:
 
     values: dict[Tap, Any]
     revision: str
-    sources: tuple[tuple[torch.Tensor, int], ...] = ()  # what the forward returned, and how often it was written then
-
-    def unchanged(self) -> bool:
-        """Whether later forwards left alone what these features were made of."""
-        return all(version_of(tensor) == version for tensor, version in self.sources)
 
 
 @dataclass(eq=False)
 class Ticket:
-    """One client's share in a job; `done` is called once, from a thread of the engine's, unless it was cancelled.
+    """One client's share in a job; `done` is called once, from a thread of the engine's, unless it was cancelled."""
 
-    It returns False if the answer had changed before it was declared, so that it has to be made again.
-    """
-
-    done: Callable[[Answer | BaseException], bool]
+    done: Callable[[Answer | BaseException], None]
     cancelled: bool = False
 
 
@@ -78,7 +70,6 @@ class _Landing:
     inputs: Any
     values: dict[Tap, Any]
     spans: list[Span]
-    sources: tuple[tuple[torch.Tensor, int], ...]
 
 
 class Engine:
@@ -100,7 +91,6 @@ class Engine:
         self._in_flight: dict[Hashable, Job] = {}
         self._lock = threading.Lock()
         self._max_queued = max_queued
-        self._copies = False  # the module writes again into what it returned
         self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
         self._threads = [
             threading.Thread(target=target, name=f"schoolhouse-engine-{name}", daemon=True)
@@ -187,17 +177,16 @@ class Engine:
             try:
                 self._check(job)
                 inputs, loaded = device.h2d.run(None, device.load, job.inputs)
-                values, computed = device.forward.run(loaded, self._forward, inputs, job.wanted)
+                values, computed = device.forward.run(loaded, self.teacher.forward, inputs, job.wanted)
             except Exception as err:
                 self._end(job, err)
                 continue
-            sources = tuple((tensor, version_of(tensor)) for tensor in tensors_of(list(values.values())))
-            work = _Landing(job, inputs, values, [loaded, computed], sources)
-            if device.is_host and sum(tensor.nbytes for tensor, _ in sources) <= INLINE_BYTES:
+            work = _Landing(job, inputs, values, [loaded, computed])
+            if device.is_host and sum(tensor.nbytes for tensor in tensors_of(values)) <= INLINE_BYTES:
                 self._land(work)  # takes less time than handing it over
             else:
                 self._landing.put(work)
-            del job, inputs, values, sources, work
+            del job, inputs, values, work
         self._landing.put(None)
 
     def _run_out(self) -> None:
@@ -216,13 +205,9 @@ class Engine:
             return
         for span in (*work.spans, made, landed):
             span.settle()
-        answer = Answer(here, self.description.revision, work.sources)
-        self._end(work.job, answer)
-        self._keep(work.job, answer)
-
-    def _forward(self, inputs: Arguments, wanted: Wanted) -> dict[Tap, Any]:
-        values = self.teacher.forward(inputs, wanted)
-        return {tap: map_tensors(value, torch.clone) for tap, value in values.items()} if self._copies else values
+        self._end(work.job, Answer(here, self.description.revision))
+        if self.cache is not None and work.job.cache_key is not None:
+            self.cache.put(work.job.cache_key, here)
 
     def _check(self, job: Job) -> None:
         """Raise what keeps a job from the device."""
@@ -237,24 +222,15 @@ class Engine:
             )
 
     def _end(self, job: Job, result: Answer | BaseException) -> None:
-        """Answer all who wait for a job, or run it again if the next forward has written into its features."""
+        """Answer all who wait for a job."""
         self.running -= 1
         with self._lock:
             if self._in_flight.get(job.key) is job:
                 del self._in_flight[job.key]
-        missed = [ticket for ticket in job.tickets if not ticket.cancelled and not ticket.done(result)]
-        self.served += len(job.tickets) - len(missed)
-        if missed and not self._closed:
-            self._copies = True
-            job.tickets, job.queued_at = missed, time.perf_counter()
-            self._queue.put(job)
-
-    def _keep(self, job: Job, answer: Answer) -> None:
-        if self.cache is None or job.cache_key is None:
-            return
-        values = self.cache.copy_of(answer.values)
-        if answer.unchanged():
-            self.cache.put(job.cache_key, values)
+        for ticket in job.tickets:
+            if not ticket.cancelled:
+                ticket.done(result)
+        self.served += len(job.tickets)
 
 
 def _equal(a: Arguments, b: Arguments) -> bool:

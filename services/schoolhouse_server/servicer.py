@@ -198,11 +198,9 @@ class ServerSession:
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
 
-        def done(result: Answer | BaseException) -> bool:
-            if ticket.cancelled or self._answer(request_id, digest, result):
-                self._tickets.pop(request_id, None)
-                return True
-            return False
+        def done(result: Answer | BaseException) -> None:
+            if self._tickets.pop(request_id, None) is not None and not ticket.cancelled:
+                self._answer(request_id, digest, result)
 
         ticket = self._tickets[request_id] = Ticket(done)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
@@ -213,15 +211,13 @@ class ServerSession:
             del self._tickets[request_id]
             raise
 
-    def _answer(self, request_id: int, digest: bytes, result: Answer | BaseException) -> bool:
-        """Declare the features, or the error; False if the features have changed, so that they must be made again."""
+    def _answer(self, request_id: int, digest: bytes, result: Answer | BaseException) -> None:
+        """Declare the features, or the error."""
         try:
             if isinstance(result, BaseException):
                 raise result
             values = list(result.values.values())
             outgoing = framing.Outgoing(values, limits=_REPLY_LIMITS, snapshot=False, opaque=True)
-            if not result.unchanged():  # later changes are seen while sending
-                return False
             reply = teacher_pb2.Reply(
                 request_id=request_id,
                 revision=result.revision,
@@ -234,7 +230,6 @@ class ServerSession:
             self.outbox.put(self._reply(request_id, reply, outgoing))
         except Exception as err:
             self._fail(request_id, err)
-        return True
 
     def _reply(
         self, request_id: int, reply: teacher_pb2.Reply, outgoing: framing.Outgoing
