@@ -1,0 +1,43 @@
+"""A teacher whose device is emulated: it sleeps as long as a forward takes there, and returns prepared features."""
+
+import contextlib
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from schoolhouse_server import serve
+from torch import nn
+
+
+class EmulatedTeacher(nn.Module):
+    """Sleeps `forward_s` without using the CPU, and returns `features_bytes` of float32, split over the rows."""
+
+    def __init__(self, forward_s: float, features_bytes: int, rows: int) -> None:
+        super().__init__()
+        self.forward_s = forward_s
+        self.head = nn.Identity()
+        self.features = torch.randn(rows, features_bytes // 4 // rows)
+
+    def forward(self, _x: torch.Tensor) -> torch.Tensor:
+        """The same features for any batch, in memory of their own, as a device's copy to the host makes it."""
+        time.sleep(self.forward_s)
+        features: torch.Tensor = self.head(self.features)
+        return features
+
+
+def _serve(ready: Connection, settings: tuple[float, int, int]) -> None:
+    with serve(EmulatedTeacher(*settings)) as server:
+        ready.send(server.url)
+        with contextlib.suppress(EOFError):  # the parent is gone, or hangs up
+            ready.recv()
+
+
+def start_replica(forward_s: float, features_bytes: int, rows: int) -> tuple[str, Connection]:
+    """Serve the teacher from a process of its own; returns its URL, and what keeps it alive."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve, args=(theirs, (forward_s, features_bytes, rows)), daemon=True).start()
+    url: Any = ours.recv()
+    return url, ours

@@ -1,0 +1,166 @@
+"""Total rows/s as 1, 2, 4, 8 students share one replica, and as one teacher has 1, 2, 4 replicas.
+
+Devices are emulated, since no accelerators may be at hand: a teacher's forward sleeps without using the CPU, and so does
+a student's step, which takes five forwards: a replica is full with five students. Students look ahead; they and the
+replicas are processes of their own on this machine. `python benchmarks/scaling.py --json`
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import schoolhouse as sh
+import torch
+from emulated import start_replica
+from schoolhouse_server.config import PoolConfig, Resources, TeacherSpec
+from schoolhouse_server.pool import launch, ray_cluster
+from torch import nn
+
+ROWS, FEATURES_BYTES = 32, 64 << 10
+FORWARD_S = 0.020
+STEP_S = 0.100  # of a student: a fifth of the replica
+SETTLE_S = 1.5
+CLIENTS, REPLICAS = (1, 2, 4, 8), (1, 2, 4)
+DEVICE = f"emulated: a forward of {ROWS} rows sleeps {FORWARD_S * 1e3:.0f} ms, a student's step {STEP_S * 1e3:.0f} ms"
+
+
+class Student(nn.Module):
+    """Its step is emulated too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, FEATURES_BYTES // 4 // ROWS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A small layer, for the loss."""
+        out: torch.Tensor = self.head(x)
+        return out
+
+
+def batches() -> Iterator[torch.Tensor]:
+    """Each of its own, so that no two requests are the same."""
+    while True:
+        yield torch.randn(ROWS, 8)
+
+
+def student(commands: Connection, url: str, step_s: float, depth: int) -> None:
+    """Trains for as many seconds as it is told to, and says how many steps it made; until its parent hangs up."""
+    torch.set_num_threads(1)
+    torch.manual_seed(os.getpid())
+    with sh.connect(url) as teacher, contextlib.suppress(EOFError):
+        config = {"teacher_model": teacher, "criterion": {("head", "head"): nn.MSELoss()}}
+        model: Any = sh.convert(Student(), mode=[("kd_loss", config)])
+        looked_ahead = iter(model.prefetch(batches(), depth=depth))
+        commands.send("ready")
+        while True:
+            seconds = commands.recv()
+            train(model, looked_ahead, step_s, SETTLE_S)  # uses up what was ready before the turn
+            commands.send(train(model, looked_ahead, step_s, seconds))
+
+
+def train(model: Any, looked_ahead: Iterator[torch.Tensor], step_s: float, seconds: float) -> float:
+    """Steps/s over so many seconds; a step that came late delays the next ones."""
+    steps, began = 0, time.perf_counter()
+    due = began
+    while due < began + seconds:
+        model(next(looked_ahead))
+        model.compute_kd_loss()
+        steps += 1
+        due = max(due + step_s, time.perf_counter())
+        time.sleep(max(due - time.perf_counter(), 0.0))
+    return steps / (time.perf_counter() - began)
+
+
+def start_students(count: int, url: str, step_s: float, depth: int) -> list[Connection]:
+    """Students in processes of their own; each is ready."""
+    context = multiprocessing.get_context("spawn")
+    made = []
+    for _ in range(count):
+        ours, theirs = context.Pipe()
+        context.Process(target=student, args=(theirs, url, step_s, depth), daemon=True).start()
+        made.append(ours)
+    for connection in made:
+        connection.recv()
+    return made
+
+
+def rows_per_s(students: list[Connection], seconds: float) -> float:
+    """What they get together."""
+    for connection in students:
+        connection.send(seconds)
+    return ROWS * sum(connection.recv() for connection in students)
+
+
+def measure_clients(seconds: float, rounds: int) -> dict[str, float]:
+    """Median rows/s by number of students on one replica. They take turns, so that drift hits all alike."""
+    url, _keep = start_replica(FORWARD_S, FEATURES_BYTES, ROWS)
+    students = start_students(max(CLIENTS), url, STEP_S, depth=4)
+    rows_per_s(students, 0.5)
+    found: dict[int, list[float]] = {count: [] for count in CLIENTS}
+    for _ in range(rounds):
+        for count in CLIENTS:
+            found[count].append(rows_per_s(students[:count], seconds))
+    return {str(count): round(median(rates), 1) for count, rates in found.items()}
+
+
+def measure_replicas(seconds: float, rounds: int) -> dict[str, float]:
+    """Median rows/s by number of replicas of a pool on a local Ray cluster, asked by a student that does not wait."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Ray's workers import the teacher
+    kwargs = {"forward_s": FORWARD_S, "features_bytes": FEATURES_BYTES, "rows": ROWS}
+    specs = {
+        f"of-{count}": TeacherSpec(
+            build="emulated:EmulatedTeacher",
+            kwargs=kwargs,
+            replicas=count,
+            threads=1,
+            resources=Resources(num_cpus=0.1),
+        )
+        for count in REPLICAS
+    }
+    with ray_cluster(num_cpus=2):
+        pool = launch(PoolConfig(teachers=specs, port=0))
+        try:
+            pool.wait(300)
+            students = {count: start_students(1, pool.url(f"of-{count}"), 0.0, depth=4 * count) for count in REPLICAS}
+            for one in students.values():
+                rows_per_s(one, 0.5)
+            found: dict[int, list[float]] = {count: [] for count in REPLICAS}
+            for _ in range(rounds):
+                for count, one in students.items():
+                    found[count].append(rows_per_s(one, seconds))
+        finally:
+            pool.down()
+    return {str(count): round(median(rates), 1) for count, rates in found.items()}
+
+
+def main() -> None:
+    """Measure both and print a table, or JSON with --json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    options = parser.parse_args()
+    figures = {
+        "clients": measure_clients(options.seconds, options.rounds),
+        "replicas": measure_replicas(options.seconds, options.rounds),
+    }
+    if options.json:
+        sys.stdout.write(json.dumps({**figures, "device": DEVICE}) + "\n")
+        return
+    sys.stdout.write(f"rows/s; devices are {DEVICE}\n")
+    for name, row in figures.items():
+        full = f", {ROWS / FORWARD_S:.0f} when full" if name == "clients" else ""
+        sys.stdout.write(f"{name}{full}: " + "  ".join(f"{count}: {rate:.0f}" for count, rate in row.items()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
