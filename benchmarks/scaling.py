@@ -1,6 +1,7 @@
 """Total rows/s as 1, 2, 4, 8 students share one replica, and as one teacher has 1, 2, 4 replicas.
 
-Devices are emulated, since no accelerators may be at hand: a teacher's forward sleeps without using the CPU, and so does
+Devices are emulated, since no accelerators may be at hand: a teacher's forward sleeps without using the CPU, and so
+does
 a student's step, which takes five forwards: a replica is full with five students. Students look ahead; they and the
 replicas are processes of their own on this machine. `python benchmarks/scaling.py --json`
 """
