@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.nested import map_tensors
 from schoolhouse_wire.tensors import bytes_of
 from torch import nn
 
 from schoolhouse.errors import FeatureMismatchError
-from schoolhouse.taps import Tap, is_plain, map_tensors, signature_of, tensors_of
+from schoolhouse.taps import Tap, is_plain, signature_of, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
 
 _INNER = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from schoolhouse.errors import RevisionChangedError, TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError
-from schoolhouse.taps import Tap, map_tensors
+from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features, LocalTeacher
 from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.nested import map_tensors
 
 
 @dataclass(eq=False)
