@@ -19,7 +19,8 @@ _P = ParamSpec("_P")
 _E = TypeVar("_E", bound=Encoding)
 
 bf16: Encoding = Cast(dtype=torch.bfloat16)
-"""2 bytes an element; relative error at most 2**-8. Arrives in the dtype that the teacher computed."""
+"""2 bytes an element; relative error at most 2**-8, or absolute 2**-134 for numbers below 2**-126. Arrives in the dtype
+that the teacher computed."""
 
 fp16: Encoding = Cast(dtype=torch.float16)
 """2 bytes an element; relative error at most 2**-11, or absolute 2**-25 for numbers below 2**-14. The teacher refuses

@@ -51,6 +51,13 @@ class SparseForm:
         form = next(kind for kind in types if issubclass(kind, SparseForm))
         raise TypeError(f"{getattr(function, '__name__', function)} got what it cannot take: {form.refusal()}")
 
+    def _no_operator(self, other: object) -> NoReturn:
+        raise TypeError(self.refusal())
+
+    # A tensor's own operators swallow the error of __torch_function__ and ask the other side.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operator
+    __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _no_operator
+
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"it has no {name!r}: {self.refusal()}")
 

@@ -58,7 +58,7 @@ class _Packer:
             return tensor
         if id(tensor) not in self._packed:
             encoded = self._logits is None or tensor is self._logits
-            self._packed[id(tensor)] = (tensor, self._pack(tensor.detach(), encoded))
+            self._packed[id(tensor)] = (tensor, self._pack(tensor, encoded))
         return self._packed[id(tensor)][1]
 
     def _pack(self, tensor: torch.Tensor, encoded: bool) -> Any:
