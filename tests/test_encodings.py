@@ -22,9 +22,13 @@ from schoolhouse_wire.encodings import (
     seeded,
 )
 from schoolhouse_wire.errors import ProtocolError, UnsupportedValueError
+from schoolhouse_wire.nested import map_tensors
 from schoolhouse_wire.packed import CastTensor, ScaledRows
 from schoolhouse_wire.v1 import teacher_pb2, values_pb2
 from test_codec import trip
+
+
+MASK = torch.tensor([[True, False, True], [False, False, True]])
 
 
 class Output(NamedTuple):
@@ -210,6 +214,20 @@ def test_logits_are_found_in_a_record_and_the_rest_is_as_computed():
         encode(torch.empty(2, 0), TopK(k=2))
 
 
+def test_a_model_output_stays_one():
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    for value in (
+        outputs.CausalLMOutput(logits=some(2, 3, 7)),
+        outputs.CausalLMOutputWithPast(logits=some(2, 3, 7), hidden_states=(some(2, 3, 4),) * 2),
+    ):
+        got = travelled(value, sh.encodings.at_positions(TopK(k=2)), MASK)
+        moved = map_tensors(got, torch.clone)
+        assert type(moved) is type(value)
+        assert moved.logits.shape == (2, 3, 7)
+        assert torch.equal(moved.logits.values.values, value.logits[MASK].topk(2).values)
+        assert (moved.hidden_states is None) == (value.hidden_states is None)
+
+
 def test_top_k_holds_the_k_and_the_sum_of_the_others():
     logits = some(2, 3, 9, dtype=torch.bfloat16)
     got = travelled(logits, TopK(k=4))
@@ -270,9 +288,6 @@ def test_a_row_that_never_varies_is_padded():
 def test_logits_of_no_rows_and_of_one(encoding):
     assert travelled(torch.empty(0, 5), encoding).shape == (0, 5)
     assert travelled(some(5), encoding).shape == (5,)
-
-
-MASK = torch.tensor([[True, False, True], [False, False, True]])
 
 
 def test_only_the_positions_travel():

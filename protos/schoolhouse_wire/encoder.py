@@ -1,7 +1,9 @@
 """A feature into its encoding, on the device where it was computed."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ class _Packer:
         self._mask = mask
         self._packed: dict[int, tuple[torch.Tensor, Any]] = {}  # a tensor that stands twice is encoded once
         self._fitted = False
-        self._wrong: list[tuple[torch.Tensor, str]] = []
+        self._doubts: list[_Doubt] = []
 
     def pack(self, tensor: torch.Tensor) -> Any:
         if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.device.type == "meta":
@@ -77,13 +79,10 @@ class _Packer:
         if isinstance(encoding, Sampled):
             return _sampled(tensor, encoding)
         if isinstance(encoding, Cast) and tensor.numel() and encoding.dtype.itemsize < tensor.dtype.itemsize:
-            return _cast(tensor, encoding.dtype, self._refuse)
+            return _cast(tensor, encoding.dtype, self._doubts)
         if isinstance(encoding, PerRow) and tensor.numel() and tensor.dim() and tensor.dtype.itemsize > 1:
-            return _scaled_rows(tensor, encoding.dtype, self._refuse)
+            return _scaled_rows(tensor, encoding.dtype, self._doubts)
         return tensor
-
-    def _refuse(self, wrong: torch.Tensor, message: str) -> None:
-        self._wrong.append((wrong, message))
 
     def finish(self) -> None:
         """Raise UnsupportedValueError for the first tensor that the encoding could not hold."""
@@ -93,41 +92,53 @@ class _Packer:
                 "floating-point tensor of that leading shape and more dimensions; give a mask of the tokens' shape, "
                 "[batch, length], or ask for this tap without positions"
             )
-        if self._wrong:
-            device = self._wrong[0][0].device
-            flags = torch.stack([wrong.to(device) for wrong, _ in self._wrong]).tolist()
-            for wrong, (_, message) in zip(flags, self._wrong, strict=True):
-                if wrong:
-                    raise UnsupportedValueError(message)
+        if self._doubts:
+            device = self._doubts[0].raised.device
+            raised = torch.stack([doubt.raised.to(device) for doubt in self._doubts]).tolist()
+            for doubt in itertools.compress(self._doubts, raised):
+                if doubt.holds():
+                    raise UnsupportedValueError(doubt.message)
 
 
-_Refuse = Callable[[torch.Tensor, str], None]
+@dataclass(frozen=True)
+class _Doubt:
+    """What a cheap look at a tensor's numbers raised, a bool on its device; `holds` looks closely, and rarely."""
+
+    raised: torch.Tensor
+    holds: Callable[[], bool]
+    message: str
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, refuse: _Refuse) -> CastTensor:
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, doubts: list[_Doubt]) -> CastTensor:
     values = tensor.to(dtype)
+    lowest, highest = values.aminmax()
     choices = "as computed" if dtype == torch.bfloat16 else "bf16, or as computed"
-    refuse(
-        (values.isinf() & tensor.isfinite()).any(),
-        f"a tensor of the shape {tuple(tensor.shape)} has numbers beyond {torch.finfo(dtype).max:g}, which {dtype} "
-        f"cannot hold; choices: {choices}",
+    doubts.append(
+        _Doubt(
+            ~(lowest.isfinite() & highest.isfinite()),
+            lambda: bool((values.isinf() & tensor.isfinite()).any()),
+            f"a tensor of the shape {tuple(tensor.shape)} has numbers beyond {torch.finfo(dtype).max:g}, which {dtype} "
+            f"cannot hold; choices: {choices}",
+        )
     )
     return CastTensor(values, DTYPES[tensor.dtype])
 
 
-def _scaled_rows(tensor: torch.Tensor, dtype: torch.dtype, refuse: _Refuse) -> ScaledRows:
-    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+def _scaled_rows(tensor: torch.Tensor, dtype: torch.dtype, doubts: list[_Doubt]) -> ScaledRows:
     wide = _widen(tensor)
+    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     # A scale below the smallest normal number has few digits, or none: rows so small lose theirs instead.
     scales = (wide.abs().amax(dim=-1, keepdim=True) / limit).float().clamp(min=_TINY)
-    refuse(
-        ~scales.isfinite().all(),
-        f"a tensor of the shape {tuple(tensor.shape)} has a row with NaN, inf, or numbers that float32 cannot hold, "
-        "for which there is no scale; choices: bf16, as computed, or, of logits, topk",
+    doubts.append(
+        _Doubt(
+            ~scales.isfinite().all(),
+            lambda: True,
+            f"a tensor of the shape {tuple(tensor.shape)} has a row with NaN, inf, or numbers that float32 cannot "
+            "hold, for which there is no scale; choices: bf16, as computed, or, of logits, topk",
+        )
     )
     scaled = wide / scales
-    scaled = scaled.round() if dtype == torch.int8 else scaled
-    return ScaledRows(scaled.clamp(-limit, limit).to(dtype), scales, DTYPES[tensor.dtype])
+    return ScaledRows((scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scales, DTYPES[tensor.dtype])
 
 
 def _top_k(logits: torch.Tensor, encoding: TopK) -> TopKRows:

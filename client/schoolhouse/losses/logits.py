@@ -255,12 +255,13 @@ class CausalLMLoss(_Loss):
 
         Args:
             out_s: the student's logits, or an object that has them as `.logits`.
-            out_t: the teacher's, of the same shape.
-            labels: not shifted, as for the model itself; None counts every position.
+            out_t: the teacher's, of the same shape, or a form of `schoolhouse.sparse`.
+            labels: not shifted, as for the model itself; None counts every position that travelled.
 
         Raises:
-            TypeError: if there are no logits in what came.
-            ValueError: if the shapes do not fit, or if the loss needs labels and there are none.
+            TypeError: if there are no logits in what came, or if the loss can't be computed of their form.
+            ValueError: if the shapes do not fit, if the loss needs labels and there are none, or if positions that the
+                labels count did not travel.
         """
         return functional.causal_lm(
             self.loss.per_example, _logits_of(out_s), _logits_of(out_t), labels, ignore_index=self._ignore_index
