@@ -27,7 +27,6 @@ from schoolhouse_wire.packed import CastTensor, ScaledRows
 from schoolhouse_wire.v1 import teacher_pb2, values_pb2
 from test_codec import trip
 
-
 MASK = torch.tensor([[True, False, True], [False, False, True]])
 
 

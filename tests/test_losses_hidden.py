@@ -116,3 +116,10 @@ def test_hidden_losses_count_only_what_travelled():
         functional.hidden_mse(student, positioned(teacher), mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"the mask has the shape \(2, 3\)"):
         functional.hidden_mse(student, positioned(teacher), mask=torch.ones(2, 3))
+
+
+def test_one_row_without_a_batch():
+    head, hidden = FakeHead(5, 11), torch.randn(5, dtype=torch.float64)
+    student = some_logits(11)[0]
+    want = LogitsDistillationLoss()(student, head.logits(hidden))
+    torch.testing.assert_close(LogitsDistillationLoss()(student, HiddenLogits(hidden, head)), want)

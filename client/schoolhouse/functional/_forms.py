@@ -57,8 +57,8 @@ def loss_of_form(
         logits_s, values = teacher.of(logits_s), teacher.values
         labels = tuple(map(teacher.of, labels))
     if rules.elementwise:
-        logits_s, labels = logits_s.flatten(0, -2), tuple(map(torch.flatten, labels))
-        values = values.flatten(0, -2) if isinstance(values, torch.Tensor) else values
+        logits_s, labels = logits_s.reshape(-1, logits_s.shape[-1]), tuple(map(torch.flatten, labels))
+        values = values.reshape(logits_s.shape) if isinstance(values, torch.Tensor) else values
     losses = _losses(rules, logits_s, values, labels, summed=reduction != "none")
     n_elements, batch_size = max(logits_s.numel(), 1), max(logits_s.shape[0], 1)
     return reduce(losses, reduction, n_elements=n_elements, batch_size=batch_size).to(logits_s.dtype)
@@ -72,10 +72,12 @@ def over_chunks(
     The backward computes each chunk's again, since what the forward made of them takes as much memory as they do.
     """
     # Pieces of one split: their gradients are joined, where slices would each have one of the full size.
-    pieces = (logits_s.flatten(0, -2), teacher.hidden.flatten(0, -2), *(each.flatten() for each in labels))
-    chunks = zip(*(torch.split(piece, teacher.chunk_rows) for piece in pieces), strict=True)
-    losses = torch.cat([checkpoint(_of_chunk, dense, teacher.head, *chunk, use_reentrant=False) for chunk in chunks])
-    return losses.reshape(*logits_s.shape[:-1], *losses.shape[1:])
+    rows = (each.reshape(-1, each.shape[-1]) for each in (logits_s, teacher.hidden))
+    pieces = (torch.split(each, teacher.chunk_rows) for each in (*rows, *map(torch.flatten, labels)))
+    losses = torch.cat(
+        [checkpoint(_of_chunk, dense, teacher.head, *chunk, use_reentrant=False) for chunk in zip(*pieces, strict=True)]
+    )
+    return losses.reshape([*logits_s.shape[:-1], *losses.shape[1:]])
 
 
 def _of_chunk(

@@ -7,8 +7,8 @@ A class with the logit -inf in both distributions counts nothing, in the value a
 
 The teacher's logits may be a form of `schoolhouse.sparse`; then a loss is computed in float32 or wider, of the rows
 that travelled, and no tensor of all the teacher's logits is made. `HiddenLogits` and `PositionedFeatures` suit every
-loss. Of `TopKLogits` it is the divergence over k + 1 classes, of `SampledLogits` the mean over the draws; both must have
-the loss's temperature, and a loss that reads more of the teacher than they hold raises TypeError.
+loss. Of `TopKLogits` it is the divergence over k + 1 classes, of `SampledLogits` the mean over the draws; both must
+have the loss's temperature, and a loss that reads more of the teacher than they hold raises TypeError.
 """
 
 import functools
