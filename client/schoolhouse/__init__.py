@@ -2,7 +2,7 @@
 
 from schoolhouse_wire.codec import Arguments, Opaque
 
-from schoolhouse import errors, functional
+from schoolhouse import encodings, errors, functional
 from schoolhouse.checkpoint import restore, save
 from schoolhouse.config import ExportStudentConfig, KDLossConfig, LayerwiseKDConfig
 from schoolhouse.distillation import convert, export
@@ -78,6 +78,7 @@ __all__ = [
     "Traffic",
     "connect",
     "convert",
+    "encodings",
     "errors",
     "export",
     "functional",

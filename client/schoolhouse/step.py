@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.nested import map_tensors
 from torch import nn
 
 from schoolhouse.batches import Inputs, bound
 from schoolhouse.errors import FeatureMismatchError
-from schoolhouse.taps import Tap, map_tensors, tensors_of
+from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Capture what named submodules receive and return during one forward, and stop it after the last one."""
 
 import collections
-import copy
 import difflib
 import functools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
-from schoolhouse_wire.records import record_of, with_fields
+from schoolhouse_wire.nested import map_tensors
+from schoolhouse_wire.records import record_of
 from schoolhouse_wire.v1 import teacher_pb2
 from torch import nn
 
@@ -270,32 +270,3 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 def _is_free(storage: torch.UntypedStorage, holders: Mapping[int, int]) -> bool:
     """Whether only our aliases hold a storage, and torch itself has made it."""
     return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) <= holders[storage._cdata] + 1
-
-
-def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """A nested value of the same structure with each tensor changed; what holds no tensor stays itself."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Arguments):
-        return Arguments([map_tensors(item, change) for item in value], map_tensors(value.kwargs, change))
-    if (record := record_of(value)) is not None:
-        fields = {name: map_tensors(item, change) for name, item in record.fields.items()}
-        return with_fields(value, record, fields)
-    if isinstance(value, tuple | list):
-        return type(value)(map_tensors(item, change) for item in value)
-    if isinstance(value, Mapping):
-        return _like(value, {key: map_tensors(item, change) for key, item in value.items()})
-    return value
-
-
-def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the type of `value` with other items; a plain dict if it takes none."""
-    if type(value) is dict:
-        return items
-    made: Any = copy.copy(value)
-    try:
-        for key, item in items.items():
-            made[key] = item
-    except TypeError:
-        return items
-    return made

@@ -15,6 +15,7 @@ import torch
 import xxhash
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import memory_of, version_of
+from schoolhouse_wire.nested import map_tensors
 from schoolhouse_wire.tensors import on_cpu
 from torch import nn
 
@@ -26,7 +27,6 @@ from schoolhouse.taps import (
     as_taps,
     check_modules,
     layout_of,
-    map_tensors,
     module_names,
     owned,
     run_with_taps,

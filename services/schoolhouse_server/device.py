@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from schoolhouse.taps import map_tensors
+from schoolhouse_wire.nested import map_tensors
 
 T = TypeVar("T")
 _PINNING = ("cuda", "xpu")

@@ -1,6 +1,6 @@
 """The maths of the losses as pure functions of tensors; `schoolhouse.losses` holds the modules of the same names."""
 
-from schoolhouse.functional.causal_lm import causal_lm, causal_lm_mean
+from schoolhouse.functional.causal_lm import causal_lm, causal_lm_mean, causal_positions
 from schoolhouse.functional.features import (
     attention_transfer,
     hidden_cosine,
@@ -15,6 +15,7 @@ __all__ = [
     "attention_transfer",
     "causal_lm",
     "causal_lm_mean",
+    "causal_positions",
     "dkd",
     "hidden_cosine",
     "hidden_mse",

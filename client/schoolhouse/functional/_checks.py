@@ -1,8 +1,11 @@
 """What the losses demand of tensors and settings, and the one way they reduce."""
 
 import math
+from typing import Any
 
 import torch
+
+from schoolhouse.sparse import SparseForm
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 
@@ -31,25 +34,44 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be between 0 and 1")
 
 
+def check_tensor(whose: str, what: str, value: object) -> None:
+    """Raise TypeError unless it is a tensor: a layer's output may be any object, such as a ModelOutput."""
+    if isinstance(value, SparseForm):
+        raise TypeError(value.refusal())
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"the {whose}'s {what} came as {type(value).__module__}.{type(value).__qualname__}, and a tensor is "
+            'needed; pair the layers that return it, such as ("lm_head", "lm_head") for logits, or wrap the loss '
+            "in a module that picks the tensor, such as one that reads `.logits`"
+        )
+
+
 def check_tensors(what: str, of_student: object, of_teacher: object) -> None:
-    """Raise TypeError unless both are tensors: a layer's output may be any object, such as a ModelOutput."""
-    for whose, value in (("student", of_student), ("teacher", of_teacher)):
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"the {whose}'s {what} came as {type(value).__module__}.{type(value).__qualname__}, and a tensor is "
-                'needed; pair the layers that return it, such as ("lm_head", "lm_head") for logits, or wrap the loss '
-                "in a module that picks the tensor, such as one that reads `.logits`"
-            )
+    """Raise TypeError unless both are tensors."""
+    check_tensor("student", what, of_student)
+    check_tensor("teacher", what, of_teacher)
 
 
 def check_same_shape(what: str, of_student: torch.Tensor, of_teacher: torch.Tensor) -> None:
     """Raise TypeError unless both are tensors, ValueError unless their shapes are equal."""
     check_tensors(what, of_student, of_teacher)
+    _check_equal(what, of_student, of_teacher)
+
+
+def _check_equal(what: str, of_student: Any, of_teacher: Any) -> None:
     if of_student.shape != of_teacher.shape:
         raise ValueError(
             f"the student's {what} have the shape {tuple(of_student.shape)}, the teacher's {tuple(of_teacher.shape)}; "
             "they must be equal"
         )
+
+
+def check_logits(logits_s: object, logits_t: object) -> None:
+    """Raise TypeError unless both are logits, ValueError unless their shapes are equal; a form has one too."""
+    if not isinstance(logits_t, SparseForm):
+        check_tensors("logits", logits_s, logits_t)
+    check_tensor("student", "logits", logits_s)
+    _check_equal("logits", logits_s, logits_t)
 
 
 def check_labels(labels: torch.Tensor, shape: torch.Size, expected: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from schoolhouse.functional._checks import check_reduction, check_same_shape, check_tensors, widen
+from schoolhouse.sparse import PositionedFeatures, SparseForm, check_positions
 
 
 def mgd(
@@ -37,35 +38,47 @@ def mgd(
 
 
 def hidden_mse(
-    hidden_s: torch.Tensor, hidden_t: torch.Tensor, *, mask: torch.Tensor | None = None, reduction: str = "mean"
+    hidden_s: torch.Tensor,
+    hidden_t: torch.Tensor | SparseForm,
+    *,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
 ) -> torch.Tensor:
     """Mean squared difference of hidden states `[..., width]` over the width, for each token (arXiv 1909.10351).
 
     Tokens where the bool or 0/1 `mask` `[...]` is false count exactly nothing, whatever they hold. With reduction
     "none" the result has the shape `[...]`; "mean" divides by the number of counted tokens (0 if there is none),
-    "batchmean" by the size of the first dimension.
+    "batchmean" by the size of the first dimension. Of the teacher's `PositionedFeatures` the tokens at its positions
+    count, or those of the mask, which must be among them.
 
     Raises:
         TypeError: if something else than a tensor came.
         ValueError: if the shapes do not fit, or for another reduction.
     """
+    hidden_t, mask = spread_positions(hidden_t, mask)
     wide_s, wide_t = _counted_hidden(hidden_s, hidden_t, mask)
     return _reduce_tokens((wide_s - wide_t).square().mean(dim=-1), mask, reduction).to(hidden_s.dtype)
 
 
 def hidden_cosine(
-    hidden_s: torch.Tensor, hidden_t: torch.Tensor, *, mask: torch.Tensor | None = None, reduction: str = "mean"
+    hidden_s: torch.Tensor,
+    hidden_t: torch.Tensor | SparseForm,
+    *,
+    mask: torch.Tensor | None = None,
+    reduction: str = "mean",
 ) -> torch.Tensor:
     """1 - cosine of the angle between hidden states `[..., width]`, for each token (arXiv 1910.01108).
 
     Tokens where the bool or 0/1 `mask` `[...]` is false count exactly nothing, whatever they hold; a vector of zeros
     has the loss 1. With reduction "none" the result has the shape `[...]`; "mean" divides by the number of counted
-    tokens (0 if there is none), "batchmean" by the size of the first dimension.
+    tokens (0 if there is none), "batchmean" by the size of the first dimension. Of the teacher's `PositionedFeatures`
+    the tokens at its positions count, or those of the mask, which must be among them.
 
     Raises:
         TypeError: if something else than a tensor came.
         ValueError: if the shapes do not fit, or for another reduction.
     """
+    hidden_t, mask = spread_positions(hidden_t, mask)
     wide_s, wide_t = _counted_hidden(hidden_s, hidden_t, mask)
     return _reduce_tokens(1 - F.cosine_similarity(wide_s, wide_t, dim=-1), mask, reduction).to(hidden_s.dtype)
 
@@ -78,12 +91,29 @@ def zero_uncounted(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     """
     if mask is None:
         return hidden
-    if mask.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"the mask has the shape {tuple(mask.shape)}; one value for each token, {tuple(hidden.shape[:-1])}, is "
-            "needed"
-        )
+    _check_mask(mask, hidden.shape[:-1])
     return hidden.masked_fill(~mask.bool().unsqueeze(-1), 0.0)
+
+
+def spread_positions(
+    hidden_t: torch.Tensor | SparseForm, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A teacher's hidden states as a tensor `[..., width]`, with zeros where none travelled, and the tokens that count.
+
+    Raises:
+        TypeError: for another form than `PositionedFeatures` of a tensor.
+        ValueError: if tokens that the mask counts did not travel.
+    """
+    if not isinstance(hidden_t, SparseForm):
+        return hidden_t, mask
+    if not isinstance(hidden_t, PositionedFeatures) or isinstance(hidden_t.values, SparseForm):
+        raise TypeError(hidden_t.refusal())
+    if mask is not None:
+        _check_mask(mask, hidden_t.mask.shape)
+        check_positions(hidden_t, mask.bool())
+    spread = hidden_t.values.new_zeros(hidden_t.shape)
+    spread[hidden_t.mask] = hidden_t.values
+    return spread, hidden_t.mask if mask is None else mask
 
 
 def attention_transfer(
@@ -141,6 +171,13 @@ def rkd_angle(embeddings_s: torch.Tensor, embeddings_t: torch.Tensor) -> torch.T
     _check_embeddings(embeddings_s, embeddings_t)
     angles_s, angles_t = _angles(widen(embeddings_s)), _angles(widen(embeddings_t.detach()))
     return _smooth_l1(angles_s, angles_t).to(embeddings_s.dtype)
+
+
+def _check_mask(mask: torch.Tensor, tokens: torch.Size) -> None:
+    if mask.shape != tokens:
+        raise ValueError(
+            f"the mask has the shape {tuple(mask.shape)}; one value for each token, {tuple(tokens)}, is needed"
+        )
 
 
 def _counted_hidden(

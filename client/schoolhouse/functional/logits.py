@@ -4,18 +4,26 @@ All of them multiply by temperature squared, so that gradients keep their size w
 (arXiv 1503.02531), and none sends a gradient to the teacher. Reductions are those of `torch.nn.KLDivLoss`: "mean"
 divides by the number of all elements of the logits, classes included, "batchmean" by the size of the first dimension.
 A class with the logit -inf in both distributions counts nothing, in the value as in the gradient.
+
+The teacher's logits may be a form of `schoolhouse.sparse`; then a loss is computed in float32 or wider, of the rows
+that travelled, and no tensor of all the teacher's logits is made. `HiddenLogits` and `PositionedFeatures` suit every
+loss. Of `TopKLogits` it is the divergence over k + 1 classes, of `SampledLogits` the mean over the draws; both must
+have the loss's temperature, and a loss that reads more of the teacher than they hold raises TypeError.
 """
 
+import functools
 import math
 
 import torch
 from torch.nn import functional as F
 
-from schoolhouse.functional._checks import check_labels, check_same_shape, reduce, widen
+from schoolhouse.functional._checks import check_labels, check_logits, reduce, widen
+from schoolhouse.functional._forms import Rules, loss_of_form
+from schoolhouse.sparse import LogitsLike, SparseForm
 
 
 def logits_distillation(
-    logits_s: torch.Tensor, logits_t: torch.Tensor, *, temperature: float = 1.0, reduction: str = "mean"
+    logits_s: torch.Tensor, logits_t: LogitsLike, *, temperature: float = 1.0, reduction: str = "mean"
 ) -> torch.Tensor:
     """KL(teacher || student) of logits `[..., classes]` at `temperature`, times temperature squared (arXiv 1503.02531).
 
@@ -26,7 +34,11 @@ def logits_distillation(
         TypeError: if something else than a tensor came.
         ValueError: if the shapes differ.
     """
-    check_same_shape("logits", logits_s, logits_t)
+    check_logits(logits_s, logits_t)
+    if isinstance(logits_t, SparseForm):
+        dense = functools.partial(logits_distillation, reduction="none")
+        rules = Rules("logits_distillation", dense, temperature, topk=True, draws=torch.sub)
+        return loss_of_form(rules, logits_s, logits_t, reduction)
     log_student = F.log_softmax(logits_s / temperature, dim=-1)
     teacher = F.softmax(logits_t / temperature, dim=-1).detach()
     loss = _kl_to_target(log_student, teacher, reduction)
@@ -37,7 +49,7 @@ def logits_distillation(
 
 def mft(
     logits_s: torch.Tensor,
-    logits_t: torch.Tensor,
+    logits_t: LogitsLike,
     labels: torch.Tensor,
     *,
     temperature: float = 1.0,
@@ -54,11 +66,15 @@ def mft(
         TypeError: if something else than a tensor came.
         ValueError: if the shapes of the logits differ, or if the labels are not one index an example.
     """
-    check_same_shape("logits", logits_s, logits_t)
+    check_logits(logits_s, logits_t)
     n_classes = logits_s.shape[-1]
     if isinstance(labels, torch.Tensor) and labels.shape == logits_s.shape[:-1]:
         labels = labels.reshape(-1)
     check_labels(labels, torch.Size([logits_s.shape[:-1].numel()]), "one index for each example, flattened to")
+    if isinstance(logits_t, SparseForm):
+        dense = functools.partial(mft, threshold=threshold, reduction="none")
+        rules = Rules("mft", dense, temperature, elementwise=True)
+        return loss_of_form(rules, logits_s, logits_t, reduction, labels.reshape(logits_s.shape[:-1]))
     log_student = F.log_softmax(logits_s / temperature, dim=-1).reshape(-1, n_classes)
     teacher = F.softmax((logits_t / temperature).reshape(-1, n_classes), dim=-1).detach()
     loss = _kl_to_target(log_student, _corrected(teacher, labels, threshold), reduction)
@@ -66,7 +82,7 @@ def mft(
 
 
 def reverse_kl(
-    logits_s: torch.Tensor, logits_t: torch.Tensor, *, temperature: float = 1.0, reduction: str = "batchmean"
+    logits_s: torch.Tensor, logits_t: LogitsLike, *, temperature: float = 1.0, reduction: str = "batchmean"
 ) -> torch.Tensor:
     """KL(student || teacher) of logits `[..., classes]`, times temperature squared (arXiv 2306.08543).
 
@@ -77,13 +93,16 @@ def reverse_kl(
         TypeError: if something else than a tensor came.
         ValueError: if the shapes differ, or for another reduction.
     """
+    if isinstance(logits_t, SparseForm):
+        dense = functools.partial(reverse_kl, reduction="none")
+        return loss_of_form(Rules("reverse_kl", dense, temperature), logits_s, logits_t, reduction)
     log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
     return _finish(_kl(log_s, log_t), logits_s, temperature, reduction)
 
 
 def jsd(
     logits_s: torch.Tensor,
-    logits_t: torch.Tensor,
+    logits_t: LogitsLike,
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -100,6 +119,9 @@ def jsd(
         TypeError: if something else than a tensor came.
         ValueError: if the shapes differ, or for another reduction.
     """
+    if isinstance(logits_t, SparseForm):
+        dense = functools.partial(jsd, beta=beta, reduction="none")
+        return loss_of_form(Rules("jsd", dense, temperature, topk=beta < 1), logits_s, logits_t, reduction)
     log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
     if beta == 0:
         loss = _kl(log_t, log_s)
@@ -113,7 +135,7 @@ def jsd(
 
 def skewed_kl(
     logits_s: torch.Tensor,
-    logits_t: torch.Tensor,
+    logits_t: LogitsLike,
     *,
     alpha: float = 0.1,
     temperature: float = 1.0,
@@ -130,15 +152,19 @@ def skewed_kl(
         TypeError: if something else than a tensor came.
         ValueError: if the shapes differ, or for another reduction.
     """
+    if isinstance(logits_t, SparseForm):
+        dense = functools.partial(skewed_kl, alpha=alpha, reverse=reverse, reduction="none")
+        draws = None if reverse else functools.partial(_log_ratio, alpha=alpha)
+        rules = Rules("skewed_kl", dense, temperature, topk=not reverse, draws=draws)
+        return loss_of_form(rules, logits_s, logits_t, reduction)
     log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
     log_p, log_q = (log_s, log_t) if reverse else (log_t, log_s)
-    log_skewed = log_q if alpha == 0 else _log_mixture(log_p, log_q, alpha)
-    return _finish(_kl(log_p, log_skewed), logits_s, temperature, reduction)
+    return _finish(_kl(log_p, _log_skewed(log_p, log_q, alpha)), logits_s, temperature, reduction)
 
 
 def dkd(
     logits_s: torch.Tensor,
-    logits_t: torch.Tensor,
+    logits_t: LogitsLike,
     labels: torch.Tensor,
     *,
     alpha: float = 1.0,
@@ -157,10 +183,13 @@ def dkd(
         TypeError: if something else than a tensor came.
         ValueError: if the shapes do not fit, if there is one class only, or for another reduction.
     """
-    check_same_shape("logits", logits_s, logits_t)
+    check_logits(logits_s, logits_t)
     check_labels(labels, logits_s.shape[:-1], "one index for each example,")
     if logits_s.shape[-1] < 2:
         raise ValueError(f"the logits have the shape {tuple(logits_s.shape)}; DKD needs 2 classes or more")
+    if isinstance(logits_t, SparseForm):
+        dense = functools.partial(dkd, alpha=alpha, beta=beta, reduction="none")
+        return loss_of_form(Rules("dkd", dense, temperature), logits_s, logits_t, reduction, labels)
     masses_s, others_s = _decoupled(widen(logits_s) / temperature, labels)
     masses_t, others_t = _decoupled(widen(logits_t.detach()) / temperature, labels)
     loss = alpha * _kl(masses_t, masses_s) + beta * _kl(others_t, others_s)
@@ -197,7 +226,7 @@ def _log_distributions(
     logits_s: torch.Tensor, logits_t: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of student and teacher at `temperature`, in float32 or wider."""
-    check_same_shape("logits", logits_s, logits_t)
+    check_logits(logits_s, logits_t)
     log_s = F.log_softmax(widen(logits_s) / temperature, dim=-1)
     log_t = F.log_softmax(widen(logits_t.detach()) / temperature, dim=-1)
     return log_s, log_t
@@ -215,6 +244,15 @@ def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> tor
     absent = (log_p == -math.inf) & (log_q == -math.inf)
     log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
     return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+
+def _log_skewed(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:
+    return log_q if alpha == 0 else _log_mixture(log_p, log_q, alpha)
+
+
+def _log_ratio(log_p: torch.Tensor, log_q: torch.Tensor, *, alpha: float) -> torch.Tensor:
+    """log of p over the skewed q, of which the skew KL is p's expectation."""
+    return log_p - _log_skewed(log_p, log_q, alpha)
 
 
 def _decoupled(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ from torch.nn.modules.loss import _Loss
 
 from schoolhouse import functional
 from schoolhouse.functional import _checks
-from schoolhouse.functional.features import zero_uncounted
+from schoolhouse.functional.features import spread_positions, zero_uncounted
+from schoolhouse.sparse import SparseForm
 
 
 class MGDLoss(_Loss):
@@ -90,9 +91,10 @@ class HiddenMSELoss(_HiddenLoss):
     """
 
     def forward(
-        self, hidden_s: torch.Tensor, hidden_t: torch.Tensor, *, mask: torch.Tensor | None = None
+        self, hidden_s: torch.Tensor, hidden_t: torch.Tensor | SparseForm, *, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Loss of hidden states `[..., width]` over the tokens that the `mask` `[...]` counts; all, without one."""
+        hidden_t, mask = spread_positions(hidden_t, mask)
         projected = self._project(hidden_s, hidden_t, mask)
         return functional.hidden_mse(projected, hidden_t, mask=mask, reduction=self._reduction)
 
@@ -110,9 +112,10 @@ class HiddenCosineLoss(_HiddenLoss):
     """
 
     def forward(
-        self, hidden_s: torch.Tensor, hidden_t: torch.Tensor, *, mask: torch.Tensor | None = None
+        self, hidden_s: torch.Tensor, hidden_t: torch.Tensor | SparseForm, *, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Loss of hidden states `[..., width]` over the tokens that the `mask` `[...]` counts; all, without one."""
+        hidden_t, mask = spread_positions(hidden_t, mask)
         projected = self._project(hidden_s, hidden_t, mask)
         return functional.hidden_cosine(projected, hidden_t, mask=mask, reduction=self._reduction)
 

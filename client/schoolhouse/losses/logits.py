@@ -8,6 +8,7 @@ from torch.nn.modules.loss import _Loss
 
 from schoolhouse import functional
 from schoolhouse.functional import _checks
+from schoolhouse.sparse import LogitsLike
 
 
 class LogitsLoss(_Loss):
@@ -29,7 +30,7 @@ class LogitsLoss(_Loss):
         self._reduction = reduction
 
     def per_example(
-        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor | None = None
+        self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Losses `[...]` of logits `[..., classes]`, whatever the reduction; labels `[...]` where the loss needs them.
 
@@ -41,17 +42,17 @@ class LogitsLoss(_Loss):
 class _Divergence(LogitsLoss):
     """A loss between logits that needs no labels."""
 
-    def forward(self, logits_s: torch.Tensor, logits_t: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
         return self._divergence(logits_s, logits_t, self._reduction)
 
     def per_example(
-        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor | None = None
+        self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Losses `[...]` of logits `[..., classes]`; labels are not read."""
         return self._divergence(logits_s, logits_t, "none")
 
-    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -69,7 +70,7 @@ class LogitsDistillationLoss(_Divergence):
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(temperature, reduction)
 
-    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
         return functional.logits_distillation(logits_s, logits_t, temperature=self._temperature, reduction=reduction)
 
 
@@ -87,7 +88,7 @@ class ReverseKLLoss(_Divergence):
     def __init__(self, temperature: float = 1.0, reduction: str = "batchmean") -> None:
         super().__init__(temperature, reduction)
 
-    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
         return functional.reverse_kl(logits_s, logits_t, temperature=self._temperature, reduction=reduction)
 
 
@@ -108,7 +109,7 @@ class JSDLoss(_Divergence):
         _checks.check_fraction("beta", beta)
         self._beta = beta
 
-    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
         return functional.jsd(logits_s, logits_t, beta=self._beta, temperature=self._temperature, reduction=reduction)
 
 
@@ -134,7 +135,7 @@ class SkewedKLLoss(_Divergence):
         self._alpha = alpha
         self._reverse = reverse
 
-    def _divergence(self, logits_s: torch.Tensor, logits_t: torch.Tensor, reduction: str) -> torch.Tensor:
+    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
         return functional.skewed_kl(
             logits_s,
             logits_t,
@@ -162,20 +163,18 @@ class MFTLoss(LogitsLoss):
         _checks.check_fraction("threshold", threshold)
         self._threshold = threshold
 
-    def forward(self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]`, flattened to `[n, classes]`; labels are `[n]` or `[...]`."""
         return self._mft(logits_s, logits_t, labels, self._reduction)
 
     def per_example(
-        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor | None = None
+        self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Losses `[...]` of logits `[..., classes]` and labels `[...]`, which are needed."""
         labels = _needed(labels, self)
         return self._mft(logits_s, logits_t, labels.reshape(-1), "none").sum(dim=-1).reshape(labels.shape)
 
-    def _mft(
-        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor, reduction: str
-    ) -> torch.Tensor:
+    def _mft(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor, reduction: str) -> torch.Tensor:
         return functional.mft(
             logits_s,
             logits_t,
@@ -208,19 +207,17 @@ class DKDLoss(LogitsLoss):
         self._alpha = alpha
         self._beta = beta
 
-    def forward(self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, for the labels `[...]`."""
         return self._dkd(logits_s, logits_t, labels, self._reduction)
 
     def per_example(
-        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor | None = None
+        self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Losses `[...]` of logits `[..., classes]` and labels `[...]`, which are needed."""
         return self._dkd(logits_s, logits_t, _needed(labels, self), "none")
 
-    def _dkd(
-        self, logits_s: torch.Tensor, logits_t: torch.Tensor, labels: torch.Tensor, reduction: str
-    ) -> torch.Tensor:
+    def _dkd(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor, reduction: str) -> torch.Tensor:
         return functional.dkd(
             logits_s,
             logits_t,
@@ -258,12 +255,13 @@ class CausalLMLoss(_Loss):
 
         Args:
             out_s: the student's logits, or an object that has them as `.logits`.
-            out_t: the teacher's, of the same shape.
-            labels: not shifted, as for the model itself; None counts every position.
+            out_t: the teacher's, of the same shape, or a form of `schoolhouse.sparse`.
+            labels: not shifted, as for the model itself; None counts every position that travelled.
 
         Raises:
-            TypeError: if there are no logits in what came.
-            ValueError: if the shapes do not fit, or if the loss needs labels and there are none.
+            TypeError: if there are no logits in what came, or if the loss can't be computed of their form.
+            ValueError: if the shapes do not fit, if the loss needs labels and there are none, or if positions that the
+                labels count did not travel.
         """
         return functional.causal_lm(
             self.loss.per_example, _logits_of(out_s), _logits_of(out_t), labels, ignore_index=self._ignore_index

@@ -1,0 +1,141 @@
+"""Losses against a teacher's logits that did not come as a tensor: one place that turns them into losses of tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from schoolhouse.functional._checks import check_logits, reduce, widen
+from schoolhouse.sparse import (
+    Head,
+    HiddenLogits,
+    LogitsLike,
+    PositionedFeatures,
+    SampledLogits,
+    SparseForm,
+    TopKLogits,
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a loss does with each form of a teacher's logits.
+
+    Args:
+        name: of the loss, for messages.
+        dense: the loss itself, of tensors: `dense(logits_s, logits_t, *labels, temperature=...)`, one value a row.
+        temperature: of the loss.
+        topk: whether `dense` makes sense of the k + 1 classes of a `TopKLogits`.
+        draws: of log-probabilities of the teacher and of the student: what the loss is the teacher's expectation of.
+        elementwise: `dense` flattens the rows, and gives one value an element.
+    """
+
+    name: str
+    dense: Callable[..., torch.Tensor]
+    temperature: float
+    topk: bool = False
+    draws: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    elementwise: bool = False
+
+
+def loss_of_form(
+    rules: Rules, logits_s: torch.Tensor, teacher: SparseForm, reduction: str, *labels: torch.Tensor
+) -> torch.Tensor:
+    """The loss of a student's logits `[..., classes]`, in float32 or wider, returned in their dtype.
+
+    Of `PositionedFeatures` it is the loss of the n rows at the positions, `[n]` with reduction "none", 0 if there are
+    none.
+
+    Raises:
+        TypeError: if the student's are no tensor, or if the loss can't be computed of this form.
+        ValueError: if the shapes or the temperatures differ, or for another reduction.
+    """
+    check_logits(logits_s, teacher)
+    values: LogitsLike = teacher
+    if isinstance(teacher, PositionedFeatures):
+        logits_s, values = teacher.of(logits_s), teacher.values
+        labels = tuple(map(teacher.of, labels))
+    if rules.elementwise:
+        logits_s, labels = logits_s.reshape(-1, logits_s.shape[-1]), tuple(map(torch.flatten, labels))
+        values = values.reshape(logits_s.shape) if isinstance(values, torch.Tensor) else values
+    losses = _losses(rules, logits_s, values, labels, summed=reduction != "none")
+    n_elements, batch_size = max(logits_s.numel(), 1), max(logits_s.shape[0], 1)
+    return reduce(losses, reduction, n_elements=n_elements, batch_size=batch_size).to(logits_s.dtype)
+
+
+def over_chunks(
+    dense: Callable[..., torch.Tensor], logits_s: torch.Tensor, teacher: HiddenLogits, *labels: torch.Tensor
+) -> torch.Tensor:
+    """Losses `[...]` of logits `[..., classes]`, with the teacher's of at most `chunk_rows` rows at a time.
+
+    The backward computes each chunk's again, since what the forward made of them takes as much memory as they do.
+    """
+    # Pieces of one split: their gradients are joined, where slices would each have one of the full size.
+    rows = (each.reshape(-1, each.shape[-1]) for each in (logits_s, teacher.hidden))
+    pieces = (torch.split(each, teacher.chunk_rows) for each in (*rows, *map(torch.flatten, labels)))
+    losses = torch.cat(
+        [checkpoint(_of_chunk, dense, teacher.head, *chunk, use_reentrant=False) for chunk in zip(*pieces, strict=True)]
+    )
+    return losses.reshape([*logits_s.shape[:-1], *losses.shape[1:]])
+
+
+def _of_chunk(
+    dense: Callable[..., torch.Tensor], head: Head, logits_s: torch.Tensor, hidden: torch.Tensor, *labels: torch.Tensor
+) -> torch.Tensor:
+    return dense(widen(logits_s), widen(HiddenLogits(hidden, head).dense()), *labels)
+
+
+def _losses(
+    rules: Rules, logits_s: torch.Tensor, teacher: LogitsLike, labels: tuple[torch.Tensor, ...], *, summed: bool
+) -> torch.Tensor:
+    """Losses `[...]`, times temperature squared; `[..., classes]` of an elementwise loss that is not to be summed."""
+
+    def dense(*tensors: torch.Tensor) -> torch.Tensor:
+        losses = rules.dense(*tensors, temperature=rules.temperature)
+        return losses.sum(dim=-1) if rules.elementwise and summed else losses
+
+    if isinstance(teacher, torch.Tensor):
+        return dense(widen(logits_s), widen(teacher), *labels)
+    if isinstance(teacher, HiddenLogits):
+        return over_chunks(dense, logits_s, teacher, *labels)
+    if isinstance(teacher, TopKLogits) and rules.topk:
+        _check_temperature(teacher, f"topk({teacher.values.shape[-1]}", rules)
+        return rules.dense(*_with_tail(logits_s, teacher), temperature=1.0) * rules.temperature**2
+    if isinstance(teacher, SampledLogits) and rules.draws:
+        _check_temperature(teacher, f"sampled({teacher.n}", rules)
+        return _mean_over_draws(rules.draws, logits_s, teacher) * rules.temperature**2
+    raise TypeError(
+        f"{rules.name} can't be computed of {type(teacher).__name__}: it reads the teacher's numbers of classes that "
+        "did not travel. Choices: the encoding hidden, int8 or bf16, or none"
+    )
+
+
+def _check_temperature(teacher: TopKLogits | SampledLogits, asked: str, rules: Rules) -> None:
+    if teacher.temperature != rules.temperature:
+        raise ValueError(
+            f"{rules.name} has the temperature {rules.temperature}, and the teacher's logits came at "
+            f"{teacher.temperature}; what is not whole can't be re-tempered, so ask for "
+            f"{asked}, temperature={rules.temperature})"
+        )
+
+
+def _with_tail(logits_s: torch.Tensor, teacher: TopKLogits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[..., k + 1]` of student and teacher at the temperature; the last is that of all other classes."""
+    scaled = widen(logits_s) / teacher.temperature
+    # From the others alone: what remains of the whole less the k is noise where they have nearly all the mass. The
+    # lowest finite number, not -inf, of which the gradient is NaN where there are no others.
+    tail_s = scaled.scatter(-1, teacher.indices, torch.finfo(scaled.dtype).min).logsumexp(dim=-1, keepdim=True)
+    of_student = torch.cat([scaled.gather(-1, teacher.indices), tail_s], dim=-1)
+    of_teacher = torch.cat([teacher.values.to(teacher.tail.dtype), teacher.tail.unsqueeze(-1)], dim=-1)
+    return of_student, widen(of_teacher)
+
+
+def _mean_over_draws(
+    draws: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits_s: torch.Tensor, teacher: SampledLogits
+) -> torch.Tensor:
+    scaled = widen(logits_s) / teacher.temperature
+    log_s = scaled.gather(-1, teacher.indices) - scaled.logsumexp(dim=-1, keepdim=True)
+    padding = teacher.counts == 0
+    of_each = draws(widen(teacher.log_probs), log_s.masked_fill(padding, 0.0))
+    return (of_each.masked_fill(padding, 0.0) * (teacher.counts / teacher.n).to(scaled.dtype)).sum(dim=-1)

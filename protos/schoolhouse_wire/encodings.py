@@ -1,0 +1,183 @@
+"""Encodings that a client may ask of a tap: what they are, and how they travel."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from schoolhouse_wire.errors import ProtocolError
+from schoolhouse_wire.packed import MAX_DRAWS
+from schoolhouse_wire.tensors import DTYPE_OF_NUMBER, DTYPES
+from schoolhouse_wire.v1 import teacher_pb2
+
+CAST_DTYPES = (torch.bfloat16, torch.float16)
+ROW_DTYPES = (torch.int8, torch.float8_e4m3fn)
+MAX_K = (1 << 31) - 1  # classes are counted in int32
+_SEEDS = 1 << 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """As computed. With `positions`, as with any encoding, only the rows that the call's mask counts travel."""
+
+    positions: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast(Encoding):
+    """Floating-point tensors in `dtype`, where that is narrower."""
+
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype, CAST_DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerRow(Encoding):
+    """Floating-point tensors in `dtype`, of one byte, with a float32 scale for each row (the last dimension)."""
+
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype, ROW_DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Encoding):
+    """Of logits: the `k` largest divided by the temperature, and the log-sum-exp of all the others."""
+
+    k: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_int("k", self.k, 1, MAX_K)
+        _check_temperature(self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Encoding):
+    """Of logits: `n` draws with replacement from the distribution at the temperature (arXiv 2503.16870).
+
+    The same seed gives the same draws. Without one, `seeded` must give it before the encoding travels or is used.
+    """
+
+    n: int
+    temperature: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("n", self.n, 1, MAX_DRAWS)
+        _check_temperature(self.temperature)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, _SEEDS - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hidden(Encoding):
+    """In place of logits, the hidden states that the submodule `head` makes them of, themselves in `encoding`."""
+
+    head: str
+    encoding: Encoding | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.head, str) or not self.head:
+            raise ValueError(f"head is {self.head!r}; give the name of the submodule that makes the logits")
+        if type(self.encoding) not in (type(None), Cast, PerRow) or (self.encoding and self.encoding.positions):
+            raise ValueError(
+                f"the encoding of hidden states is {self.encoding!r}; choices: None, a Cast or a PerRow, both without "
+                "positions, which are the Hidden's own"
+            )
+
+
+def seeded(encoding: Encoding | None, seed: int) -> Encoding | None:
+    """The encoding with `seed` for its draws, if it makes any and has no seed of its own."""
+    if isinstance(encoding, Sampled) and encoding.seed is None:
+        return dataclasses.replace(encoding, seed=seed)
+    return encoding
+
+
+def encoding_to_wire(encoding: Encoding | None) -> teacher_pb2.Encoding | None:
+    """An encoding as a message; None for what travels as computed, every row.
+
+    Raises:
+        ValueError: for draws without a seed: a request that is sent again must draw the same.
+    """
+    if encoding is None or encoding == Encoding():
+        return None
+    message = teacher_pb2.Encoding(positions=encoding.positions)
+    if isinstance(encoding, Cast):
+        message.cast = DTYPES[encoding.dtype]  # type: ignore[assignment]
+    elif isinstance(encoding, PerRow):
+        message.per_row = DTYPES[encoding.dtype]  # type: ignore[assignment]
+    elif isinstance(encoding, TopK):
+        message.topk.k, message.topk.temperature = encoding.k, encoding.temperature
+    elif isinstance(encoding, Sampled):
+        if encoding.seed is None:
+            raise ValueError("an encoding that draws has no seed; give one by seeded(encoding, seed)")
+        message.sampled.n, message.sampled.temperature = encoding.n, encoding.temperature
+        message.sampled.seed = encoding.seed
+    elif isinstance(encoding, Hidden):
+        message.hidden.head = encoding.head
+        if (inner := encoding_to_wire(encoding.encoding)) is not None:
+            message.hidden.encoding.CopyFrom(inner)
+    return message
+
+
+def encoding_from_wire(message: teacher_pb2.Encoding) -> Encoding | None:
+    """The encoding of a message; None for what travels as computed, every row.
+
+    Raises:
+        ProtocolError: for a kind that this version does not know, or a setting out of bounds.
+    """
+    if len(UnknownFieldSet(message)):  # else it would be answered as computed
+        raise ProtocolError("an encoding was asked for that this version does not know", choices=_KINDS)
+    try:
+        encoding = _from_wire(message)
+    except ValueError as err:
+        raise ProtocolError(f"an encoding was asked for that there is not: {err}") from err
+    return None if encoding == Encoding() else encoding
+
+
+_KINDS = ("cast", "per_row", "topk", "sampled", "hidden")
+
+
+def _from_wire(message: teacher_pb2.Encoding) -> Encoding:
+    kind, positions = message.WhichOneof("kind"), message.positions
+    if kind == "cast":
+        return Cast(dtype=_dtype(message.cast), positions=positions)
+    if kind == "per_row":
+        return PerRow(dtype=_dtype(message.per_row), positions=positions)
+    if kind == "topk":
+        return TopK(k=message.topk.k, temperature=message.topk.temperature, positions=positions)
+    if kind == "sampled":
+        asked = message.sampled
+        return Sampled(n=asked.n, temperature=asked.temperature, seed=asked.seed, positions=positions)
+    if kind == "hidden":
+        inner = encoding_from_wire(message.hidden.encoding)
+        return Hidden(head=message.hidden.head, encoding=inner, positions=positions)
+    return Encoding(positions=positions)
+
+
+def _dtype(number: int) -> torch.dtype:
+    if number not in DTYPE_OF_NUMBER:
+        raise ValueError(f"the dtype number {number} is unknown")
+    return DTYPE_OF_NUMBER[number]
+
+
+def _check_dtype(dtype: object, choices: Sequence[torch.dtype]) -> None:
+    if dtype not in choices:
+        raise ValueError(f"dtype is {dtype}; choices: {', '.join(map(str, choices))}")
+
+
+def _check_int(name: str, value: object, lowest: int, highest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise ValueError(f"{name} is {value!r}; it must be an integer in {lowest}..{highest}")
+
+
+def _check_temperature(value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"temperature is {value!r}; it must be above 0 and finite")
