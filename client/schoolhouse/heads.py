@@ -67,7 +67,7 @@ class Head:
 
     def to(self, device: torch.device | str) -> "Head":
         """This head with its weights on a device. They are moved once and kept there as long as any of its copies."""
-        there = _with_index(torch.device(device))
+        there = torch.empty(0, device=device).device  # which says the index of the current GPU
         if there == self.device:
             return self
         family = self._family
@@ -163,13 +163,6 @@ def _digest(operations: tuple[Operation, ...]) -> str:
             plain = on_cpu(weight)  # named, since memory_of does not keep it alive
             digest.update(memory_of(plain))
     return digest.hexdigest()
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """`cuda` means the current one; a tensor's device says which."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _fields(value: Any, what: str, **types: type) -> dict[str, Any]:
