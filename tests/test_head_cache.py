@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schoolhouse import errors
 from schoolhouse.head_operations import layer_norm, linear, rms_norm, scale, softcap
 from schoolhouse.heads import Head
 from schoolhouse.heads_cache import HeadCache, default_cache_folder
@@ -222,8 +223,17 @@ def test_a_folder_that_cannot_be_written_to_costs_one_warning(tmp_path, make):
         assert HeadCache(folder).fetch("b", *KEY[1:], made).digest == made().digest
 
 
-def test_the_default_folder():
+def test_the_default_folder(monkeypatch):
     assert default_cache_folder() == Path.home() / ".cache/schoolhouse/heads"
+    monkeypatch.setattr(Path, "home", lambda: Path("~missing").expanduser())  # raises, as for a user without a home
+    assert default_cache_folder() is None
+
+
+def test_without_a_folder_a_process_still_shares_its_heads():
+    cache = HeadCache(None)
+    head = cache.fetch(*KEY, made)
+    assert HeadCache(None).fetch(*KEY, lambda: pytest.fail("it is in memory")) is head
+    assert cache.get(*KEY) is None
 
 
 # Fetched once.
@@ -269,6 +279,16 @@ def test_a_damaged_file_is_fetched_again(cache):
     only_file(cache).write_bytes(b"x" * 100)
     assert cache.fetch(*KEY, lambda: made(1)).digest == made(1).digest
     assert cache.get(*KEY).digest == made(1).digest
+
+
+def test_a_head_of_another_digest_is_fetched_again(cache):
+    old = cache.fetch(*KEY, made)
+    new = cache.fetch(*KEY, lambda: made(1), digest=made(1).digest)
+    assert new.digest == cache.get(*KEY).digest == made(1).digest
+    assert cache.fetch(*KEY, lambda: pytest.fail("it is in memory"), digest=new.digest) is new
+    with pytest.raises(errors.CorruptPayloadError, match="another head"):
+        cache.fetch(*KEY, lambda: old, digest="0" * 32)
+    assert cache.get(*KEY).digest == new.digest
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

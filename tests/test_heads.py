@@ -176,12 +176,31 @@ def test_no_tensor_of_a_head_is_walked():
     assert map_tensors({"head": head}, lambda tensor: tensor + 1)["head"] is head
 
 
-def test_moving():
-    head = some_head()
-    assert head.to("cpu") is head
+def test_the_copies_on_other_devices_are_made_once(monkeypatch):
+    head, moves = some_head(), []
+    monkeypatch.setattr(Head, "device", torch.device("cuda", 0))  # so that the CPU is another device
+    monkeypatch.setattr(Operation, "to", lambda self, device: moves.append(device) or self)
     with ThreadPoolExecutor(4) as pool:
-        there = set(pool.map(lambda _: id(head.to("cpu")), range(8)))
-    assert there == {id(head)}
+        (there,) = set(pool.map(lambda _: head.to("cpu"), range(8)))
+    assert there is not head
+    assert moves == [torch.device("cpu")] * len(head.operations)
+    assert there.digest == head.digest
+    assert there.to("cpu") is head.to("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    head = some_head()
+    there = head.to("cuda")
+    assert (there.device.type, there.to("cpu"), head.to("cuda")) == ("cuda", head, there)
+    assert Head(there.operations).digest == head.digest
+    logits = head.logits(hidden_states(4, 8).cuda())
+    assert logits.is_cuda
+    assert torch.allclose(logits.cpu(), head.logits(hidden_states(4, 8)), rtol=1e-2, atol=1e-2)
+
+
+def test_pickling():
+    head = some_head()
     again = pickle.loads(pickle.dumps(head))
     assert (again.digest, repr(again)) == (head.digest, repr(head))
 

@@ -19,6 +19,7 @@ from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.tensors import on_cpu
 
 from schoolhouse.checkpoint_file import remove_orphans, write_whole
+from schoolhouse.errors import CorruptPayloadError
 from schoolhouse.heads import Head
 
 _FORMAT = "schoolhouse.head.v1"
@@ -32,9 +33,12 @@ _alive: weakref.WeakValueDictionary[_Key, Head] = weakref.WeakValueDictionary()
 _warned: set[Path] = set()
 
 
-def default_cache_folder() -> Path:
-    """Where heads are kept unless a caller says otherwise."""
-    return Path.home() / ".cache" / "schoolhouse" / "heads"
+def default_cache_folder() -> Path | None:
+    """Where heads are kept unless a caller says otherwise; None for a user without a home, as in some containers."""
+    try:
+        return Path.home() / ".cache" / "schoolhouse" / "heads"
+    except RuntimeError:
+        return None
 
 
 class HeadCache:
@@ -44,37 +48,44 @@ class HeadCache:
     warning, and each process fetches its heads.
 
     Args:
-        folder: it is made when the first head is put into it.
+        folder: it is made when the first head is put into it. None: heads are shared within the process alone.
         max_bytes: the least recently used files beyond it are removed.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = 8 << 30) -> None:
+    def __init__(self, folder: Path | None, max_bytes: int = 8 << 30) -> None:
         if max_bytes < 0:
             raise ValueError(f"max_bytes is {max_bytes}; expected 0 or more")
         self.folder = folder
         self.max_bytes = max_bytes
 
-    def fetch(self, revision: str, name: str, tap_module: str, load: Callable[[], Head]) -> Head:
+    def fetch(self, revision: str, name: str, tap_module: str, load: Callable[[], Head], *, digest: str = "") -> Head:
         """The head, which all callers in this process share: of memory, of the folder, or else of `load`.
 
         Of callers at the same time one loads while the others wait. If it fails, the next one tries its own `load`.
+        Where the teacher says the `digest` of its head, one of another digest is fetched again.
+
+        Raises:
+            CorruptPayloadError: if `load` gives a head of another digest.
         """
-        key = (str(self.folder.absolute()), *_checked(revision, name, tap_module))
+        folder = str(self.folder.absolute()) if self.folder is not None else ""
+        key = (folder, *_checked(revision, name, tap_module))
         with _guard:
             lock = _locks.setdefault(key, threading.Lock())
         with lock:
-            head = _alive.get(key)
+            head = _if_it_is(_alive.get(key), digest) or _if_it_is(self.get(revision, name, tap_module), digest)
             if head is None:
-                head = self.get(revision, name, tap_module)
-            if head is None:
-                head = load()
+                head = _if_it_is(load(), digest)
+                if head is None:
+                    raise CorruptPayloadError(f"the teacher sent another head than that of the digest {digest!r}")
                 self.put(revision, name, tap_module, head)
             _alive[key] = head
             return head
 
     def get(self, revision: str, name: str, tap_module: str) -> Head | None:
         """The head on disk, checked by its digest, or None. A damaged file, or one of another head, is removed."""
-        path = self._path(revision, name, tap_module)
+        if self.folder is None:
+            return None
+        path = _path(self.folder, revision, name, tap_module)
         try:
             if not path.is_file():
                 return None
@@ -91,25 +102,20 @@ class HeadCache:
 
     def put(self, revision: str, name: str, tap_module: str, head: Head) -> None:
         """Keep the head on disk, unless it alone is beyond `max_bytes`."""
-        path = self._path(revision, name, tap_module)
-        if head.nbytes > self.max_bytes:
+        if self.folder is None or head.nbytes > self.max_bytes:
             return
+        path = _path(self.folder, revision, name, tap_module)
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _write(path, head, _checked(revision, name, tap_module))
-            self._prune(path)
+            self._prune(self.folder, path)
         except OSError as err:
-            self._warn(err)
+            _warn(self.folder, err)
 
-    def _path(self, revision: str, name: str, tap_module: str) -> Path:
-        """Of a name that no teacher chooses: revisions and names come from elsewhere and may hold anything."""
-        key = json.dumps([_FORMAT, *_checked(revision, name, tap_module)])
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-
-    def _prune(self, latest: Path) -> None:
-        remove_orphans(self.folder, "*.safetensors")
+    def _prune(self, folder: Path, latest: Path) -> None:
+        remove_orphans(folder, "*.safetensors")
         files: list[tuple[bool, float, int, Path]] = []
-        for path in self.folder.iterdir():
+        for path in folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another process prunes too
                 if _FILE_NAME.fullmatch(path.name):
                     facts = path.stat()
@@ -120,13 +126,23 @@ class HeadCache:
             if kept_bytes > self.max_bytes:
                 path.unlink(missing_ok=True)
 
-    def _warn(self, err: OSError) -> None:
-        if self.folder not in _warned:
-            _warned.add(self.folder)
-            warnings.warn(
-                f"the teacher's head cannot be kept in {self.folder}, so that each run fetches it again: {err}",
-                stacklevel=4,
-            )
+
+def _if_it_is(head: Head | None, digest: str) -> Head | None:
+    return head if head is not None and digest in ("", head.digest) else None
+
+
+def _path(folder: Path, revision: str, name: str, tap_module: str) -> Path:
+    """Of a name that no teacher chooses: revisions and names come from elsewhere and may hold anything."""
+    key = json.dumps([_FORMAT, *_checked(revision, name, tap_module)])
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+
+def _warn(folder: Path, err: OSError) -> None:
+    if folder not in _warned:
+        _warned.add(folder)
+        warnings.warn(
+            f"the teacher's head cannot be kept in {folder}, so that each run fetches it again: {err}", stacklevel=4
+        )
 
 
 def _checked(revision: str, name: str, tap_module: str) -> tuple[str, str, str]:
