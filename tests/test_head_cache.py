@@ -190,6 +190,14 @@ def test_the_least_recently_used_are_removed(cache):
     assert mine.exists()
 
 
+def test_what_killed_writers_left_is_removed(cache):
+    cache.put(*KEY, made())
+    left = cache.folder / f".{'0' * 64}.safetensors.0123.part"
+    left.touch()
+    cache.put(*KEY, made())
+    assert not left.exists()
+
+
 def test_a_head_beyond_the_bound_is_not_kept(cache):
     HeadCache(cache.folder, max_bytes=made().nbytes - 1).put(*KEY, made())
     assert cache.get(*KEY) is None

@@ -86,6 +86,19 @@ def test_a_wrapper_around_a_model():
         head_of(model, "teacher.lm_head", "teacher.model")
 
 
+def test_the_config_of_the_text_part_of_a_composite_model():
+    transformers = pytest.importorskip("transformers")
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.Gemma2Config(**MODELS["Gemma2"][1])
+    config = transformers.PaliGemmaConfig(text_config=text, vision_config=transformers.SiglipVisionConfig(**vision))
+    torch.manual_seed(0)
+    model = transformers.PaliGemmaForConditionalGeneration(config).eval().requires_grad_(False)
+    hidden, logits = run(model, "lm_head")
+    head = head_of(model, "lm_head", "")
+    assert [step.kind for step in head.operations] == ["linear", "softcap"]
+    assert torch.equal(head.logits(hidden), logits)
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "silu", "relu"])
 @pytest.mark.parametrize("where", ["cls", "cls.predictions", "cls.predictions.decoder"])
 def test_bert(where, act):
