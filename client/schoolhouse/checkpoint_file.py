@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,15 @@ def write(path: Path, facts: Mapping[str, str], state: Mapping[str, Any]) -> Non
     for name, value in state.items():
         _check_has_values(name, value)
     content = _content({"format": _FORMAT, **facts}, state)
-    target = Path(os.path.realpath(path))
-    _remove_orphans(target)
-    while not _replace(target, content):
+    write_whole(Path(os.path.realpath(path)), [content])
+
+
+def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write a file, made of `parts`, so that whoever reads it finds the former one or this one, whole and on disk."""
+    remove_orphans(path.parent, glob.escape(path.name))
+    while not _replace(path, parts):
         pass
-    _sync_folder(target.parent)
+    _sync_folder(path.parent)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -154,7 +158,7 @@ def _torch_content(content: dict[str, Any]) -> bytes:
 # How it gets to the disk.
 
 
-def _replace(path: Path, content: bytes) -> bool:
+def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
     """Write a file beside `path`, make sure that it is on disk, and rename it to `path`.
 
     False, with nothing done, if another saver of `path` took the new file for an orphan before it was locked.
@@ -169,7 +173,7 @@ def _replace(path: Path, content: bytes) -> bool:
                 return False
             if mode is not None:
                 os.fchmod(descriptor, mode)
-            file.write(content)
+            file.writelines(parts)
             file.flush()
             os.fsync(descriptor)
             os.replace(part, path)
@@ -187,9 +191,9 @@ def _mode(path: Path) -> int | None:
         return None
 
 
-def _remove_orphans(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` have left."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+def remove_orphans(folder: Path, pattern: str) -> None:
+    """Remove what processes that were killed while they wrote files of such names have left."""
+    for part in folder.glob(f".{pattern}.*.part"):
         with contextlib.suppress(OSError), part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
