@@ -10,7 +10,8 @@ import torch
 from models import Net
 from schoolhouse.errors import TeacherForwardError
 from schoolhouse.taps import Tap
-from schoolhouse.teachers import LocalTeacher, Wanted
+from schoolhouse.teachers import LocalTeacher
+from schoolhouse.wanted import Wanted
 from schoolhouse_server import serve
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.engine import STAGES, Engine, Job, Ticket
@@ -18,7 +19,7 @@ from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.v1 import directory_pb2
 from torch import nn
 
-WHOLE = Wanted((Tap(""),))
+WHOLE = Wanted.of([""])
 
 
 def job(x, key=None, **more):

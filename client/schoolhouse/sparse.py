@@ -3,6 +3,7 @@
 Losses of this package take these forms. They are records: moving one to a device moves its tensors.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -11,6 +12,7 @@ from schoolhouse_wire.nested import map_where
 from schoolhouse_wire.packed import PACKED, CastTensor, PositionedRows, SampledRows, ScaledRows, TopKRows
 
 from schoolhouse.errors import ProtocolError
+from schoolhouse.taps import Tap
 
 CHUNK_ROWS = 1024
 
@@ -237,6 +239,12 @@ def with_head(states: Any, head: Head, chunk_rows: int = CHUNK_ROWS) -> "HiddenL
     if not isinstance(states, torch.Tensor) or not states.is_floating_point() or not states.dim():
         raise ProtocolError(f"hidden states were asked for, and a {type(states).__name__} came")
     return HiddenLogits(states, head, chunk_rows)
+
+
+def decoded(values: Mapping[Tap, Any], heads: Mapping[Tap, Head]) -> dict[Tap, Any]:
+    """Features by tap as they arrived, decoded; those of `heads` are hidden states, and become logits."""
+    found = {tap: decode(value) for tap, value in values.items()}
+    return {tap: with_head(value, heads[tap]) if tap in heads else value for tap, value in found.items()}
 
 
 def decode(value: Any) -> Any:

@@ -43,7 +43,8 @@ def as_tap(tap: TapLike) -> Tap:
     return found
 
 
-_SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT}
+HEAD = "head"  # a side that no user asks for: the module whose logits are wanted, as a function of hidden states
+_SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT, HEAD: teacher_pb2.Tap.HEAD}
 _FROM_SIDE = {number: side for side, number in _SIDES.items()}
 
 

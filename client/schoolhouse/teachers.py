@@ -6,7 +6,7 @@ import inspect
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,17 +14,21 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import xxhash
 from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.encoder import encode, hidden_states, logits_of
+from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.memory import memory_of, version_of
 from schoolhouse_wire.nested import map_tensors
 from schoolhouse_wire.tensors import on_cpu
 from torch import nn
 
 from schoolhouse.errors import SchoolhouseError, TeacherForwardError, UnknownTapError
+from schoolhouse.head_description import check_head, head_of
+from schoolhouse.heads import Head
+from schoolhouse.sparse import decoded
 from schoolhouse.taps import (
     Tap,
     TapLike,
     as_tap,
-    as_taps,
     check_modules,
     layout_of,
     module_names,
@@ -34,6 +38,7 @@ from schoolhouse.taps import (
     tensors_of,
     without_compiler,
 )
+from schoolhouse.wanted import Wanted
 
 _MAX_LEARNED = 4096
 
@@ -67,13 +72,6 @@ class Features(dict[Tap, Any]):
         return self[tap]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a request asks for."""
-
-    taps: tuple[Tap, ...]
-
-
 class _Learned(NamedTuple):
     """What a whole forward told of those with the same taps and the same signature of the inputs."""
 
@@ -91,7 +89,10 @@ class Teacher(Protocol):
     def submit(
         self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, taps: Iterable[TapLike]
     ) -> "Future[Features]":
-        """Ask for the features of one batch; the future holds them, or the error."""
+        """Ask for the features of one batch; the future holds them, or the error.
+
+        A teacher that can encode also takes `encodings`, by tap, and the mask `positions`.
+        """
 
     def close(self) -> None:
         """Free what the teacher holds."""
@@ -120,6 +121,8 @@ class LocalTeacher:
         self._modules = dict.fromkeys(module_names(module))  # ordered, and quick to search
         self._revision = ""
         self._learned: OrderedDict[Any, _Learned] = OrderedDict()  # by taps and signature of the inputs
+        self._checked: OrderedDict[Any, None] = OrderedDict()  # heads that make the logits of such inputs
+        self._heads: dict[tuple[str, str], Head] = {}
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
 
     def describe(self) -> TeacherDescription:
@@ -139,28 +142,59 @@ class LocalTeacher:
         )
 
     def submit(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, taps: Iterable[TapLike]
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        taps: Iterable[TapLike],
+        *,
+        encodings: Mapping[TapLike, Encoding | None] | None = None,
+        positions: torch.Tensor | None = None,
     ) -> "Future[Features]":
-        """Run the module now; the future is done when this returns."""
+        """Run the module now; the future is done when this returns.
+
+        With `encodings` by tap, and the mask `positions` `[batch, length]` for those that need it, the features are
+        what would have arrived from elsewhere.
+        """
         future: Future[Features] = Future()
         try:
-            future.set_result(self.compute(args, kwargs or {}, as_taps(taps)))
+            wanted = Wanted.of(taps, encodings, positions)
+            future.set_result(self.compute(Arguments(args, kwargs), wanted.with_seeds()))
         except Exception as err:
             future.set_exception(err)
         return future
 
-    def compute(self, args: Sequence[Any], kwargs: Mapping[str, Any], taps: tuple[Tap, ...]) -> Features:
-        """Features of `taps`; raises as `forward` does."""
-        wanted = Wanted(taps)
-        values = self.encode(self.forward(Arguments(args, kwargs), wanted), wanted)
-        return Features(values, revision=self._revision)
+    def compute(self, inputs: Arguments, wanted: Wanted) -> Features:
+        """Features as they arrive; raises as `forward` and `encode` do."""
+        values = self.encode(self.forward(inputs, wanted), wanted)
+        heads = {tap: self.head(name, tap.module) for tap, name in wanted.heads().items()}
+        return Features(decoded(values, heads), revision=self._revision)
 
-    def encode(self, values: dict[Tap, Any], wanted: "Wanted") -> dict[Tap, Any]:
-        """What was wanted, of what `forward` returned."""
-        return values
+    def head(self, name: str, tap_module: str) -> Head:
+        """What makes the logits that the module `tap_module` returns, of what submodule `name` receives.
 
-    def forward(self, inputs: Arguments, wanted: "Wanted") -> dict[Tap, Any]:
+        Raises:
+            UnknownTapError: if there is no such submodule.
+            UnsupportedValueError: if it is not made of known operations.
+        """
+        with self._lock, torch.no_grad():  # it runs, and hooks are on the modules
+            if (name, tap_module) not in self._heads:
+                self._heads[name, tap_module] = head_of(self._plain, name, tap_module)
+            return self._heads[name, tap_module]
+
+    def encode(self, values: dict[Tap, Any], wanted: Wanted) -> dict[Tap, Any]:
+        """What was wanted, of what `forward` returned, as it travels.
+
+        Raises:
+            UnsupportedValueError: for features that an encoding cannot hold.
+        """
+        encodings = dict(zip(wanted.taps, wanted.encodings, strict=True))
+        return {tap: encode(value, encodings[tap], wanted.mask) for tap, value in values.items()}
+
+    def forward(self, inputs: Arguments, wanted: Wanted) -> dict[Tap, Any]:
         """Features as plain forward hooks would see them in the end. The inputs stay as they were.
+
+        Of logits that travel as hidden states, it is what the head receives; for the first inputs of each signature
+        the head is held against the logits that the module itself returns.
 
         No feature stands in memory of the inputs, or that the module keeps, so that neither the next batch nor the
         student can write into it.
@@ -168,13 +202,33 @@ class LocalTeacher:
         Raises:
             UnknownTapError: for a submodule that there is not, or that did not run.
             TeacherForwardError: if the module's forward raises; its own error is the cause.
+            UnsupportedValueError: if a head does not make these logits.
         """
-        check_modules((tap.module for tap in wanted.taps), self._modules, f"teacher {self._name!r}")
+        heads = wanted.heads()
+        if not heads:
+            return self._captured(inputs, wanted.taps)
+        places = {tap: Tap(heads[tap], "input") if tap in heads else tap for tap in wanted.taps}
+        signature = (wanted.taps, tuple(heads.items()), self._signature(inputs))
+        unchecked = [] if signature in self._checked else [*heads]
+        values = self._captured(inputs, tuple(dict.fromkeys((*places.values(), *unchecked))))
+        for tap in unchecked:
+            check_head(
+                self.head(heads[tap], tap.module),
+                hidden_states(values[places[tap]], heads[tap]),
+                logits_of(values[tap]),
+            )
+        self._checked[signature] = None
+        if len(self._checked) > _MAX_LEARNED:
+            self._checked.popitem(last=False)
+        return {tap: values[place] for tap, place in places.items()}
+
+    def _captured(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
+        check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
         try:
             with self._lock, torch.no_grad():
                 if self.module.training:  # train() on a model that holds this one reaches it too
                     self.module.eval()
-                return self._run(inputs, wanted.taps)
+                return self._run(inputs, taps)
         except SchoolhouseError:
             raise
         except Exception as err:
@@ -182,12 +236,7 @@ class LocalTeacher:
 
     def _run(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
         """Run the module, on copies of its inputs until it is known to leave such inputs alone."""
-        key = (
-            taps,
-            signature_of(inputs, layout=layout_of),
-            _autocast(),
-            tuple(weight.dtype for weight in self._weights),
-        )
+        key = (taps, self._signature(inputs))
         known = self._learned.get(key)
         trusted = known is not None and known.leaves_inputs
         used = inputs if trusted else map_tensors(inputs, torch.clone)
@@ -209,6 +258,10 @@ class LocalTeacher:
         del values  # nothing here may hold what the forward returned
         result: dict[Tap, Any] = owned(given)
         return result
+
+    def _signature(self, inputs: Arguments) -> Hashable:
+        """Equal for inputs that a forward treats alike, unless it decides by the values in tensors."""
+        return signature_of(inputs, layout=layout_of), _autocast(), tuple(weight.dtype for weight in self._weights)
 
     def _forward(
         self, inputs: Arguments, taps: tuple[Tap, ...], known: _Learned | None

@@ -35,9 +35,9 @@ def encode(value: Any, encoding: Encoding | None, mask: torch.Tensor | None = No
         return value
     if isinstance(encoding, Hidden):
         inner = encoding.encoding or Encoding()
-        states = _hidden_states(value, encoding.head)
+        states = hidden_states(value, encoding.head)
         return encode(states, dataclasses.replace(inner, positions=encoding.positions), mask)
-    logits = _logits_of(value, encoding) if isinstance(encoding, TopK | Sampled) else None
+    logits = logits_of(value) if isinstance(encoding, TopK | Sampled) else None
     packer = _Packer(encoding, logits, _needed(mask) if encoding.positions else None)
     packed = map_tensors(value, packer.pack)
     packer.finish()
@@ -215,22 +215,31 @@ def _needed(mask: torch.Tensor | None) -> torch.Tensor:
     return mask
 
 
-def _logits_of(value: Any, encoding: Encoding) -> torch.Tensor:
+def logits_of(value: Any) -> torch.Tensor:
+    """The logits `[..., classes]` of a feature: itself, or its field `logits`.
+
+    Raises:
+        UnsupportedValueError: if it has none.
+    """
     record = record_of(value)
     logits = value if record is None else record.fields.get("logits")
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point() or not logits.dim():
         raise UnsupportedValueError(
-            f"{type(encoding).__name__} is an encoding of logits, and the feature is a {type(value).__qualname__} that "
-            "is, or has as `.logits`, no floating-point tensor [..., classes]; choices: tap the layer that returns "
-            "them, such as 'lm_head', or ask for another encoding, such as bf16 or int8"
+            f"an encoding of logits was asked for, and the feature is a {type(value).__qualname__} that is, or has as "
+            "`.logits`, no floating-point tensor [..., classes]; choices: tap the layer that returns them, such as "
+            "'lm_head', or ask for another encoding, such as bf16 or int8"
         )
     if not logits.shape[-1]:
         raise UnsupportedValueError(f"the logits have the shape {tuple(logits.shape)}, which has no classes")
     return logits
 
 
-def _hidden_states(value: Any, head: str) -> torch.Tensor:
-    """The one floating-point tensor that the head was called with."""
+def hidden_states(value: Any, head: str) -> torch.Tensor:
+    """The one floating-point tensor that the head was called with.
+
+    Raises:
+        UnsupportedValueError: if there is another number of them.
+    """
     given = [*value, *value.kwargs.values()] if isinstance(value, Arguments) else [value]
     states = [item for item in given if isinstance(item, torch.Tensor) and item.is_floating_point()]
     if len(states) != 1:

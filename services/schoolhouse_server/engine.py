@@ -15,15 +15,17 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
 )
 from schoolhouse.taps import Tap, tensors_of
-from schoolhouse.teachers import LocalTeacher, Wanted
+from schoolhouse.teachers import LocalTeacher
+from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Arguments
-from schoolhouse_wire.limits import INLINE_BYTES
+from schoolhouse_wire.limits import INLINE_BYTES, Limits
 from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.tensors import bytes_of
 
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.device import Device, Span
 
+_REPLY_LIMITS = Limits()
 _LANDING = 2  # requests whose features are on the way out while the device goes on
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
 
@@ -34,6 +36,7 @@ class Answer:
 
     values: dict[Tap, Any]
     revision: str
+    limits: Limits = _REPLY_LIMITS
 
 
 @dataclass(eq=False)
@@ -55,6 +58,11 @@ class Job:
     tickets: list[Ticket] = field(default_factory=list)
     queued_at: float = 0.0
     cache_key: bytes | None = None
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What the key has only a digest of."""
+        return (self.inputs, self.wanted.mask)
 
     @property
     def cancelled(self) -> bool:
@@ -127,7 +135,7 @@ class Engine:
         if self._closed:
             raise TeacherUnavailableError("the teacher is shutting down")
         if self.cache is not None:
-            job.cache_key = self.cache.key(job.inputs, job.key)
+            job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
             if found is not None:
                 self.served += 1
@@ -146,7 +154,7 @@ class Engine:
     def _join(self, job: Job) -> bool:
         """Have a job in flight on the same inputs answer this one; equal digests alone are not trusted."""
         other = self._in_flight.get(job.key)
-        if other is None or other.cancelled or not _equal(other.inputs, job.inputs):
+        if other is None or other.cancelled or not _equal(other.content, job.content):
             return False
         other.tickets += job.tickets
         other.deadline = max(other.deadline, job.deadline)
@@ -233,7 +241,7 @@ class Engine:
         self.served += len(job.tickets)
 
 
-def _equal(a: Arguments, b: Arguments) -> bool:
-    """Whether inputs of equal structure hold equal bytes."""
+def _equal(a: Any, b: Any) -> bool:
+    """Whether values of equal structure hold equal bytes."""
     pairs = zip(tensors_of(a), tensors_of(b), strict=True)
     return all(torch.equal(bytes_of(one.contiguous()), bytes_of(other.contiguous())) for one, other in pairs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import torch
 from google.protobuf.message import Message
 from schoolhouse.errors import (
     ProtocolError,
@@ -17,8 +18,8 @@ from schoolhouse.errors import (
     TeacherInternalError,
     UnknownTeacherError,
 )
-from schoolhouse.taps import taps_from_wire, taps_to_wire
-from schoolhouse.teachers import Wanted
+from schoolhouse.taps import HEAD, taps_to_wire
+from schoolhouse.wanted import Wanted
 from schoolhouse_wire import channel, framing, status
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits
@@ -27,7 +28,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_server.engine import Answer, Engine, Job, Ticket
 
 _log = logging.getLogger(__name__)
-_REPLY_LIMITS = Limits()
+_HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
 MAX_IN_FLIGHT = 64
 
 
@@ -189,14 +190,13 @@ class ServerSession:
     def _queue(self, partial: "_Partial") -> None:
         assert self._engine is not None
         call, incoming = partial.call, partial.incoming
-        inputs = incoming.value()
-        if not isinstance(inputs, Arguments):
-            raise ProtocolError("a call's inputs are not the arguments of a forward")
-        taps = taps_from_wire(call.taps)
-        if not taps or len(set(taps)) < len(taps) or any(tap.side == "" for tap in taps):
-            raise ProtocolError("a call's taps must be at least one, distinct, and of a known side")
+        inputs, mask = _inputs_of(incoming.value())
+        wanted = Wanted.from_wire(call.taps, mask)
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
+        if wanted.taps[0].side == HEAD:
+            self._answer(request_id, digest, self._head(wanted, inputs))
+            return
 
         def done(result: Answer | BaseException) -> None:
             if self._tickets.pop(request_id, None) is not None and not ticket.cancelled:
@@ -206,10 +206,21 @@ class ServerSession:
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
         try:
-            self._engine.submit(Job(inputs, Wanted(taps), key, deadline, [ticket]))
+            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket]))
         except SchoolhouseError:
             del self._tickets[request_id]
             raise
+
+    def _head(self, wanted: Wanted, inputs: Arguments) -> Answer:
+        """A head, or its digest, by which a client tells whether the one that it has is the same."""
+        assert self._engine is not None
+        heads = wanted.heads()
+        if len(wanted.taps) != 1 or len(heads) != 1:
+            raise ProtocolError("a call for a head must name one, as the encoding of its only tap")
+        [(tap, name)] = heads.items()
+        head = self._engine.teacher.head(name, tap.module)
+        value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
+        return Answer({tap: value}, self._engine.description.revision, _HEAD_LIMITS)
 
     def _answer(self, request_id: int, digest: bytes, result: Answer | BaseException) -> None:
         """Declare the features, or the error."""
@@ -217,7 +228,7 @@ class ServerSession:
             if isinstance(result, BaseException):
                 raise result
             values = list(result.values.values())
-            outgoing = framing.Outgoing(values, limits=_REPLY_LIMITS, snapshot=False, opaque=True)
+            outgoing = framing.Outgoing(values, limits=result.limits, snapshot=False, opaque=True)
             reply = teacher_pb2.Reply(
                 request_id=request_id,
                 revision=result.revision,
@@ -252,3 +263,13 @@ class ServerSession:
         if not isinstance(error, SchoolhouseError):
             _log.error("a request failed", exc_info=error)
         self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
+
+
+def _inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
+    """The arguments of a forward, and the mask of the positions."""
+    inputs, mask = value if type(value) is tuple and len(value) == 2 else (value, None)
+    if not isinstance(inputs, Arguments):
+        raise ProtocolError("a call's inputs are not the arguments of a forward")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool):
+        raise ProtocolError("a call's positions are not a bool mask")
+    return inputs, mask

@@ -1,0 +1,95 @@
+"""What a request asks of a teacher: taps, how each travels, and which positions."""
+
+import dataclasses
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from schoolhouse_wire.encodings import Encoding, Hidden, encoding_from_wire, encoding_to_wire, seeded
+from schoolhouse_wire.errors import ProtocolError
+from schoolhouse_wire.v1 import teacher_pb2
+
+from schoolhouse.errors import ConfigError
+from schoolhouse.taps import Tap, TapLike, as_tap, as_taps, taps_from_wire, taps_to_wire
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """Taps, the encoding of each, and the bool mask `[batch, length]` of the positions, where one needs it."""
+
+    taps: tuple[Tap, ...]
+    encodings: tuple[Encoding | None, ...]
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, taps: Iterable[TapLike], encodings: Mapping[Any, Encoding | None] | None = None, positions: Any = None
+    ) -> "Wanted":
+        """What a user asks for, checked.
+
+        Raises:
+            ConfigError: for no taps, for encodings of other taps, or for positions without an encoding that reads them.
+        """
+        found = as_taps(taps)
+        asked = {as_tap(tap): encoding for tap, encoding in (encodings or {}).items()}
+        for tap, encoding in asked.items():
+            if tap not in found:
+                raise ConfigError(f"encodings has {tap}, which is not asked for; choices: {[*found]}")
+            if not isinstance(encoding, Encoding | None):
+                raise ConfigError(
+                    f"encodings[{tap.module!r}] is {encoding!r}; choices: None, or what stands in schoolhouse.encodings"
+                )
+        wanted = cls(found, tuple(asked.get(tap) for tap in found))
+        return dataclasses.replace(wanted, mask=wanted._mask(positions))
+
+    def _mask(self, positions: Any) -> torch.Tensor | None:
+        needed = any(encoding is not None and encoding.positions for encoding in self.encodings)
+        if positions is None and not needed:
+            return None
+        if not needed:
+            raise ConfigError(
+                "positions are given, and no encoding is of positions; wrap one in encodings.at_positions"
+            )
+        if not isinstance(positions, torch.Tensor) or not positions.dim() or positions.is_floating_point():
+            came = (
+                f"a {positions.dtype} of {positions.dim()} dimensions"
+                if isinstance(positions, torch.Tensor)
+                else positions
+            )
+            raise ConfigError(f"positions is {came!r:.80}; a bool or 0/1 mask [batch, length] is needed")
+        return positions.detach().bool().cpu()
+
+    def with_seeds(self) -> "Wanted":
+        """The same, with seeds for encodings that draw, other ones each time."""
+        return dataclasses.replace(self, encodings=tuple(seeded(e, secrets.randbits(64)) for e in self.encodings))
+
+    def heads(self) -> dict[Tap, str]:
+        """The head whose input travels, by the tap of the logits."""
+        pairs = zip(self.taps, self.encodings, strict=True)
+        return {tap: encoding.head for tap, encoding in pairs if isinstance(encoding, Hidden)}
+
+    def to_wire(self) -> tuple[teacher_pb2.Tap, ...]:
+        """Taps as messages; the mask travels with the inputs."""
+        if not any(self.encodings):
+            return taps_to_wire(self.taps)
+        made = [teacher_pb2.Tap.FromString(tap.SerializeToString()) for tap in taps_to_wire(self.taps)]
+        for message, encoding in zip(made, self.encodings, strict=True):
+            if (wire := encoding_to_wire(encoding)) is not None:
+                message.encoding.CopyFrom(wire)
+        return tuple(made)
+
+    @classmethod
+    def from_wire(cls, taps: Iterable[teacher_pb2.Tap], mask: torch.Tensor | None) -> "Wanted":
+        """What a call asks for.
+
+        Raises:
+            ProtocolError: for no taps, one twice, or a side or an encoding that this version does not know.
+        """
+        given = tuple(taps)
+        found = taps_from_wire(given)
+        if not found or len(set(found)) < len(found) or any(tap.side == "" for tap in found):
+            raise ProtocolError("a call's taps must be at least one, distinct, and of a known side")
+        encodings = tuple(encoding_from_wire(tap.encoding) if tap.HasField("encoding") else None for tap in given)
+        return cls(found, encodings, mask)
