@@ -52,7 +52,12 @@ class TeacherActor:
         module = load_teacher(self._spec, self._pool.folder)
         bind, advertised = _listen_host(self._pool.host)
         self._stage = "reading the revision"
-        self._replica = Replica({self._name: module}, host=bind, early_stop=self._spec.early_stop).start()
+        self._replica = Replica(
+            {self._name: module},
+            host=bind,
+            early_stop=self._spec.early_stop,
+            shared_memory_bytes=self._spec.shared_memory_bytes,
+        ).start()
         self._address = f"{advertised}:{self._replica.port}"
         self._stage = "serving"
         return self.info()

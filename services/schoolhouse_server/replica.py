@@ -19,6 +19,7 @@ from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.standard import add_standard_services
 
 _MERGE = ("never",)
+_MAX_SHARED_BYTES = 1 << 40
 
 
 class Replica:
@@ -35,6 +36,7 @@ class Replica:
         max_sessions: int = 64,
         max_queued: int = 4096,
         max_request_bytes: int = 2 << 30,
+        shared_memory_bytes: int = 1 << 30,
     ) -> None:
         if merge not in _MERGE:
             raise ConfigError(f"merge is {merge!r}; choices: {', '.join(map(repr, _MERGE))}")
@@ -43,6 +45,12 @@ class Replica:
         for name in modules:
             if not name or "/" in name:
                 raise ConfigError(f"{name!r} cannot be a teacher's name; it must not be empty or contain '/'")
+        if not isinstance(shared_memory_bytes, int) or not 0 <= shared_memory_bytes <= _MAX_SHARED_BYTES:
+            raise ConfigError(
+                f"shared_memory_bytes is {shared_memory_bytes!r}; it must be from 0, which switches shared memory off, "
+                f"to {_MAX_SHARED_BYTES}"
+            )
+        self._shared_memory_bytes = shared_memory_bytes
         self._host, self._port = host, port
         self._early_stop = early_stop
         self._max_sessions = max_sessions
@@ -125,7 +133,7 @@ class Replica:
         self.close()
 
     def _add_services(self, server: grpc.Server) -> None:
-        teachers = self._teachers = Teachers(self.engines, self._limits)
+        teachers = self._teachers = Teachers(self.engines, self._limits, shared_memory_bytes=self._shared_memory_bytes)
         session = grpc.stream_stream_rpc_method_handler(
             teachers.session,
             request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
@@ -152,14 +160,25 @@ def serve(
     merge: str = "never",
     early_stop: bool = True,
     max_request_bytes: int = 2 << 30,
+    shared_memory_bytes: int = 1 << 30,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
     Use it in a `with`, or call `close()`. `merge="never"` runs each request as a forward of its own, so that remote
     features are bit-identical to those of the same module on the same device in the student's process. `early_stop` is
     that of `schoolhouse.LocalTeacher`.
+
+    Features go to clients of the same machine and user through shared memory: up to `shared_memory_bytes` for each of
+    them at once, features that it still holds included, and beyond that over the stream; 0 switches it off. The inputs
+    that come have a quarter of it beside that. It counts as memory of this process as it is first used.
     """
     modules = {name: module} if isinstance(module, nn.Module) else module
     return Replica(
-        modules, host=host, port=port, merge=merge, early_stop=early_stop, max_request_bytes=max_request_bytes
+        modules,
+        host=host,
+        port=port,
+        merge=merge,
+        early_stop=early_stop,
+        max_request_bytes=max_request_bytes,
+        shared_memory_bytes=shared_memory_bytes,
     ).start()
