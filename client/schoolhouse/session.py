@@ -192,12 +192,10 @@ class Session:
                 inputs=request.outgoing.header,
                 payload=payload,
             )
-            return teacher_pb2.ClientMessage(call=call)
+            return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
-        for message in request.outgoing.messages(request_id, head, self._segment):
-            if request_id not in self._in_flight:
-                return  # cancelled meanwhile
-            yield message
+        segment = self._segment
+        yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._in_flight)
 
     def _read(self) -> None:
         error: SchoolhouseError
@@ -231,16 +229,17 @@ class Session:
     def _receive(self, message: Any) -> None:
         if isinstance(message, framing.Frame):
             self._on_frame(message)
-        elif message.HasField("reply"):
+            return
+        if message.released and self._segment is not None:
+            for offset in message.released:
+                self._segment.free(offset)
+        if message.HasField("reply"):
             self._on_reply(message.reply)
         elif message.HasField("failure"):
             request = self._take(message.failure.request_id)
             if request is not None:
                 request.fail(status.from_failure(message.failure))
             self._pump()
-        elif message.HasField("release"):
-            if self._segment is not None:
-                self._segment.free(message.release.offset)
         elif message.HasField("opened"):
             self._on_opened(message.opened)
 
@@ -284,7 +283,7 @@ class Session:
 
     def _refuse(self, payload: teacher_pb2.Payload) -> None:
         if self._segment is not None and payload.HasField("shared"):
-            self._segment.refuse(payload.shared.offset)
+            self._segment.refuse(payload.shared)
 
     def _on_frame(self, frame: framing.Frame) -> None:
         partial = self._partial.get(frame.request_id)

@@ -27,7 +27,7 @@ _REQUEST_TAG, _OFFSET_TAG, _DIGEST_TAG, _DATA_TAG = 0x08, 0x10, 0x1A, 0x7A
 _NO_PAYLOAD = teacher_pb2.Payload()
 _CORRUPT = "a payload arrived whose checksum does not match its bytes"
 _PADDING = memoryview(bytearray(ALIGNMENT))  # writable, as an address is taken of no other
-_PIECE_BYTES = 256 << 10  # stays in a core's cache from the copy to the checksum
+_TURN_BYTES = 2 << 20  # copied before another reply has its turn
 
 
 @dataclass(frozen=True)
@@ -162,24 +162,44 @@ class Outgoing:
             end = start + tensor.nbytes
 
     def messages(
-        self, request_id: int, head: Callable[[teacher_pb2.Payload], Message], segment: Segment | None
+        self,
+        request_id: int,
+        head: Callable[[teacher_pb2.Payload], Message],
+        segment: Segment | None,
+        wanted: Callable[[], bool],
     ) -> Iterator[Message | bytes]:
         """The message `head(payload)`, and what follows it: frames, unless the payload is inline or in shared memory.
 
-        It goes into a block of `segment`, if there is one free, and then the block is the receiver's.
+        It goes into a block of `segment`, if there is one free, and then the block is the receiver's. It ends where it
+        is not `wanted` any more.
         """
         offset = segment.take(self.nbytes) if segment is not None and not self.inline else None
-        if segment is None or offset is None:
+        if segment is not None and offset is not None:
+            yield from self._shared(head, segment, offset, wanted)
+        elif wanted():
             yield head(self.payload)
-            yield from self.frames(request_id)
-            return
+            for frame in self.frames(request_id):
+                if not wanted():
+                    return
+                yield frame
+
+    def _shared(
+        self,
+        head: Callable[[teacher_pb2.Payload], Message],
+        segment: Segment,
+        offset: int,
+        wanted: Callable[[], bool],
+    ) -> Iterator[Message | bytes]:
         handed_over = False
         try:
             for _ in self._fill(segment, offset):
+                if not wanted():
+                    return
                 yield PAUSE
-            block = teacher_pb2.Block(offset=offset, nbytes=self.nbytes)
-            yield head(teacher_pb2.Payload(digest=self.digest, shared=block))
-            handed_over = True
+            if wanted():
+                block = teacher_pb2.Block(offset=offset, nbytes=self.nbytes)
+                yield head(teacher_pb2.Payload(digest=self.digest, shared=block))
+                handed_over = True
         finally:
             if not handed_over:
                 segment.free(offset)
@@ -188,10 +208,10 @@ class Outgoing:
         """Copy the payload into a block piece by piece, and learn its digest."""
         digest = xxhash.xxh3_128(self.header)
         for part in self._slices():
-            while part.nbytes:
-                piece, part = part[:_PIECE_BYTES], part[_PIECE_BYTES:]
-                digest.update(segment.write(offset, piece))
-                offset += piece.nbytes
+            for at in range(0, part.nbytes, _TURN_BYTES):
+                turn = part[at : at + _TURN_BYTES]
+                segment.write(offset, turn, digest)
+                offset += turn.nbytes
                 yield
         self._check_unchanged()
         self.digest = digest.digest()

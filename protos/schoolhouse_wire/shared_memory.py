@@ -14,8 +14,9 @@ import os
 import secrets
 import stat
 import weakref
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
 
@@ -26,7 +27,13 @@ from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.v1 import teacher_pb2
 
 _NONCE_BYTES = 32
+_PIECE_BYTES = 256 << 10  # stays in a core's cache from the copy to the checksum
+_LARGE_PARTS = 64  # a block that is at least this part of its region is given back at once
+_MANY_BLOCKS = 16
 _KEPT_BYTES = 512 << 20  # of a region; free memory beyond goes back to the system
+
+
+_Message: TypeAlias = teacher_pb2.ClientMessage | teacher_pb2.ServerMessage
 
 
 class Segment:
@@ -35,11 +42,16 @@ class Segment:
     It is unmapped once neither a session nor a tensor needs it any more.
     """
 
-    def __init__(self, pages: mmap.mmap, *, own: range, peers: range) -> None:
+    def __init__(
+        self, pages: mmap.mmap, message: type[_Message], outbox: Outbox[Message | bytes], *, own: range, peers: range
+    ) -> None:
         self._pages = pages
         self._view = memoryview(pages)
         self._own, self._peers = own, peers
         self._blocks = Blocks(own.start, own.stop)
+        self._message = message
+        self._outbox: Outbox[Message | bytes] | None = outbox
+        self._done: deque[int] = deque()  # blocks of the peer's of which it is not told yet
 
     def take(self, nbytes: int) -> int | None:
         """The offset of a new block of ours, or None if none is free."""
@@ -52,12 +64,15 @@ class Segment:
             _give_to_system(self._pages, start, end)  # first: it may be taken again at once
         self._blocks.free(offset)
 
-    def write(self, offset: int, data: memoryview) -> memoryview:
-        """Copy `data`, which must be writable, to there; returns the copy. Other threads go on meanwhile."""
+    def write(self, offset: int, data: memoryview, digest: Any) -> None:
+        """Copy `data`, which must be writable, to there, and add it to `digest`. Other threads go on meanwhile."""
         place = self._view[offset : offset + data.nbytes]
         assert place.nbytes == data.nbytes
-        ctypes.memmove(_address_of(place), _address_of(data), data.nbytes)
-        return place
+        to, source = _address_of(place), _address_of(data)
+        for at in range(0, data.nbytes, _PIECE_BYTES):
+            piece = place[at : at + _PIECE_BYTES]
+            ctypes.memmove(to + at, source + at, piece.nbytes)
+            digest.update(piece)
 
     def receive(self, block: teacher_pb2.Block, nbytes: int) -> Any:
         """A writable buffer with the bytes of a block of the peer's.
@@ -66,6 +81,28 @@ class Segment:
             ProtocolError: the block is not of that size, or is not where the peer's blocks are.
         """
         raise NotImplementedError
+
+    def done(self, block: teacher_pb2.Block) -> None:
+        """A block of the peer's is needed no more. It is told with the next message, or now if it has much to gain.
+
+        May be called anywhere, in the garbage collector too: it takes no lock.
+        """
+        self._done.append(block.offset)
+        large = block.nbytes >= len(self._peers) // _LARGE_PARTS or len(self._done) >= _MANY_BLOCKS
+        if large and (outbox := self._outbox) is not None:
+            outbox.put(self._tell())
+
+    def released(self) -> list[int]:
+        """What the next message tells the peer. From then on it may use these blocks again."""
+        found = []
+        with contextlib.suppress(IndexError):
+            while True:
+                found.append(self._done.popleft())
+        return found
+
+    def _tell(self) -> Iterator[Message]:
+        if released := self.released():
+            yield self._message(released=released)
 
     def _check(self, block: teacher_pb2.Block, nbytes: int) -> None:
         start, size = block.offset, block.nbytes
@@ -81,12 +118,12 @@ class Segment:
 class ReplicaSegment(Segment):
     """The side that made it. What it receives it copies, so that a client cannot change what was checked."""
 
-    def __init__(self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory) -> None:
+    def __init__(self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes]) -> None:
         self.withdraw = weakref.finalize(self, os.close, offer.fd)
         self.offer = offer
         pages[: len(offer.nonce)] = offer.nonce
         requests, replies = range(offer.requests_at, offer.replies_at), range(offer.replies_at, offer.nbytes)
-        super().__init__(pages, own=replies, peers=requests)
+        super().__init__(pages, teacher_pb2.ServerMessage, outbox, own=replies, peers=requests)
 
     def receive(self, block: teacher_pb2.Block, nbytes: int) -> Any:
         """A private copy of a block of the client's."""
@@ -97,7 +134,7 @@ class ReplicaSegment(Segment):
         return buffer
 
 
-def create(replies_bytes: int) -> ReplicaSegment:
+def create(replies_bytes: int, outbox: Outbox[Message | bytes]) -> ReplicaSegment:
     """A segment for up to that many bytes of replies at once, and a quarter of it for requests.
 
     The system provides its memory as it is first used. It can be opened by others until `withdraw()`.
@@ -120,7 +157,7 @@ def create(replies_bytes: int) -> ReplicaSegment:
     try:
         os.ftruncate(fd, offer.nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return ReplicaSegment(mmap.mmap(fd, offer.nbytes), offer)
+        return ReplicaSegment(mmap.mmap(fd, offer.nbytes), offer, outbox)
     except OSError:
         os.close(fd)
         raise
@@ -131,21 +168,22 @@ class ClientSegment(Segment):
 
     def __init__(self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes]) -> None:
         requests, replies = range(offer.requests_at, offer.replies_at), range(offer.replies_at, offer.nbytes)
-        super().__init__(pages, own=requests, peers=replies)
+        super().__init__(pages, teacher_pb2.ClientMessage, outbox, own=requests, peers=replies)
         self._pid = os.getpid()
         self._lent = Blocks(replies.start, replies.stop)
-        self._outbox: Outbox[Message | bytes] | None = outbox
 
     def close(self) -> None:
         """End of the session: memory that no tensor views goes back to the system now, and the rest when it can."""
         self._outbox = None
+        self.released()
         for start, end in [(self._own.start, self._own.stop), *self._lent.free_parts()]:
-            _give_to_system(self._pages, start, end)
+            if start < end:
+                _give_to_system(self._pages, start, end)
 
-    def refuse(self, offset: int) -> None:
+    def refuse(self, block: teacher_pb2.Block) -> None:
         """Give a block back that came for nobody; one that is lent comes back by itself."""
-        if not self._lent.end_of(offset):
-            self._release(offset, offset)
+        if not self._lent.end_of(block.offset):
+            self.done(block)
 
     def receive(self, block: teacher_pb2.Block, nbytes: int) -> Any:
         """The block itself."""
@@ -153,22 +191,23 @@ class ClientSegment(Segment):
         if not self._lent.claim(block.offset, nbytes):
             raise ProtocolError(f"a block of {nbytes} bytes at {block.offset} came, of which a part is still in use")
         owner = (ctypes.c_char * nbytes).from_buffer(self._pages, block.offset)  # torch keeps it while a view lives
-        weakref.finalize(owner, self._release, block.offset, block.offset + nbytes).atexit = False
+        weakref.finalize(owner, self._give_back, block).atexit = False
         return owner
 
-    def _release(self, start: int, end: int) -> None:
-        """Runs wherever the last tensor dies, in the garbage collector too: it may take no lock."""
-        outbox = self._outbox
+    def released(self) -> list[int]:
+        """What the next message tells the replica."""
+        found = super().released()
+        for offset in found:
+            self._lent.free(offset)
+        return found
+
+    def _give_back(self, block: teacher_pb2.Block) -> None:
         if self._pid != os.getpid():
             return  # a fork: the block is the parent's
-        if outbox is None:
-            _give_to_system(self._pages, start, end)
+        if self._outbox is None:
+            _give_to_system(self._pages, block.offset, block.offset + block.nbytes)
         else:
-            outbox.put(self._return(start))
-
-    def _return(self, offset: int) -> Iterator[Message | bytes]:
-        self._lent.free(offset)  # only now, as it may come again once the replica knows
-        yield teacher_pb2.ClientMessage(release=teacher_pb2.Release(offset=offset))
+            self.done(block)
 
 
 def attach(offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes]) -> ClientSegment:
@@ -209,7 +248,5 @@ def _address_of(data: memoryview) -> int:
 
 def _give_to_system(pages: mmap.mmap, start: int, end: int) -> None:
     """Free the memory of a part; it reads as zeros from then on."""
-    first, last = start, end // PAGE_BYTES * PAGE_BYTES
-    if first < last:
-        with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_REMOVE, first, last - first)
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_REMOVE, start, whole_pages(end - start))

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -131,7 +131,10 @@ class ServerSession:
     def _receive(self, message: Any) -> None:
         if isinstance(message, framing.Frame):
             self._on_frame(message)
-        elif message.HasField("call"):
+            return
+        if message.released:
+            self._free(message.released)
+        if message.HasField("call"):
             self._on_call(message.call)
         elif message.HasField("cancel"):
             self._partial.pop(message.cancel.request_id, None)
@@ -139,9 +142,6 @@ class ServerSession:
             if job is not None:
                 job.cancelled = True
             self._replying.discard(message.cancel.request_id)
-        elif message.HasField("release"):
-            if self._segment is not None:
-                self._segment.free(message.release.offset)
         elif message.HasField("attached"):
             self._on_attached(message.attached)
         elif message.HasField("open"):
@@ -158,7 +158,7 @@ class ServerSession:
         )
         if message.shared_memory and self._shared_memory_bytes and self._offered is None:
             with contextlib.suppress(OSError):  # this system has none: the stream does
-                self._offered = shared_memory.create(self._shared_memory_bytes)
+                self._offered = shared_memory.create(self._shared_memory_bytes, self.outbox)
                 opened.shared_memory.CopyFrom(self._offered.offer)
         self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
 
@@ -167,6 +167,11 @@ class ServerSession:
         if offered is not None:
             offered.withdraw()
             self._segment = offered if message.attached else None
+
+    def _free(self, offsets: Iterable[int]) -> None:
+        if self._segment is not None:
+            for offset in offsets:
+                self._segment.free(offset)
 
     def _on_call(self, call: teacher_pb2.Call) -> None:
         try:
@@ -185,9 +190,8 @@ class ServerSession:
                 self._partial[call.request_id] = call, incoming
         except SchoolhouseError as err:
             self._fail(call.request_id, err)
-        if call.payload.HasField("shared"):  # copied by now, or refused
-            release = teacher_pb2.Release(offset=call.payload.shared.offset)
-            self.outbox.put(iter([teacher_pb2.ServerMessage(release=release)]))
+        if self._segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
+            self._segment.done(call.payload.shared)
 
     def _on_frame(self, frame: framing.Frame) -> None:
         if frame.request_id not in self._partial:
@@ -248,13 +252,11 @@ class ServerSession:
     ) -> Iterator[Message | bytes]:
         def head(payload: teacher_pb2.Payload) -> Message:
             reply.payload.CopyFrom(payload)
-            return teacher_pb2.ServerMessage(reply=reply)
+            return teacher_pb2.ServerMessage(reply=reply, released=segment.released() if segment is not None else ())
 
+        segment = self._segment
         try:
-            for message in outgoing.messages(request_id, head, self._segment):
-                if request_id not in self._replying:
-                    return  # cancelled meanwhile
-                yield message
+            yield from outgoing.messages(request_id, head, segment, lambda: request_id in self._replying)
         except SchoolhouseError as err:
             yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
         finally:
