@@ -2,7 +2,7 @@
 
 import copyreg
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import nn
 from schoolhouse.distributed import as_forward, check_data_parallel, check_loss_sharding, unshard_in_backward
 from schoolhouse.errors import ConfigError, FeatureMismatchError
 from schoolhouse.loss_balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
+from schoolhouse.prefetch import Prefetch
 from schoolhouse.step import Distillation, Step, eager, on_device_of
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import LocalTeacher
@@ -164,6 +165,36 @@ class DistillationModel(nn.Module):
         ):
             return super().load_state_dict(state_dict, *args, **kwargs)
 
+    def prefetch(
+        self,
+        loader: Iterable[Any],
+        depth: int = 4,
+        inputs: Callable[[Any], Any] | None = None,
+        *,
+        max_bytes: int = 1 << 30,
+        progress: Any = None,
+    ) -> Prefetch:
+        """The batches of `loader`, while the teacher works on the next ones.
+
+        Each forward gets the features that its own batch asked for. In training, a forward on anything else raises
+        `FeatureMismatchError`; in eval mode it asks the teacher then and there.
+
+        Args:
+            loader: any iterable of batches, such as a DataLoader. It is read in this thread, up to `depth` batches
+                ahead; what it raises is raised after the batches before it.
+            depth: how many batches the teacher is asked for ahead of the one that is yielded.
+            inputs: makes of a batch what the model is called with: `(args, kwargs)`, a tuple of positional arguments,
+                a dict of keyword arguments, or a single argument. Without it, the student's forward takes what has the
+                names of its parameters, or as many leading items as it needs.
+            max_bytes: bound of what is held ahead, in bytes of inputs and of features; one batch is always allowed.
+            progress: called after each step with the seconds that it waited for the teacher; or a progress bar with
+                `set_postfix`, such as tqdm's.
+
+        Raises:
+            ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch.
+        """
+        return Prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
+
     def export(self) -> nn.Module:
         """As `schoolhouse.export(model)`."""
         from schoolhouse.distillation import export
@@ -199,6 +230,8 @@ class DistillationModel(nn.Module):
             features = on_device_of(step.outputs, step.features())
         finally:
             state.step = state.alone = state.ended = None  # used, or lost
+        if step.ahead is not None:
+            step.ahead.used(step)
         losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
         layers = [layer for layer, _ in state.criterion]
         for name, loss in as_forward(self, layers, lambda: _losses(self, step, features, loss_fn_kwargs)).items():
@@ -220,6 +253,8 @@ def detach(model: DistillationModel) -> None:
     for undo in state.undo:
         undo()
     state.drop_step()
+    for ahead in list(state.ahead):
+        ahead.close()
     for name in EXTRAS:
         model._modules.pop(name, None)
 

@@ -4,83 +4,84 @@ import copy
 import functools
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
-from schoolhouse_wire.tensors import bytes_of
 from torch import nn
 
+from schoolhouse.batches import Inputs, bound
 from schoolhouse.errors import FeatureMismatchError
-from schoolhouse.taps import Tap, is_plain, map_tensors, signature_of, tensors_of
+from schoolhouse.taps import Tap, map_tensors, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
 
+if TYPE_CHECKING:
+    from schoolhouse.prefetch import Ahead
+
 _INNER = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
+
+
+class Answer:
+    """The teacher's features of one batch, on their way or here; they stay what they were, or `features` raises."""
+
+    def __init__(self, future: "Future[Features]") -> None:
+        self.future = future
+        self.waited_s = 0.0  # by who needed them
+        self._versions: list[tuple[torch.Tensor, int, bool]] = []
+        if future.done() and future.exception() is None:
+            self._watch(future.result())
+
+    def _watch(self, features: Features) -> None:
+        for tap, value in features.items():
+            output = tap.side == "output"
+            self._versions += [(tensor, version_of(tensor), output) for tensor in tensors_of(value)]
+
+    def features(self) -> Features:
+        """Wait for the features; raises whatever kept the teacher from answering."""
+        if not self.future.done():
+            began = time.perf_counter()
+            wait([self.future])
+            self.waited_s += time.perf_counter() - began
+        features = self.future.result()
+        if any(output and version_of(tensor) != version for tensor, version, output in self._versions):
+            raise FeatureMismatchError(
+                "the teacher's features were written into after its forward, and are no longer those of this batch: "
+                "have its modules return a clone of memory that they use again"
+            )
+        if not self._versions:
+            self._watch(features)
+        return features
+
+    def untouched(self) -> bool:
+        """Whether another forward may use them: what the student's layers were given can be written into too."""
+        return all(version_of(tensor) == version for tensor, version, _ in self._versions)
 
 
 @dataclass(eq=False)
 class Step:
     """What one batch has produced: the teacher's features to come, and the student's outputs by layer."""
 
-    future: "Future[Features] | None" = None
+    answer: Answer | None = None
+    ahead: "Ahead | None" = None  # whose batch it is
     outputs: dict[str, Any] = field(default_factory=dict)
     student_ran: bool = False
     gradients: bool = field(default_factory=torch.is_grad_enabled)
-    inputs: "Inputs | None" = None  # kept where teacher and student run in separate calls
+    inputs: Inputs | None = None  # kept where teacher and student run in separate calls
     injected: dict[str, Any] = field(default_factory=dict)  # layerwise: what layers of the student were given
     ran_twice: set[str] = field(default_factory=set)  # layerwise: layers that ran again, on inputs of the student's own
     thread: int = field(default_factory=threading.get_ident)
-    versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)  # of features that are here
-
-    def __post_init__(self) -> None:
-        if self.future is not None and self.future.done() and self.future.exception() is None:
-            outputs = [value for tap, value in self.future.result().items() if tap.side == "output"]
-            self.versions = [(tensor, version_of(tensor)) for tensor in tensors_of(outputs)]
 
     def features(self) -> Features:
         """Wait for the teacher's answer."""
-        assert self.future is not None
-        features = self.future.result()
-        if any(version_of(tensor) != version for tensor, version in self.versions):
-            raise FeatureMismatchError(
-                "the teacher's features were written into after its forward, and are no longer those of this batch: "
-                "have its modules return a clone of memory that they use again"
-            )
-        return features
-
-
-class Inputs:
-    """A batch, remembered by its values to tell whether another one is the same, whatever is written into it later.
-
-    An object that is not known, such as a nested tensor, is the same only if it is itself.
-    """
-
-    def __init__(self, args: Any, kwargs: Any) -> None:
-        given = Arguments(args, kwargs)
-        self._tensors = [tensor.detach().clone() for tensor in tensors_of(given) if is_plain(tensor)]
-        self._objects: list[Any] = []  # kept, so that their ids stay theirs
-        self._rest = signature_of(given, self._told)
-
-    def _told(self, value: Any) -> Hashable:
-        if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
-            return (type(value), value.shape, value.dtype.str, value.tobytes())
-        self._objects.append(value)
-        return (id(value), version_of(value) if isinstance(value, torch.Tensor) else 0)
-
-    def same_as(self, other: "Inputs") -> bool:
-        """Whether both hold the same values in the same places."""
-        return self._rest == other._rest and all(map(_same, self._tensors, other._tensors))
-
-
-def _same(kept: torch.Tensor, given: torch.Tensor) -> bool:
-    kept, given = (tensor if tensor.layout is torch.strided else tensor.to_dense() for tensor in (kept, given))
-    return torch.equal(bytes_of(kept.contiguous()), bytes_of(given.contiguous()))  # a NaN equals itself
+        assert self.answer is not None
+        return self.answer.features()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,10 +107,17 @@ class Distillation:
     lock: Any = field(default_factory=threading.RLock)  # held while a forward runs, or the state is read or loaded
     running: int | None = None  # the thread whose forward runs
     depth: int = 0  # of forwards within one another
+    ahead: "list[Ahead]" = field(default_factory=list)  # of loops over `prefetch`, the innermost last
+
+    @property
+    def student_forward(self) -> Callable[..., Any]:
+        """The student's own forward, by its parameters."""
+        return self.own_forward or functools.partial(self.original_cls.forward, None)
 
     def __getstate__(self) -> dict[str, Any]:
         transient = dict.fromkeys(("step", "alone", "recording", "ended", "recomputing", "running"))
-        return {name: value for name, value in {**self.__dict__, **transient, "depth": 0}.items() if name != "lock"}
+        now = {**self.__dict__, **transient, "depth": 0, "ahead": []}
+        return {name: value for name, value in now.items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
@@ -125,8 +133,8 @@ class Distillation:
 
     def drop_step(self) -> None:
         """Forget what the last forward produced; the teacher is told."""
-        if self.step is not None and self.step.future is not None:
-            self.step.future.cancel()
+        if self.step is not None and self.step.answer is not None and self.step.ahead is None:
+            self.step.answer.future.cancel()
         self.step = self.alone = self.recording = self.ended = self.recomputing = None
 
     def enter(self) -> bool:
@@ -156,8 +164,30 @@ class Distillation:
                 stacklevel=_to_caller(),
             )
         self.drop_step()
-        self.step = Step(self.teacher.submit(args, kwargs, self.taps))
+        ahead, answer = self._looked_ahead(args, kwargs, training)
+        self.step = Step(answer or self.request(args, kwargs), ahead)
         return self.step
+
+    def request(self, args: Any, kwargs: Any) -> Answer:
+        """Ask the teacher for the features of a batch."""
+        return Answer(self.teacher.submit(args, kwargs, self.taps))
+
+    def _looked_ahead(self, args: Any, kwargs: Any, training: bool) -> "tuple[Ahead | None, Answer | None]":
+        """The answer that was asked for ahead for this batch, if any.
+
+        Raises:
+            FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
+        """
+        if not self.ahead:
+            return None, None
+        call = Arguments(args, kwargs)
+        given = bound(self.student_forward, call)
+        for ahead in reversed(self.ahead):
+            if (answer := ahead.find(given, call)) is not None:
+                return ahead, answer
+        if training:
+            raise FeatureMismatchError(self.ahead[-1].expected(given, call))
+        return None, None
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
         """Begin the student's forward, and the teacher's unless it is switched off."""
@@ -200,11 +230,11 @@ class Distillation:
         self.ended = None
         inputs = Inputs(args, kwargs)
         whole = Tap("")
-        future = self.teacher.submit(args, kwargs, tuple(dict.fromkeys((*self.taps, whole))))
-        features = future.result()
+        answer = Answer(self.teacher.submit(args, kwargs, tuple(dict.fromkeys((*self.taps, whole)))))
+        features = answer.features()
         before = self.alone
         self.drop_step()
-        self.step = Step(future, inputs=inputs)
+        self.step = Step(answer, inputs=inputs)
         if before is not None and before.student_ran and before.inputs is not None and before.inputs.same_as(inputs):
             self.step.outputs, self.step.gradients, self.step.student_ran = before.outputs, before.gradients, True
         return features[whole]

@@ -1,5 +1,6 @@
 """Capture what named submodules receive and return during one forward, and stop it after the last one."""
 
+import collections
 import copy
 import difflib
 import functools
@@ -201,7 +202,7 @@ def signature_of(
     counts of a tensor.
     """
     if isinstance(value, torch.Tensor):
-        return (value.shape, value.dtype, value.device, layout(value)) if is_plain(value) else other(value)
+        return (value.shape, value.dtype, layout(value)) if is_plain(value) else other(value)
     if value is None or isinstance(value, _PLAIN):
         return (type(value), value)
     if (record := record_of(value)) is not None:
@@ -217,7 +218,7 @@ def signature_of(
 
 def layout_of(tensor: torch.Tensor) -> Hashable:
     """By what a kernel, or a module, decides whether it returns a view or a copy."""
-    return tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    return tensor.device, tensor.stride() if tensor.layout is torch.strided else tensor.layout
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -237,6 +238,38 @@ def apart_from(value: Any, storages: set[int]) -> Any:
     if not storages & storages_of(value):
         return value
     return map_tensors(value, lambda tensor: tensor.clone() if storages_of(tensor) & storages else tensor)
+
+
+def owned(values: list[Any]) -> Any:
+    """The one item of `values`, taken out, with dense tensors that stand in memory which nothing else refers to.
+
+    What somebody still holds, such as the module or whoever has the batch, is copied. So nobody writes into it beside
+    one who reads: that would be unseen, since torch counts a change only once it is done.
+    """
+    aliases: dict[int, torch.Tensor] = {}  # by their originals, which nothing here holds once all of them are there
+    value = map_tensors(values.pop(), lambda tensor: _alias(tensor, aliases))
+    holders = collections.Counter(_storage(tensor)._cdata for tensor in aliases.values())
+    foreign = {id(tensor) for tensor in aliases.values() if not _is_free(_storage(tensor), holders)}
+    if not foreign:
+        return value
+    copies = {key: aliases[key].clone() for key in aliases if id(aliases[key]) in foreign}
+    by_alias = {id(aliases[key]): copy for key, copy in copies.items()}
+    return map_tensors(value, lambda tensor: by_alias.get(id(tensor), tensor))
+
+
+def _alias(tensor: torch.Tensor, aliases: dict[int, torch.Tensor]) -> torch.Tensor:
+    if not is_plain(tensor) or tensor.layout is not torch.strided:
+        return tensor
+    return aliases.setdefault(id(tensor), tensor.detach())
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def _is_free(storage: torch.UntypedStorage, holders: Mapping[int, int]) -> bool:
+    """Whether only our aliases hold a storage, and torch itself has made it."""
+    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) <= holders[storage._cdata] + 1
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:

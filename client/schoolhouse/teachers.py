@@ -22,16 +22,15 @@ from schoolhouse.errors import SchoolhouseError, TeacherForwardError, UnknownTap
 from schoolhouse.taps import (
     Tap,
     TapLike,
-    apart_from,
     as_tap,
     as_taps,
     check_modules,
     layout_of,
     map_tensors,
     module_names,
+    owned,
     run_with_taps,
     signature_of,
-    storages_of,
     tensors_of,
     without_compiler,
 )
@@ -72,12 +71,18 @@ class Features(dict[Tap, Any]):
         return self[tap]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for."""
+
+    taps: tuple[Tap, ...]
+
+
 class _Learned(NamedTuple):
     """What a whole forward told of those with the same taps and the same signature of the inputs."""
 
     leaves_inputs: bool
     may_stop: bool
-    returns_its_own: bool  # memory of parameters or buffers, which a later forward may write again
 
 
 @runtime_checkable
@@ -149,26 +154,35 @@ class LocalTeacher:
         return future
 
     def compute(self, args: Sequence[Any], kwargs: Mapping[str, Any], taps: tuple[Tap, ...]) -> Features:
-        """Features of `taps`, as plain forward hooks would see them in the end. The inputs stay as they were.
+        """Features of `taps`; raises as `forward` does."""
+        wanted = Wanted(taps)
+        values = self.encode(self.forward(Arguments(args, kwargs), wanted), wanted)
+        return Features(values, revision=self._revision)
 
-        No feature stands in memory of the inputs or of the module, so that neither the next batch nor the student can
-        write into it.
+    def encode(self, values: dict[Tap, Any], wanted: "Wanted") -> dict[Tap, Any]:
+        """What was wanted, of what `forward` returned."""
+        return values
+
+    def forward(self, inputs: Arguments, wanted: "Wanted") -> dict[Tap, Any]:
+        """Features as plain forward hooks would see them in the end. The inputs stay as they were.
+
+        No feature stands in memory of the inputs, or that the module keeps, so that neither the next batch nor the
+        student can write into it.
 
         Raises:
             UnknownTapError: for a submodule that there is not, or that did not run.
             TeacherForwardError: if the module's forward raises; its own error is the cause.
         """
-        check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
+        check_modules((tap.module for tap in wanted.taps), self._modules, f"teacher {self._name!r}")
         try:
             with self._lock, torch.no_grad():
                 if self.module.training:  # train() on a model that holds this one reaches it too
                     self.module.eval()
-                values = self._run(Arguments(args, kwargs), taps)
+                return self._run(inputs, wanted.taps)
         except SchoolhouseError:
             raise
         except Exception as err:
             raise TeacherForwardError(f"the teacher's forward raised {type(err).__name__}: {err}") from err
-        return Features(values, revision=self._revision)
 
     def _run(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
         """Run the module, on copies of its inputs until it is known to leave such inputs alone."""
@@ -191,13 +205,14 @@ class LocalTeacher:
                 "no longer what it was. Make the forward work on a clone"
             )
         if known is None:
-            owned = storages_of(self._weights)
-            known = _Learned(not changed, self._early_stop and bool(may_stop), bool(owned & storages_of(values)))
+            known = _Learned(not changed, self._early_stop and bool(may_stop))
             self._learned[key] = known
             if len(self._learned) > _MAX_LEARNED:
                 self._learned.popitem(last=False)
-        borrowed = storages_of(values if known.returns_its_own else tensors)
-        return {tap: apart_from(value, borrowed) for tap, value in values.items()}
+        given = [values]
+        del values  # nothing here may hold what the forward returned
+        result: dict[Tap, Any] = owned(given)
+        return result
 
     def _forward(
         self, inputs: Arguments, taps: tuple[Tap, ...], known: _Learned | None

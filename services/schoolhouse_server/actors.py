@@ -56,6 +56,7 @@ class TeacherActor:
             {self._name: module},
             host=bind,
             early_stop=self._spec.early_stop,
+            cache_bytes=self._spec.cache_bytes,
             shared_memory_bytes=self._spec.shared_memory_bytes,
         ).start()
         self._address = f"{advertised}:{self._replica.port}"

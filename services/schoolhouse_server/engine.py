@@ -1,43 +1,101 @@
-"""One teacher on one device: a bounded queue of requests, and a thread that runs them one after another."""
+"""One teacher on one device: requests come in, wait, run one after another, and their features go out."""
 
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
-from schoolhouse.errors import RevisionChangedError, TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError
-from schoolhouse.taps import Tap, map_tensors
-from schoolhouse.teachers import Features, LocalTeacher
+import torch
+from schoolhouse.errors import (
+    RevisionChangedError,
+    TeacherBusyError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
+from schoolhouse.taps import Tap, tensors_of
+from schoolhouse.teachers import LocalTeacher, Wanted
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.limits import INLINE_BYTES
 from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.tensors import bytes_of
+
+from schoolhouse_server.cache import FeatureCache
+from schoolhouse_server.device import Device, Span
+
+_LANDING = 2  # requests whose features are on the way out while the device goes on
+STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Features in host memory, as they will be sent."""
+
+    values: dict[Tap, Any]
+    revision: str
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One client's share in a job; `done` is called once, from a thread of the engine's, unless it was cancelled."""
+
+    done: Callable[[Answer | BaseException], None]
+    cancelled: bool = False
 
 
 @dataclass(eq=False)
 class Job:
-    """One request to the teacher; `done` is called once, from the engine's thread, unless it was cancelled."""
+    """One forward, and who waits for it: several, if they asked for the same while it was in flight."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    taps: tuple[Tap, ...]
+    inputs: Arguments
+    wanted: Wanted
+    key: Hashable  # equal for requests of equal structure, digest and wishes
     deadline: float
-    done: Callable[[Features | BaseException], None]
-    cancelled: bool = False
+    tickets: list[Ticket] = field(default_factory=list)
+    queued_at: float = 0.0
+    cache_key: bytes | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits for it any more."""
+        return all(ticket.cancelled for ticket in self.tickets)
+
+
+@dataclass(eq=False)
+class _Landing:
+    """A job whose forward was started. The inputs are kept until the device is done with them."""
+
+    job: Job
+    inputs: Any
+    values: dict[Tap, Any]
+    spans: list[Span]
 
 
 class Engine:
-    """Runs one LocalTeacher. `submit` refuses beyond `max_queued` requests."""
+    """Runs one LocalTeacher. `submit` refuses beyond `max_queued` requests.
 
-    def __init__(self, teacher: LocalTeacher, *, max_queued: int) -> None:
+    Two threads: one brings inputs to the device and starts forwards, one encodes features and brings them to the host.
+    Receiving and sending happen in the threads of the sessions. So the next forward follows the last one at once.
+    """
+
+    def __init__(self, teacher: LocalTeacher, *, max_queued: int, cache_bytes: int = 0) -> None:
         self.description = teacher.describe()
-        self.served = 0
-        self.running = 0
-        self._teacher = teacher
-        self._device = self.description.device
+        self.teacher = teacher
+        self.served = self.running = self.joined = 0
+        self.cache = FeatureCache(cache_bytes) if cache_bytes else None
+        self.device = Device(self.description.device)
         self._weights = [(parameter, version_of(parameter)) for parameter in teacher.module.parameters()]
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._landing: queue.Queue[_Landing | None] = queue.Queue(_LANDING)
+        self._in_flight: dict[Hashable, Job] = {}
+        self._lock = threading.Lock()
         self._max_queued = max_queued
-        self._thread = threading.Thread(target=self._run, name="schoolhouse-engine", daemon=True)
+        self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
+        self._threads = [
+            threading.Thread(target=target, name=f"schoolhouse-engine-{name}", daemon=True)
+            for name, target in (("in", self._run), ("out", self._run_out))
+        ]
         self._closed = False
 
     @property
@@ -45,17 +103,55 @@ class Engine:
         """Requests that wait for the device."""
         return self._queue.qsize()
 
+    def stage_s(self) -> dict[str, float]:
+        """Seconds spent so far, by stage; summed over requests, so that stages that overlap count each."""
+        on_device = {name: getattr(self.device, name).seconds for name in ("h2d", "forward", "encode", "d2h")}
+        return {name: (self._outside_s | on_device)[name] for name in STAGES}
+
+    def count(self, stage: str, seconds: float) -> None:
+        """Add to a stage that runs in the threads of sessions."""
+        with self._lock:
+            self._outside_s[stage] += seconds
+
     def start(self) -> None:
         """Begin to work on what is queued."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a request; raises `TeacherBusyError` when the queue is full."""
+        """Queue a request, or have an identical one in flight, or the cache, answer it too.
+
+        Raises:
+            TeacherBusyError: when the queue is full.
+        """
         if self._closed:
             raise TeacherUnavailableError("the teacher is shutting down")
-        if self._queue.qsize() >= self._max_queued:
-            raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
+        if self.cache is not None:
+            job.cache_key = self.cache.key(job.inputs, job.key)
+            found = self.cache.get(job.cache_key)
+            if found is not None:
+                self.served += 1
+                job.tickets[0].done(Answer(found, self.description.revision))
+                return
+        with self._lock:
+            if self._join(job):
+                return
+            if self._queue.qsize() >= self._max_queued:
+                raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
+            self._in_flight[job.key] = job
+        job.inputs = self.device.pin(job.inputs)
+        job.queued_at = time.perf_counter()
         self._queue.put(job)
+
+    def _join(self, job: Job) -> bool:
+        """Have a job in flight on the same inputs answer this one; equal digests alone are not trusted."""
+        other = self._in_flight.get(job.key)
+        if other is None or other.cancelled or not _equal(other.inputs, job.inputs):
+            return False
+        other.tickets += job.tickets
+        other.deadline = max(other.deadline, job.deadline)
+        self.joined += 1
+        return True
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""
@@ -66,36 +162,78 @@ class Engine:
             except queue.Empty:
                 break
             if job is not None:
-                job.done(TeacherUnavailableError("the teacher is shutting down"))
+                self.running += 1
+                self._end(job, TeacherUnavailableError("the teacher is shutting down"))
         self._queue.put(None)
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout_s)
 
     def _run(self) -> None:
+        device = self.device
         while (job := self._queue.get()) is not None:
-            if job.cancelled:
+            self.running += 1
+            self.count("queue", time.perf_counter() - job.queued_at)
+            try:
+                self._check(job)
+                inputs, loaded = device.h2d.run(None, device.load, job.inputs)
+                values, computed = device.forward.run(loaded, self.teacher.forward, inputs, job.wanted)
+            except Exception as err:
+                self._end(job, err)
                 continue
-            self.running = 1
-            job.done(self._answer(job))
-            self.running = 0
-            self.served += 1
+            work = _Landing(job, inputs, values, [loaded, computed])
+            if device.is_host and sum(tensor.nbytes for tensor in tensors_of(values)) <= INLINE_BYTES:
+                self._land(work)  # takes less time than handing it over
+            else:
+                self._landing.put(work)
+            del job, inputs, values, work
+        self._landing.put(None)
 
-    def _answer(self, job: Job) -> Features | BaseException:
-        if time.monotonic() > job.deadline:
-            return TeacherTimeoutError("the request's deadline passed while it waited for the teacher")
+    def _run_out(self) -> None:
+        while (work := self._landing.get()) is not None:
+            self._land(work)
+            del work
+
+    def _land(self, work: _Landing) -> None:
+        device = self.device
         try:
-            self._check_weights()
-            args, kwargs = self._to_device(job.args), self._to_device(job.kwargs)
-            return self._teacher.compute(args, kwargs, job.taps)
+            encoded, made = device.encode.run(work.spans[-1], self.teacher.encode, work.values, work.job.wanted)
+            here, landed = device.d2h.run(made, device.fetch, encoded)
+            device.wait(landed)
         except Exception as err:
-            return err
+            self._end(work.job, err)
+            return
+        for span in (*work.spans, made, landed):
+            span.settle()
+        self._end(work.job, Answer(here, self.description.revision))
+        if self.cache is not None and work.job.cache_key is not None:
+            self.cache.put(work.job.cache_key, here)
 
-    def _check_weights(self) -> None:
+    def _check(self, job: Job) -> None:
+        """Raise what keeps a job from the device."""
+        if job.cancelled:
+            raise TeacherUnavailableError("nobody waits for the features any more")
+        if time.monotonic() > job.deadline:
+            raise TeacherTimeoutError("the request's deadline passed while it waited for the teacher")
         if any(version_of(parameter) != version for parameter, version in self._weights):
             raise RevisionChangedError(
                 f"the teacher's weights were changed in place after it was served as {self.description.revision}; "
                 "serve it again"
             )
 
-    def _to_device(self, value: Any) -> Any:
-        return value if self._device == "cpu" else map_tensors(value, lambda tensor: tensor.to(self._device))
+    def _end(self, job: Job, result: Answer | BaseException) -> None:
+        """Answer all who wait for a job."""
+        self.running -= 1
+        with self._lock:
+            if self._in_flight.get(job.key) is job:
+                del self._in_flight[job.key]
+        for ticket in job.tickets:
+            if not ticket.cancelled:
+                ticket.done(result)
+        self.served += len(job.tickets)
+
+
+def _equal(a: Arguments, b: Arguments) -> bool:
+    """Whether inputs of equal structure hold equal bytes."""
+    pairs = zip(tensors_of(a), tensors_of(b), strict=True)
+    return all(torch.equal(bytes_of(one.contiguous()), bytes_of(other.contiguous())) for one, other in pairs)

@@ -36,6 +36,7 @@ class Replica:
         max_sessions: int = 64,
         max_queued: int = 4096,
         max_request_bytes: int = 2 << 30,
+        cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
     ) -> None:
         if merge not in _MERGE:
@@ -45,6 +46,8 @@ class Replica:
         for name in modules:
             if not name or "/" in name:
                 raise ConfigError(f"{name!r} cannot be a teacher's name; it must not be empty or contain '/'")
+        if cache_bytes < 0:
+            raise ConfigError(f"cache_bytes is {cache_bytes}; it must be 0, for no cache, or above")
         if not isinstance(shared_memory_bytes, int) or not 0 <= shared_memory_bytes <= _MAX_SHARED_BYTES:
             raise ConfigError(
                 f"shared_memory_bytes is {shared_memory_bytes!r}; it must be from 0, which switches shared memory off, "
@@ -57,6 +60,7 @@ class Replica:
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._modules = dict(modules)
         self._max_queued = max_queued
+        self._cache_bytes = cache_bytes
         self._directory = Directory(self.load)
         self._server: grpc.Server | None = None
         self.engines: dict[str, Engine] = {}
@@ -82,7 +86,11 @@ class Replica:
         """Listen; returns when clients can connect."""
         memory.keep_freed_memory()
         self.engines = {
-            name: Engine(LocalTeacher(module, name, early_stop=self._early_stop), max_queued=self._max_queued)
+            name: Engine(
+                LocalTeacher(module, name, early_stop=self._early_stop),
+                max_queued=self._max_queued,
+                cache_bytes=self._cache_bytes,
+            )
             for name, module in self._modules.items()
         }
         self._workers = DaemonExecutor(self._max_sessions + 16, "schoolhouse-rpc")
@@ -112,7 +120,15 @@ class Replica:
         """What the teacher `name` has to do at present."""
         engine = self.engines[name]
         return directory_pb2.Load(
-            queued=engine.queued, in_flight=engine.running, served=engine.served, sessions=self._teachers.sessions
+            queued=engine.queued,
+            in_flight=engine.running,
+            served=engine.served,
+            sessions=self._teachers.sessions,
+            joined=engine.joined,
+            cached=engine.cache.hits if engine.cache else 0,
+            missed=engine.cache.misses if engine.cache else 0,
+            cache_bytes=engine.cache.nbytes if engine.cache else 0,
+            stage_s=engine.stage_s(),
         )
 
     def close(self, grace_s: float = 0.5) -> None:
@@ -160,13 +176,15 @@ def serve(
     merge: str = "never",
     early_stop: bool = True,
     max_request_bytes: int = 2 << 30,
+    cache_bytes: int = 0,
     shared_memory_bytes: int = 1 << 30,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
     Use it in a `with`, or call `close()`. `merge="never"` runs each request as a forward of its own, so that remote
     features are bit-identical to those of the same module on the same device in the student's process. `early_stop` is
-    that of `schoolhouse.LocalTeacher`.
+    that of `schoolhouse.LocalTeacher`. `cache_bytes` of host memory keep the features of each teacher, so that inputs
+    that come again, in the next epoch or in another job, are not computed again.
 
     Features go to clients of the same machine and user through shared memory: up to `shared_memory_bytes` for each of
     them at once, features that it still holds included, and beyond that over the stream; 0 switches it off. The inputs
@@ -180,5 +198,6 @@ def serve(
         merge=merge,
         early_stop=early_stop,
         max_request_bytes=max_request_bytes,
+        cache_bytes=cache_bytes,
         shared_memory_bytes=shared_memory_bytes,
     ).start()

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -18,7 +19,7 @@ from schoolhouse.errors import (
     UnknownTeacherError,
 )
 from schoolhouse.taps import taps_from_wire, taps_to_wire
-from schoolhouse.teachers import Features
+from schoolhouse.teachers import Wanted
 from schoolhouse_wire import channel, framing, shared_memory, status
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits
@@ -26,7 +27,7 @@ from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
-from schoolhouse_server.engine import Engine, Job
+from schoolhouse_server.engine import Answer, Engine, Job, Ticket
 
 _log = logging.getLogger(__name__)
 _REPLY_LIMITS = Limits()
@@ -85,6 +86,15 @@ class Teachers:
             session.close()
 
 
+@dataclass(frozen=True)
+class _Partial:
+    """A call whose payload is coming."""
+
+    call: teacher_pb2.Call
+    incoming: framing.Incoming
+    began: float  # on time.perf_counter's clock
+
+
 class ServerSession:
     """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
 
@@ -96,8 +106,8 @@ class ServerSession:
         self._teachers = teachers
         self._messages = messages
         self._limits = limits
-        self._partial: dict[int, tuple[teacher_pb2.Call, framing.Incoming]] = {}
-        self._jobs: dict[int, Job] = {}
+        self._partial: dict[int, _Partial] = {}
+        self._tickets: dict[int, Ticket] = {}
         self._replying: set[int] = set()  # whose frames are on their way
         self._engine: Engine | None = None
         self._shared_memory_bytes = shared_memory_bytes
@@ -110,8 +120,8 @@ class ServerSession:
 
     def close(self) -> None:
         """Drop what is queued: the client is gone."""
-        for job in list(self._jobs.values()):
-            job.cancelled = True
+        for ticket in list(self._tickets.values()):
+            ticket.cancelled = True
         self.outbox.close()
 
     def _read(self) -> None:
@@ -138,9 +148,9 @@ class ServerSession:
             self._on_call(message.call)
         elif message.HasField("cancel"):
             self._partial.pop(message.cancel.request_id, None)
-            job = self._jobs.pop(message.cancel.request_id, None)
-            if job is not None:
-                job.cancelled = True
+            ticket = self._tickets.pop(message.cancel.request_id, None)
+            if ticket is not None:
+                ticket.cancelled = True
             self._replying.discard(message.cancel.request_id)
         elif message.HasField("attached"):
             self._on_attached(message.attached)
@@ -177,17 +187,19 @@ class ServerSession:
         try:
             if self._engine is None:
                 raise ProtocolError("a call came before Open")
-            if len(self._jobs) + len(self._partial) >= MAX_IN_FLIGHT:
+            if len(self._tickets) + len(self._partial) >= MAX_IN_FLIGHT:
                 raise TeacherBusyError(f"{MAX_IN_FLIGHT} requests of this session are in flight, as many as allowed")
             if call.revision not in ("", self._engine.description.revision):
                 raise RevisionChangedError(
                     f"revision {call.revision} was asked for; this replica has {self._engine.description.revision}"
                 )
+            began = time.perf_counter()
             incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
-            if incoming.complete:
-                self._queue(call, incoming)
+            partial = _Partial(call, incoming, began)
+            if partial.incoming.complete:
+                self._queue(partial)
             else:
-                self._partial[call.request_id] = call, incoming
+                self._partial[call.request_id] = partial
         except SchoolhouseError as err:
             self._fail(call.request_id, err)
         if self._segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
@@ -196,18 +208,19 @@ class ServerSession:
     def _on_frame(self, frame: framing.Frame) -> None:
         if frame.request_id not in self._partial:
             return  # refused or cancelled
-        call, incoming = self._partial[frame.request_id]
+        partial = self._partial[frame.request_id]
         try:
-            incoming.add(frame.offset, frame.data, frame.digest)
-            if incoming.complete:
+            partial.incoming.add(frame.offset, frame.data, frame.digest)
+            if partial.incoming.complete:
                 del self._partial[frame.request_id]
-                self._queue(call, incoming)
+                self._queue(partial)
         except SchoolhouseError as err:
             self._partial.pop(frame.request_id, None)
             self._fail(frame.request_id, err)
 
-    def _queue(self, call: teacher_pb2.Call, incoming: framing.Incoming) -> None:
+    def _queue(self, partial: "_Partial") -> None:
         assert self._engine is not None
+        call, incoming = partial.call, partial.incoming
         inputs = incoming.value()
         if not isinstance(inputs, Arguments):
             raise ProtocolError("a call's inputs are not the arguments of a forward")
@@ -215,30 +228,32 @@ class ServerSession:
         if not taps or len(set(taps)) < len(taps) or any(tap.side == "" for tap in taps):
             raise ProtocolError("a call's taps must be at least one, distinct, and of a known side")
         request_id, digest = call.request_id, incoming.digest
+        self._engine.count("receive", time.perf_counter() - partial.began)
 
-        def done(result: Features | BaseException) -> None:
-            if self._jobs.pop(request_id, None) is not None and not job.cancelled:
+        def done(result: Answer | BaseException) -> None:
+            if self._tickets.pop(request_id, None) is not None and not ticket.cancelled:
                 self._answer(request_id, digest, result)
 
+        ticket = self._tickets[request_id] = Ticket(done)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
-        job = Job(tuple(inputs), inputs.kwargs, taps, deadline, done)
-        self._jobs[request_id] = job
+        key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
         try:
-            self._engine.submit(job)
+            self._engine.submit(Job(inputs, Wanted(taps), key, deadline, [ticket]))
         except SchoolhouseError:
-            del self._jobs[request_id]
+            del self._tickets[request_id]
             raise
 
-    def _answer(self, request_id: int, digest: bytes, result: Features | BaseException) -> None:
-        """Declare the features now, in the engine's thread, so that the next forward cannot change them unseen."""
+    def _answer(self, request_id: int, digest: bytes, result: Answer | BaseException) -> None:
+        """Declare the features, or the error."""
         try:
             if isinstance(result, BaseException):
                 raise result
-            outgoing = framing.Outgoing(list(result.values()), limits=_REPLY_LIMITS, snapshot=False, opaque=True)
+            values = list(result.values.values())
+            outgoing = framing.Outgoing(values, limits=_REPLY_LIMITS, snapshot=False, opaque=True)
             reply = teacher_pb2.Reply(
                 request_id=request_id,
                 revision=result.revision,
-                taps=taps_to_wire(tuple(result)),
+                taps=taps_to_wire(tuple(result.values)),
                 input_digest=digest,
                 features=outgoing.header,
             )
@@ -255,12 +270,15 @@ class ServerSession:
             return teacher_pb2.ServerMessage(reply=reply, released=segment.released() if segment is not None else ())
 
         segment = self._segment
+        assert self._engine is not None
+        began = time.perf_counter()
         try:
             yield from outgoing.messages(request_id, head, segment, lambda: request_id in self._replying)
         except SchoolhouseError as err:
             yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
         finally:
             self._replying.discard(request_id)
+            self._engine.count("send", time.perf_counter() - began)
 
     def _fail(self, request_id: int, error: Exception) -> None:
         if not isinstance(error, SchoolhouseError):

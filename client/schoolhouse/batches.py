@@ -1,0 +1,145 @@
+"""Batches: what of one a forward takes, and whether what a forward got is the batch that the teacher got."""
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+import xxhash
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.memory import memory_of, version_of
+from schoolhouse_wire.records import record_of
+from schoolhouse_wire.tensors import bytes_of
+
+from schoolhouse.errors import ConfigError
+from schoolhouse.taps import is_plain, signature_of, tensors_of
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_GIVE_INPUTS = "give prefetch inputs=, a function that makes of a batch what the forward gets"
+
+
+class Inputs:
+    """A batch, remembered by its values to tell whether another one is the same, whatever is written into it later.
+
+    Tensors are the same on another device too. An object that is not known, such as a nested tensor, is the same only
+    if it is itself.
+    """
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        given = Arguments(args, kwargs)
+        self._values = [_value(tensor) for tensor in tensors_of(given) if is_plain(tensor)]
+        self._objects: list[Any] = []  # kept, so that their ids stay theirs
+        self._rest = signature_of(given, self._told)
+
+    def _told(self, value: Any) -> Hashable:
+        if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+            return (type(value), value.shape, value.dtype.str, value.tobytes())
+        self._objects.append(value)
+        return (id(value), version_of(value) if isinstance(value, torch.Tensor) else 0)
+
+    def same_as(self, other: "Inputs") -> bool:
+        """Whether both hold the same values in the same places."""
+        return self.same_form_as(other) and all(map(_same, self._values, other._values))
+
+    def same_form_as(self, other: "Inputs") -> bool:
+        """Whether both have the same structure, shapes, dtypes and plain values."""
+        return self._rest == other._rest
+
+
+def _value(tensor: torch.Tensor) -> "bytes | torch.Tensor":
+    """What tells the values of a tensor: a digest, or a copy where making a digest would have its device waited for."""
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    return _digest(dense) if dense.is_cpu else dense.clone()
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    plain = bytes_of(tensor.resolve_conj().resolve_neg().contiguous())  # a NaN equals itself
+    return xxhash.xxh3_128_digest(memory_of(plain))
+
+
+def _same(a: "bytes | torch.Tensor", b: "bytes | torch.Tensor") -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.device == b.device:
+        return torch.equal(bytes_of(a.contiguous()), bytes_of(b.contiguous()))
+    a, b = (_digest(value.cpu()) if isinstance(value, torch.Tensor) else value for value in (a, b))
+    return a == b
+
+
+def bound(forward: Callable[..., Any], call: Arguments) -> Inputs:
+    """A call of `forward`, by the names of its parameters, so that `f(x)` and `f(x=x)` are the same."""
+    try:
+        arguments = inspect.signature(forward).bind(*call, **call.kwargs).arguments
+    except (TypeError, ValueError):  # it will say so itself, or has no signature
+        return Inputs(call, call.kwargs)
+    return Inputs((), dict(sorted(arguments.items())))
+
+
+def summary(call: Arguments) -> str:
+    """A call in words: dtypes and shapes."""
+    parts = [_word(value) for value in call] + [f"{name}={_word(value)}" for name, value in call.kwargs.items()]
+    return f"({', '.join(parts)})"
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"{value!r:.40}" if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def call_of(made: Any) -> Arguments:
+    """What a user's `inputs` stands for: `(args, kwargs)`, positional arguments, keyword arguments, or one argument."""
+    if isinstance(made, Arguments):
+        return made
+    if isinstance(made, Mapping):
+        return Arguments((), {str(name): value for name, value in made.items()})
+    if type(made) is tuple and len(made) == 2 and isinstance(made[0], tuple | list) and isinstance(made[1], Mapping):
+        return Arguments(*made)
+    return Arguments(made if type(made) in (tuple, list) else (made,))
+
+
+def taken_by(forward: Callable[..., Any], batch: Any) -> Arguments:
+    """What of a batch `forward` takes: keys that are its parameters, or as many leading items as it needs.
+
+    A tensor is the first argument. Of a mapping or a record, such as a named tuple, parameters take what has their
+    name. Of a tuple or list, the parameters without a default take the leading items, or the first one if all have one.
+
+    Raises:
+        ConfigError: if that cannot be told.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())
+    record = record_of(batch)
+    fields = batch if isinstance(batch, Mapping) else record.fields if record is not None else None
+    if fields is not None:
+        taken = _by_name(parameters, fields)
+        if taken is not None:
+            return taken
+        if not isinstance(batch, tuple):
+            raise ConfigError(
+                f"the student's forward takes {[p.name for p in parameters]}, and the batch has "
+                f"{[str(key) for key in fields]}: {_GIVE_INPUTS}"
+            )
+    if isinstance(batch, tuple | list):
+        return _leading(parameters, batch)
+    return Arguments((batch,))
+
+
+def _by_name(parameters: list[inspect.Parameter], fields: Mapping[Any, Any]) -> Arguments | None:
+    """The fields that parameters are named after; None unless they are enough for a call."""
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters) and all(isinstance(k, str) for k in fields):
+        taken = dict(fields)
+    else:
+        taken = {p.name: fields[p.name] for p in parameters if p.kind in _NAMED and p.name in fields}
+    missing = [p for p in parameters if p.default is p.empty and p.kind in _NAMED and p.name not in taken]
+    return Arguments((), taken) if taken and not missing else None
+
+
+def _leading(parameters: list[inspect.Parameter], batch: tuple[Any, ...] | list[Any]) -> Arguments:
+    positional = [p for p in parameters if p.kind in _POSITIONAL]
+    needed = [p for p in positional if p.default is p.empty]
+    count = len(needed) or (1 if positional or len(batch) == 1 else 0)
+    if not 0 < count <= len(batch):
+        raise ConfigError(
+            f"the student's forward takes {[str(p) for p in parameters]}, and the batch is a {type(batch).__name__} of "
+            f"{len(batch)}: {_GIVE_INPUTS}"
+        )
+    return Arguments(batch[:count])

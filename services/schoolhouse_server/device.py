@@ -1,0 +1,108 @@
+"""A device as stages of work: each has a stream of its own, and tells how long its work took there.
+
+The same code runs on a CPU, whose streams and events torch provides too: there each stage's work is done when its call
+returns.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from schoolhouse.taps import map_tensors
+
+T = TypeVar("T")
+_PINNING = ("cuda", "xpu")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of work on a stream: events, or seconds of the host's clock."""
+
+    stage: "Stage"
+    begin: Any
+    end: Any
+
+    def settle(self) -> None:
+        """Count how long it took; the device has finished it."""
+        took_s = self.end - self.begin if isinstance(self.end, float) else self.begin.elapsed_time(self.end) / 1e3
+        self.stage.count(took_s)
+
+
+class Stage:
+    """One kind of work on a device. Pieces of it run in order, beside those of other stages."""
+
+    def __init__(self, device: "Device") -> None:
+        self.seconds = 0.0  # of the pieces that were settled
+        self._device = device
+        self._stream = device.new_stream()
+        self._lock = threading.Lock()
+
+    def count(self, took_s: float) -> None:
+        """Add the time of a piece of work."""
+        with self._lock:
+            self.seconds += took_s
+
+    def run(self, after: Span | None, work: Callable[..., T], *args: Any) -> tuple[T, Span]:
+        """Call `work(*args)` with its kernels on this stage's stream, once those of `after` are done."""
+        kit = self._device.kit
+        with kit.stream(self._stream):
+            if after is not None and not isinstance(after.end, float):
+                self._stream.wait_event(after.end)
+            begin = self._device.mark(self._stream)
+            result = work(*args)
+            return result, Span(self, begin, self._device.mark(self._stream))
+
+
+class Device:
+    """Where a teacher runs."""
+
+    def __init__(self, name: str) -> None:
+        self._device = torch.device(name)
+        found = torch.get_device_module(self._device)
+        self.is_host = self._device.type == "cpu"
+        self._pins = self._device.type in _PINNING
+        self.kit: Any = (
+            found if self._pins else torch.cpu
+        )  # others have no streams: their work is done at the next copy
+        self.h2d, self.forward, self.encode, self.d2h = (Stage(self) for _ in range(4))
+
+    def new_stream(self) -> Any:
+        """A stream on this device."""
+        return self.kit.Stream(device=self._device) if self._pins else self.kit.Stream()
+
+    def mark(self, stream: Any) -> Any:
+        """The present end of a stream's work."""
+        if not self._pins:
+            return time.perf_counter()
+        event = self.kit.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def pin(self, value: Any) -> Any:
+        """Inputs in memory that the device copies from by itself. Torch keeps such memory for the next ones."""
+        return map_tensors(value, torch.Tensor.pin_memory) if self._pins else value
+
+    def load(self, value: Any) -> Any:
+        """Inputs on the device; they may be on their way still."""
+        return value if self.is_host else map_tensors(value, self._load)
+
+    def _load(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=self._pins)
+
+    def fetch(self, value: Any) -> Any:
+        """Features in host memory; they may be on their way still."""
+        return value if self.is_host else map_tensors(value, self._fetch)
+
+    def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            return tensor
+        here = torch.empty_like(tensor, device="cpu", pin_memory=self._pins)
+        return here.copy_(tensor, non_blocking=self._pins)
+
+    def wait(self, span: Span) -> None:
+        """Return when the device has done a piece of work."""
+        if not isinstance(span.end, float):
+            span.end.synchronize()
