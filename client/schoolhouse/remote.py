@@ -35,45 +35,6 @@ _MAX_KNOWN_TAPS = 256
 _REFRESH_TIMEOUT_S = 2.0
 
 
-def connect(
-    url: str,
-    *,
-    job: str = "",
-    timeout_s: float = 60.0,
-    connect_timeout_s: float = 10.0,
-    max_pending: int = 1024,
-    shared_memory: bool = True,
-) -> "RemoteTeacher":
-    """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
-
-    The C allocator of this process is told to keep up to 512 MiB of freed memory (`schoolhouse_wire.memory`): without
-    that, receiving features costs about half as much again.
-
-    Args:
-        url: where the teacher is.
-        job: name of the job that asks, for the operator's eyes.
-        timeout_s: deadline of each request, in seconds.
-        connect_timeout_s: how long to wait for a server, in seconds.
-        max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
-        shared_memory: take features from replicas of this machine and user through shared memory; `describe()` says
-            whether it is so. A process that is forked from this one must clone those that it keeps.
-
-    Raises:
-        TeacherUnavailableError: no server there within `connect_timeout_s`.
-        UnknownTeacherError: no teacher of that name; lists those there are.
-    """
-    teacher = RemoteTeacher(
-        url,
-        job=job,
-        timeout_s=timeout_s,
-        connect_timeout_s=connect_timeout_s,
-        max_pending=max_pending,
-        shared_memory=shared_memory,
-    )
-    teacher._facts()
-    return teacher
-
-
 class RemoteTeacher:
     """A teacher behind gRPC. It connects at the first use and again in a process that was forked from this one."""
 
@@ -136,15 +97,15 @@ class RemoteTeacher:
         """What the teacher is, from the teacher itself, and how its features come: asks a replica for that."""
         if self._pid != os.getpid():
             self._reset()
-        facts = self._facts()
+        facts = self.facts()
         with self._lock:
             if not self._sessions and not self._closed:
                 self._open_any(facts.revision)
             found = sorted({session.transport for session in self._sessions.values()})
         return dataclasses.replace(facts, transport="; ".join(found) or "none: no session is open")
 
-    def _facts(self) -> TeacherDescription:
-        """Static facts; asked once, and its revision is what every reply must be of."""
+    def facts(self) -> TeacherDescription:
+        """What `describe` says of the teacher itself; asked once, and its revision is what every reply must be of."""
         with self._lock:
             if self._description is None:
                 timeout_s = self._settings["connect_timeout_s"]
@@ -175,7 +136,7 @@ class RemoteTeacher:
             raise ConfigError(f"{self!r} is closed; connect again")
         if self._pid != os.getpid():
             self._reset()
-        description = self._description or self._facts()
+        description = self._description or self.facts()
         wanted = self._checked(tuple(taps))
         outgoing = framing.Outgoing(Arguments(args, kwargs), limits=self._request_limits, snapshot=True)
         deadline = time.monotonic() + self._settings["timeout_s"]
