@@ -5,6 +5,7 @@ from schoolhouse_wire.codec import Arguments, Opaque
 from schoolhouse import encodings, errors, functional
 from schoolhouse.checkpoint import restore, save
 from schoolhouse.config import ExportStudentConfig, KDLossConfig, LayerwiseKDConfig
+from schoolhouse.connecting import connect
 from schoolhouse.distillation import convert, export
 from schoolhouse.distillation_model import DistillationModel
 from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
@@ -34,7 +35,7 @@ from schoolhouse.losses import (
     RKDLoss,
     SkewedKLLoss,
 )
-from schoolhouse.remote import RemoteTeacher, connect
+from schoolhouse.remote import RemoteTeacher
 from schoolhouse.session import Traffic
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features, LocalTeacher, Teacher, TeacherDescription

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from schoolhouse.config import KDLossConfig, make_model, make_teacher, read_mode
+from schoolhouse.connecting import connect
 from schoolhouse.distillation_model import EXTRAS, DistillationModel, detach, run_forward
 from schoolhouse.errors import ConfigError
 from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
-from schoolhouse.remote import connect
 from schoolhouse.step import Distillation
 from schoolhouse.taps import check_modules, module_names
 from schoolhouse.teachers import LocalTeacher, Teacher

@@ -1,7 +1,7 @@
 """RemoteTeacher: the Teacher protocol over gRPC, on whichever live replica has the least to do."""
 
-import atexit
 import contextlib
+import dataclasses
 import functools
 import heapq
 import itertools
@@ -18,7 +18,7 @@ from schoolhouse_wire import framing
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits
 
-from schoolhouse import discovery
+from schoolhouse import at_exit, discovery, settings
 from schoolhouse.errors import (
     ConfigError,
     RevisionChangedError,
@@ -33,39 +33,6 @@ from schoolhouse.teachers import Features, TeacherDescription
 
 _MAX_KNOWN_TAPS = 256
 _REFRESH_TIMEOUT_S = 2.0
-_EXIT_TIMEOUT_S = 5.0
-_MAX_SETTING = 1e6  # about 12 days, in seconds; beyond what clocks and locks take, a wait fails at once
-
-
-def connect(
-    url: str,
-    *,
-    job: str = "",
-    timeout_s: float = 60.0,
-    connect_timeout_s: float = 10.0,
-    max_pending: int = 1024,
-) -> "RemoteTeacher":
-    """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
-
-    The C allocator of this process is told to keep up to 512 MiB of freed memory (`schoolhouse_wire.memory`): without
-    that, receiving features costs about half as much again.
-
-    Args:
-        url: where the teacher is.
-        job: name of the job that asks, for the operator's eyes.
-        timeout_s: deadline of each request, in seconds.
-        connect_timeout_s: how long to wait for a server, in seconds.
-        max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
-
-    Raises:
-        TeacherUnavailableError: no server there within `connect_timeout_s`.
-        UnknownTeacherError: no teacher of that name; lists those there are.
-    """
-    teacher = RemoteTeacher(
-        url, job=job, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s, max_pending=max_pending
-    )
-    teacher.describe()
-    return teacher
 
 
 class RemoteTeacher:
@@ -79,6 +46,7 @@ class RemoteTeacher:
         timeout_s: float = 60.0,
         connect_timeout_s: float = 10.0,
         max_pending: int = 1024,
+        shared_memory: bool = True,
     ) -> None:
         self.url = url
         self._target, self._name = discovery.parse(url)
@@ -87,8 +55,9 @@ class RemoteTeacher:
             "timeout_s": timeout_s,
             "connect_timeout_s": connect_timeout_s,
             "max_pending": max_pending,
+            "shared_memory": shared_memory,
         }
-        _check(self._settings)
+        settings.check(self._settings)
         self._limits = Limits()
         self._closed = False
         self._pinned = ""  # the revision that it began with, also in a copy and after a fork
@@ -125,7 +94,18 @@ class RemoteTeacher:
         self.close()
 
     def describe(self) -> TeacherDescription:
-        """Static facts, from the teacher itself; asked once, and its revision is what every reply must be of."""
+        """What the teacher is, from the teacher itself, and how its features come: asks a replica for that."""
+        if self._pid != os.getpid():
+            self._reset()
+        facts = self.facts()
+        with self._lock:
+            if not self._sessions and not self._closed:
+                self._open_any(facts.revision)
+            found = sorted({session.transport for session in self._sessions.values()})
+        return dataclasses.replace(facts, transport="; ".join(found) or "none: no session is open")
+
+    def facts(self) -> TeacherDescription:
+        """What `describe` says of the teacher itself; asked once, and its revision is what every reply must be of."""
         with self._lock:
             if self._description is None:
                 timeout_s = self._settings["connect_timeout_s"]
@@ -135,6 +115,12 @@ class RemoteTeacher:
                 self._description, self._pinned = found, found.revision
                 self._modules = dict.fromkeys(found.modules)  # ordered, and quick to search
             return self._description
+
+    def _open_any(self, revision: str) -> None:
+        for address in self._addresses:
+            with contextlib.suppress(SchoolhouseError):  # a request would say so
+                self._sessions[address] = self._open(address, revision)
+                return
 
     def submit(
         self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, taps: Iterable[TapLike]
@@ -150,7 +136,7 @@ class RemoteTeacher:
             raise ConfigError(f"{self!r} is closed; connect again")
         if self._pid != os.getpid():
             self._reset()
-        description = self._description or self.describe()
+        description = self._description or self.facts()
         wanted = self._checked(tuple(taps))
         outgoing = framing.Outgoing(Arguments(args, kwargs), limits=self._request_limits, snapshot=True)
         deadline = time.monotonic() + self._settings["timeout_s"]
@@ -176,6 +162,10 @@ class RemoteTeacher:
         """Requests answered so far, and the bytes that they took."""
         with self._lock:
             return sum((session.traffic for session in self._sessions.values()), self._past_traffic)
+
+    def open_sessions(self) -> list[Session]:
+        """The sessions with its replicas."""
+        return list(self._sessions.values())
 
     def close(self) -> None:
         """End the sessions; what is unanswered fails with `TeacherUnavailableError`.
@@ -245,7 +235,7 @@ class RemoteTeacher:
                 address = self._pick(request)
                 request.tried.add(address)
                 try:
-                    session = self._sessions.get(address) or self._open(address, request)
+                    session = self._sessions.get(address) or self._open(address, request.revision)
                 except TeacherUnavailableError:
                     continue  # it is gone; _pick raises when no other is left
                 self._sessions[address] = session
@@ -275,21 +265,20 @@ class RemoteTeacher:
         session = self._sessions.get(address)
         return session.outstanding if session is not None else 0
 
-    def _open(self, address: str, request: Request) -> Session:
-        _in_use.add(self)
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)  # to run before what was registered earlier, such as the close of a server here
+    def _open(self, address: str, revision: str) -> Session:
+        at_exit.close_first(self)
         session = Session(
             address,
             self._name,
             job=self._settings["job"],
+            shared_memory=self._settings["shared_memory"],
             limits=self._limits,
             on_loss=functools.partial(_on_loss, weakref.ref(self)),
             clock=time.monotonic,
         )
         opened = session.open(self._settings["connect_timeout_s"])
         try:
-            self._check_revision(opened.revision, address, request.revision)
+            self._check_revision(opened.revision, address, revision)
         except RevisionChangedError:
             session.close()
             raise
@@ -329,33 +318,10 @@ def _gone(error: SchoolhouseError) -> SchoolhouseError:
     return TeacherUnavailableError(f"the replica that held the request is gone, and no other could take it: {error}")
 
 
-def _check(settings: dict[str, Any]) -> None:
-    if not isinstance(settings["job"], str):
-        raise ConfigError(f"job is {settings['job']!r}; it must be a string")
-    for name in ("timeout_s", "connect_timeout_s", "max_pending"):
-        value = settings[name]
-        if not isinstance(value, int | float) or not 0 < value <= _MAX_SETTING:
-            raise ConfigError(f"{name} is {value!r}; it must be a number above 0 and at most {_MAX_SETTING:.0e}")
-
-
 def _rebuild(url: str, settings: dict[str, Any], pinned: str) -> RemoteTeacher:
     teacher = RemoteTeacher(url, **settings)
     teacher._pinned = pinned
     return teacher
-
-
-_in_use: "weakref.WeakSet[RemoteTeacher]" = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    """A thread that is within torch or gRPC when the interpreter ends aborts the process."""
-    sessions: list[Session] = []
-    for teacher in list(_in_use):
-        sessions += teacher._sessions.values()
-        teacher.close()
-    deadline = time.monotonic() + _EXIT_TIMEOUT_S
-    for session in sessions:
-        session.join(max(deadline - time.monotonic(), 0.0))
 
 
 # What runs beside a teacher must not keep it alive: it closes when nobody uses it any more.

@@ -11,8 +11,10 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from schoolhouse_wire import channel, framing, memory, status
+from schoolhouse_wire import channel, framing, memory, shared_memory, status
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse.errors import (
@@ -72,18 +74,23 @@ class Session:
         teacher: str,
         *,
         job: str,
+        shared_memory: bool,
         limits: Limits,
         on_loss: Callable[["Session", list[Request], SchoolhouseError], None],
         clock: Callable[[], float],
     ) -> None:
         self.address = address
         self.alive = False
+        self.transport = "stream: shared memory is switched off here"  # until the replica's hello
         self._requests = self._sent_bytes = self._received_bytes = 0
-        self._open_message = teacher_pb2.Open(protocol=channel.PROTOCOL, teacher=teacher, job=job)
+        self._open_message = teacher_pb2.Open(
+            protocol=channel.PROTOCOL, teacher=teacher, job=job, shared_memory=shared_memory
+        )
         self._limits = limits
         self._on_loss = on_loss
         self._clock = clock
-        self._outbox: framing.Outbox[Message | bytes] = framing.Outbox()
+        self._outbox: Outbox[Message | bytes] = Outbox()
+        self._segment: ClientSegment | None = None
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
         self._in_flight: dict[int, Request] = {}
@@ -176,19 +183,19 @@ class Session:
             self._outbox.put(self._messages(request_id, request))
 
     def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
-        call = teacher_pb2.Call(
-            request_id=request_id,
-            taps=taps_to_wire(request.taps),
-            revision=request.revision,
-            timeout_s=max(request.deadline - self._clock(), 0.001),
-            inputs=request.outgoing.header,
-            payload=request.outgoing.payload,
-        )
-        yield teacher_pb2.ClientMessage(call=call)
-        for frame in request.outgoing.frames(request_id):
-            if request_id not in self._in_flight:
-                return  # cancelled meanwhile
-            yield frame
+        def head(payload: teacher_pb2.Payload) -> Message:
+            call = teacher_pb2.Call(
+                request_id=request_id,
+                taps=taps_to_wire(request.taps),
+                revision=request.revision,
+                timeout_s=max(request.deadline - self._clock(), 0.001),
+                inputs=request.outgoing.header,
+                payload=payload,
+            )
+            return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
+
+        segment = self._segment
+        yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._in_flight)
 
     def _read(self) -> None:
         error: SchoolhouseError
@@ -214,12 +221,19 @@ class Session:
             self._partial.clear()
         self._opened.set()
         self.close()
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
         self._on_loss(self, lost, error)
 
     def _receive(self, message: Any) -> None:
         if isinstance(message, framing.Frame):
             self._on_frame(message)
-        elif message.HasField("reply"):
+            return
+        if message.released and self._segment is not None:
+            for offset in message.released:
+                self._segment.free(offset)
+        if message.HasField("reply"):
             self._on_reply(message.reply)
         elif message.HasField("failure"):
             request = self._take(message.failure.request_id)
@@ -227,18 +241,38 @@ class Session:
                 request.fail(status.from_failure(message.failure))
             self._pump()
         elif message.HasField("opened"):
-            self._hello = message.opened
-            self._window = message.opened.max_in_flight
-            self.alive = True
-            self._opened.set()
+            self._on_opened(message.opened)
+
+    def _on_opened(self, opened: teacher_pb2.Opened) -> None:
+        if self._open_message.shared_memory:
+            self._attach(opened)
+        self._hello = opened
+        self._window = opened.max_in_flight
+        self.alive = True
+        self._opened.set()
+
+    def _attach(self, opened: teacher_pb2.Opened) -> None:
+        if not opened.HasField("shared_memory"):
+            self.transport = "stream: the replica offers no shared memory"
+            return
+        try:
+            self._segment = shared_memory.attach(opened.shared_memory, self._outbox)
+            self.transport = "shared memory"
+        except OSError as err:
+            reason = err.strerror or err
+            self.transport = f"stream: the replica is on another machine or its memory cannot be opened: {reason}"
+        attached = teacher_pb2.Attached(attached=self._segment is not None)
+        self._outbox.put(iter([teacher_pb2.ClientMessage(attached=attached)]))
 
     def _on_reply(self, reply: teacher_pb2.Reply) -> None:
         request = self._in_flight.get(reply.request_id)
-        if request is None:
-            return  # cancelled
+        if request is None:  # cancelled
+            self._refuse(reply.payload)
+            return
         try:
-            incoming = framing.Incoming(reply.features, reply.payload, self._limits)
+            incoming = framing.Incoming(reply.features, reply.payload, self._limits, self._segment)
         except SchoolhouseError as err:
+            self._refuse(reply.payload)
             self.cancel(request)
             request.fail(err)
             return
@@ -246,6 +280,10 @@ class Session:
             self._finish(reply, incoming)
         else:
             self._partial[reply.request_id] = reply, incoming
+
+    def _refuse(self, payload: teacher_pb2.Payload) -> None:
+        if self._segment is not None and payload.HasField("shared"):
+            self._segment.refuse(payload.shared)
 
     def _on_frame(self, frame: framing.Frame) -> None:
         partial = self._partial.get(frame.request_id)

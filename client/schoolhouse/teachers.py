@@ -45,7 +45,10 @@ _MAX_LEARNED = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherDescription:
-    """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model."""
+    """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model.
+
+    `transport` says how its features come: "in process", "shared memory", or "stream: " and why it is that.
+    """
 
     name: str
     revision: str
@@ -55,6 +58,7 @@ class TeacherDescription:
     dtype: str
     device: str
     merge: str = "never"
+    transport: str = "in process"
 
 
 class Features(dict[Tap, Any]):

@@ -1,15 +1,13 @@
-"""Payloads in motion: bundles <-> headers and frames, and the outbox that interleaves many of them on one stream.
+"""Payloads in motion: bundles <-> headers and frames, or blocks of shared memory.
 
 A frame is an ordinary protobuf message, but written and read by hand: its last field is the data, so sending costs
 one copy of a byte and receiving one (into the receive buffer), where the generated code would take two each.
 """
 
 import ctypes
-import queue
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import xxhash
 from google.protobuf.message import DecodeError, Message
@@ -17,6 +15,8 @@ from google.protobuf.message import DecodeError, Message
 from schoolhouse_wire import codec, memory
 from schoolhouse_wire.errors import CorruptPayloadError, MessageTooLargeError, ProtocolError
 from schoolhouse_wire.limits import ALIGNMENT, FRAME_BYTES, INLINE_BYTES, Limits
+from schoolhouse_wire.outbox import PAUSE
+from schoolhouse_wire.shared_memory import Segment
 from schoolhouse_wire.tensors import aligned, bytes_of
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -26,7 +26,8 @@ _FRAME_TAG = 0x7A  # field 15, length-delimited: `frame` of both ClientMessage a
 _REQUEST_TAG, _OFFSET_TAG, _DIGEST_TAG, _DATA_TAG = 0x08, 0x10, 0x1A, 0x7A
 _NO_PAYLOAD = teacher_pb2.Payload()
 _CORRUPT = "a payload arrived whose checksum does not match its bytes"
-_PADDING = memoryview(bytes(ALIGNMENT))
+_PADDING = memoryview(bytearray(ALIGNMENT))  # writable, as an address is taken of no other
+_TURN_BYTES = 2 << 20  # copied before another reply has its turn
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,61 @@ class Outgoing:
             yield memory.memory_of(tensor)
             end = start + tensor.nbytes
 
+    def messages(
+        self,
+        request_id: int,
+        head: Callable[[teacher_pb2.Payload], Message],
+        segment: Segment | None,
+        wanted: Callable[[], bool],
+    ) -> Iterator[Message | bytes]:
+        """The message `head(payload)`, and what follows it: frames, unless the payload is inline or in shared memory.
+
+        It goes into a block of `segment`, if there is one free, and then the block is the receiver's. It ends where it
+        is not `wanted` any more.
+        """
+        offset = segment.take(self.nbytes) if segment is not None and not self.inline else None
+        if segment is not None and offset is not None:
+            yield from self._shared(head, segment, offset, wanted)
+        elif wanted():
+            yield head(self.payload)
+            for frame in self.frames(request_id):
+                if not wanted():
+                    return
+                yield frame
+
+    def _shared(
+        self,
+        head: Callable[[teacher_pb2.Payload], Message],
+        segment: Segment,
+        offset: int,
+        wanted: Callable[[], bool],
+    ) -> Iterator[Message | bytes]:
+        handed_over = False
+        try:
+            for _ in self._fill(segment, offset):
+                if not wanted():
+                    return
+                yield PAUSE
+            if wanted():
+                block = teacher_pb2.Block(offset=offset, nbytes=self.nbytes)
+                yield head(teacher_pb2.Payload(digest=self.digest, shared=block))
+                handed_over = True
+        finally:
+            if not handed_over:
+                segment.free(offset)
+
+    def _fill(self, segment: Segment, offset: int) -> Iterator[None]:
+        """Copy the payload into a block piece by piece, and learn its digest."""
+        digest = xxhash.xxh3_128(self.header)
+        for part in self._slices():
+            for at in range(0, part.nbytes, _TURN_BYTES):
+                turn = part[at : at + _TURN_BYTES]
+                segment.write(offset, turn, digest)
+                offset += turn.nbytes
+                yield
+        self._check_unchanged()
+        self.digest = digest.digest()
+
     def frames(self, request_id: int) -> Iterator[bytes]:
         """The payload as serialized frames, made one at a time; nothing if it stands in the header."""
         if self.inline:
@@ -193,14 +249,20 @@ class Outgoing:
 
 
 class Incoming:
-    """A value on its way in: one receive buffer, filled by frames in order and checked by digest."""
+    """A value on its way in: one receive buffer, filled by frames in order, or a block of shared memory; checked by
+    digest."""
 
-    def __init__(self, header: bytes, payload: teacher_pb2.Payload, limits: Limits) -> None:
+    def __init__(
+        self, header: bytes, payload: teacher_pb2.Payload, limits: Limits, segment: Segment | None = None
+    ) -> None:
         self._layout = codec.read_layout(header, limits)
         self.nbytes = self._layout.nbytes
         self._limits = limits
         self._filled = 0
         self.digest = b""
+        if payload.HasField("shared"):
+            self._take_shared(header, payload, segment)
+            return
         if payload.digest:
             self._take_inline(header, payload)
             return
@@ -215,6 +277,16 @@ class Incoming:
             raise CorruptPayloadError(_CORRUPT)
         self.digest = payload.digest
         self._buffer = bytearray(payload.data)
+
+    def _take_shared(self, header: bytes, payload: teacher_pb2.Payload, segment: Segment | None) -> None:
+        if segment is None:
+            raise ProtocolError("a payload came in shared memory, which this session does not use")
+        self._buffer = segment.receive(payload.shared, self.nbytes)
+        digest = xxhash.xxh3_128(header)
+        digest.update(memoryview(self._buffer).cast("B")[: self.nbytes])
+        if digest.digest() != payload.digest:
+            raise CorruptPayloadError(_CORRUPT)
+        self.digest = payload.digest
 
     @property
     def complete(self) -> bool:
@@ -241,49 +313,3 @@ class Incoming:
         """The value, over the receive buffer."""
         assert self.complete
         return codec.unpack(self._layout, self._buffer, self._limits)
-
-
-T = TypeVar("T")
-
-
-class Outbox(Generic[T]):
-    """Messages of many requests for one stream: iterating takes one of each in turn, and blocks while there is none.
-
-    Any thread may put; one thread iterates. Its bound is the number of requests that its owner lets in flight.
-    """
-
-    def __init__(self) -> None:
-        self._arrivals: queue.SimpleQueue[Iterator[T] | None] = queue.SimpleQueue()
-        self._active: deque[Iterator[T]] = deque()
-        self._closed = False
-
-    def put(self, messages: Iterator[T]) -> None:
-        """Append a source of messages. They are made when the stream is ready for them."""
-        self._arrivals.put(messages)
-
-    def close(self) -> None:
-        """End the iteration at once; what was not yet sent is dropped."""
-        self._closed = True
-        self._arrivals.put(None)
-
-    def __iter__(self) -> "Outbox[T]":
-        return self
-
-    def __next__(self) -> T:
-        while not self._closed:
-            self._admit()
-            if not self._active:
-                continue
-            source = self._active.popleft()
-            message = next(source, None)
-            if message is not None:
-                self._active.append(source)
-                return message
-        raise StopIteration
-
-    def _admit(self) -> None:
-        while not self._active or not self._arrivals.empty():
-            source = self._arrivals.get()
-            if source is None:
-                return
-            self._active.append(source)

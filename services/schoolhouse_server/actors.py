@@ -53,7 +53,11 @@ class TeacherActor:
         bind, advertised = _listen_host(self._pool.host)
         self._stage = "reading the revision"
         self._replica = Replica(
-            {self._name: module}, host=bind, early_stop=self._spec.early_stop, cache_bytes=self._spec.cache_bytes
+            {self._name: module},
+            host=bind,
+            early_stop=self._spec.early_stop,
+            cache_bytes=self._spec.cache_bytes,
+            shared_memory_bytes=self._spec.shared_memory_bytes,
         ).start()
         self._address = f"{advertised}:{self._replica.port}"
         self._stage = "serving"

@@ -26,7 +26,8 @@ class TeacherSpec:
 
     Exactly one of `build` (`module:callable`, called with `kwargs`) and `transformers` (a checkpoint folder) is given.
     `weights` is a safetensors file loaded into the model afterwards. `threads` are torch's intra-op threads.
-    `early_stop` is that of `schoolhouse.LocalTeacher`; `cache_bytes` of host memory keep features of each replica.
+    `early_stop` is that of `schoolhouse.LocalTeacher`, and `shared_memory_bytes` that of `serve`; `cache_bytes` of host
+    memory keep features of each replica.
     """
 
     build: str | None = None
@@ -39,6 +40,7 @@ class TeacherSpec:
     threads: Annotated[int, Field(ge=1)] | None = None
     early_stop: bool = True
     cache_bytes: Annotated[int, Field(ge=0)] = 0
+    shared_memory_bytes: Annotated[int, Field(ge=0, le=1 << 40)] = 1 << 30
     resources: Resources = Field(default_factory=Resources)
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.standard import add_standard_services
 
 _MERGE = ("never",)
+_MAX_SHARED_BYTES = 1 << 40
 
 
 class Replica:
@@ -36,6 +37,7 @@ class Replica:
         max_queued: int = 4096,
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
+        shared_memory_bytes: int = 1 << 30,
     ) -> None:
         if merge not in _MERGE:
             raise ConfigError(f"merge is {merge!r}; choices: {', '.join(map(repr, _MERGE))}")
@@ -46,6 +48,12 @@ class Replica:
                 raise ConfigError(f"{name!r} cannot be a teacher's name; it must not be empty or contain '/'")
         if cache_bytes < 0:
             raise ConfigError(f"cache_bytes is {cache_bytes}; it must be 0, for no cache, or above")
+        if not isinstance(shared_memory_bytes, int) or not 0 <= shared_memory_bytes <= _MAX_SHARED_BYTES:
+            raise ConfigError(
+                f"shared_memory_bytes is {shared_memory_bytes!r}; it must be from 0, which switches shared memory off, "
+                f"to {_MAX_SHARED_BYTES}"
+            )
+        self._shared_memory_bytes = shared_memory_bytes
         self._host, self._port = host, port
         self._early_stop = early_stop
         self._max_sessions = max_sessions
@@ -141,7 +149,7 @@ class Replica:
         self.close()
 
     def _add_services(self, server: grpc.Server) -> None:
-        teachers = self._teachers = Teachers(self.engines, self._limits)
+        teachers = self._teachers = Teachers(self.engines, self._limits, shared_memory_bytes=self._shared_memory_bytes)
         session = grpc.stream_stream_rpc_method_handler(
             teachers.session,
             request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
@@ -169,6 +177,7 @@ def serve(
     early_stop: bool = True,
     max_request_bytes: int = 2 << 30,
     cache_bytes: int = 0,
+    shared_memory_bytes: int = 1 << 30,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -176,6 +185,10 @@ def serve(
     features are bit-identical to those of the same module on the same device in the student's process. `early_stop` is
     that of `schoolhouse.LocalTeacher`. `cache_bytes` of host memory keep the features of each teacher, so that inputs
     that come again, in the next epoch or in another job, are not computed again.
+
+    Features go to clients of the same machine and user through shared memory: up to `shared_memory_bytes` for each of
+    them at once, features that it still holds included, and beyond that over the stream; 0 switches it off. The inputs
+    that come have a quarter of it beside that. It counts as memory of this process as it is first used.
     """
     modules = {name: module} if isinstance(module, nn.Module) else module
     return Replica(
@@ -186,4 +199,5 @@ def serve(
         early_stop=early_stop,
         max_request_bytes=max_request_bytes,
         cache_bytes=cache_bytes,
+        shared_memory_bytes=shared_memory_bytes,
     ).start()

@@ -1,9 +1,10 @@
 """RPC in, engine call, RPC out: the gRPC services of one replica."""
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,11 @@ from schoolhouse.errors import (
 )
 from schoolhouse.taps import HEAD, taps_to_wire
 from schoolhouse.wanted import Wanted
-from schoolhouse_wire import channel, framing, status
+from schoolhouse_wire import channel, framing, shared_memory, status
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.engine import Answer, Engine, Job, Ticket
@@ -35,9 +38,10 @@ MAX_IN_FLIGHT = 64
 class Teachers:
     """TeacherService over the engines of one replica."""
 
-    def __init__(self, engines: Mapping[str, Engine], limits: Limits) -> None:
+    def __init__(self, engines: Mapping[str, Engine], limits: Limits, *, shared_memory_bytes: int) -> None:
         self._engines = engines
         self._limits = limits
+        self._shared_memory_bytes = shared_memory_bytes
         self.sessions = 0
 
     def find(self, name: str) -> Engine:
@@ -70,7 +74,7 @@ class Teachers:
 
     def session(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Message | bytes]:
         """One client's stream: a thread reads requests, this one sends answers."""
-        session = ServerSession(self, messages, self._limits)
+        session = ServerSession(self, messages, self._limits, shared_memory_bytes=self._shared_memory_bytes)
         context.add_callback(session.close)
         self.sessions += 1
         try:
@@ -95,8 +99,10 @@ class _Partial:
 class ServerSession:
     """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
 
-    def __init__(self, teachers: Teachers, messages: Iterator[Any], limits: Limits) -> None:
-        self.outbox: framing.Outbox[Message | bytes] = framing.Outbox()
+    def __init__(
+        self, teachers: Teachers, messages: Iterator[Any], limits: Limits, *, shared_memory_bytes: int
+    ) -> None:
+        self.outbox: Outbox[Message | bytes] = Outbox()
         self.error: SchoolhouseError | None = None
         self._teachers = teachers
         self._messages = messages
@@ -105,6 +111,9 @@ class ServerSession:
         self._tickets: dict[int, Ticket] = {}
         self._replying: set[int] = set()  # whose frames are on their way
         self._engine: Engine | None = None
+        self._shared_memory_bytes = shared_memory_bytes
+        self._offered: ReplicaSegment | None = None
+        self._segment: ReplicaSegment | None = None  # once the client has attached it
 
     def start(self) -> None:
         """Begin to read."""
@@ -133,7 +142,10 @@ class ServerSession:
     def _receive(self, message: Any) -> None:
         if isinstance(message, framing.Frame):
             self._on_frame(message)
-        elif message.HasField("call"):
+            return
+        if message.released:
+            self._free(message.released)
+        if message.HasField("call"):
             self._on_call(message.call)
         elif message.HasField("cancel"):
             self._partial.pop(message.cancel.request_id, None)
@@ -141,6 +153,8 @@ class ServerSession:
             if ticket is not None:
                 ticket.cancelled = True
             self._replying.discard(message.cancel.request_id)
+        elif message.HasField("attached"):
+            self._on_attached(message.attached)
         elif message.HasField("open"):
             self._on_open(message.open)
 
@@ -153,7 +167,22 @@ class ServerSession:
             max_in_flight=MAX_IN_FLIGHT,
             max_request_bytes=self._limits.max_payload_bytes,
         )
+        if message.shared_memory and self._shared_memory_bytes and self._offered is None:
+            with contextlib.suppress(OSError):  # this system has none: the stream does
+                self._offered = shared_memory.create(self._shared_memory_bytes, self.outbox)
+                opened.shared_memory.CopyFrom(self._offered.offer)
         self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
+
+    def _on_attached(self, message: teacher_pb2.Attached) -> None:
+        offered, self._offered = self._offered, None
+        if offered is not None:
+            offered.withdraw()
+            self._segment = offered if message.attached else None
+
+    def _free(self, offsets: Iterable[int]) -> None:
+        if self._segment is not None:
+            for offset in offsets:
+                self._segment.free(offset)
 
     def _on_call(self, call: teacher_pb2.Call) -> None:
         try:
@@ -166,13 +195,16 @@ class ServerSession:
                     f"revision {call.revision} was asked for; this replica has {self._engine.description.revision}"
                 )
             began = time.perf_counter()
-            partial = _Partial(call, framing.Incoming(call.inputs, call.payload, self._limits), began)
+            incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
+            partial = _Partial(call, incoming, began)
             if partial.incoming.complete:
                 self._queue(partial)
             else:
                 self._partial[call.request_id] = partial
         except SchoolhouseError as err:
             self._fail(call.request_id, err)
+        if self._segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
+            self._segment.done(call.payload.shared)
 
     def _on_frame(self, frame: framing.Frame) -> None:
         if frame.request_id not in self._partial:
@@ -235,7 +267,6 @@ class ServerSession:
                 taps=taps_to_wire(tuple(result.values)),
                 input_digest=digest,
                 features=outgoing.header,
-                payload=outgoing.payload,
             )
             self._replying.add(request_id)
             self.outbox.put(self._reply(request_id, reply, outgoing))
@@ -245,14 +276,15 @@ class ServerSession:
     def _reply(
         self, request_id: int, reply: teacher_pb2.Reply, outgoing: framing.Outgoing
     ) -> Iterator[Message | bytes]:
+        def head(payload: teacher_pb2.Payload) -> Message:
+            reply.payload.CopyFrom(payload)
+            return teacher_pb2.ServerMessage(reply=reply, released=segment.released() if segment is not None else ())
+
+        segment = self._segment
         assert self._engine is not None
         began = time.perf_counter()
         try:
-            yield teacher_pb2.ServerMessage(reply=reply)
-            for frame in outgoing.frames(request_id):
-                if request_id not in self._replying:
-                    return  # cancelled meanwhile
-                yield frame
+            yield from outgoing.messages(request_id, head, segment, lambda: request_id in self._replying)
         except SchoolhouseError as err:
             yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
         finally:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from schoolhouse_wire.v1 import values_pb2 as schoolhouse__wire_dot_v1_dot_values__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!schoolhouse_wire/v1/teacher.proto\x12\x0eschoolhouse.v1\x1a schoolhouse_wire/v1/values.proto\"\"\n\x0f\x44\x65scribeRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"\xce\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nclass_name\x18\x03 \x01(\t\x12\x0f\n\x07modules\x18\x04 \x03(\t\x12\x12\n\nparameters\x18\x05 \x03(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05merge\x18\x08 \x01(\t\x12\x19\n\x11max_request_bytes\x18\t \x01(\x04\x12\x15\n\rmax_in_flight\x18\n \x01(\r\"\x8f\x02\n\rClientMessage\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.schoolhouse.v1.OpenH\x00\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x14.schoolhouse.v1.CallH\x00\x12(\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x16.schoolhouse.v1.CancelH\x00\x12,\n\x08\x61ttached\x18\x04 \x01(\x0b\x32\x18.schoolhouse.v1.AttachedH\x00\x12*\n\x07release\x18\x05 \x01(\x0b\x32\x17.schoolhouse.v1.ReleaseH\x00\x12&\n\x05\x66rame\x18\x0f \x01(\x0b\x32\x15.schoolhouse.v1.FrameH\x00\x42\x06\n\x04kind\"\xe9\x01\n\rServerMessage\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.schoolhouse.v1.OpenedH\x00\x12&\n\x05reply\x18\x02 \x01(\x0b\x32\x15.schoolhouse.v1.ReplyH\x00\x12*\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x17.schoolhouse.v1.FailureH\x00\x12*\n\x07release\x18\x04 \x01(\x0b\x32\x17.schoolhouse.v1.ReleaseH\x00\x12&\n\x05\x66rame\x18\x0f \x01(\x0b\x32\x15.schoolhouse.v1.FrameH\x00\x42\x06\n\x04kind\"M\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07teacher\x18\x02 \x01(\t\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x15\n\rshared_memory\x18\x04 \x01(\x08\"\x81\x01\n\x06Opened\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x15\n\rmax_in_flight\x18\x02 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x03 \x01(\x04\x12\x33\n\rshared_memory\x18\x04 \x01(\x0b\x32\x1c.schoolhouse.v1.SharedMemory\"o\n\x0cSharedMemory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\x13\n\x0brequests_at\x18\x04 \x01(\x04\x12\x12\n\nreplies_at\x18\x05 \x01(\x04\x12\r\n\x05nonce\x18\x06 \x01(\x0c\"\x1c\n\x08\x41ttached\x12\x10\n\x08\x61ttached\x18\x01 \x01(\x08\"\x19\n\x07Release\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"\'\n\x05\x42lock\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"\xa8\x01\n\x03Tap\x12\x0e\n\x06module\x18\x01 \x01(\t\x12&\n\x04side\x18\x02 \x01(\x0e\x32\x18.schoolhouse.v1.Tap.Side\x12*\n\x08\x65ncoding\x18\x03 \x01(\x0b\x32\x18.schoolhouse.v1.Encoding\"=\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\t\n\x05INPUT\x10\x01\x12\n\n\x06OUTPUT\x10\x02\x12\x08\n\x04HEAD\x10\x03\"\xf2\x01\n\x08\x45ncoding\x12%\n\x04\x63\x61st\x18\x01 \x01(\x0e\x32\x15.schoolhouse.v1.DTypeH\x00\x12(\n\x07per_row\x18\x02 \x01(\x0e\x32\x15.schoolhouse.v1.DTypeH\x00\x12$\n\x04topk\x18\x03 \x01(\x0b\x32\x14.schoolhouse.v1.TopKH\x00\x12*\n\x07sampled\x18\x04 \x01(\x0b\x32\x17.schoolhouse.v1.SampledH\x00\x12(\n\x06hidden\x18\x05 \x01(\x0b\x32\x16.schoolhouse.v1.HiddenH\x00\x12\x11\n\tpositions\x18\x06 \x01(\x08\x42\x06\n\x04kind\"&\n\x04TopK\x12\t\n\x01k\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\"7\n\x07Sampled\x12\t\n\x01n\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"B\n\x06Hidden\x12\x0c\n\x04head\x18\x01 \x01(\t\x12*\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x18.schoolhouse.v1.Encoding\"\x9c\x01\n\x04\x43\x61ll\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12!\n\x04taps\x18\x02 \x03(\x0b\x32\x13.schoolhouse.v1.Tap\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x0e\n\x06inputs\x18\x05 \x01(\x0c\x12(\n\x07payload\x18\x06 \x01(\x0b\x32\x17.schoolhouse.v1.Payload\"\xa2\x01\n\x05Reply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\t\x12!\n\x04taps\x18\x03 \x03(\x0b\x32\x13.schoolhouse.v1.Tap\x12\x14\n\x0cinput_digest\x18\x04 \x01(\x0c\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0c\x12(\n\x07payload\x18\x06 \x01(\x0b\x32\x17.schoolhouse.v1.Payload\"N\n\x07Payload\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12%\n\x06shared\x18\x03 \x01(\x0b\x32\x15.schoolhouse.v1.Block\"I\n\x05\x46rame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\xe2\x02\n\x07\x46\x61ilure\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x1c.schoolhouse.v1.Failure.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x04 \x03(\t\"\xf4\x01\n\x04\x43ode\x12\x14\n\x10\x43ODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fUNKNOWN_TEACHER\x10\x01\x12\x0f\n\x0bUNKNOWN_TAP\x10\x02\x12\x13\n\x0fTEACHER_FORWARD\x10\x03\x12\x15\n\x11MESSAGE_TOO_LARGE\x10\x04\x12\x15\n\x11UNSUPPORTED_VALUE\x10\x05\x12\x13\n\x0f\x43ORRUPT_PAYLOAD\x10\x06\x12\x0c\n\x08PROTOCOL\x10\x07\x12\x0f\n\x0bUNAVAILABLE\x10\x08\x12\x0b\n\x07TIMEOUT\x10\t\x12\x08\n\x04\x42USY\x10\n\x12\x14\n\x10REVISION_CHANGED\x10\x0b\x12\x0c\n\x08INTERNAL\x10\x0c\x32\xac\x01\n\x0eTeacherService\x12M\n\x08\x44\x65scribe\x12\x1f.schoolhouse.v1.DescribeRequest\x1a .schoolhouse.v1.DescribeResponse\x12K\n\x07Session\x12\x1d.schoolhouse.v1.ClientMessage\x1a\x1d.schoolhouse.v1.ServerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!schoolhouse_wire/v1/teacher.proto\x12\x0eschoolhouse.v1\x1a schoolhouse_wire/v1/values.proto\"\"\n\x0f\x44\x65scribeRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"\xce\x01\n\x10\x44\x65scribeResponse\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x12\n\nclass_name\x18\x03 \x01(\t\x12\x0f\n\x07modules\x18\x04 \x03(\t\x12\x12\n\nparameters\x18\x05 \x03(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05merge\x18\x08 \x01(\t\x12\x19\n\x11max_request_bytes\x18\t \x01(\x04\x12\x15\n\rmax_in_flight\x18\n \x01(\r\"\xf5\x01\n\rClientMessage\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.schoolhouse.v1.OpenH\x00\x12$\n\x04\x63\x61ll\x18\x02 \x01(\x0b\x32\x14.schoolhouse.v1.CallH\x00\x12(\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x16.schoolhouse.v1.CancelH\x00\x12,\n\x08\x61ttached\x18\x04 \x01(\x0b\x32\x18.schoolhouse.v1.AttachedH\x00\x12&\n\x05\x66rame\x18\x0f \x01(\x0b\x32\x15.schoolhouse.v1.FrameH\x00\x12\x10\n\x08released\x18\x10 \x03(\x04\x42\x06\n\x04kind\"\xcf\x01\n\rServerMessage\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.schoolhouse.v1.OpenedH\x00\x12&\n\x05reply\x18\x02 \x01(\x0b\x32\x15.schoolhouse.v1.ReplyH\x00\x12*\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x17.schoolhouse.v1.FailureH\x00\x12&\n\x05\x66rame\x18\x0f \x01(\x0b\x32\x15.schoolhouse.v1.FrameH\x00\x12\x10\n\x08released\x18\x10 \x03(\x04\x42\x06\n\x04kind\"M\n\x04Open\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07teacher\x18\x02 \x01(\t\x12\x0b\n\x03job\x18\x03 \x01(\t\x12\x15\n\rshared_memory\x18\x04 \x01(\x08\"\x81\x01\n\x06Opened\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x15\n\rmax_in_flight\x18\x02 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x03 \x01(\x04\x12\x33\n\rshared_memory\x18\x04 \x01(\x0b\x32\x1c.schoolhouse.v1.SharedMemory\"o\n\x0cSharedMemory\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x0e\n\x06nbytes\x18\x03 \x01(\x04\x12\x13\n\x0brequests_at\x18\x04 \x01(\x04\x12\x12\n\nreplies_at\x18\x05 \x01(\x04\x12\r\n\x05nonce\x18\x06 \x01(\x0c\"\x1c\n\x08\x41ttached\x12\x10\n\x08\x61ttached\x18\x01 \x01(\x08\"\'\n\x05\x42lock\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06nbytes\x18\x02 \x01(\x04\"\xa8\x01\n\x03Tap\x12\x0e\n\x06module\x18\x01 \x01(\t\x12&\n\x04side\x18\x02 \x01(\x0e\x32\x18.schoolhouse.v1.Tap.Side\x12*\n\x08\x65ncoding\x18\x03 \x01(\x0b\x32\x18.schoolhouse.v1.Encoding\"=\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\t\n\x05INPUT\x10\x01\x12\n\n\x06OUTPUT\x10\x02\x12\x08\n\x04HEAD\x10\x03\"\xf2\x01\n\x08\x45ncoding\x12%\n\x04\x63\x61st\x18\x01 \x01(\x0e\x32\x15.schoolhouse.v1.DTypeH\x00\x12(\n\x07per_row\x18\x02 \x01(\x0e\x32\x15.schoolhouse.v1.DTypeH\x00\x12$\n\x04topk\x18\x03 \x01(\x0b\x32\x14.schoolhouse.v1.TopKH\x00\x12*\n\x07sampled\x18\x04 \x01(\x0b\x32\x17.schoolhouse.v1.SampledH\x00\x12(\n\x06hidden\x18\x05 \x01(\x0b\x32\x16.schoolhouse.v1.HiddenH\x00\x12\x11\n\tpositions\x18\x06 \x01(\x08\x42\x06\n\x04kind\"&\n\x04TopK\x12\t\n\x01k\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\"7\n\x07Sampled\x12\t\n\x01n\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"B\n\x06Hidden\x12\x0c\n\x04head\x18\x01 \x01(\t\x12*\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x18.schoolhouse.v1.Encoding\"\x9c\x01\n\x04\x43\x61ll\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12!\n\x04taps\x18\x02 \x03(\x0b\x32\x13.schoolhouse.v1.Tap\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x0e\n\x06inputs\x18\x05 \x01(\x0c\x12(\n\x07payload\x18\x06 \x01(\x0b\x32\x17.schoolhouse.v1.Payload\"\xa2\x01\n\x05Reply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x10\n\x08revision\x18\x02 \x01(\t\x12!\n\x04taps\x18\x03 \x03(\x0b\x32\x13.schoolhouse.v1.Tap\x12\x14\n\x0cinput_digest\x18\x04 \x01(\x0c\x12\x10\n\x08\x66\x65\x61tures\x18\x05 \x01(\x0c\x12(\n\x07payload\x18\x06 \x01(\x0b\x32\x17.schoolhouse.v1.Payload\"N\n\x07Payload\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12%\n\x06shared\x18\x03 \x01(\x0b\x32\x15.schoolhouse.v1.Block\"I\n\x05\x46rame\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"\xe2\x02\n\x07\x46\x61ilure\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x1c.schoolhouse.v1.Failure.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x04 \x03(\t\"\xf4\x01\n\x04\x43ode\x12\x14\n\x10\x43ODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fUNKNOWN_TEACHER\x10\x01\x12\x0f\n\x0bUNKNOWN_TAP\x10\x02\x12\x13\n\x0fTEACHER_FORWARD\x10\x03\x12\x15\n\x11MESSAGE_TOO_LARGE\x10\x04\x12\x15\n\x11UNSUPPORTED_VALUE\x10\x05\x12\x13\n\x0f\x43ORRUPT_PAYLOAD\x10\x06\x12\x0c\n\x08PROTOCOL\x10\x07\x12\x0f\n\x0bUNAVAILABLE\x10\x08\x12\x0b\n\x07TIMEOUT\x10\t\x12\x08\n\x04\x42USY\x10\n\x12\x14\n\x10REVISION_CHANGED\x10\x0b\x12\x0c\n\x08INTERNAL\x10\x0c\x32\xac\x01\n\x0eTeacherService\x12M\n\x08\x44\x65scribe\x12\x1f.schoolhouse.v1.DescribeRequest\x1a .schoolhouse.v1.DescribeResponse\x12K\n\x07Session\x12\x1d.schoolhouse.v1.ClientMessage\x1a\x1d.schoolhouse.v1.ServerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,47 +37,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBERESPONSE']._serialized_start=124
   _globals['_DESCRIBERESPONSE']._serialized_end=330
   _globals['_CLIENTMESSAGE']._serialized_start=333
-  _globals['_CLIENTMESSAGE']._serialized_end=604
-  _globals['_SERVERMESSAGE']._serialized_start=607
-  _globals['_SERVERMESSAGE']._serialized_end=840
-  _globals['_OPEN']._serialized_start=842
-  _globals['_OPEN']._serialized_end=919
-  _globals['_OPENED']._serialized_start=922
-  _globals['_OPENED']._serialized_end=1051
-  _globals['_SHAREDMEMORY']._serialized_start=1053
-  _globals['_SHAREDMEMORY']._serialized_end=1164
-  _globals['_ATTACHED']._serialized_start=1166
-  _globals['_ATTACHED']._serialized_end=1194
-  _globals['_RELEASE']._serialized_start=1196
-  _globals['_RELEASE']._serialized_end=1221
-  _globals['_BLOCK']._serialized_start=1223
-  _globals['_BLOCK']._serialized_end=1262
-  _globals['_TAP']._serialized_start=1265
-  _globals['_TAP']._serialized_end=1433
-  _globals['_TAP_SIDE']._serialized_start=1372
-  _globals['_TAP_SIDE']._serialized_end=1433
-  _globals['_ENCODING']._serialized_start=1436
-  _globals['_ENCODING']._serialized_end=1678
-  _globals['_TOPK']._serialized_start=1680
-  _globals['_TOPK']._serialized_end=1718
-  _globals['_SAMPLED']._serialized_start=1720
-  _globals['_SAMPLED']._serialized_end=1775
-  _globals['_HIDDEN']._serialized_start=1777
-  _globals['_HIDDEN']._serialized_end=1843
-  _globals['_CALL']._serialized_start=1846
-  _globals['_CALL']._serialized_end=2002
-  _globals['_REPLY']._serialized_start=2005
-  _globals['_REPLY']._serialized_end=2167
-  _globals['_PAYLOAD']._serialized_start=2169
-  _globals['_PAYLOAD']._serialized_end=2247
-  _globals['_FRAME']._serialized_start=2249
-  _globals['_FRAME']._serialized_end=2322
-  _globals['_CANCEL']._serialized_start=2324
-  _globals['_CANCEL']._serialized_end=2352
-  _globals['_FAILURE']._serialized_start=2355
-  _globals['_FAILURE']._serialized_end=2709
-  _globals['_FAILURE_CODE']._serialized_start=2465
-  _globals['_FAILURE_CODE']._serialized_end=2709
-  _globals['_TEACHERSERVICE']._serialized_start=2712
-  _globals['_TEACHERSERVICE']._serialized_end=2884
+  _globals['_CLIENTMESSAGE']._serialized_end=578
+  _globals['_SERVERMESSAGE']._serialized_start=581
+  _globals['_SERVERMESSAGE']._serialized_end=788
+  _globals['_OPEN']._serialized_start=790
+  _globals['_OPEN']._serialized_end=867
+  _globals['_OPENED']._serialized_start=870
+  _globals['_OPENED']._serialized_end=999
+  _globals['_SHAREDMEMORY']._serialized_start=1001
+  _globals['_SHAREDMEMORY']._serialized_end=1112
+  _globals['_ATTACHED']._serialized_start=1114
+  _globals['_ATTACHED']._serialized_end=1142
+  _globals['_BLOCK']._serialized_start=1144
+  _globals['_BLOCK']._serialized_end=1183
+  _globals['_TAP']._serialized_start=1186
+  _globals['_TAP']._serialized_end=1354
+  _globals['_TAP_SIDE']._serialized_start=1293
+  _globals['_TAP_SIDE']._serialized_end=1354
+  _globals['_ENCODING']._serialized_start=1357
+  _globals['_ENCODING']._serialized_end=1599
+  _globals['_TOPK']._serialized_start=1601
+  _globals['_TOPK']._serialized_end=1639
+  _globals['_SAMPLED']._serialized_start=1641
+  _globals['_SAMPLED']._serialized_end=1696
+  _globals['_HIDDEN']._serialized_start=1698
+  _globals['_HIDDEN']._serialized_end=1764
+  _globals['_CALL']._serialized_start=1767
+  _globals['_CALL']._serialized_end=1923
+  _globals['_REPLY']._serialized_start=1926
+  _globals['_REPLY']._serialized_end=2088
+  _globals['_PAYLOAD']._serialized_start=2090
+  _globals['_PAYLOAD']._serialized_end=2168
+  _globals['_FRAME']._serialized_start=2170
+  _globals['_FRAME']._serialized_end=2243
+  _globals['_CANCEL']._serialized_start=2245
+  _globals['_CANCEL']._serialized_end=2273
+  _globals['_FAILURE']._serialized_start=2276
+  _globals['_FAILURE']._serialized_end=2630
+  _globals['_FAILURE_CODE']._serialized_start=2386
+  _globals['_FAILURE_CODE']._serialized_end=2630
+  _globals['_TEACHERSERVICE']._serialized_start=2633
+  _globals['_TEACHERSERVICE']._serialized_end=2805
 # @@protoc_insertion_point(module_scope)

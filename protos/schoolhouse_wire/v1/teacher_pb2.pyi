@@ -39,34 +39,34 @@ class DescribeResponse(_message.Message):
     def __init__(self, teacher: _Optional[str] = ..., revision: _Optional[str] = ..., class_name: _Optional[str] = ..., modules: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., merge: _Optional[str] = ..., max_request_bytes: _Optional[int] = ..., max_in_flight: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "call", "cancel", "attached", "release", "frame")
+    __slots__ = ("open", "call", "cancel", "attached", "frame", "released")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
-    RELEASE_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
     open: Open
     call: Call
     cancel: Cancel
     attached: Attached
-    release: Release
     frame: Frame
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    released: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("opened", "reply", "failure", "release", "frame")
+    __slots__ = ("opened", "reply", "failure", "frame", "released")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
-    RELEASE_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     reply: Reply
     failure: Failure
-    release: Release
     frame: Frame
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
+    released: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("protocol", "teacher", "job", "shared_memory")
@@ -113,12 +113,6 @@ class Attached(_message.Message):
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     attached: bool
     def __init__(self, attached: _Optional[bool] = ...) -> None: ...
-
-class Release(_message.Message):
-    __slots__ = ("offset",)
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
-    offset: int
-    def __init__(self, offset: _Optional[int] = ...) -> None: ...
 
 class Block(_message.Message):
     __slots__ = ("offset", "nbytes")
