@@ -1,5 +1,8 @@
 """connect(): a teacher behind gRPC that was seen to be there."""
 
+from pathlib import Path
+
+from schoolhouse.heads_cache import default_cache_folder
 from schoolhouse.remote import RemoteTeacher
 
 
@@ -11,6 +14,7 @@ def connect(
     connect_timeout_s: float = 10.0,
     max_pending: int = 1024,
     shared_memory: bool = True,
+    head_folder: str | Path | None = default_cache_folder(),
 ) -> RemoteTeacher:
     """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
 
@@ -25,6 +29,7 @@ def connect(
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
         shared_memory: take features from replicas of this machine and user through shared memory; `describe()` says
             whether it is so. A process that is forked from this one must clone those that it keeps.
+        head_folder: where teachers' heads are kept, by revision, for `encodings.hidden`; None: in memory alone.
 
     Raises:
         TeacherUnavailableError: no server there within `connect_timeout_s`.
@@ -37,6 +42,7 @@ def connect(
         connect_timeout_s=connect_timeout_s,
         max_pending=max_pending,
         shared_memory=shared_memory,
+        head_folder=head_folder,
     )
     teacher.facts()
     return teacher

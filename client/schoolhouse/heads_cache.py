@@ -52,10 +52,10 @@ class HeadCache:
         max_bytes: the least recently used files beyond it are removed.
     """
 
-    def __init__(self, folder: Path | None, max_bytes: int = 8 << 30) -> None:
+    def __init__(self, folder: str | Path | None, max_bytes: int = 8 << 30) -> None:
         if max_bytes < 0:
             raise ValueError(f"max_bytes is {max_bytes}; expected 0 or more")
-        self.folder = folder
+        self.folder = None if folder is None else Path(folder).expanduser()
         self.max_bytes = max_bytes
 
     def fetch(self, revision: str, name: str, tap_module: str, load: Callable[[], Head], *, digest: str = "") -> Head:

@@ -12,10 +12,13 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+import torch
 from schoolhouse_wire import framing
 from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.limits import Limits
 
 from schoolhouse import at_exit, discovery, settings
@@ -27,10 +30,14 @@ from schoolhouse.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
+from schoolhouse.fetched_heads import FetchedHeads
+from schoolhouse.heads import Head
 from schoolhouse.session import Request, Session, Traffic
-from schoolhouse.taps import Tap, TapLike, as_taps, check_modules
+from schoolhouse.taps import Tap, TapLike, check_modules
 from schoolhouse.teachers import Features, TeacherDescription
+from schoolhouse.wanted import Wanted
 
+_LIMITS, _HEAD_LIMITS = Limits(), Limits(max_payload_bytes=16 << 30)
 _MAX_KNOWN_TAPS = 256
 _REFRESH_TIMEOUT_S = 2.0
 
@@ -47,6 +54,7 @@ class RemoteTeacher:
         connect_timeout_s: float = 10.0,
         max_pending: int = 1024,
         shared_memory: bool = True,
+        head_folder: str | Path | None = None,
     ) -> None:
         self.url = url
         self._target, self._name = discovery.parse(url)
@@ -56,9 +64,9 @@ class RemoteTeacher:
             "connect_timeout_s": connect_timeout_s,
             "max_pending": max_pending,
             "shared_memory": shared_memory,
+            "head_folder": head_folder,
         }
         settings.check(self._settings)
-        self._limits = Limits()
         self._closed = False
         self._pinned = ""  # the revision that it began with, also in a copy and after a fork
         self._reset()
@@ -73,8 +81,9 @@ class RemoteTeacher:
         self._stale = False  # a replica was lost: ask the directory again
         self._description: TeacherDescription | None = None
         self._modules: dict[str, None] = {}
-        self._known_taps: dict[tuple[TapLike, ...], tuple[Tap, ...]] = {}
-        self._request_limits = self._limits
+        self._known_taps: dict[tuple[TapLike, ...], Wanted] = {}
+        self._heads = FetchedHeads(self._settings["head_folder"], functools.partial(_ask, weakref.ref(self)))
+        self._request_limits = _LIMITS
         self._outstanding: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._ids = itertools.count()
@@ -123,12 +132,22 @@ class RemoteTeacher:
                 return
 
     def submit(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, taps: Iterable[TapLike]
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        taps: Iterable[TapLike],
+        *,
+        encodings: Mapping[TapLike, Encoding | None] | None = None,
+        positions: torch.Tensor | None = None,
     ) -> "Future[Features]":
         """Send one batch; returns at once. Cancelling the future frees the teacher's slot.
 
+        `encodings` say how taps travel, `positions` is the mask `[batch, length]` for those that need it. The first
+        request whose hidden states travel in place of logits waits for the teacher's head.
+
         Raises:
             UnknownTapError: before anything is sent.
+            ConfigError: for encodings of other taps, or positions that are missing or not needed.
             UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
             TeacherBusyError: `max_pending` requests are without an answer already.
         """
@@ -136,11 +155,23 @@ class RemoteTeacher:
             raise ConfigError(f"{self!r} is closed; connect again")
         if self._pid != os.getpid():
             self._reset()
-        description = self._description or self.facts()
-        wanted = self._checked(tuple(taps))
-        outgoing = framing.Outgoing(Arguments(args, kwargs), limits=self._request_limits, snapshot=True)
+        revision = self.facts().revision
+        if encodings or positions is not None:
+            wanted = Wanted.of(taps, encodings, positions).with_seeds()
+            names = (*(tap.module for tap in wanted.taps), *wanted.heads().values())
+            check_modules(names, self._modules, f"teacher {self._name!r}")
+        else:
+            wanted = self._checked(tuple(taps))
+        heads = {tap: self._heads.get(revision, name, tap.module) for tap, name in wanted.heads().items()}
+        inputs = Arguments(args, kwargs)
+        return self._send(inputs if wanted.mask is None else (inputs, wanted.mask), wanted, heads)
+
+    def _send(
+        self, inputs: Any, wanted: Wanted, heads: Mapping[Tap, Head], limits: Limits = _LIMITS
+    ) -> "Future[Features]":
+        outgoing = framing.Outgoing(inputs, limits=self._request_limits, snapshot=True)
         deadline = time.monotonic() + self._settings["timeout_s"]
-        request = Request(outgoing, wanted, description.revision, deadline)
+        request = Request(outgoing, wanted, self.facts().revision, deadline, heads, limits)
         self._watch(request)
         try:
             self._dispatch(request)
@@ -148,12 +179,12 @@ class RemoteTeacher:
             request.fail(err)
         return request.future
 
-    def _checked(self, taps: tuple[TapLike, ...]) -> tuple[Tap, ...]:
+    def _checked(self, taps: tuple[TapLike, ...]) -> Wanted:
         """The taps in their usual form, known to exist; a loop asks for the same ones again and again."""
         found = self._known_taps.get(taps)
         if found is None:
-            found = as_taps(taps)
-            check_modules((tap.module for tap in found), self._modules, f"teacher {self._name!r}")
+            found = Wanted.of(taps)
+            check_modules((tap.module for tap in found.taps), self._modules, f"teacher {self._name!r}")
             if len(self._known_taps) < _MAX_KNOWN_TAPS:
                 self._known_taps[taps] = found
         return found
@@ -272,7 +303,6 @@ class RemoteTeacher:
             self._name,
             job=self._settings["job"],
             shared_memory=self._settings["shared_memory"],
-            limits=self._limits,
             on_loss=functools.partial(_on_loss, weakref.ref(self)),
             clock=time.monotonic,
         )
@@ -334,6 +364,12 @@ def _shut(pid: int, sessions: dict[str, Session], wake: threading.Condition) -> 
         session.close()
     with wake:
         wake.notify_all()
+
+
+def _ask(teacher: "weakref.ref[RemoteTeacher]", inputs: Arguments, wanted: Wanted) -> Features:
+    found = teacher()
+    assert found is not None
+    return found._send(inputs, wanted, {}, _HEAD_LIMITS).result()
 
 
 def _on_loss(

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,11 @@ from schoolhouse.errors import (
     SchoolhouseError,
     TeacherUnavailableError,
 )
-from schoolhouse.taps import Tap, taps_from_wire, taps_to_wire
+from schoolhouse.heads import Head
+from schoolhouse.sparse import decoded
+from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features
+from schoolhouse.wanted import Wanted
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class Request:
     """One batch on its way to features. It may be sent again to another replica."""
 
     outgoing: framing.Outgoing
-    taps: tuple[Tap, ...]
+    wanted: Wanted
     revision: str
     deadline: float  # on time.monotonic's clock
+    heads: Mapping[Tap, Head]  # of the taps whose hidden states travel
+    limits: Limits  # of the reply
     future: "Future[Features]" = field(default_factory=Future)
     tried: set[str] = field(default_factory=set)
 
@@ -75,7 +80,6 @@ class Session:
         *,
         job: str,
         shared_memory: bool,
-        limits: Limits,
         on_loss: Callable[["Session", list[Request], SchoolhouseError], None],
         clock: Callable[[], float],
     ) -> None:
@@ -86,7 +90,6 @@ class Session:
         self._open_message = teacher_pb2.Open(
             protocol=channel.PROTOCOL, teacher=teacher, job=job, shared_memory=shared_memory
         )
-        self._limits = limits
         self._on_loss = on_loss
         self._clock = clock
         self._outbox: Outbox[Message | bytes] = Outbox()
@@ -186,7 +189,7 @@ class Session:
         def head(payload: teacher_pb2.Payload) -> Message:
             call = teacher_pb2.Call(
                 request_id=request_id,
-                taps=taps_to_wire(request.taps),
+                taps=request.wanted.to_wire(),
                 revision=request.revision,
                 timeout_s=max(request.deadline - self._clock(), 0.001),
                 inputs=request.outgoing.header,
@@ -270,7 +273,7 @@ class Session:
             self._refuse(reply.payload)
             return
         try:
-            incoming = framing.Incoming(reply.features, reply.payload, self._limits, self._segment)
+            incoming = framing.Incoming(reply.features, reply.payload, request.limits, self._segment)
         except SchoolhouseError as err:
             self._refuse(reply.payload)
             self.cancel(request)
@@ -322,12 +325,20 @@ class Session:
 
 def _features(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
     """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
-    taps = taps_from_wire(reply.taps)
-    given = {"taps": taps, "revision": reply.revision, "inputs": reply.input_digest}
-    expected = {"taps": request.taps, "revision": request.revision, "inputs": request.outgoing.digest}
+    given = (list(reply.taps), reply.revision, reply.input_digest)
+    expected = (list(request.wanted.to_wire()), request.revision, request.outgoing.digest)
     if given != expected:
-        raise FeatureMismatchError(f"the features that came are of {given}, where {expected} was asked for")
+        raise FeatureMismatchError(
+            f"the features that came are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"
+        )
     values = incoming.value()
+    taps = request.wanted.taps
     if not isinstance(values, list) or len(values) != len(taps):
         raise ProtocolError("a reply came whose features are not one for each tap")
-    return Features(dict(zip(taps, values, strict=True)), revision=reply.revision, input_digest=reply.input_digest)
+    found = decoded(dict(zip(taps, values, strict=True)), request.heads)
+    return Features(found, revision=reply.revision, input_digest=reply.input_digest)
+
+
+def _in_words(taps: list[teacher_pb2.Tap], revision: str, digest: bytes) -> str:
+    words = [" ".join(str(tap).split()) for tap in taps]
+    return f"the taps {words}, the revision {revision!r} and the inputs {digest.hex()}"

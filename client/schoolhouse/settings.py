@@ -1,6 +1,7 @@
 """Settings of a connection, checked once."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from schoolhouse.errors import ConfigError
@@ -14,6 +15,8 @@ def check(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"job is {settings['job']!r}; it must be a string")
     if not isinstance(settings["shared_memory"], bool):
         raise ConfigError(f"shared_memory is {settings['shared_memory']!r}; choices: True, False")
+    if not isinstance(settings["head_folder"], str | Path | None):
+        raise ConfigError(f"head_folder is {settings['head_folder']!r}; it must be a path, or None")
     for name in ("timeout_s", "connect_timeout_s", "max_pending"):
         value = settings[name]
         if not isinstance(value, int | float) or not 0 < value <= _MAX_SETTING:

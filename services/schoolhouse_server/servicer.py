@@ -19,7 +19,7 @@ from schoolhouse.errors import (
     TeacherInternalError,
     UnknownTeacherError,
 )
-from schoolhouse.taps import HEAD, taps_to_wire
+from schoolhouse.taps import HEAD
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire import channel, framing, shared_memory, status
 from schoolhouse_wire.codec import Arguments
@@ -227,12 +227,12 @@ class ServerSession:
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
         if wanted.taps[0].side == HEAD:
-            self._answer(request_id, digest, self._head(wanted, inputs))
+            self._answer(request_id, digest, wanted, self._head(wanted, inputs))
             return
 
         def done(result: Answer | BaseException) -> None:
             if self._tickets.pop(request_id, None) is not None and not ticket.cancelled:
-                self._answer(request_id, digest, result)
+                self._answer(request_id, digest, wanted, result)
 
         ticket = self._tickets[request_id] = Ticket(done)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
@@ -254,17 +254,17 @@ class ServerSession:
         value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
         return Answer({tap: value}, self._engine.description.revision, _HEAD_LIMITS)
 
-    def _answer(self, request_id: int, digest: bytes, result: Answer | BaseException) -> None:
+    def _answer(self, request_id: int, digest: bytes, wanted: Wanted, result: Answer | BaseException) -> None:
         """Declare the features, or the error."""
         try:
             if isinstance(result, BaseException):
                 raise result
-            values = list(result.values.values())
+            values = [result.values[tap] for tap in wanted.taps]
             outgoing = framing.Outgoing(values, limits=result.limits, snapshot=False, opaque=True)
             reply = teacher_pb2.Reply(
                 request_id=request_id,
                 revision=result.revision,
-                taps=taps_to_wire(tuple(result.values)),
+                taps=wanted.to_wire(),
                 input_digest=digest,
                 features=outgoing.header,
             )

@@ -1,0 +1,41 @@
+"""The heads of a remote teacher: asked for once, and kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.encodings import Hidden
+
+from schoolhouse.heads import Head
+from schoolhouse.heads_cache import HeadCache
+from schoolhouse.taps import HEAD, Tap
+from schoolhouse.wanted import Wanted
+
+
+class FetchedHeads:
+    """Heads of one teacher revision. `ask(inputs, wanted)` returns what the teacher answers, by tap."""
+
+    def __init__(self, folder: str | Path | None, ask: Callable[[Arguments, Wanted], Any]) -> None:
+        self._cache = HeadCache(folder)
+        self._ask = ask
+        self._known: dict[tuple[str, str], Head] = {}
+
+    def get(self, revision: str, name: str, tap_module: str) -> Head:
+        """What makes the logits that `tap_module` returns of what submodule `name` receives.
+
+        The teacher is asked for its digest first, which tells whether a head from the disk is the same.
+        """
+        found = self._known.get((name, tap_module))
+        if found is None:
+            tap = Tap(tap_module, HEAD)
+            wanted = Wanted((tap,), (Hidden(head=name),))
+            digest = self._ask(Arguments((), {"digest_only": True}), wanted)[tap]
+            found = self._known[name, tap_module] = self._cache.fetch(
+                revision,
+                name,
+                tap_module,
+                lambda: Head.from_value(self._ask(Arguments(), wanted)[tap]),
+                digest=str(digest),
+            )
+        return found
