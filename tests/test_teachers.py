@@ -9,7 +9,7 @@ import schoolhouse as sh
 import torch
 from models import Net
 from schoolhouse import errors
-from schoolhouse.teachers import revision_of
+from schoolhouse.revision import revision_of
 from schoolhouse_server import serve
 from torch import nn
 

@@ -1,14 +1,17 @@
 """What `convert` is told: modes and their configs, validated once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
+from schoolhouse_wire.encodings import Encoding
 from torch import nn
 
 from schoolhouse.errors import ConfigError
 from schoolhouse.loss_balancers import DistillationLossBalancer
+from schoolhouse.taps import Tap
 from schoolhouse.teachers import Teacher
+from schoolhouse.wanted import encodings_of
 
 Criterion: TypeAlias = "nn.Module | type[nn.Module] | Mapping[tuple[str, str], nn.Module | type[nn.Module]]"
 ModelLike: TypeAlias = "nn.Module | type[nn.Module] | Callable[..., nn.Module] | tuple[Any, ...]"
@@ -30,12 +33,18 @@ class KDLossConfig:
             or a class that needs no arguments. Several pairs may share a layer.
         loss_balancer: reduces the losses to a scalar; needed with several pairs or a loss of the student's own.
         expose_minimal_state_dict: keep the weights of a teacher in this process out of `state_dict()`.
+        encodings: how the outputs of teacher layers travel, `{teacher_layer: encoding}` of `schoolhouse.encodings`, or
+            one for all; without one they travel as computed. A teacher in this process gives what would have arrived.
+        positions: for encodings that are `at_positions`: called with what the forward is called with, it returns the
+            bool or 0/1 mask `[batch, length]` of the positions that the losses will read.
     """
 
     teacher_model: Any = None
     criterion: Any = None
     loss_balancer: DistillationLossBalancer | None = None
     expose_minimal_state_dict: bool = True
+    encodings: Any = None
+    positions: Callable[..., Any] | None = None
 
     def pairs(self) -> dict[tuple[str, str], nn.Module]:
         """The criterion as `{(student_layer, teacher_layer): loss instance}`."""
@@ -45,6 +54,22 @@ class KDLossConfig:
         if not given:
             raise ConfigError("criterion has no layer pairs; give at least one")
         return {_pair(pair): _loss(loss, pair) for pair, loss in given.items()}
+
+    def tap_encodings(self, layers: Iterable[str]) -> dict[Tap, Encoding]:
+        """The encodings by tap of the teacher's layers in the criterion; raises `ConfigError` for others."""
+        taps = tuple(dict.fromkeys(map(Tap, layers)))
+        given = self.encodings if isinstance(self.encodings, Mapping) else dict.fromkeys(taps, self.encodings)
+        pairs = zip(taps, encodings_of(taps, given), strict=True)
+        found = {tap: encoding for tap, encoding in pairs if encoding is not None}
+        at_positions = any(encoding.positions for encoding in found.values())
+        if at_positions and not callable(self.positions):
+            raise ConfigError(
+                f"positions is {self.positions!r:.80}, and encodings are at_positions; give a function that makes the "
+                "mask of what the forward is called with"
+            )
+        if self.positions is not None and not at_positions:
+            raise ConfigError("positions is given, and no encoding needs it; wrap one in encodings.at_positions")
+        return found
 
     def check(self) -> None:
         """Raise `ConfigError` for what is wrong or missing, with the field's name and the choices."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from schoolhouse_wire.encodings import Encoding, Hidden
 from torch import nn
 
 from schoolhouse.config import KDLossConfig, make_model, make_teacher, read_mode
@@ -60,11 +61,14 @@ def _convert(
 ) -> nn.Module:
     _check_sharding(model, pairs.values())
     _check_trainable(model)
-    teacher = _teacher(model, config.teacher_model, pairs)
+    encodings = config.tap_encodings(layer for _, layer in pairs)
+    teacher = _teacher(model, config.teacher_model, pairs, encodings.values())
     state = Distillation(
         teacher=teacher,
         owns_teacher=teacher is not config.teacher_model,
         criterion=pairs,
+        encodings=encodings,
+        positions=config.positions,
         original_cls=type(model),
         minimal_state_dict=config.expose_minimal_state_dict,
         own_forward=model.__dict__.pop("forward", None),
@@ -76,16 +80,20 @@ def _convert(
     return model
 
 
-def _teacher(student: nn.Module, given: Any, pairs: Iterable[tuple[str, str]]) -> Teacher:
+def _teacher(
+    student: nn.Module, given: Any, pairs: Iterable[tuple[str, str]], encodings: Iterable[Encoding]
+) -> Teacher:
     """The teacher, which has all the layers; a module is frozen once that is known not to freeze the student."""
     made = make_teacher(given, connect)
+    heads = [encoding.head for encoding in encodings if isinstance(encoding, Hidden)]
+    layers = [*(layer for _, layer in pairs), *heads]
     module = made.module if isinstance(made, LocalTeacher) else made
     if isinstance(module, nn.Module):
         _check_apart(student, module)
-        check_modules((layer for _, layer in pairs), module_names(module), "the teacher")
+        check_modules(layers, module_names(module), "the teacher")
         return LocalTeacher(made) if isinstance(made, nn.Module) else made
     description = module.describe()
-    check_modules((layer for _, layer in pairs), description.modules, f"teacher {description.name!r}")
+    check_modules(layers, description.modules, f"teacher {description.name!r}")
     return module
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.nested import map_tensors
 from torch import nn
@@ -95,6 +96,8 @@ class Distillation:
     original_cls: type[nn.Module]
     minimal_state_dict: bool
     own_forward: Callable[..., Any] | None  # a forward that was set on the student itself
+    encodings: Mapping[Tap, Encoding] = field(default_factory=dict)
+    positions: Callable[..., Any] | None = None
     taps: tuple[Tap, ...] = ()
     step: Step | None = None  # that the teacher was asked for
     alone: Step | None = None  # of the student, whose batch the teacher may get later
@@ -171,7 +174,14 @@ class Distillation:
 
     def request(self, args: Any, kwargs: Any) -> Answer:
         """Ask the teacher for the features of a batch."""
-        return Answer(self.teacher.submit(args, kwargs, self.taps))
+        return self._request(args, kwargs, self.taps)
+
+    def _request(self, args: Any, kwargs: Any, taps: tuple[Tap, ...]) -> Answer:
+        if not self.encodings:
+            return Answer(self.teacher.submit(args, kwargs, taps))
+        mask = None if self.positions is None else self.positions(*args, **kwargs)
+        submit: Any = self.teacher.submit  # one that can encode
+        return Answer(submit(args, kwargs, taps, encodings=self.encodings, positions=mask))
 
     def _looked_ahead(self, args: Any, kwargs: Any, training: bool) -> "tuple[Ahead | None, Answer | None]":
         """The answer that was asked for ahead for this batch, if any.
@@ -231,7 +241,7 @@ class Distillation:
         self.ended = None
         inputs = Inputs(args, kwargs)
         whole = Tap("")
-        answer = Answer(self.teacher.submit(args, kwargs, tuple(dict.fromkeys((*self.taps, whole)))))
+        answer = self._request(args, kwargs, tuple(dict.fromkeys((*self.taps, whole))))
         features = answer.features()
         before = self.alone
         self.drop_step()

@@ -1,9 +1,7 @@
 """The Teacher protocol, and LocalTeacher: a frozen module in this process."""
 
 import contextlib
-import hashlib
 import inspect
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -12,18 +10,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import xxhash
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encoder import encode, hidden_states, logits_of
 from schoolhouse_wire.encodings import Encoding
-from schoolhouse_wire.memory import memory_of, version_of
+from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.nested import map_tensors
-from schoolhouse_wire.tensors import on_cpu
 from torch import nn
 
 from schoolhouse.errors import SchoolhouseError, TeacherForwardError, UnknownTapError
 from schoolhouse.head_description import check_head, head_of
 from schoolhouse.heads import Head
+from schoolhouse.revision import revision_of
 from schoolhouse.sparse import decoded
 from schoolhouse.taps import (
     Tap,
@@ -317,16 +314,3 @@ def _random_state(inputs: Arguments) -> list[bytes]:
 
 def _qualified_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def revision_of(module: nn.Module) -> str:
-    """Digest of a module's weights, buffers and architecture: equal for equal models, on any device or host."""
-    digest = hashlib.sha256()
-    for name, child in module.named_modules():
-        extra = re.sub(r"0x[0-9a-f]+", "", child.extra_repr())  # addresses of objects differ between processes
-        digest.update(f"{name}\0{type(child).__qualname__}\0{extra}\0".encode())
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        plain = on_cpu(tensor)  # named, since memory_of does not keep it alive
-        digest.update(xxhash.xxh3_128(memory_of(plain)).digest())
-    return digest.hexdigest()[:16]

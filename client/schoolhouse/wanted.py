@@ -15,6 +15,21 @@ from schoolhouse.errors import ConfigError
 from schoolhouse.taps import Tap, TapLike, as_tap, as_taps, taps_from_wire, taps_to_wire
 
 
+def encodings_of(taps: tuple[Tap, ...], encodings: Mapping[Any, Encoding | None]) -> tuple[Encoding | None, ...]:
+    """The encoding of each tap; raises `ConfigError` for others, and for what is no encoding."""
+    asked = {as_tap(tap): encoding for tap, encoding in encodings.items()}
+    for tap, encoding in asked.items():
+        if tap not in taps:
+            raise ConfigError(
+                f"encodings has {tap.module!r}, which is not asked for; choices: {[t.module for t in taps]}"
+            )
+        if not isinstance(encoding, Encoding | None):
+            raise ConfigError(
+                f"encodings[{tap.module!r}] is {encoding!r:.80}; choices: None, or what stands in schoolhouse.encodings"
+            )
+    return tuple(asked.get(tap) for tap in taps)
+
+
 @dataclass(frozen=True, eq=False)
 class Wanted:
     """Taps, the encoding of each, and the bool mask `[batch, length]` of the positions, where one needs it."""
@@ -33,15 +48,7 @@ class Wanted:
             ConfigError: for no taps, for encodings of other taps, or for positions without an encoding that reads them.
         """
         found = as_taps(taps)
-        asked = {as_tap(tap): encoding for tap, encoding in (encodings or {}).items()}
-        for tap, encoding in asked.items():
-            if tap not in found:
-                raise ConfigError(f"encodings has {tap}, which is not asked for; choices: {[*found]}")
-            if not isinstance(encoding, Encoding | None):
-                raise ConfigError(
-                    f"encodings[{tap.module!r}] is {encoding!r}; choices: None, or what stands in schoolhouse.encodings"
-                )
-        wanted = cls(found, tuple(asked.get(tap) for tap in found))
+        wanted = cls(found, encodings_of(found, encodings or {}))
         return dataclasses.replace(wanted, mask=wanted._mask(positions))
 
     def _mask(self, positions: Any) -> torch.Tensor | None:
