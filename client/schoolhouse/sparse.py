@@ -14,7 +14,7 @@ from schoolhouse_wire.packed import PACKED, CastTensor, PositionedRows, SampledR
 from schoolhouse.errors import ProtocolError
 from schoolhouse.taps import Tap
 
-CHUNK_ROWS = 1024
+_CHUNK_ELEMENTS = 4 << 20  # of logits: 16 MiB of float32, large enough for a matmul at full speed
 
 
 class Head(Protocol):
@@ -147,11 +147,14 @@ class SampledLogits(SparseLogits):
 
 @dataclass(frozen=True, eq=False)
 class HiddenLogits(SparseLogits):
-    """Hidden states `[..., width]` and the teacher's head; losses compute logits of `chunk_rows` rows at a time."""
+    """Hidden states `[..., width]` and the teacher's head; losses compute logits of `chunk_rows` rows at a time.
+
+    0 is as many as make 16 MiB of float32, and one at least.
+    """
 
     hidden: torch.Tensor
     head: Head
-    chunk_rows: int = CHUNK_ROWS
+    chunk_rows: int = 0
 
     _instead = "all losses between logits of this package take it; .dense() is a tensor of all the logits"
 
@@ -162,6 +165,11 @@ class HiddenLogits(SparseLogits):
     @property
     def device(self) -> torch.device:
         return self.hidden.device
+
+    @property
+    def chunk(self) -> int:
+        """Rows whose logits are made at a time."""
+        return self.chunk_rows or max(1, _CHUNK_ELEMENTS // self.head.classes)
 
     def rows(self, index: torch.Tensor) -> "HiddenLogits":
         return HiddenLogits(pick_rows(self.hidden, index), self.head, self.chunk_rows)
@@ -232,7 +240,7 @@ def check_positions(teacher: PositionedFeatures, counted: torch.Tensor) -> None:
         )
 
 
-def with_head(states: Any, head: Head, chunk_rows: int = CHUNK_ROWS) -> "HiddenLogits | PositionedFeatures":
+def with_head(states: Any, head: Head, chunk_rows: int = 0) -> "HiddenLogits | PositionedFeatures":
     """Decoded hidden states, a tensor or PositionedFeatures of one, as logits."""
     if isinstance(states, PositionedFeatures):
         return PositionedFeatures(states.mask, with_head(states.values, head, chunk_rows))  # type: ignore[arg-type]

