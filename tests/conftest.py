@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import schoolhouse as sh
 import torch
+from memfd import memfds, soon
 from schoolhouse_server import serve
+from schoolhouse_wire import shared_memory
 
 HERE = str(Path(__file__).parent)
 sys.path.insert(0, HERE)
@@ -40,6 +42,20 @@ def teach(request):
     yield make
     for one in open_ones:
         one.close()
+
+
+@pytest.fixture
+def segments(monkeypatch):
+    """The segments of shared memory that replicas of this process make."""
+    made, create = [], shared_memory.create
+    monkeypatch.setattr(shared_memory, "create", lambda *args: made.append(create(*args)) or made[-1])
+    return made
+
+
+@pytest.fixture
+def no_segments():
+    """Waits until those of earlier tests are gone."""
+    assert soon(lambda: memfds() == (0, 0)), memfds()
 
 
 @pytest.fixture
