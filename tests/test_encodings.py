@@ -207,7 +207,7 @@ def test_logits_are_found_in_a_record_and_the_rest_is_as_computed():
     assert got.logits.shape == (2, 3, 7)
     assert torch.equal(got.states[0], value.states[0])
     for wrong in ((some(2, 3),), {"logits": some(2, 3)}, torch.arange(3), torch.tensor(1.0)):
-        with pytest.raises(UnsupportedValueError, match="TopK is an encoding of logits.*choices: tap the layer"):
+        with pytest.raises(UnsupportedValueError, match="an encoding of logits.*choices: tap the layer"):
             encode(wrong, TopK(k=2))
     with pytest.raises(UnsupportedValueError, match="no classes"):
         encode(torch.empty(2, 0), TopK(k=2))
