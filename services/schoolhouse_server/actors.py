@@ -156,6 +156,9 @@ class KeeperActor:
                         "in_flight": member.load.in_flight,
                         "served": member.load.served,
                         "sessions": member.load.sessions,
+                        "joined": member.load.joined,
+                        "cached": member.load.cached,
+                        "missed": member.load.missed,
                     }
                 )
         return rows

@@ -140,6 +140,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(title, overflow="fold")
     for row in rows:
         load = f"{row['sessions']} sessions, {row['queued'] + row['in_flight']} waiting, {row['served']} served"
+        if row["joined"]:
+            load += f", {row['joined']} of them with another"
+        if row["cached"] + row["missed"]:
+            load += f", {row['cached'] / (row['cached'] + row['missed']):.0%} found in the cache"
         table.add_row(row["teacher"], row["id"], row["stage"], row["revision"], row["address"], load)
     return table
 

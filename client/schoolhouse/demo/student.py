@@ -49,7 +49,10 @@ def train(kind: str, seed: int, teacher: sh.RemoteTeacher | None) -> None:
     seconds, steps = 0.0, 0
     for epoch in range(EPOCHS):
         start = time.perf_counter()
-        for rows in torch.randperm(len(labels)).split(BATCH):  # type: ignore[no-untyped-call]
+        batches: Any = torch.randperm(len(labels)).split(BATCH)  # type: ignore[no-untyped-call]
+        if teacher is not None:
+            batches = model.prefetch(batches, inputs=lambda rows: images[rows])
+        for rows in batches:
             output, labelled = model(images[rows]), rows < LABELLED
             loss = F.cross_entropy(output[labelled], labels[rows][labelled], reduction="sum") / max(1, labelled.sum())
             if teacher is not None:
