@@ -2,7 +2,7 @@
 
 from schoolhouse_wire.codec import Arguments, Opaque
 
-from schoolhouse import encodings, errors, functional
+from schoolhouse import encodings, errors, functional, sparse
 from schoolhouse.checkpoint import restore, save
 from schoolhouse.config import ExportStudentConfig, KDLossConfig, LayerwiseKDConfig
 from schoolhouse.connecting import connect
@@ -85,4 +85,5 @@ __all__ = [
     "functional",
     "restore",
     "save",
+    "sparse",
 ]

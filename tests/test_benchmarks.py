@@ -1,0 +1,41 @@
+"""The benchmarks print the keys that others read. What they measure is not looked at here: machines differ."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def figures(name, *options):
+    command = [sys.executable, FOLDER / f"{name}.py", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_overlap():
+    found = figures("overlap", "--steps", "2", "--rounds", "1")
+    assert all(found[name] > 0 for name in ("pure", "local", "remote", "remote_prefetch"))
+    assert "emulated" in found["device"]
+
+
+def test_bytes_per_token():
+    found = figures("bytes_per_token", "--rows", "1", "--length", "16")
+    assert found["plain_bytes_per_token"] == pytest.approx(4 * 49152, rel=0.01)
+    exact = found["encodings"]["hidden_fp32"]
+    assert exact["bytes_per_token"] < 2.1 * 576 * 4
+    assert exact["kl_error"] < 1e-4
+    for name in ("hidden_fp32", "hidden_bf16", "topk64", "sampled64", "int8", "bf16"):
+        assert set(found["encodings"][name]) == {"bytes_per_token", "kl_error", "grad_error", "peak_client_mb"}
+
+
+@pytest.mark.ray
+def test_scaling():
+    found = figures("scaling", "--rounds", "1", "--seconds", "0.3")
+    assert list(found["clients"]) == ["1", "2", "4", "8"]
+    assert list(found["replicas"]) == ["1", "2", "4"]
+    assert all(rate > 0 for rate in [*found["clients"].values(), *found["replicas"].values()])
