@@ -276,6 +276,14 @@ def test_draws_are_counted_and_have_exact_probabilities():
     assert encode(logits, Sampled(n=256, seed=0)).counts.dtype == torch.uint16
 
 
+def test_classes_of_tiny_probability_are_drawn_as_often_as_they_should():
+    p = torch.full((1, 150_000), 0.003 / 149_999, dtype=torch.float64)  # 2e-8 each
+    p[0, 0] = 0.997
+    got = encode(p.log().float(), Sampled(n=65_535, seed=0))
+    others = int(got.counts.long()[got.indices.long() > 0].sum())
+    assert abs(others - 197) < 5 * math.sqrt(197)
+
+
 def test_a_row_that_never_varies_is_padded():
     logits = torch.tensor([[0.0, -math.inf, -math.inf, -math.inf], [0.0, 0.0, 0.0, 0.0]])
     got = travelled(logits, Sampled(n=100, seed=0))

@@ -16,7 +16,6 @@ from schoolhouse_wire.packed import CastTensor, PositionedRows, SampledRows, Sca
 from schoolhouse_wire.records import record_of
 from schoolhouse_wire.tensors import DTYPES
 
-_MAX_SAMPLED_CLASSES = 1 << 24  # torch.multinomial's own bound
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -156,22 +155,15 @@ def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
     if encoding.seed is None:
         raise ValueError("an encoding that draws has no seed; give one by seeded(encoding, seed)")
     classes, n = logits.shape[-1], encoding.n
-    if classes > _MAX_SAMPLED_CLASSES:
-        raise UnsupportedValueError(
-            f"the logits have {classes} classes, and draws are made of at most {_MAX_SAMPLED_CLASSES}; choices: topk, "
-            "hidden, int8, bf16, or as computed"
-        )
     scaled = _scaled(logits.reshape(-1, classes), encoding.temperature)
     norm = scaled.logsumexp(dim=-1, keepdim=True)
-    if not bool(norm.isfinite().all()):  # on a GPU, multinomial would end the process's use of the device
+    if not bool(norm.isfinite().all()):
         raise UnsupportedValueError(
             "logits hold NaN, inf, or no number above -inf in a row, so that nothing can be drawn from it; choices: "
             "topk, bf16, as computed, or at_positions, for a mask that leaves such rows out"
         )
     log_probs = scaled - norm
-    generator = torch.Generator(logits.device).manual_seed(encoding.seed)
-    draws = torch.multinomial(log_probs.exp().float(), n, replacement=True, generator=generator)
-    indices, counts = _distinct(draws)
+    indices, counts = _distinct(_draws(log_probs, n, encoding.seed))
     log_probs = log_probs.gather(1, indices).masked_fill(counts == 0, 0.0)
     shape = (*logits.shape[:-1], indices.shape[1])
     return SampledRows(
@@ -182,6 +174,18 @@ def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
         classes,
         float(encoding.temperature),
     )
+
+
+def _draws(log_probs: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+    """Classes `[rows, n]`, each drawn with the probability that log_probs `[rows, classes]` give it.
+
+    In float64: torch.multinomial sums in the dtype of the probabilities, and in float32 a class of a probability below
+    3e-8, of which a vocabulary has many, adds nothing to a sum that is near 1, so that it would never be drawn.
+    """
+    cumulative = log_probs.to(torch.float64, copy=True).exp_().cumsum_(dim=1)
+    generator = torch.Generator(log_probs.device).manual_seed(seed)
+    places = torch.rand(len(log_probs), n, dtype=torch.float64, device=log_probs.device, generator=generator)
+    return torch.searchsorted(cumulative, places * cumulative[:, -1:], right=True)
 
 
 def _distinct(draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
