@@ -238,6 +238,8 @@ def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
         ask(teacher, (x,), "fc", encodings.bf16, torch.ones(6))
     with pytest.raises(ConfigError, match="positions is 'a torch.float32 of 1 dimensions'"):
         ask(teacher, (x,), "fc", encodings.at_positions(), torch.ones(6))
+    with pytest.raises(ConfigError, match=r"a torch.int64 of other numbers than 0 and 1.*causal_positions\(labels\)"):
+        ask(teacher, (x,), "fc", encodings.at_positions(), torch.tensor([-100, 0, 1, 2, 3, 4]))  # labels
     with pytest.raises(UnsupportedValueError, match="positions were asked for with a mask of the shape"):
         ask(teacher, (x,), "fc", encodings.at_positions(), torch.ones(7, dtype=torch.bool))
     with pytest.raises(UnknownTapError, match="no submodule 'lm_head'"):
@@ -252,6 +254,9 @@ def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
     ("more", "says"),
     [
         ({"encodings": {"body": encodings.bf16}}, r"encodings has 'body', which is not asked for; choices: \['fc'\]"),
+        ({"encodings": {("fc", "input"): encodings.bf16}}, r"encodings has \('fc', 'input'\), which is not asked for"),
+        ({"encodings": {5: encodings.bf16}}, "tap 5 is no tap; choices: a layer's name"),
+        ({"encodings": {("fc", "fc", "fc"): encodings.bf16}}, "is no tap"),
         ({"encodings": "int8"}, "choices: None, or what stands in"),
         ({"encodings": {"fc": encodings.at_positions()}}, "positions is None, and encodings are at_positions"),
         ({"positions": lambda x: x}, "no encoding needs it"),

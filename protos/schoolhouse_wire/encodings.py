@@ -9,13 +9,12 @@ import torch
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from schoolhouse_wire.errors import ProtocolError
-from schoolhouse_wire.packed import MAX_DRAWS
+from schoolhouse_wire.packed import MAX_CLASSES, MAX_DRAWS
 from schoolhouse_wire.tensors import DTYPE_OF_NUMBER, DTYPES
 from schoolhouse_wire.v1 import teacher_pb2
 
 CAST_DTYPES = (torch.bfloat16, torch.float16)
 ROW_DTYPES = (torch.int8, torch.float8_e4m3fn)
-MAX_K = (1 << 31) - 1  # classes are counted in int32
 _SEEDS = 1 << 64
 
 
@@ -54,7 +53,7 @@ class TopK(Encoding):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_int("k", self.k, 1, MAX_K)
+        _check_int("k", self.k, 1, MAX_CLASSES)
         _check_temperature(self.temperature)
 
 
