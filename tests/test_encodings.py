@@ -8,6 +8,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from schoolhouse.sparse import PositionedFeatures, SampledLogits, TopKLogits, decode
+from schoolhouse_wire import encoder
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encoder import encode
 from schoolhouse_wire.encodings import (
@@ -282,6 +283,17 @@ def test_classes_of_tiny_probability_are_drawn_as_often_as_they_should():
     got = encode(p.log().float(), Sampled(n=65_535, seed=0))
     others = int(got.counts.long()[got.indices.long() > 0].sum())
     assert abs(others - 197) < 5 * math.sqrt(197)
+
+
+def test_rows_are_drawn_from_a_few_at_a_time(monkeypatch):
+    logits, asked = some(2, 30, 9), Sampled(n=20, temperature=2.0, seed=3)
+    whole, rows, draws = encode(logits, asked), [], encoder._draws
+    monkeypatch.setattr(encoder, "_DRAWN_ELEMENTS", 4 * (9 + 20))
+    monkeypatch.setattr(encoder, "_draws", lambda part, *rest: rows.append(len(part)) or draws(part, *rest))
+    parted = encode(logits, asked)
+    assert rows == [4] * 15
+    assert torch.equal(parted.indices, whole.indices)
+    assert torch.equal(parted.log_probs, whole.log_probs)
 
 
 def test_a_row_that_never_varies_is_padded():
