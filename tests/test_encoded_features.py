@@ -11,11 +11,15 @@ from schoolhouse import encodings, functional
 from schoolhouse.errors import (
     ConfigError,
     FeatureMismatchError,
+    ProtocolError,
     UnknownTapError,
     UnsupportedValueError,
 )
 from schoolhouse.sparse import HiddenLogits, PositionedFeatures, SampledLogits, TopKLogits
+from schoolhouse.taps import HEAD, Tap
+from schoolhouse.wanted import Wanted
 from schoolhouse_server import serve
+from schoolhouse_wire.codec import Arguments
 from torch import nn
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -268,6 +272,24 @@ def test_convert_refuses_wrong_settings(more, says):
         sh.convert(Net(), mode=[("kd_loss", settings)])
     with pytest.raises(UnknownTapError, match="the teacher has no submodule 'heed'"):
         converted(Net(), Net(32), {("fc", "fc"): sh.LogitsDistillationLoss()}, encodings=encodings.hidden("heed"))
+
+
+def test_convert_refuses_encodings_for_a_teacher_that_has_none():
+    class Recording(sh.LocalTeacher):
+        def submit(self, args, kwargs, taps):
+            return super().submit(args, kwargs, taps)
+
+    settings = config(Recording(Net(32)), {("fc", "fc"): nn.MSELoss()}, encodings=encodings.bf16)
+    with pytest.raises(ConfigError, match=r"submit of teacher_model, a Recording, does not take them.*encodings="):
+        sh.convert(Net(), mode=[("kd_loss", settings)])
+
+
+def test_a_call_for_features_is_none_for_a_head(x):
+    with serve(Net(32)) as server, sh.connect(server.url) as teacher:
+        teacher.describe()
+        wanted = Wanted((Tap("fc"), Tap("fc", HEAD)), (None, encodings.hidden("fc")))
+        with pytest.raises(ProtocolError, match="a call for a head must name one, as the encoding of its only tap"):
+            teacher._send(Arguments((x,)), wanted, {}).result(60)
 
 
 def test_the_head_is_fetched_once_and_kept_on_disk(ids, tmp_path):

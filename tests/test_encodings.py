@@ -107,6 +107,9 @@ def test_wrong_dtypes_are_refused():
         ),
         teacher_pb2.Encoding(hidden=teacher_pb2.Hidden(head="h", encoding=teacher_pb2.Encoding(positions=True))),
         teacher_pb2.Encoding.FromString(b"\x7a\x00"),  # a field 15, of some later version
+        teacher_pb2.Encoding(
+            topk=teacher_pb2.TopK.FromString(teacher_pb2.TopK(k=1, temperature=1).SerializeToString() + b"\x7a\x00")
+        ),
     ],
 )
 def test_what_a_peer_may_not_ask(message):

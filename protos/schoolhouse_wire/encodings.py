@@ -132,7 +132,8 @@ def encoding_from_wire(message: teacher_pb2.Encoding) -> Encoding | None:
     Raises:
         ProtocolError: for a kind that this version does not know, or a setting out of bounds.
     """
-    if len(UnknownFieldSet(message)):  # else it would be answered as computed
+    parts = (message, message.topk, message.sampled, message.hidden)
+    if any(len(UnknownFieldSet(part)) for part in parts):  # else it would be answered as computed, or in another way
         raise ProtocolError("an encoding was asked for that this version does not know", choices=_KINDS)
     try:
         encoding = _from_wire(message)
