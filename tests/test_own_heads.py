@@ -7,7 +7,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from schoolhouse import encodings
-from schoolhouse.errors import UnsupportedValueError
+from schoolhouse.errors import FeatureMismatchError, UnsupportedValueError
 from torch import nn
 
 
@@ -60,6 +60,16 @@ def test_a_copy_of_a_teacher_has_heads_of_its_own(x, again):
     given = [logits(each, x) for each in (teacher, twin)]
     assert torch.equal(given[0], teacher.module(x))
     assert torch.equal(given[1], twin.module(x))
+
+
+def test_logits_of_weights_that_changed_in_between_are_refused(x):
+    model = Plain()
+    teacher = sh.LocalTeacher(model)
+    future = teacher.submit((x,), {}, [""], encodings={"": encodings.hidden("lm_head")})
+    model.lm_head.weight.mul_(2)
+    with pytest.raises(FeatureMismatchError, match="written into after its hidden states"):
+        future.result()[""].dense()
+    assert torch.equal(logits(teacher, x), model(x))
 
 
 def test_a_head_is_held_against_the_logits_again(x):
