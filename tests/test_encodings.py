@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from typing import NamedTuple
 
 import pytest
@@ -215,6 +216,12 @@ def test_logits_are_found_in_a_record_and_the_rest_is_as_computed():
             encode(wrong, TopK(k=2))
     with pytest.raises(UnsupportedValueError, match="no classes"):
         encode(torch.empty(2, 0), TopK(k=2))
+
+
+def test_a_mapping_that_takes_no_items_becomes_a_dict():
+    got = map_tensors(types.MappingProxyType({"a": torch.ones(2)}), torch.neg)
+    assert type(got) is dict
+    assert got["a"].tolist() == [-1, -1]
 
 
 def test_a_model_output_stays_one():
