@@ -11,11 +11,15 @@ from schoolhouse import encodings, functional
 from schoolhouse.errors import (
     ConfigError,
     FeatureMismatchError,
+    ProtocolError,
     UnknownTapError,
     UnsupportedValueError,
 )
 from schoolhouse.sparse import HiddenLogits, PositionedFeatures, SampledLogits, TopKLogits
+from schoolhouse.taps import HEAD, Tap
+from schoolhouse.wanted import Wanted
 from schoolhouse_server import serve
+from schoolhouse_wire.codec import Arguments
 from torch import nn
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -238,6 +242,8 @@ def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
         ask(teacher, (x,), "fc", encodings.bf16, torch.ones(6))
     with pytest.raises(ConfigError, match="positions is 'a torch.float32 of 1 dimensions'"):
         ask(teacher, (x,), "fc", encodings.at_positions(), torch.ones(6))
+    with pytest.raises(ConfigError, match=r"a torch.int64 of other numbers than 0 and 1.*causal_positions\(labels\)"):
+        ask(teacher, (x,), "fc", encodings.at_positions(), torch.tensor([-100, 0, 1, 2, 3, 4]))  # labels
     with pytest.raises(UnsupportedValueError, match="positions were asked for with a mask of the shape"):
         ask(teacher, (x,), "fc", encodings.at_positions(), torch.ones(7, dtype=torch.bool))
     with pytest.raises(UnknownTapError, match="no submodule 'lm_head'"):
@@ -252,6 +258,9 @@ def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
     ("more", "says"),
     [
         ({"encodings": {"body": encodings.bf16}}, r"encodings has 'body', which is not asked for; choices: \['fc'\]"),
+        ({"encodings": {("fc", "input"): encodings.bf16}}, r"encodings has \('fc', 'input'\), which is not asked for"),
+        ({"encodings": {5: encodings.bf16}}, "tap 5 is no tap; choices: a layer's name"),
+        ({"encodings": {("fc", "fc", "fc"): encodings.bf16}}, "is no tap"),
         ({"encodings": "int8"}, "choices: None, or what stands in"),
         ({"encodings": {"fc": encodings.at_positions()}}, "positions is None, and encodings are at_positions"),
         ({"positions": lambda x: x}, "no encoding needs it"),
@@ -263,6 +272,24 @@ def test_convert_refuses_wrong_settings(more, says):
         sh.convert(Net(), mode=[("kd_loss", settings)])
     with pytest.raises(UnknownTapError, match="the teacher has no submodule 'heed'"):
         converted(Net(), Net(32), {("fc", "fc"): sh.LogitsDistillationLoss()}, encodings=encodings.hidden("heed"))
+
+
+def test_convert_refuses_encodings_for_a_teacher_that_has_none():
+    class Recording(sh.LocalTeacher):
+        def submit(self, args, kwargs, taps):
+            return super().submit(args, kwargs, taps)
+
+    settings = config(Recording(Net(32)), {("fc", "fc"): nn.MSELoss()}, encodings=encodings.bf16)
+    with pytest.raises(ConfigError, match=r"submit of teacher_model, a Recording, does not take them.*encodings="):
+        sh.convert(Net(), mode=[("kd_loss", settings)])
+
+
+def test_a_call_for_features_is_none_for_a_head(x):
+    with serve(Net(32)) as server, sh.connect(server.url) as teacher:
+        teacher.describe()
+        wanted = Wanted((Tap("fc"), Tap("fc", HEAD)), (None, encodings.hidden("fc")))
+        with pytest.raises(ProtocolError, match="a call for a head must name one, as the encoding of its only tap"):
+            teacher._send(Arguments((x,)), wanted, {}).result(60)
 
 
 def test_the_head_is_fetched_once_and_kept_on_disk(ids, tmp_path):

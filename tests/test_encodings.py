@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import types
 from typing import NamedTuple
 
 import pytest
 import schoolhouse as sh
 import torch
 from schoolhouse.sparse import PositionedFeatures, SampledLogits, TopKLogits, decode
+from schoolhouse_wire import encoder
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encoder import encode
 from schoolhouse_wire.encodings import (
@@ -106,6 +108,9 @@ def test_wrong_dtypes_are_refused():
         ),
         teacher_pb2.Encoding(hidden=teacher_pb2.Hidden(head="h", encoding=teacher_pb2.Encoding(positions=True))),
         teacher_pb2.Encoding.FromString(b"\x7a\x00"),  # a field 15, of some later version
+        teacher_pb2.Encoding(
+            topk=teacher_pb2.TopK.FromString(teacher_pb2.TopK(k=1, temperature=1).SerializeToString() + b"\x7a\x00")
+        ),
     ],
 )
 def test_what_a_peer_may_not_ask(message):
@@ -213,6 +218,12 @@ def test_logits_are_found_in_a_record_and_the_rest_is_as_computed():
         encode(torch.empty(2, 0), TopK(k=2))
 
 
+def test_a_mapping_that_takes_no_items_becomes_a_dict():
+    got = map_tensors(types.MappingProxyType({"a": torch.ones(2)}), torch.neg)
+    assert type(got) is dict
+    assert got["a"].tolist() == [-1, -1]
+
+
 def test_a_model_output_stays_one():
     outputs = pytest.importorskip("transformers.modeling_outputs")
     for value in (
@@ -274,6 +285,25 @@ def test_draws_are_counted_and_have_exact_probabilities():
     assert not torch.equal(encode(logits, Sampled(n=300, seed=5)).counts, encode(logits, Sampled(n=300, seed=6)).counts)
     assert encode(logits, Sampled(n=255, seed=0)).counts.dtype == torch.uint8
     assert encode(logits, Sampled(n=256, seed=0)).counts.dtype == torch.uint16
+
+
+def test_classes_of_tiny_probability_are_drawn_as_often_as_they_should():
+    p = torch.full((1, 150_000), 0.003 / 149_999, dtype=torch.float64)  # 2e-8 each
+    p[0, 0] = 0.997
+    got = encode(p.log().float(), Sampled(n=65_535, seed=0))
+    others = int(got.counts.long()[got.indices.long() > 0].sum())
+    assert abs(others - 197) < 5 * math.sqrt(197)
+
+
+def test_rows_are_drawn_from_a_few_at_a_time(monkeypatch):
+    logits, asked = some(2, 30, 9), Sampled(n=20, temperature=2.0, seed=3)
+    whole, rows, draws = encode(logits, asked), [], encoder._draws
+    monkeypatch.setattr(encoder, "_DRAWN_ELEMENTS", 4 * (9 + 20))
+    monkeypatch.setattr(encoder, "_draws", lambda part, *rest: rows.append(len(part)) or draws(part, *rest))
+    parted = encode(logits, asked)
+    assert rows == [4] * 15
+    assert torch.equal(parted.indices, whole.indices)
+    assert torch.equal(parted.log_probs, whole.log_probs)
 
 
 def test_a_row_that_never_varies_is_padded():

@@ -21,6 +21,7 @@ def fields_of(packed):
 
 TOP = encode(some(2, 9), TopK(k=3))
 DRAWN = encode(some(2, 9), Sampled(n=5, seed=0))
+NO_ROWS = encode(some(0, 9), Sampled(n=5, seed=0))
 CAST = encode(some(2, 9), sh.encodings.bf16)
 ROWS = encode(some(2, 9), sh.encodings.int8)
 PLACED = encode(some(2, 3, 9), sh.encodings.at_positions(), MASK)
@@ -40,6 +41,9 @@ PLACED = encode(some(2, 3, 9), sh.encodings.at_positions(), MASK)
         (TOP, {"values": torch.tensor(1.0)}),
         (TOP, {"classes": "9"}),
         (TOP, {"classes": True}),
+        (TOP, {"classes": 1 << 31}),
+        (NO_ROWS, {"classes": -5}),
+        (TOP, {"temperature": 10**400}),
         (TOP, {"temperature": 0.0}),
         (TOP, {"temperature": math.nan}),
         (TOP, {"temperature": None}),

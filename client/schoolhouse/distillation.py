@@ -1,6 +1,7 @@
 """convert() and export(): a student and a config become a DistillationModel, and back."""
 
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Iterable
@@ -63,6 +64,8 @@ def _convert(
     _check_trainable(model)
     encodings = config.tap_encodings(layer for _, layer in pairs)
     teacher = _teacher(model, config.teacher_model, pairs, encodings.values())
+    if encodings:
+        _check_encodes(teacher)
     state = Distillation(
         teacher=teacher,
         owns_teacher=teacher is not config.teacher_model,
@@ -95,6 +98,16 @@ def _teacher(
     description = module.describe()
     check_modules(layers, description.modules, f"teacher {description.name!r}")
     return module
+
+
+def _check_encodes(teacher: Teacher) -> None:
+    try:
+        inspect.signature(teacher.submit).bind((), {}, (), encodings={}, positions=None)
+    except TypeError as err:
+        raise ConfigError(
+            f"encodings are given, and the submit of teacher_model, a {type(teacher).__name__}, does not take them "
+            f"({err}); choices: no encodings, or a submit with encodings= and positions="
+        ) from err
 
 
 def export(model: nn.Module) -> nn.Module:

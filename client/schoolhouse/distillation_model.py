@@ -105,7 +105,7 @@ class DistillationModel(nn.Module):
 
     @contextmanager
     def only_teacher_forward(self, enable: bool = True) -> Iterator[None]:
-        """Within it, a forward runs the teacher alone and returns its output.
+        """Within it, a forward runs the teacher alone and returns its output, as its encoding makes it arrive.
 
         A forward of the student on the same batch, within `only_student_forward`, completes the step.
         """

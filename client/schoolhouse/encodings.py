@@ -27,12 +27,13 @@ fp16: Encoding = Cast(dtype=torch.float16)
 numbers beyond 65504 (`UnsupportedValueError`). Arrives in the dtype that the teacher computed."""
 
 int8: Encoding = PerRow(dtype=torch.int8)
-"""1 byte an element and 4 a row, the last dimension; absolute error at most 1/254 of the row's largest size, before it
-is rounded to the dtype that the teacher computed, in which it arrives. The teacher refuses rows with NaN or inf."""
+"""1 byte an element and 4 a row, the last dimension; absolute error at most 1/254 of the row's largest size, or 2**-127
+in rows of numbers below 2**-119, before it is rounded to the dtype that the teacher computed, in which it arrives. The
+teacher refuses rows with NaN or inf."""
 
 fp8: Encoding = PerRow(dtype=torch.float8_e4m3fn)
 """1 byte an element and 4 a row, the last dimension; relative error at most 2**-4, or absolute 2**-18 of the row's
-largest size for small numbers. Otherwise like `int8`."""
+largest size for small numbers, or 2**-136 in rows of numbers below 2**-117. Otherwise like `int8`."""
 
 
 def _config_error(make: Callable[_P, _E], *args: _P.args, **kwargs: _P.kwargs) -> _E:

@@ -204,7 +204,8 @@ def check_head(head: Head, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         raise UnsupportedValueError(
             f"the head takes [..., {head.hidden_size}] and gives [..., {head.classes}] of {head.dtype}; it received "
             f"{tuple(hidden.shape)}, and the model's logits are {tuple(logits.shape)} of {logits.dtype}. The model may "
-            "slice the positions (logits_to_keep), cast its logits or run under autocast; tap the head itself instead"
+            "slice the positions (logits_to_keep), or cast its logits; tap the head itself instead. Under autocast, "
+            "load the teacher in the dtype of the autocast"
         )
     if not logits.numel():
         return
@@ -218,7 +219,7 @@ def check_head(head: Head, hidden: torch.Tensor, logits: torch.Tensor) -> None:
             f"{head} does not make this teacher's logits: the largest difference is {difference:.3g}, with logits up "
             f"to {largest:.3g} and {tolerance:g} of that allowed for rounding. The model may apply soft-capping, a "
             "scale, a bias or a mask after its head, or slice the positions (logits_to_keep); tap the head itself "
-            "instead, or ask for another encoding"
+            "instead, or ask for another encoding. Under autocast, load the teacher in the dtype of the autocast"
         )
 
 

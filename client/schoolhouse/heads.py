@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import xxhash
-from schoolhouse_wire.memory import memory_of
+from schoolhouse_wire.memory import memory_of, version_of
 from schoolhouse_wire.tensors import on_cpu
 
-from schoolhouse.errors import CorruptPayloadError, ProtocolError
+from schoolhouse.errors import CorruptPayloadError, FeatureMismatchError, ProtocolError
 from schoolhouse.head_operations import KINDS, Operation
 
 
@@ -32,6 +32,7 @@ class Head:
         self.hidden_size, self.classes = _widths(self.operations)
         self.dtype = _the_dtype(self.operations)
         self._family = _Family()
+        self._versions = [version_of(weight) for weight in self._weights()]
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +57,9 @@ class Head:
         """The teacher's logits [..., classes] of hidden states [..., hidden_size], on the device of these.
 
         Autocast does not change them, since it did not change the teacher's.
+
+        Raises:
+            FeatureMismatchError: if the weights, which may be a module's own, were written into since.
         """
         if hidden.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"hidden states are {tuple(hidden.shape)}; this head takes [..., {self.hidden_size}]")
@@ -69,11 +73,13 @@ class Head:
         """This head with its weights on a device. They are moved once and kept there as long as any of its copies."""
         there = torch.empty(0, device=device).device  # which says the index of the current GPU
         if there == self.device:
+            self._check_unchanged()
             return self
         family = self._family
         with family.lock:
             family.members.setdefault(self.device, self)
             if there not in family.members:
+                self._check_unchanged()
                 moved = Head([operation.to(there) for operation in self.operations])
                 moved._family = family
                 family.members[there] = moved
@@ -114,6 +120,13 @@ class Head:
                 f"a head arrived whose digest is {head.digest} where {fields['digest'][:80]!r} was declared"
             )
         return head
+
+    def _check_unchanged(self) -> None:
+        if any(version_of(weight) != then for weight, then in zip(self._weights(), self._versions, strict=True)):
+            raise FeatureMismatchError(
+                "the weights of the teacher's head were written into after its hidden states were computed, of which "
+                "they would make other logits: change a teacher after the loss of each batch that it was asked for"
+            )
 
     def _weights(self) -> list[torch.Tensor]:
         return [weight for operation in self.operations for weight in operation.weights.values()]

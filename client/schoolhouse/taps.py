@@ -37,6 +37,8 @@ _COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 
 def as_tap(tap: TapLike) -> Tap:
     """`"fc"` means the output of `fc`; a pair names the side."""
+    if not isinstance(tap, str | tuple | list) or (not isinstance(tap, str) and len(tap) != 2):
+        raise ConfigError(f"tap {tap!r:.80} is no tap; choices: a layer's name, or (name, 'input' or 'output')")
     found = Tap(tap) if isinstance(tap, str) else Tap(*tap)
     if found.side not in ("input", "output"):
         raise ConfigError(f"tap {tap!r}: the side is {found.side!r}; choices: 'input', 'output'")

@@ -18,8 +18,9 @@ from schoolhouse_wire.nested import map_tensors
 from torch import nn
 
 from schoolhouse.errors import SchoolhouseError, TeacherForwardError, UnknownTapError
-from schoolhouse.head_description import check_head, head_of
+from schoolhouse.head_description import check_head
 from schoolhouse.heads import Head
+from schoolhouse.own_heads import OwnHeads
 from schoolhouse.revision import revision_of
 from schoolhouse.sparse import decoded
 from schoolhouse.taps import (
@@ -122,8 +123,7 @@ class LocalTeacher:
         self._modules = dict.fromkeys(module_names(module))  # ordered, and quick to search
         self._revision = ""
         self._learned: OrderedDict[Any, _Learned] = OrderedDict()  # by taps and signature of the inputs
-        self._checked: OrderedDict[Any, None] = OrderedDict()  # heads that make the logits of such inputs
-        self._heads: dict[tuple[str, str], Head] = {}
+        self._heads = OwnHeads(self._plain)
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
 
     def describe(self) -> TeacherDescription:
@@ -177,10 +177,9 @@ class LocalTeacher:
             UnknownTapError: if there is no such submodule.
             UnsupportedValueError: if it is not made of known operations.
         """
+        check_modules((name, tap_module), self._modules, f"teacher {self._name!r}")
         with self._lock, torch.no_grad():  # it runs, and hooks are on the modules
-            if (name, tap_module) not in self._heads:
-                self._heads[name, tap_module] = head_of(self._plain, name, tap_module)
-            return self._heads[name, tap_module]
+            return self._heads.get(name, tap_module)
 
     def encode(self, values: dict[Tap, Any], wanted: Wanted) -> dict[Tap, Any]:
         """What was wanted, of what `forward` returned, as it travels.
@@ -194,8 +193,8 @@ class LocalTeacher:
     def forward(self, inputs: Arguments, wanted: Wanted) -> dict[Tap, Any]:
         """Features as plain forward hooks would see them in the end. The inputs stay as they were.
 
-        Of logits that travel as hidden states, it is what the head receives; for the first inputs of each signature
-        the head is held against the logits that the module itself returns.
+        Of logits that travel as hidden states, it is what the head receives. For the first inputs of each signature,
+        and ever more rarely for later ones, the head is held against the logits that the module itself returns.
 
         No feature stands in memory of the inputs, or that the module keeps, so that neither the next batch nor the
         student can write into it.
@@ -209,8 +208,10 @@ class LocalTeacher:
         if not heads:
             return self._captured(inputs, wanted.taps)
         places = {tap: Tap(heads[tap], "input") if tap in heads else tap for tap in wanted.taps}
-        signature = (wanted.taps, tuple(heads.items()), self._signature(inputs))
-        unchecked = [] if signature in self._checked else [*heads]
+        check_modules(heads.values(), self._modules, f"teacher {self._name!r}")
+        states = tuple((tap, name, self._heads.state(name)) for tap, name in heads.items())
+        signature = (wanted.taps, states, self._signature(inputs))
+        unchecked = [*heads] if self._heads.is_due(signature) else []
         values = self._captured(inputs, tuple(dict.fromkeys((*places.values(), *unchecked))))
         for tap in unchecked:
             check_head(
@@ -218,9 +219,7 @@ class LocalTeacher:
                 hidden_states(values[places[tap]], heads[tap]),
                 logits_of(values[tap]),
             )
-        self._checked[signature] = None
-        if len(self._checked) > _MAX_LEARNED:
-            self._checked.popitem(last=False)
+        self._heads.ran(signature)
         return {tap: values[place] for tap, place in places.items()}
 
     def _captured(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:

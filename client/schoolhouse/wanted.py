@@ -20,14 +20,17 @@ def encodings_of(taps: tuple[Tap, ...], encodings: Mapping[Any, Encoding | None]
     asked = {as_tap(tap): encoding for tap, encoding in encodings.items()}
     for tap, encoding in asked.items():
         if tap not in taps:
-            raise ConfigError(
-                f"encodings has {tap.module!r}, which is not asked for; choices: {[t.module for t in taps]}"
-            )
+            raise ConfigError(f"encodings has {_named(tap)!r}, which is not asked for; choices: {[*map(_named, taps)]}")
         if not isinstance(encoding, Encoding | None):
             raise ConfigError(
                 f"encodings[{tap.module!r}] is {encoding!r:.80}; choices: None, or what stands in schoolhouse.encodings"
             )
     return tuple(asked.get(tap) for tap in taps)
+
+
+def _named(tap: Tap) -> str | tuple[str, str]:
+    """As a user types it."""
+    return tap.module if tap.side == "output" else (tap.module, tap.side)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,13 @@ class Wanted:
                 else positions
             )
             raise ConfigError(f"positions is {came!r:.80}; a bool or 0/1 mask [batch, length] is needed")
-        return positions.detach().bool().cpu()
+        mask = positions.detach().cpu()
+        if mask.dtype is not torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ConfigError(
+                f"positions is a {mask.dtype} of other numbers than 0 and 1; a mask [batch, length] is needed, such as "
+                "functional.causal_positions(labels) makes of labels"
+            )
+        return mask.bool()
 
     def with_seeds(self) -> "Wanted":
         """The same, with seeds for encodings that draw, other ones each time."""

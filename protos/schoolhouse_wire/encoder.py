@@ -16,7 +16,7 @@ from schoolhouse_wire.packed import CastTensor, PositionedRows, SampledRows, Sca
 from schoolhouse_wire.records import record_of
 from schoolhouse_wire.tensors import DTYPES
 
-_MAX_SAMPLED_CLASSES = 1 << 24  # torch.multinomial's own bound
+_DRAWN_ELEMENTS = 16 << 20  # classes and draws of the rows that are drawn from at a time: 128 MiB of float64
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -156,23 +156,17 @@ def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
     if encoding.seed is None:
         raise ValueError("an encoding that draws has no seed; give one by seeded(encoding, seed)")
     classes, n = logits.shape[-1], encoding.n
-    if classes > _MAX_SAMPLED_CLASSES:
-        raise UnsupportedValueError(
-            f"the logits have {classes} classes, and draws are made of at most {_MAX_SAMPLED_CLASSES}; choices: topk, "
-            "hidden, int8, bf16, or as computed"
-        )
-    scaled = _scaled(logits.reshape(-1, classes), encoding.temperature)
-    norm = scaled.logsumexp(dim=-1, keepdim=True)
-    if not bool(norm.isfinite().all()):  # on a GPU, multinomial would end the process's use of the device
+    rows = logits.reshape(-1, classes)
+    generator = torch.Generator(logits.device).manual_seed(encoding.seed)
+    parts = torch.split(rows, max(1, _DRAWN_ELEMENTS // (classes + n)))
+    draws, norms = map(torch.cat, zip(*(_draws(part, encoding, generator) for part in parts), strict=True))
+    if not bool(norms.isfinite().all()):
         raise UnsupportedValueError(
             "logits hold NaN, inf, or no number above -inf in a row, so that nothing can be drawn from it; choices: "
             "topk, bf16, as computed, or at_positions, for a mask that leaves such rows out"
         )
-    log_probs = scaled - norm
-    generator = torch.Generator(logits.device).manual_seed(encoding.seed)
-    draws = torch.multinomial(log_probs.exp().float(), n, replacement=True, generator=generator)
     indices, counts = _distinct(draws)
-    log_probs = log_probs.gather(1, indices).masked_fill(counts == 0, 0.0)
+    log_probs = (_scaled(rows.gather(1, indices.long()), encoding.temperature) - norms).masked_fill(counts == 0, 0.0)
     shape = (*logits.shape[:-1], indices.shape[1])
     return SampledRows(
         indices.to(_index_dtype(classes)).reshape(shape),
@@ -182,6 +176,20 @@ def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
         classes,
         float(encoding.temperature),
     )
+
+
+def _draws(logits: torch.Tensor, encoding: Sampled, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes `[rows, n]` drawn from logits `[rows, classes]`, and the log-sum-exp `[rows, 1]`.
+
+    In float64: torch.multinomial sums in the dtype of the probabilities, and in float32 a class of a probability below
+    3e-8, of which a vocabulary has many, adds nothing to a sum that is near 1, so that it would never be drawn.
+    """
+    scaled = _scaled(logits, encoding.temperature)
+    norm = scaled.logsumexp(dim=-1, keepdim=True)
+    cumulative = (scaled - norm).double().exp().cumsum_(dim=1)
+    shape = (len(logits), encoding.n)
+    places = torch.rand(shape, dtype=torch.float64, device=logits.device, generator=generator)
+    return torch.searchsorted(cumulative, places * cumulative[:, -1:], right=True).int(), norm
 
 
 def _distinct(draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

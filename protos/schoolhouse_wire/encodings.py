@@ -9,13 +9,12 @@ import torch
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from schoolhouse_wire.errors import ProtocolError
-from schoolhouse_wire.packed import MAX_DRAWS
+from schoolhouse_wire.packed import MAX_CLASSES, MAX_DRAWS
 from schoolhouse_wire.tensors import DTYPE_OF_NUMBER, DTYPES
 from schoolhouse_wire.v1 import teacher_pb2
 
 CAST_DTYPES = (torch.bfloat16, torch.float16)
 ROW_DTYPES = (torch.int8, torch.float8_e4m3fn)
-MAX_K = (1 << 31) - 1  # classes are counted in int32
 _SEEDS = 1 << 64
 
 
@@ -54,7 +53,7 @@ class TopK(Encoding):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_int("k", self.k, 1, MAX_K)
+        _check_int("k", self.k, 1, MAX_CLASSES)
         _check_temperature(self.temperature)
 
 
@@ -133,7 +132,8 @@ def encoding_from_wire(message: teacher_pb2.Encoding) -> Encoding | None:
     Raises:
         ProtocolError: for a kind that this version does not know, or a setting out of bounds.
     """
-    if len(UnknownFieldSet(message)):  # else it would be answered as computed
+    parts = (message, message.topk, message.sampled, message.hidden)
+    if any(len(UnknownFieldSet(part)) for part in parts):  # else it would be answered as computed, or in another way
         raise ProtocolError("an encoding was asked for that this version does not know", choices=_KINDS)
     try:
         encoding = _from_wire(message)

@@ -35,8 +35,8 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A mapping of the type of `value` with other items; a plain dict if it takes none."""
     if type(value) is dict:
         return items
-    made: Any = copy.copy(value)
     try:
+        made: Any = copy.copy(value)
         for key, item in items.items():
             made[key] = item
     except TypeError:

@@ -10,6 +10,7 @@ from schoolhouse_wire.errors import CorruptPayloadError
 from schoolhouse_wire.tensors import DTYPE_OF_NUMBER
 
 MAX_DRAWS = 65_535
+MAX_CLASSES = (1 << 31) - 1  # they are counted in int32
 _INDICES = (torch.uint16, torch.int32)
 _COUNTS = (torch.uint8, torch.uint16)
 _SPARSE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -148,8 +149,9 @@ def _is_count(value: object) -> bool:
 
 
 def _check_classes(packed: Packed, classes: object, temperature: object) -> None:
-    _check(_is_count(classes), "the number of classes is not an integer", packed)
-    fits = isinstance(temperature, int | float) and 0 < temperature < math.inf
+    counted = _is_count(classes) and 1 <= classes <= MAX_CLASSES  # type: ignore[operator]
+    _check(counted, f"the number of classes is not in 1..{MAX_CLASSES}", packed)
+    fits = isinstance(temperature, float) and 0 < temperature < math.inf
     _check(fits, "the temperature is not above 0 and finite", packed)
 
 

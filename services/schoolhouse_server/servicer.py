@@ -226,7 +226,7 @@ class ServerSession:
         wanted = Wanted.from_wire(call.taps, mask)
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
-        if wanted.taps[0].side == HEAD:
+        if any(tap.side == HEAD for tap in wanted.taps):
             self._answer(request_id, digest, wanted, self._head(wanted, inputs))
             return
 
