@@ -1,7 +1,5 @@
 """What goes wrong in an engine ends one request: no thread, no memory, no count and no later request with it."""
 
-import contextlib
-import gc
 import threading
 import time
 import weakref
@@ -9,6 +7,7 @@ import weakref
 import pytest
 import schoolhouse as sh
 import torch
+from memfd import no_collector
 from schoolhouse import errors
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse_server import serve
@@ -21,17 +20,6 @@ from schoolhouse_wire.v1 import teacher_pb2
 from stub import Stub
 from test_engine import Slow, Wide, job, load_of, wait_until, whole
 from torch import nn
-
-
-@contextlib.contextmanager
-def no_collector():
-    """Only what nothing refers to is freed."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 class Panic(BaseException):

@@ -224,10 +224,14 @@ class Session:
             self._partial.clear()
         self._opened.set()
         self.close()
+        self._outbox.clear()
+        self._detach()
+        self._on_loss(self, lost, error)
+
+    def _detach(self) -> None:
         segment, self._segment = self._segment, None
         if segment is not None:
             segment.close()
-        self._on_loss(self, lost, error)
 
     def _receive(self, message: Any) -> None:
         if isinstance(message, framing.Frame):

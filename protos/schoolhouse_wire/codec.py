@@ -209,7 +209,7 @@ class _Packer:
             kind = "nested" if tensor.is_nested else tensor.layout
             raise UnsupportedValueError(
                 f"{where} is a {kind} tensor of {tensor.dtype} on {tensor.device}, which cannot travel; "
-                "only dense tensors with memory and no quantizer can: use .to_dense(), .to_padded_tensor(), .dequantize()"
+                "only plain dense tensors can: use .to_dense(), .to_padded_tensor(0), .dequantize()"
             )
         self._keep.append(tensor)
         self._index[id(tensor)] = index = len(self.tensors)

@@ -85,6 +85,7 @@ class Teachers:
         finally:
             self.sessions -= 1
             session.close()
+            session.outbox.clear()
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,10 @@ class ServerSession:
                 _log.exception("a session failed")
                 self.error = TeacherInternalError("the session failed; the server's log says why")
         self.close()
+        # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
+        self.outbox.clear()
+        self._partial.clear()
+        self._offered = self._segment = None
 
     def _receive(self, message: Any) -> None:
         if isinstance(message, framing.Frame):
