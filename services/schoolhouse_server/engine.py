@@ -20,7 +20,6 @@ from schoolhouse.teachers import LocalTeacher
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Arguments, Declared, pack
 from schoolhouse_wire.limits import INLINE_BYTES, Limits
-from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.tensors import bytes_of
 
 from schoolhouse_server.cache import FeatureCache
@@ -95,7 +94,9 @@ class Engine:
         self.served = self.running = self.joined = 0
         self.cache = FeatureCache(cache_bytes) if cache_bytes else None
         self.device = Device(self.description.device)
-        self._weights = [(parameter, version_of(parameter)) for parameter in teacher.module.parameters()]
+        # Torch counts no changes of inference tensors. There may be thousands, and each request looks at all of them.
+        self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
+        self._versions = [weight._version for weight in self._weights]
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._landing: queue.Queue[_Landing | None] = queue.Queue(_LANDING)
         self._in_flight: dict[Hashable, Job] = {}
@@ -237,7 +238,7 @@ class Engine:
             raise TeacherUnavailableError("nobody waits for the features any more")
         if time.monotonic() > job.deadline:
             raise TeacherTimeoutError("the request's deadline passed while it waited for the teacher")
-        if any(version_of(parameter) != version for parameter, version in self._weights):
+        if [weight._version for weight in self._weights] != self._versions:
             raise RevisionChangedError(
                 f"the teacher's weights were changed in place after it was served as {self.description.revision}; "
                 "serve it again"
