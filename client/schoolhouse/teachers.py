@@ -44,7 +44,8 @@ _MAX_LEARNED = 4096
 class TeacherDescription:
     """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model.
 
-    `transport` says how its features come: "in process", "shared memory", or "stream: " and why it is that.
+    `transport` says how its features come: "in process", "shared memory", or "stream: " and why it is that. Where some
+    found no room in shared memory, it says of how many so far.
     """
 
     name: str
