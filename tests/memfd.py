@@ -21,15 +21,27 @@ def memfds(pid="self"):
         return fds, sum("memfd:schoolhouse" in line for line in maps)
 
 
-def soon(check, timeout_s=20.0):
+def soon(check, timeout_s=20.0, collect=True):
     """Whether it becomes true."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        gc.collect()
+        if collect:
+            gc.collect()
         if check():
             return True
         time.sleep(0.05)
     return False
+
+
+@contextlib.contextmanager
+def no_collector():
+    """Only what nothing refers to is freed."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class Double(nn.Module):

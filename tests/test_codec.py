@@ -172,8 +172,20 @@ def test_declared_sizes_are_checked_before_memory_is_taken():
         framing.Incoming(bundle.SerializeToString(), teacher_pb2.Payload(), Limits())
 
 
-@pytest.mark.parametrize("value", [object(), torch.eye(2).to_sparse(), {"k": [set()]}], ids=["object", "sparse", "set"])
-def test_unsupported_values_say_where(value):
+UNSUPPORTED = {
+    "object": lambda: object(),
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+    "set": lambda: {"k": [set()]},
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("inside", [lambda value: value, lambda value: [value]])
+def test_unsupported_values_say_where(name, inside):
+    value = inside(UNSUPPORTED[name]())
     with pytest.raises(UnsupportedValueError, match="value.*cannot travel"):
         codec.pack(value)
 

@@ -9,17 +9,24 @@ import schoolhouse as sh
 import torch
 from models import Net
 from schoolhouse.errors import TeacherForwardError
-from schoolhouse.taps import Tap
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.wanted import Wanted
 from schoolhouse_server import serve
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.engine import STAGES, Engine, Job, Ticket
-from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.codec import Arguments, pack
 from schoolhouse_wire.v1 import directory_pb2
 from torch import nn
 
 WHOLE = Wanted.of([""])
+
+
+def whole(answers):
+    """The features of the whole module in the answer that is put into a queue."""
+    declared = answers.get(timeout=20).features
+    [features] = declared.tensors
+    assert declared.header == pack([features]).header
+    return features
 
 
 def job(x, key=None, **more):
@@ -71,7 +78,7 @@ def test_forwards_go_on_while_features_are_on_their_way_out_but_not_without_end(
     assert teacher.count == 4  # one is being encoded, two wait for that, one waits to be handed over
     teacher.go.set()
     for i, (_, answers) in enumerate(jobs):
-        assert torch.equal(answers.get(timeout=20).values[Tap("")], torch.full((1, 32000), float(i)))
+        assert torch.equal(whole(answers), torch.full((1, 32000), float(i)))
     engine.close()
     assert (engine.served, engine.running, engine.queued) == (10, 0, 0)
 
@@ -151,7 +158,7 @@ def test_equal_digests_alone_do_not_join():
     for one, _ in jobs[1:]:
         engine.submit(one)
     module.go.set()
-    given = [answers.get(timeout=20).values[Tap("")] for _, answers in jobs]
+    given = [whole(answers) for _, answers in jobs]
     assert torch.equal(given[0], module.fc(torch.zeros(1, 8)))
     assert torch.equal(given[1], module.fc(torch.ones(1, 8)))
     assert torch.equal(given[2], given[1])
@@ -202,28 +209,40 @@ def test_the_cache_serves_later_epochs_and_other_jobs(rows):
             teacher.submit((data[0],), {}, ["fc"]).result()  # other taps, other features
             teacher.submit((data[0].to(torch.float32).t().contiguous().t(),), {}, ["", "fc"]).result()  # another layout
         assert module.forwards == 5
-        wait_until(lambda: load_of(server).cache_bytes == 5 * rows * 5 * 4)
+        entries = server.engines["teacher"].cache.nbytes
+        assert 5 * rows * 5 * 4 < entries < 5 * (rows * 5 * 4 + 5000)
+        assert load_of(server).cache_bytes == entries
         load = load_of(server)
         assert (load.cached, load.missed, load.served) == (6, 5, 11)
 
 
 def test_the_cache_is_bounded_and_forgets_what_was_not_used_for_longest():
-    cache = FeatureCache(1000)
-    values = {i: {Tap(""): torch.full((100,), float(i))} for i in range(4)}
+    values = {i: pack([torch.full((10_000,), float(i))]) for i in range(4)}
+    cache = FeatureCache(100_000)
     keys = [cache.key(Arguments((torch.tensor(i),)), "w") for i in range(4)]
     for i in range(2):
         cache.put(keys[i], values[i])
-    assert cache.get(keys[0]) is values[0]
+    assert cache.get(keys[0]) == values[0]
     cache.put(keys[2], values[2])
     assert cache.get(keys[1]) is None
-    assert cache.get(keys[0]) is values[0]
-    assert cache.get(keys[2]) is values[2]
-    cache.put(keys[3], {Tap(""): torch.zeros(251)})  # larger than all of it
-    assert cache.nbytes == 800
+    assert cache.get(keys[0]) == values[0]
+    assert cache.get(keys[2]) == values[2]
+    cache.put(keys[3], pack([torch.zeros(25_001)]))  # larger than all of it
+    assert 80_000 < cache.nbytes < 86_000
     cache.put(keys[2], values[3])
-    assert cache.nbytes == 800
+    assert 80_000 < cache.nbytes < 86_000
     assert (cache.hits, cache.misses) == (3, 1)
     assert len({*keys, cache.key(Arguments((torch.tensor(0),)), "other")}) == 5
+
+
+@pytest.mark.parametrize("feature", [torch.zeros(0), 1.5, "a" * 500, torch.zeros(4), dict.fromkeys(range(100))])
+def test_the_cache_counts_what_is_no_memory_of_a_tensor(feature):
+    cache = FeatureCache(100_000)
+    for i in range(1000):
+        cache.put(bytes([i % 256, i // 256]), pack([feature]))
+    kept = [i for i in range(1000) if cache.get(bytes([i % 256, i // 256])) is not None]
+    assert 20 <= len(kept) <= 100, len(kept)
+    assert kept == [*range(1000 - len(kept), 1000)]
 
 
 class Reused(nn.Module):

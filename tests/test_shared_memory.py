@@ -215,3 +215,10 @@ def test_blocks_come_back_over_thousands_of_requests(segments):
         session = next(iter(teacher._sessions.values()))
         assert len(session._segment._blocks._taken) <= 16  # told with the next replies
         assert len(segments[0]._blocks._taken) <= 24
+
+
+def test_describe_says_how_many_replies_found_no_room():
+    with serve(Sized(), shared_memory_bytes=4 * MIB) as server, sh.connect(server.url) as teacher:
+        kept = [ask(teacher, 500_000, i).result(20) for i in range(5)]
+        assert teacher.describe().transport == "shared memory, and the stream for 3 replies that found no room there"
+        assert [features[""][0].item() for features in kept] == [0, 1, 2, 3, 4]

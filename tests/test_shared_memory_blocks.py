@@ -3,7 +3,6 @@
 import gc
 import os
 
-import grpc
 import pytest
 import schoolhouse as sh
 import torch
@@ -13,12 +12,13 @@ from hypothesis import strategies as st
 from memfd import MIB, Double
 from schoolhouse import errors
 from schoolhouse_server import serve
-from schoolhouse_wire import channel, framing, shared_memory
+from schoolhouse_wire import framing, shared_memory
 from schoolhouse_wire.blocks import PAGE_BYTES, Blocks
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.v1 import teacher_pb2
+from stub import Stub
 
 pytestmark = pytest.mark.usefixtures("no_segments")
 
@@ -187,30 +187,6 @@ def test_neither_side_can_cut_the_memory_short(pair):
     pair[0].withdraw()
     with pytest.raises(OSError, match=r"No such file|not the replica"):
         shared_memory.attach(pair[0].offer, Outbox())
-
-
-class Stub:
-    """A client that says what it likes."""
-
-    def __init__(self, server):
-        self.outbox = Outbox()
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{server.port}", options=channel.CLIENT_OPTIONS)
-        call = self.channel.stream_stream(
-            channel.SESSION_METHOD,
-            request_serializer=framing.write_message,
-            response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
-        )
-        self.answers = call(self.outbox, timeout=30)
-        self.say(open=teacher_pb2.Open(protocol=channel.PROTOCOL, teacher="teacher", shared_memory=True))
-        self.offer = next(self.answers).opened.shared_memory
-
-    def say(self, **message):
-        self.outbox.put(iter([teacher_pb2.ClientMessage(**message)]))
-
-    def call(self, request_id, payload, header):
-        tap = teacher_pb2.Tap(module="", side=teacher_pb2.Tap.OUTPUT)
-        self.say(call=teacher_pb2.Call(request_id=request_id, taps=[tap], timeout_s=20, inputs=header, payload=payload))
-        return next(answer for answer in self.answers if answer.WhichOneof("kind"))
 
 
 def test_a_client_that_lies_harms_only_itself(segments):

@@ -12,7 +12,7 @@ import time
 import pytest
 import schoolhouse as sh
 import torch
-from memfd import Sized, ask, memfds, soon
+from memfd import Sized, ask, memfds, no_collector, soon
 from schoolhouse import errors
 from schoolhouse_server import serve
 from torch import nn
@@ -51,6 +51,17 @@ def test_cancelled_requests_leave_no_blocks(segments):
             return not segments[0]._blocks._taken and not session._segment._lent._taken
 
         assert soon(all_back)
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_sessions_that_end_leave_no_memory_to_the_garbage_collector(answered):
+    with serve(Sized()) as server, no_collector():
+        for _ in range(5):
+            with sh.connect(server.url) as teacher:
+                futures = [ask(teacher, 1_000_000, i) for i in range(1 if answered else 20)]
+                futures[0].result(20)
+                del futures
+        assert soon(lambda: memfds() == (0, 0), collect=False), memfds()
 
 
 def test_a_failed_reply_frees_its_block(segments):

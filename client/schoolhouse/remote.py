@@ -331,9 +331,10 @@ class RemoteTeacher:
             if session.address in self._addresses:
                 self._addresses.remove(session.address)
         for request in lost:
+            if self._closed or request.future.done():
+                request.fail(_gone(error))  # not raised: this frame, and so all that was lost, would hang on it
+                continue
             try:
-                if self._closed or request.future.done():
-                    raise error
                 self._dispatch(request)
             except SchoolhouseError as err:
                 request.fail(err if isinstance(err, RevisionChangedError) else _gone(error))

@@ -85,7 +85,8 @@ class Session:
     ) -> None:
         self.address = address
         self.alive = False
-        self.transport = "stream: shared memory is switched off here"  # until the replica's hello
+        self._transport = "stream: shared memory is switched off here"  # until the replica's hello
+        self._overflowed = 0  # replies that found no room in shared memory
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
             protocol=channel.PROTOCOL, teacher=teacher, job=job, shared_memory=shared_memory
@@ -103,6 +104,13 @@ class Session:
         self._window = 0
         self._hello = teacher_pb2.Opened()
         self._error: SchoolhouseError | None = None
+
+    @property
+    def transport(self) -> str:
+        """How features come, and why so."""
+        if not self._overflowed:
+            return self._transport
+        return f"{self._transport}, and the stream for {self._overflowed} replies that found no room there"
 
     @property
     def outstanding(self) -> int:
@@ -224,10 +232,14 @@ class Session:
             self._partial.clear()
         self._opened.set()
         self.close()
+        self._outbox.clear()
+        self._detach()
+        self._on_loss(self, lost, error)
+
+    def _detach(self) -> None:
         segment, self._segment = self._segment, None
         if segment is not None:
             segment.close()
-        self._on_loss(self, lost, error)
 
     def _receive(self, message: Any) -> None:
         if isinstance(message, framing.Frame):
@@ -256,14 +268,14 @@ class Session:
 
     def _attach(self, opened: teacher_pb2.Opened) -> None:
         if not opened.HasField("shared_memory"):
-            self.transport = "stream: the replica offers no shared memory"
+            self._transport = "stream: the replica offers no shared memory"
             return
         try:
             self._segment = shared_memory.attach(opened.shared_memory, self._outbox)
-            self.transport = "shared memory"
+            self._transport = "shared memory"
         except OSError as err:
             reason = err.strerror or err
-            self.transport = f"stream: the replica is on another machine or its memory cannot be opened: {reason}"
+            self._transport = f"stream: the replica is on another machine or its memory cannot be opened: {reason}"
         attached = teacher_pb2.Attached(attached=self._segment is not None)
         self._outbox.put(iter([teacher_pb2.ClientMessage(attached=attached)]))
 
@@ -301,6 +313,7 @@ class Session:
             request.fail(err)
             return
         if incoming.complete:
+            self._overflowed += self._segment is not None
             self._finish(reply, incoming)
 
     def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> None:

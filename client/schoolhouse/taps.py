@@ -3,6 +3,7 @@
 import collections
 import difflib
 import functools
+import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -244,32 +245,39 @@ def apart_from(value: Any, storages: set[int]) -> Any:
 
 
 def owned(values: list[Any]) -> Any:
-    """The one item of `values`, taken out, with dense tensors that stand in memory which nothing else refers to.
+    """The one item of `values`, taken out, with tensors that stand in memory which nothing else refers to.
 
-    What somebody still holds, such as the module or whoever has the batch, is copied. So nobody writes into it beside
-    one who reads: that would be unseen, since torch counts a change only once it is done.
+    What somebody still holds, such as the module or whoever has the batch, is copied, and so is any tensor of which
+    that cannot be told. So nobody writes into it beside one who reads: that would be unseen, since torch counts a
+    change only once it is done.
     """
-    aliases: dict[int, torch.Tensor] = {}  # by their originals, which nothing here holds once all of them are there
+    aliases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # and the originals, so that their ids stay theirs
     value = map_tensors(values.pop(), lambda tensor: _alias(tensor, aliases))
-    holders = collections.Counter(_storage(tensor)._cdata for tensor in aliases.values())
-    foreign = {id(tensor) for tensor in aliases.values() if not _is_free(_storage(tensor), holders)}
-    if not foreign:
-        return value
-    copies = {key: aliases[key].clone() for key in aliases if id(aliases[key]) in foreign}
-    by_alias = {id(aliases[key]): copy for key, copy in copies.items()}
-    return map_tensors(value, lambda tensor: by_alias.get(id(tensor), tensor))
+    mine = {key: alias for key, (_, alias) in aliases.items()}
+    aliases.clear()
+    holders = collections.Counter(alias.untyped_storage()._cdata for alias in mine.values())
+    copies = {id(alias): alias.clone() for alias in mine.values() if not _is_free(alias, holders)}
+    return map_tensors(value, lambda tensor: copies.get(id(tensor), tensor)) if copies else value
 
 
-def _alias(tensor: torch.Tensor, aliases: dict[int, torch.Tensor]) -> torch.Tensor:
+def _alias(tensor: torch.Tensor, aliases: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     if not is_plain(tensor) or tensor.layout is not torch.strided:
-        return tensor
-    return aliases.setdefault(id(tensor), tensor.detach())
+        return tensor.detach().clone()
+    return aliases.setdefault(id(tensor), (tensor, tensor.detach()))[1]
 
 
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+def _is_free(alias: torch.Tensor, holders: Mapping[int, int]) -> bool:
+    """Whether only our aliases hold the storage of one, and torch itself has made it."""
+    storage = alias.untyped_storage()  # python's own object, of which the storage itself counts one holder at most
+    alone = torch._C._storage_Use_Count(storage._cdata) <= holders[storage._cdata] + 1
+    return alone and storage.resizable() and sys.getrefcount(storage) == _REFERENCES
 
 
-def _is_free(storage: torch.UntypedStorage, holders: Mapping[int, int]) -> bool:
-    """Whether only our aliases hold a storage, and torch itself has made it."""
-    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) <= holders[storage._cdata] + 1
+def _references() -> int:
+    """What python counts for the storage of a tensor that nobody has asked for it."""
+    tensor = torch.empty(1)
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage)
+
+
+_REFERENCES = _references()

@@ -45,7 +45,8 @@ _MAX_LEARNED = 4096
 class TeacherDescription:
     """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model.
 
-    `transport` says how its features come: "in process", "shared memory", or "stream: " and why it is that.
+    `transport` says how its features come: "in process", "shared memory", or "stream: " and why it is that. Where some
+    found no room in shared memory, it says of how many so far.
     """
 
     name: str
@@ -268,7 +269,8 @@ class LocalTeacher:
     ) -> tuple[dict[Tap, Any], bool | None]:
         """Features, and, if nothing is known, whether other forwards may stop early."""
         if taps == (Tap(""),):
-            return {taps[0]: self.module(*inputs, **inputs.kwargs)}, False
+            output = self.module(*inputs, **inputs.kwargs)
+            return {taps[0]: map_tensors(output, _out_of_graph) if self._compiled else output}, False
         random = _random_state(inputs) if known is None else None
         stop = known is not None and known.may_stop
         try:
@@ -296,6 +298,11 @@ class LocalTeacher:
 
 def _is_compiled(module: nn.Module) -> bool:
     return without_compiler(module) is not module or module._compiled_call_impl is not None
+
+
+def _out_of_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, on a GPU: the next run of a compiled module's CUDA graph frees or overwrites what this one returned."""
+    return tensor.clone() if tensor.is_cuda else tensor
 
 
 def _autocast() -> tuple[Any, ...]:

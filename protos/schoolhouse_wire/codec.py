@@ -112,7 +112,7 @@ def _flat_spec(value: Any) -> _Spec | None:
     for tensor in value:
         if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or not tensor.is_cpu:
             return None
-        if tensor.is_neg() or tensor.is_conj() or tensor.dtype not in DTYPES:
+        if tensor.is_neg() or tensor.is_conj() or tensor.is_nested or tensor.dtype not in DTYPES:
             return None
     if len({id(tensor) for tensor in value}) != len(value):
         return None
@@ -205,10 +205,11 @@ class _Packer:
         if known is not None:
             return known
         dtype = DTYPES.get(tensor.dtype)
-        if dtype is None or tensor.layout != torch.strided or tensor.device.type == "meta":
+        if dtype is None or tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else tensor.layout
             raise UnsupportedValueError(
-                f"{where} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which cannot travel; "
-                "only dense tensors with memory and no quantizer can: use .to_dense() or .dequantize()"
+                f"{where} is a {kind} tensor of {tensor.dtype} on {tensor.device}, which cannot travel; "
+                "only plain dense tensors can: use .to_dense(), .to_padded_tensor(0), .dequantize()"
             )
         self._keep.append(tensor)
         self._index[id(tensor)] = index = len(self.tensors)

@@ -117,9 +117,12 @@ def write_message(message: Message | bytes) -> bytes:
 class Outgoing:
     """A value on its way out: its serialized bundle, and its payload either inline or as frames."""
 
-    def __init__(self, value: Any, *, limits: Limits, snapshot: bool, opaque: bool = False) -> None:
-        """Declare `value`. With `snapshot`, what isn't sent at once is copied, so that the caller may change it."""
-        declared = codec.pack(value, opaque=opaque)
+    def __init__(self, value: Any, *, limits: Limits, snapshot: bool) -> None:
+        """Declare `value`, unless it is `Declared` already. With `snapshot`, what isn't sent at once is copied.
+
+        Without it the tensors must stay as they are until they are sent.
+        """
+        declared = value if isinstance(value, codec.Declared) else codec.pack(value)
         self.header, self.nbytes, tensors = declared.header, declared.nbytes, declared.tensors
         if self.nbytes > limits.max_payload_bytes:
             raise MessageTooLargeError(
@@ -141,8 +144,6 @@ class Outgoing:
             self.digest = xxhash.xxh3_128_digest(self.header + data)
             self.payload = teacher_pb2.Payload(digest=self.digest, data=data)
             self._tensors = []
-        else:
-            self._versions = [memory.version_of(tensor) for tensor in tensors]
 
     def _small_slices(self) -> Iterator[bytes]:
         end = 0
@@ -213,7 +214,6 @@ class Outgoing:
                 segment.write(offset, turn, digest)
                 offset += turn.nbytes
                 yield
-        self._check_unchanged()
         self.digest = digest.digest()
 
     def frames(self, request_id: int) -> Iterator[bytes]:
@@ -234,18 +234,10 @@ class Outgoing:
                 if size == FRAME_BYTES or last:
                     frame = write_frame(request_id, offset, digest.digest() if last else b"", pending)
                     if last:
-                        self._check_unchanged()  # after the last byte was copied
                         self.digest = digest.digest()
                     yield frame
                     offset += size
                     pending = []
-
-    def _check_unchanged(self) -> None:
-        if self._versions != [memory.version_of(tensor) for tensor in self._tensors]:
-            raise CorruptPayloadError(
-                "a tensor was changed in place while it was being sent: the module returns memory that it writes "
-                "again; return a clone"
-            )
 
 
 class Incoming:

@@ -1,5 +1,6 @@
 """The outbox that interleaves the messages of many requests on one stream."""
 
+import contextlib
 import queue
 from collections import deque
 from collections.abc import Iterator
@@ -23,12 +24,22 @@ class Outbox(Generic[T]):
 
     def put(self, messages: Iterator[T]) -> None:
         """Append a source of messages. They are made when the stream is ready for them."""
-        self._arrivals.put(messages)
+        if not self._closed:
+            self._arrivals.put(messages)
 
     def close(self) -> None:
-        """End the iteration at once; what was not yet sent is dropped."""
+        """End the iteration at once; what was not yet sent is not sent any more."""
         self._closed = True
         self._arrivals.put(None)
+
+    def clear(self) -> None:
+        """After `close`, free what was not sent. Not for a finalizer: sources end, and may take locks for that."""
+        assert self._closed
+        self._active.clear()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._arrivals.get_nowait()
+        self._arrivals.put(None)  # for who iterates
 
     def __iter__(self) -> "Outbox[T]":
         return self
@@ -36,11 +47,12 @@ class Outbox(Generic[T]):
     def __next__(self) -> T:
         while not self._closed:
             self._admit()
-            if not self._active:
+            try:
+                source = self._active.popleft()
+            except IndexError:  # it was closed
                 continue
-            source = self._active.popleft()
             message = next(source, None)
-            if message is None:
+            if message is None or self._closed:
                 continue
             self._active.append(source)
             if message != PAUSE:

@@ -1,25 +1,30 @@
 """Features kept for the same inputs: for runs of several epochs, and for sweeps."""
 
+import dataclasses
 import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
-from schoolhouse.taps import Tap, tensors_of
+from schoolhouse.taps import tensors_of
+from schoolhouse_wire.codec import Declared
 from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.tensors import bytes_of
 
-Values = dict[Tap, Any]
+_OBJECT_BYTES = 1 << 10  # that an entry takes of itself, and each of its tensors
 
 
 class FeatureCache:
-    """Features of one teacher revision by inputs and wishes, at most `max_bytes` of them; the least lately used go."""
+    """Features of one teacher revision by inputs and wishes; the least lately used go.
+
+    They take at most `max_bytes`, with what holds them.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.hits = self.misses = self.nbytes = 0
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[bytes, tuple[Values, int]] = OrderedDict()
+        self._entries: OrderedDict[bytes, tuple[Declared, int]] = OrderedDict()
         self._lock = threading.Lock()
 
     @staticmethod
@@ -31,7 +36,7 @@ class FeatureCache:
             digest.update(memory_of(plain))
         return digest.digest()
 
-    def get(self, key: bytes) -> Values | None:
+    def get(self, key: bytes) -> Declared | None:
         """The features, or None; counted."""
         with self._lock:
             found = self._entries.get(key)
@@ -42,16 +47,24 @@ class FeatureCache:
             self._entries.move_to_end(key)
             return found[0]
 
-    def put(self, key: bytes, values: Values) -> None:
+    def put(self, key: bytes, features: Declared) -> None:
         """Keep features that nothing else will write into."""
-        storages = [tensor.untyped_storage() for tensor in tensors_of(values)]
-        nbytes = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        nbytes = _size_of(features)
         if nbytes > self._max_bytes:
             return
+        # Pinned memory is scarce, and was taken in powers of two.
+        tensors = [tensor.clone() if tensor.is_pinned() else tensor for tensor in features.tensors]
+        features = dataclasses.replace(features, tensors=tensors)
         with self._lock:
             _, before = self._entries.pop(key, (None, 0))
-            self._entries[key] = values, nbytes
+            self._entries[key] = features, nbytes
             self.nbytes += nbytes - before
             while self.nbytes > self._max_bytes:
                 _, (_, gone) = self._entries.popitem(last=False)
                 self.nbytes -= gone
+
+
+def _size_of(features: Declared) -> int:
+    storages = [tensor.untyped_storage() for tensor in features.tensors]
+    memory = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return _OBJECT_BYTES * (1 + len(storages)) + len(features.header) + memory

@@ -37,7 +37,7 @@ class Stage:
     def __init__(self, device: "Device") -> None:
         self.seconds = 0.0  # of the pieces that were settled
         self._device = device
-        self._stream = device.new_stream()
+        self.stream = device.new_stream()
         self._lock = threading.Lock()
 
     def count(self, took_s: float) -> None:
@@ -48,12 +48,12 @@ class Stage:
     def run(self, after: Span | None, work: Callable[..., T], *args: Any) -> tuple[T, Span]:
         """Call `work(*args)` with its kernels on this stage's stream, once those of `after` are done."""
         kit = self._device.kit
-        with kit.stream(self._stream):
+        with kit.stream(self.stream):
             if after is not None and not isinstance(after.end, float):
-                self._stream.wait_event(after.end)
-            begin = self._device.mark(self._stream)
+                self.stream.wait_event(after.end)
+            begin = self._device.mark(self.stream)
             result = work(*args)
-            return result, Span(self, begin, self._device.mark(self._stream))
+            return result, Span(self, begin, self._device.mark(self.stream))
 
 
 class Device:
@@ -90,7 +90,10 @@ class Device:
         return value if self.is_host else map_tensors(value, self._load)
 
     def _load(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device, non_blocking=self._pins)
+        there = tensor.to(self._device, non_blocking=self._pins)
+        if self._pins:  # kernels of a forward that failed may still read it when it is freed
+            there.record_stream(self.forward.stream)
+        return there
 
     def fetch(self, value: Any) -> Any:
         """Features in host memory; they may be on their way still."""
@@ -99,8 +102,11 @@ class Device:
     def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cpu":
             return tensor
-        here = torch.empty_like(tensor, device="cpu", pin_memory=self._pins)
-        return here.copy_(tensor, non_blocking=self._pins)
+        if tensor.device != self._device:  # a part of the teacher is elsewhere, and nothing waits for streams there
+            return tensor.cpu()
+        plain = tensor.resolve_conj().resolve_neg()  # else torch does that here, before the bytes have come
+        here = torch.empty_like(plain, device="cpu", pin_memory=self._pins)
+        return here.copy_(plain, non_blocking=self._pins)
 
     def wait(self, span: Span) -> None:
         """Return when the device has done a piece of work."""

@@ -1,5 +1,6 @@
 """One teacher on one device: requests come in, wait, run one after another, and their features go out."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -17,14 +18,14 @@ from schoolhouse.errors import (
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.wanted import Wanted
-from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.codec import Arguments, Declared, pack
 from schoolhouse_wire.limits import INLINE_BYTES, Limits
-from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.tensors import bytes_of
 
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.device import Device, Span
 
+_CLOSED = "the teacher is shutting down"
 _REPLY_LIMITS = Limits()
 _LANDING = 2  # requests whose features are on the way out while the device goes on
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
@@ -32,9 +33,9 @@ STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
 
 @dataclass(frozen=True)
 class Answer:
-    """Features in host memory, as they will be sent."""
+    """A list of features, one of each tap that was wanted, in host memory and declared as they will be sent."""
 
-    values: dict[Tap, Any]
+    features: Declared
     revision: str
     limits: Limits = _REPLY_LIMITS
 
@@ -93,7 +94,9 @@ class Engine:
         self.served = self.running = self.joined = 0
         self.cache = FeatureCache(cache_bytes) if cache_bytes else None
         self.device = Device(self.description.device)
-        self._weights = [(parameter, version_of(parameter)) for parameter in teacher.module.parameters()]
+        # Torch counts no changes of inference tensors. There may be thousands, and each request looks at all of them.
+        self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
+        self._versions = [weight._version for weight in self._weights]
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._landing: queue.Queue[_Landing | None] = queue.Queue(_LANDING)
         self._in_flight: dict[Hashable, Job] = {}
@@ -131,30 +134,34 @@ class Engine:
 
         Raises:
             TeacherBusyError: when the queue is full.
+            TeacherUnavailableError: when it was closed.
         """
-        if self._closed:
-            raise TeacherUnavailableError("the teacher is shutting down")
         if self.cache is not None:
             job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
             if found is not None:
-                self.served += 1
+                with self._lock:
+                    self.served += 1
                 job.tickets[0].done(Answer(found, self.description.revision))
                 return
+        job.inputs = self.device.pin(job.inputs)  # may fail, so before others join
         with self._lock:
+            if self._closed:
+                raise TeacherUnavailableError(_CLOSED)
             if self._join(job):
                 return
             if self._queue.qsize() >= self._max_queued:
                 raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
             self._in_flight[job.key] = job
-        job.inputs = self.device.pin(job.inputs)
-        job.queued_at = time.perf_counter()
-        self._queue.put(job)
+            job.queued_at = time.perf_counter()
+            self._queue.put(job)
 
     def _join(self, job: Job) -> bool:
         """Have a job in flight on the same inputs answer this one; equal digests alone are not trusted."""
         other = self._in_flight.get(job.key)
-        if other is None or other.cancelled or not _equal(other.content, job.content):
+        if other is None or other.cancelled or time.monotonic() > other.deadline:  # it may be about to fail
+            return False
+        if not _equal(other.content, job.content):
             return False
         other.tickets += job.tickets
         other.deadline = max(other.deadline, job.deadline)
@@ -163,38 +170,24 @@ class Engine:
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""
-        self._closed = True
-        while True:
-            try:
+        with self._lock:  # nothing is queued from here on
+            self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
                 job = self._queue.get_nowait()
-            except queue.Empty:
-                break
-            if job is not None:
-                self.running += 1
-                self._end(job, TeacherUnavailableError("the teacher is shutting down"))
+                if job is not None:
+                    self._begin(job)
+                    self._end(job, TeacherUnavailableError(_CLOSED))
         self._queue.put(None)
+        end = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(timeout_s)
+                thread.join(max(end - time.monotonic(), 0.0))
 
     def _run(self) -> None:
-        device = self.device
         while (job := self._queue.get()) is not None:
-            self.running += 1
-            self.count("queue", time.perf_counter() - job.queued_at)
-            try:
-                self._check(job)
-                inputs, loaded = device.h2d.run(None, device.load, job.inputs)
-                values, computed = device.forward.run(loaded, self.teacher.forward, inputs, job.wanted)
-            except Exception as err:
-                self._end(job, err)
-                continue
-            work = _Landing(job, inputs, values, [loaded, computed])
-            if device.is_host and sum(tensor.nbytes for tensor in tensors_of(values)) <= INLINE_BYTES:
-                self._land(work)  # takes less time than handing it over
-            else:
-                self._landing.put(work)
-            del job, inputs, values, work
+            self._compute(job)
+            del job
         self._landing.put(None)
 
     def _run_out(self) -> None:
@@ -202,20 +195,42 @@ class Engine:
             self._land(work)
             del work
 
-    def _land(self, work: _Landing) -> None:
+    def _compute(self, job: Job) -> None:
         device = self.device
+        self._begin(job)
         try:
-            encoded, made = device.encode.run(work.spans[-1], self.teacher.encode, work.values, work.job.wanted)
+            self._check(job)
+            inputs, loaded = device.h2d.run(None, device.load, job.inputs)
+            values, computed = device.forward.run(loaded, self.teacher.forward, inputs, job.wanted)
+            work = _Landing(job, inputs, values, [loaded, computed])
+        except BaseException as err:  # a module may raise anything, and others wait for this thread
+            self._end(job, err)
+            return
+        if device.is_host and _is_small(values):
+            self._land(work)  # takes less time than handing it over
+        else:
+            self._landing.put(work)
+
+    def _land(self, work: _Landing) -> None:
+        device, job = self.device, work.job
+        try:
+            encoded, made = device.encode.run(work.spans[-1], self.teacher.encode, work.values, job.wanted)
             here, landed = device.d2h.run(made, device.fetch, encoded)
             device.wait(landed)
-        except Exception as err:
-            self._end(work.job, err)
+            for span in (*work.spans, made, landed):
+                span.settle()
+            features = pack([here[tap] for tap in job.wanted.taps], opaque=True)
+            if self.cache is not None and job.cache_key is not None:
+                self.cache.put(job.cache_key, features)
+        except BaseException as err:
+            self._end(job, err)
             return
-        for span in (*work.spans, made, landed):
-            span.settle()
-        self._end(work.job, Answer(here, self.description.revision))
-        if self.cache is not None and work.job.cache_key is not None:
-            self.cache.put(work.job.cache_key, here)
+        self._end(job, Answer(features, self.description.revision))
+
+    def _begin(self, job: Job) -> None:
+        with self._lock:
+            self.running += 1
+            self._outside_s["queue"] += time.perf_counter() - job.queued_at
 
     def _check(self, job: Job) -> None:
         """Raise what keeps a job from the device."""
@@ -223,7 +238,7 @@ class Engine:
             raise TeacherUnavailableError("nobody waits for the features any more")
         if time.monotonic() > job.deadline:
             raise TeacherTimeoutError("the request's deadline passed while it waited for the teacher")
-        if any(version_of(parameter) != version for parameter, version in self._weights):
+        if [weight._version for weight in self._weights] != self._versions:
             raise RevisionChangedError(
                 f"the teacher's weights were changed in place after it was served as {self.description.revision}; "
                 "serve it again"
@@ -231,14 +246,18 @@ class Engine:
 
     def _end(self, job: Job, result: Answer | BaseException) -> None:
         """Answer all who wait for a job."""
-        self.running -= 1
         with self._lock:
             if self._in_flight.get(job.key) is job:
-                del self._in_flight[job.key]
+                del self._in_flight[job.key]  # nobody joins any more
+            self.running -= 1
+            self.served += len(job.tickets)
         for ticket in job.tickets:
             if not ticket.cancelled:
                 ticket.done(result)
-        self.served += len(job.tickets)
+
+
+def _is_small(values: Any) -> bool:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors_of(values)) <= INLINE_BYTES
 
 
 def _equal(a: Any, b: Any) -> bool:

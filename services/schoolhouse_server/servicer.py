@@ -22,7 +22,7 @@ from schoolhouse.errors import (
 from schoolhouse.taps import HEAD
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire import channel, framing, shared_memory, status
-from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.codec import Arguments, pack
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.shared_memory import ReplicaSegment
@@ -85,6 +85,7 @@ class Teachers:
         finally:
             self.sessions -= 1
             session.close()
+            session.outbox.clear()
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,10 @@ class ServerSession:
                 _log.exception("a session failed")
                 self.error = TeacherInternalError("the session failed; the server's log says why")
         self.close()
+        # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
+        self.outbox.clear()
+        self._partial.clear()
+        self._offered = self._segment = None
 
     def _receive(self, message: Any) -> None:
         if isinstance(message, framing.Frame):
@@ -188,8 +193,7 @@ class ServerSession:
         try:
             if self._engine is None:
                 raise ProtocolError("a call came before Open")
-            if len(self._tickets) + len(self._partial) >= MAX_IN_FLIGHT:
-                raise TeacherBusyError(f"{MAX_IN_FLIGHT} requests of this session are in flight, as many as allowed")
+            self._check_room(call.request_id)
             if call.revision not in ("", self._engine.description.revision):
                 raise RevisionChangedError(
                     f"revision {call.revision} was asked for; this replica has {self._engine.description.revision}"
@@ -201,10 +205,18 @@ class ServerSession:
                 self._queue(partial)
             else:
                 self._partial[call.request_id] = partial
-        except SchoolhouseError as err:
+        except Exception as err:
             self._fail(call.request_id, err)
         if self._segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
             self._segment.done(call.payload.shared)
+
+    def _check_room(self, request_id: int) -> None:
+        computed = len(self._tickets) + len(self._partial)
+        # A client knows that a reply is complete before its sender does.
+        if computed >= MAX_IN_FLIGHT or computed + len(self._replying) >= 2 * MAX_IN_FLIGHT:
+            raise TeacherBusyError(f"{MAX_IN_FLIGHT} requests of this session are in flight, as many as allowed")
+        if request_id in self._tickets or request_id in self._partial or request_id in self._replying:
+            raise ProtocolError(f"a call came with the id {request_id} of one that is in flight")
 
     def _on_frame(self, frame: framing.Frame) -> None:
         if frame.request_id not in self._partial:
@@ -215,7 +227,7 @@ class ServerSession:
             if partial.incoming.complete:
                 del self._partial[frame.request_id]
                 self._queue(partial)
-        except SchoolhouseError as err:
+        except Exception as err:
             self._partial.pop(frame.request_id, None)
             self._fail(frame.request_id, err)
 
@@ -231,7 +243,7 @@ class ServerSession:
             return
 
         def done(result: Answer | BaseException) -> None:
-            if self._tickets.pop(request_id, None) is not None and not ticket.cancelled:
+            if self._tickets.pop(request_id, None) is not None:  # not cancelled
                 self._answer(request_id, digest, wanted, result)
 
         ticket = self._tickets[request_id] = Ticket(done)
@@ -239,7 +251,7 @@ class ServerSession:
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
         try:
             self._engine.submit(Job(inputs, wanted, key, deadline, [ticket]))
-        except SchoolhouseError:
+        except Exception:
             del self._tickets[request_id]
             raise
 
@@ -252,15 +264,15 @@ class ServerSession:
         [(tap, name)] = heads.items()
         head = self._engine.teacher.head(name, tap.module)
         value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
-        return Answer({tap: value}, self._engine.description.revision, _HEAD_LIMITS)
+        return Answer(pack([value]), self._engine.description.revision, _HEAD_LIMITS)
 
     def _answer(self, request_id: int, digest: bytes, wanted: Wanted, result: Answer | BaseException) -> None:
         """Declare the features, or the error."""
+        if isinstance(result, BaseException):
+            self._fail(request_id, result)  # not raised: its traceback, which holds all of a forward, would hold itself
+            return
         try:
-            if isinstance(result, BaseException):
-                raise result
-            values = [result.values[tap] for tap in wanted.taps]
-            outgoing = framing.Outgoing(values, limits=result.limits, snapshot=False, opaque=True)
+            outgoing = framing.Outgoing(result.features, limits=result.limits, snapshot=False)
             reply = teacher_pb2.Reply(
                 request_id=request_id,
                 revision=result.revision,
@@ -291,7 +303,7 @@ class ServerSession:
             self._replying.discard(request_id)
             self._engine.count("send", time.perf_counter() - began)
 
-    def _fail(self, request_id: int, error: Exception) -> None:
+    def _fail(self, request_id: int, error: BaseException) -> None:
         if not isinstance(error, SchoolhouseError):
             _log.error("a request failed", exc_info=error)
         self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
