@@ -29,12 +29,14 @@ class Entry:
     @property
     def unanswered(self) -> bool:
         """Whether the teacher is to be asked, or asked again since its queue was full."""
-        return self.answer is None or self.answer.lost or isinstance(self.answer.error(), TeacherBusyError)
+        answer = self.answer  # which the garbage collector may drop meanwhile
+        return answer is None or answer.lost or isinstance(answer.error(), TeacherBusyError)
 
     @property
     def stale(self) -> bool:
         """Whether a forward has to ask again."""
-        return self.unanswered or (self.used and self.answer is not None and not self.answer.untouched())
+        answer = self.answer
+        return answer is None or self.unanswered or (self.used and not answer.untouched())
 
     @property
     def nbytes(self) -> int:

@@ -193,7 +193,8 @@ class DistillationModel(nn.Module):
                 `set_postfix`, such as tqdm's.
 
         Raises:
-            ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch.
+            ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch,
+                or whether that was written into meanwhile, as of an object of a type that cannot travel.
         """
         return Prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
 
