@@ -1,66 +1,16 @@
-"""Look-ahead: order, bounds, pairing, and every way out of a loop."""
+"""Look-ahead: order, bounds and pairing."""
 
-import collections
-import gc
-import threading
 import warnings
+import weakref
 
 import pytest
 import schoolhouse as sh
 import torch
+from looking_ahead import Asked, Pair, batches, distilled, expected_loss, train
 from models import Net, converted
-from schoolhouse.errors import ConfigError, FeatureMismatchError, TeacherBusyError, TeacherForwardError
-from schoolhouse_server import serve
+from schoolhouse.errors import FeatureMismatchError
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-
-Pair = collections.namedtuple("Pair", "y x")
-
-
-def batches(count=6, rows=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(rows, 8, generator=generator), torch.randint(0, 5, (rows,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def distilled(teach, criterion=None, module=None, student=None):
-    return converted(student or Net(seed=1), teach(module or Net(32)), criterion)
-
-
-def expected_loss(student, teacher, x):
-    """KL of the plain modules, in float64."""
-    with torch.no_grad():
-        log_s = F.log_softmax(student(x).double(), -1)
-        t = F.softmax(teacher(x).double(), -1)
-    return (t * (t.log() - log_s)).mean().item()
-
-
-class Asked:
-    """A teacher in this process that writes down what it was asked for, and answers when told to."""
-
-    def __init__(self, module=None, hold=False):
-        self.inner = sh.LocalTeacher(module or Net(32))
-        self.asked, self.futures, self.hold, self.busy_from = [], [], hold, None
-
-    def describe(self):
-        return self.inner.describe()
-
-    def submit(self, args, kwargs, taps):
-        if self.busy_from is not None and len(self.asked) >= self.busy_from:
-            raise TeacherBusyError("full")
-        self.asked.append(args[0].clone())
-        future = self.inner.submit(args, kwargs, taps)
-        if self.hold:
-            made, future = future.result(), type(future)()
-            future.made = made
-        self.futures.append(future)
-        return future
-
-    def close(self):
-        pass
 
 
 def test_each_forward_gets_the_features_of_its_own_batch(teach):
@@ -99,7 +49,7 @@ def test_bytes_are_bounded():
         model_reads.append(len(teacher.asked) - i - 1)
         model(x)
         model.compute_kd_loss()
-    assert max(model_reads) == 1  # two of 52,000 bytes, and the third would not fit
+    assert model_reads == [1, 1, 1, 1, 1, 0]  # two of 52,000 bytes, and the third would not fit
     assert len(teacher.asked) == 6
     lonely = [len(teacher.asked) for _ in model.prefetch(given, depth=5, max_bytes=1)]
     assert lonely == [7, 8, 9, 10, 11, 12]  # one at a time, always
@@ -132,9 +82,9 @@ def test_a_batch_that_was_changed_in_place_is_another_one(teach):
             buffer.numpy()[:] = i  # unseen by version counters
             yield buffer
 
-    x = next(loop := iter(model.prefetch(reused(), depth=2)))
+    loop = iter(model.prefetch(reused(), depth=2))
     with pytest.raises(FeatureMismatchError, match="of other values"):
-        model(x)
+        train(model, loop)
     loop.close()
     for x, _ in model.prefetch(batches(2)):
         with pytest.raises(FeatureMismatchError, match="of other values"):
@@ -170,6 +120,22 @@ def test_several_yielded_batches_wait_for_their_forward_in_any_order(teach):
         next(loop)
     with pytest.raises(FeatureMismatchError, match="batch 3, .* or batch 4, .* or batch 5"):
         model(taken[0])
+
+
+def test_more_batches_than_depth_before_their_forwards(teach):
+    model = distilled(teach)
+    loop = iter(model.prefetch(batches(6), depth=4))
+    taken = [next(loop)[0] for _ in range(5)]
+    with pytest.raises(FeatureMismatchError, match=r"Batch 0 was dropped, .* depth=4 others .* raise depth"):
+        model(taken[0])
+    model(taken[1])
+    loop.close()
+    one, other = distilled(teach), distilled(teach)
+    for x, _ in one.prefetch(other.prefetch(batches(6), depth=4), depth=3):  # two models over one loader
+        for each in (one, other):
+            each(x)
+            loss = each.compute_kd_loss().item()
+            assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
 
 
 def test_a_skipped_batch_is_dropped_after_depth_others():
@@ -238,227 +204,6 @@ def test_eval_before_the_forward_leaves_the_look_ahead_as_it_is():
     assert len(teacher.asked) == 3
 
 
-def test_leaving_the_loop_early_drops_what_was_asked_for():
-    teacher = Asked(hold=True)
-    model = converted(Net(seed=1), teacher)
-    for _ in model.prefetch(batches(8), depth=3):
-        break
-    assert [future.cancelled() for future in teacher.futures] == [True] * 4
-    teacher.hold = False
-    model(torch.ones(2, 8))  # asks as without prefetch
-    model.compute_kd_loss()
-    loop = iter(model.prefetch(batches(8), depth=3))
-    next(loop)
-    loop.close()
-    assert next(loop, None) is None
-    model(torch.ones(2, 8))
-    with iter(model.prefetch(batches(2))) as loop:
-        next(loop)
-    model(torch.ones(2, 8))
-
-
-def test_an_exception_in_the_loop_ends_it():
-    model = converted(Net(seed=1), Asked())
-
-    def train():
-        for x, _ in model.prefetch(batches(8)):
-            model(x)
-            raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        train()
-    gc.collect()
-    model.compute_kd_loss()
-    model(torch.ones(2, 8))
-
-
-def test_what_the_loader_raises_comes_after_the_batches_before_it(teach):
-    model = distilled(teach)
-
-    def failing():
-        yield from batches(3)
-        raise OSError("disk")
-
-    loop = iter(model.prefetch(failing(), depth=5))
-    for _ in range(3):
-        model(next(loop)[0])
-        model.compute_kd_loss()
-    with pytest.raises(OSError, match="disk"):
-        next(loop)
-    model(torch.ones(2, 8))  # the loop is over
-
-
-class Picky(Net):
-    def forward(self, x):
-        if (x > 100).any():
-            raise ValueError("no such number")
-        return super().forward(x)
-
-
-def test_what_the_teacher_raises_belongs_to_its_batch(teach):
-    model = distilled(teach, module=Picky(32))
-    given = batches(4)
-    given[2][0][0, 0] = 1000
-    failed = []
-    for i, (x, _) in enumerate(model.prefetch(given)):
-        model(x)
-        try:
-            model.compute_kd_loss()
-        except TeacherForwardError as err:
-            failed.append((i, "no such number" in str(err)))
-    assert failed == [(2, True)]
-
-
-def test_a_busy_teacher_is_asked_later():
-    teacher = Asked()
-    model = converted(Net(seed=1), teacher)
-    given = batches(5)
-    seen = []
-    loop = iter(model.prefetch(given, depth=3))
-    teacher.busy_from = 2
-    for x, _ in loop:
-        seen.append(len(teacher.asked))
-        teacher.busy_from = None if len(seen) > 1 else 2
-        model(x)
-        model.compute_kd_loss()
-    assert seen[:2] == [2, 2]
-    assert len(teacher.asked) == 5
-    assert all(any(torch.equal(asked, x) for asked in teacher.asked) for x, _ in given)
-
-
-def test_inputs_say_what_the_forward_gets(teach):
-    model = distilled(teach)
-    for inputs in (
-        lambda b: b["a"] * 2,
-        lambda b: (b["a"] * 2,),
-        lambda b: {"x": b["a"] * 2},
-        lambda b: ((), {"x": b["a"] * 2}),
-    ):
-        for batch in model.prefetch([{"a": x} for x, _ in batches(2)], inputs=inputs):
-            assert set(batch) == {"a"}
-            model(batch["a"] * 2)
-            loss = model.compute_kd_loss().item()
-            assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), batch["a"] * 2), rel=1e-4)
-    with pytest.raises(ConfigError, match=r"takes \['x'\], and the batch has \['a'\]: give prefetch inputs="):
-        next(model.prefetch([{"a": torch.ones(2, 8)}]))
-
-
-class Many(nn.Module):
-    """A forward like those of language models."""
-
-    def __init__(self, seed=0):
-        super().__init__()
-        self.net = Net(seed=seed)
-
-    def forward(self, input_ids=None, scale=None, labels=None):
-        out = self.net(input_ids) * (1 if scale is None else scale)
-        return out if labels is None else out + labels.sum()
-
-
-def test_default_inputs_take_what_the_forward_takes():
-    model = converted(Many(1), Many())
-    x = torch.ones(2, 8)
-    for batch in model.prefetch([{"input_ids": x, "scale": torch.tensor(2.0), "id": "a"}]):
-        model(input_ids=batch["input_ids"], scale=batch["scale"])
-        model.compute_kd_loss()
-    for batch in model.prefetch([(x, torch.ones(2)), [x], x]):  # the first argument alone, since none is needed
-        model(batch if isinstance(batch, torch.Tensor) else batch[0])
-        model.compute_kd_loss()
-    next(loop := iter(model.prefetch([{"input_ids": x, "labels": torch.ones(2, dtype=torch.int64)}])))
-    with pytest.raises(FeatureMismatchError, match=r"labels=int64\[2\]"):
-        model(input_ids=x)
-    loop.close()
-
-
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # nothing to pin for on this machine
-def test_a_data_loader_with_workers():
-    data = TensorDataset(torch.randn(20, 8), torch.arange(20))
-    with serve(Net(32)) as server, sh.connect(server.url) as teacher:
-        model = converted(Net(seed=1), teacher)
-        loader = DataLoader(data, batch_size=4, num_workers=2, pin_memory=True, multiprocessing_context="spawn")
-        seen = []
-        for x, y in model.prefetch(loader, depth=2):
-            model(x)
-            loss = model.compute_kd_loss().item()
-            assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
-            seen += y.tolist()
-    assert seen == list(range(20))
-    assert len(model.prefetch(loader)) == 5
-
-
-def test_progress_tells_how_long_each_step_waited():
-    gate = threading.Event()
-
-    class Gated(Net):
-        def forward(self, x):
-            assert gate.wait(20)
-            return super().forward(x)
-
-    waits, bar = [], []
-    with serve(Gated(32)) as server, sh.connect(server.url) as teacher:
-        model = converted(Net(seed=1), teacher)
-        looked = model.prefetch(batches(3), progress=waits.append)
-        for x, _ in looked:
-            model(x)
-            threading.Timer(0.2, gate.set).start()
-            model.compute_kd_loss()
-        assert looked.steps == len(waits) == 3
-        assert waits[0] >= 0.15
-        assert looked.waited_s == pytest.approx(sum(waits))
-
-        class Bar:
-            def set_postfix(self, **shown):
-                bar.append(shown)
-
-        for x, _ in model.prefetch(batches(2), progress=Bar()):
-            model(x)
-            model.compute_kd_loss()
-    assert [list(shown) for shown in bar] == [["teacher_wait_ms"]] * 2
-
-
-def test_a_prefetch_can_be_passed_over_again():
-    model = converted(Net(seed=1), Asked())
-    looked = model.prefetch(batches(3))
-    first = next(looked)
-    assert [x is not first[0] for x, _ in looked] == [True, True]  # goes on
-    assert len(list(looked)) == 3
-
-
-def test_copies_and_pickles_begin_without_look_ahead():
-    import copy
-
-    model = converted(Net(seed=1), Net(32))
-    for x, _ in model.prefetch(batches(2)):
-        twin = copy.deepcopy(model)
-        twin(torch.ones(3, 8))
-        twin.compute_kd_loss()
-        model(x)
-        model.compute_kd_loss()
-    for _ in model.prefetch(batches(2)):
-        student = sh.export(model)
-        break
-    assert student(torch.ones(3, 8)).shape == (3, 5)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"depth": 0}, "depth is 0"),
-        ({"depth": True}, "depth is True"),
-        ({"depth": 2.0}, "depth is 2.0"),
-        ({"max_bytes": 0}, "max_bytes is 0"),
-        ({"inputs": "x"}, "inputs is a str"),
-        ({"progress": 3}, "progress is a int"),
-    ],
-)
-def test_wrong_settings(wrong, says):
-    model = converted(Net(seed=1), Net(32))
-    with pytest.raises(ConfigError, match=says):
-        model.prefetch(batches(1), **wrong)
-    with pytest.raises(ConfigError, match="loader is a int"):
-        model.prefetch(3)
-
-
 def test_layerwise_looks_ahead_too(teach):
     def made(teacher):
         mode = ("layerwise_kd", {"teacher_model": teacher, "criterion": {("fc", "fc"): nn.MSELoss()}})
@@ -471,3 +216,39 @@ def test_layerwise_looks_ahead_too(teach):
             for each in (model, plain):
                 each(x)
             assert model.compute_kd_loss().item() == plain.compute_kd_loss().item()
+
+
+def test_until_features_are_known_one_batch_is_asked_for():
+    """Features may be larger than all that is allowed."""
+    teacher = Asked(hold=True)
+    model = converted(Net(seed=1), teacher)
+    loop = iter(model.prefetch(batches(8, rows=1000), depth=5, max_bytes=200_000))  # 52,000 each
+    next(loop)
+    assert len(teacher.asked) == 1
+    teacher.futures[0].set_result(teacher.futures[0].made)
+    next(loop)
+    assert len(teacher.asked) == 3  # one is still here
+    longer = iter(model.prefetch([torch.ones(4000, 8), torch.ones(4000, 8)], max_bytes=300_000))  # 208,000 each
+    next(longer)
+    assert len(teacher.asked) == 4
+
+
+def test_batches_and_features_are_freed_with_the_next_one():
+    teacher = Asked()
+    model = converted(Net(seed=1), teacher)
+    inputs = []
+
+    def loader():
+        for x, _ in batches(5):
+            inputs.append(weakref.ref(copied := x.clone()))
+            yield copied
+            del copied
+
+    here = []
+    for x in model.prefetch(loader(), depth=2):
+        model(x)
+        model.compute_kd_loss()
+        del x
+        here.append([ref() is not None for ref in inputs])
+    assert here[2] == [False, False, True, True, True]
+    assert here[4] == [False] * 4 + [True]

@@ -23,7 +23,7 @@ class Inputs:
     """A batch, remembered by its values to tell whether another one is the same, whatever is written into it later.
 
     Tensors are the same on another device too. An object that is not known, such as a nested tensor, is the same only
-    if it is itself.
+    if it is itself, and whether it was written into cannot be told.
     """
 
     def __init__(self, args: Any, kwargs: Any) -> None:
@@ -32,8 +32,16 @@ class Inputs:
         self._objects: list[Any] = []  # kept, so that their ids stay theirs
         self._rest = signature_of(given, self._told)
 
+    @property
+    def unknown(self) -> type | None:
+        """The type of an object that is not known, if there is one."""
+        return type(self._objects[0]) if self._objects else None
+
     def _told(self, value: Any) -> Hashable:
-        if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        if isinstance(value, torch.Tensor) and _is_dense_subclass(value):
+            self._values.append(_value(value.as_subclass(torch.Tensor)))
+            return (type(value), value.shape, value.dtype)
+        if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
             return (type(value), value.shape, value.dtype.str, value.tobytes())
         self._objects.append(value)
         return (id(value), version_of(value) if isinstance(value, torch.Tensor) else 0)
@@ -45,6 +53,12 @@ class Inputs:
     def same_form_as(self, other: "Inputs") -> bool:
         """Whether both have the same structure, shapes, dtypes and plain values."""
         return self._rest == other._rest
+
+
+def _is_dense_subclass(tensor: torch.Tensor) -> bool:
+    """Whether its type only adds to torch.Tensor, as torchvision's images do, and its values are in its own memory."""
+    adds = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return adds and not tensor.is_nested and tensor.device.type != "meta"
 
 
 def _value(tensor: torch.Tensor) -> "bytes | torch.Tensor":
@@ -68,7 +82,7 @@ def _same(a: "bytes | torch.Tensor", b: "bytes | torch.Tensor") -> bool:
 def bound(forward: Callable[..., Any], call: Arguments) -> Inputs:
     """A call of `forward`, by the names of its parameters, so that `f(x)` and `f(x=x)` are the same."""
     try:
-        arguments = inspect.signature(forward).bind(*call, **call.kwargs).arguments
+        arguments = inspect.signature(forward).bind(*call, **dict(sorted(call.kwargs.items()))).arguments
     except (TypeError, ValueError):  # it will say so itself, or has no signature
         return Inputs(call, call.kwargs)
     return Inputs((), dict(sorted(arguments.items())))
@@ -94,7 +108,7 @@ def call_of(made: Any) -> Arguments:
         return Arguments((), {str(name): value for name, value in made.items()})
     if type(made) is tuple and len(made) == 2 and isinstance(made[0], tuple | list) and isinstance(made[1], Mapping):
         return Arguments(*made)
-    return Arguments(made if type(made) in (tuple, list) else (made,))
+    return Arguments(made if type(made) is tuple else (made,))
 
 
 def taken_by(forward: Callable[..., Any], batch: Any) -> Arguments:
@@ -129,7 +143,8 @@ def _by_name(parameters: list[inspect.Parameter], fields: Mapping[Any, Any]) -> 
         taken = dict(fields)
     else:
         taken = {p.name: fields[p.name] for p in parameters if p.kind in _NAMED and p.name in fields}
-    missing = [p for p in parameters if p.default is p.empty and p.kind in _NAMED and p.name not in taken]
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (*_POSITIONAL, *_NAMED)]
+    missing = [p for p in needed if p.name not in taken]
     return Arguments((), taken) if taken and not missing else None
 
 

@@ -182,16 +182,19 @@ class DistillationModel(nn.Module):
         Args:
             loader: any iterable of batches, such as a DataLoader. It is read in this thread, up to `depth` batches
                 ahead; what it raises is raised after the batches before it.
-            depth: how many batches the teacher is asked for ahead of the one that is yielded.
+            depth: how many batches the teacher is asked for ahead of the one that is yielded, and how many that were
+                yielded may wait for their forward, such as micro-batches that are taken together.
             inputs: makes of a batch what the model is called with: `(args, kwargs)`, a tuple of positional arguments,
                 a dict of keyword arguments, or a single argument. Without it, the student's forward takes what has the
                 names of its parameters, or as many leading items as it needs.
-            max_bytes: bound of what is held ahead, in bytes of inputs and of features; one batch is always allowed.
+            max_bytes: bound of what is held ahead, in bytes of inputs and of features, where a batch that is not here
+                yet counts by those before it; one batch is always allowed.
             progress: called after each step with the seconds that it waited for the teacher; or a progress bar with
                 `set_postfix`, such as tqdm's.
 
         Raises:
-            ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch.
+            ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch,
+                or whether that was written into meanwhile, as of an object of a type that cannot travel.
         """
         return Prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
 

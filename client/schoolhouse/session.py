@@ -156,7 +156,13 @@ class Session:
         return True
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, and tell the replica."""
+        """Forget a request, and tell the replica, once the stream is ready for it.
+
+        It takes no lock: the garbage collector may come here from a thread that holds one.
+        """
+        self._outbox.put(self._cancellation(request))
+
+    def _cancellation(self, request: Request) -> Iterator[Message]:
         with self._lock:
             if request in self._waiting:
                 self._waiting.remove(request)
@@ -166,9 +172,8 @@ class Session:
                 return
             del self._in_flight[request_id]
             self._partial.pop(request_id, None)
-        cancel = teacher_pb2.Cancel(request_id=request_id)
-        self._outbox.put(iter([teacher_pb2.ClientMessage(cancel=cancel)]))
         self._pump()
+        yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
 
     def close(self) -> None:
         """End the stream; what is unanswered goes to `on_loss`."""

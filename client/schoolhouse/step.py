@@ -2,12 +2,13 @@
 
 import copy
 import functools
+import os
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
 
 if TYPE_CHECKING:
-    from schoolhouse.prefetch import Ahead
+    from schoolhouse.ahead import Ahead
 
 _INNER = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
 
@@ -37,6 +38,7 @@ class Answer:
         self.future = future
         self.waited_s = 0.0  # by who needed them
         self._versions: list[tuple[torch.Tensor, int, bool]] = []
+        self._pid = os.getpid()
         if future.done() and future.exception() is None:
             self._watch(future.result())
 
@@ -47,6 +49,8 @@ class Answer:
 
     def features(self) -> Features:
         """Wait for the features; raises whatever kept the teacher from answering."""
+        if self.lost:
+            raise FeatureMismatchError("the teacher was asked before this process was forked; forward the batch again")
         if not self.future.done():
             began = time.perf_counter()
             wait([self.future])
@@ -61,9 +65,20 @@ class Answer:
             self._watch(features)
         return features
 
+    @property
+    def lost(self) -> bool:
+        """Whether it cannot come: the process that asked is the one that this one was forked from."""
+        return self._pid != os.getpid() and not self.future.done()
+
+    def error(self) -> BaseException | None:
+        """What kept the teacher from answering, once that is known."""
+        if not self.future.done():
+            return None
+        return CancelledError() if self.future.cancelled() else self.future.exception()
+
     def untouched(self) -> bool:
         """Whether another forward may use them: what the student's layers were given can be written into too."""
-        return all(version_of(tensor) == version for tensor, version, _ in self._versions)
+        return self.error() is None and all(version_of(tensor) == version for tensor, version, _ in self._versions)
 
 
 @dataclass(eq=False)
@@ -112,6 +127,7 @@ class Distillation:
     running: int | None = None  # the thread whose forward runs
     depth: int = 0  # of forwards within one another
     ahead: "list[Ahead]" = field(default_factory=list)  # of loops over `prefetch`, the innermost last
+    features_per_byte: float | None = None  # bytes of features a byte of inputs, the most so far
 
     @property
     def student_forward(self) -> Callable[..., Any]:
@@ -189,15 +205,17 @@ class Distillation:
         Raises:
             FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
         """
-        if not self.ahead:
+        loops = [*self.ahead]
+        if not loops:
             return None, None
         call = Arguments(args, kwargs)
         given = bound(self.student_forward, call)
-        for ahead in reversed(self.ahead):
+        for ahead in reversed(loops):
             if (answer := ahead.find(given, call)) is not None:
                 return ahead, answer
-        if training:
-            raise FeatureMismatchError(self.ahead[-1].expected(given, call))
+        still = [ahead for ahead in loops if not ahead.closed]  # the garbage collector may have closed one meanwhile
+        if training and still:
+            raise FeatureMismatchError(still[-1].expected(given, call))
         return None, None
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:

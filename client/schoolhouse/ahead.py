@@ -1,0 +1,175 @@
+"""Batches that the teacher was asked for ahead of their forwards, and which of them a forward is on."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from schoolhouse_wire.codec import Arguments
+
+from schoolhouse.batches import Inputs, summary
+from schoolhouse.errors import TeacherBusyError
+from schoolhouse.step import Answer, Distillation, Step
+from schoolhouse.taps import tensors_of
+
+
+@dataclass(eq=False)
+class Entry:
+    """One batch that the teacher was asked for. `answer` is None while its queue was full."""
+
+    number: int
+    batch: Any  # until it is yielded
+    call: Arguments
+    inputs: Inputs  # of the call, as the teacher got it
+    answer: Answer | None = None
+    used: bool = False
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether the teacher is to be asked, or asked again since its queue was full."""
+        answer = self.answer  # which the garbage collector may drop meanwhile
+        return answer is None or answer.lost or isinstance(answer.error(), TeacherBusyError)
+
+    @property
+    def stale(self) -> bool:
+        """Whether a forward has to ask again."""
+        answer = self.answer
+        return answer is None or self.unanswered or (self.used and not answer.untouched())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the inputs."""
+        return max(1, sum(tensor.nbytes for tensor in tensors_of(self.call)))
+
+    def features_nbytes(self) -> int | None:
+        """Bytes of the features, once they are here."""
+        if self.answer is None or not self.answer.future.done() or self.answer.error() is not None:
+            return None
+        return sum(tensor.nbytes for tensor in tensors_of(self.answer.future.result()))
+
+    def held_nbytes(self, features_per_byte: float) -> float:
+        """Bytes of the inputs and of the features, which have that many a byte of the inputs if they are to come."""
+        known = self.features_nbytes()
+        return self.nbytes + (self.nbytes * features_per_byte if known is None else known)
+
+
+class Ahead:
+    """The batches of one loop: those asked for ahead, and those yielded whose forward may still come."""
+
+    def __init__(self, state: Distillation, depth: int, max_bytes: int, progress: Callable[[float], Any]) -> None:
+        self.waiting: deque[Entry] = deque()
+        self.closed = False
+        self._yielded: deque[Entry] = deque()
+        self._state = state
+        self._depth = depth
+        self._max_bytes = max_bytes
+        self._progress = progress
+        self._dropped: int | None = None  # the last batch whose forward did not come in time
+
+    def has_room(self) -> bool:
+        """Whether the teacher may be asked for one more batch."""
+        if not self.waiting:
+            return True
+        self._learn()
+        per_byte = self._state.features_per_byte
+        if per_byte is None or len(self.waiting) > self._depth or any(entry.unanswered for entry in self.waiting):
+            return False
+        held = sum(entry.held_nbytes(per_byte) for entry in (*self.waiting, *self._yielded))
+        return held + self.waiting[-1].nbytes * (1 + per_byte) <= self._max_bytes
+
+    def _learn(self) -> None:
+        """See how large features are beside their inputs; until that is known one batch alone is asked for."""
+        for entry in (*self.waiting, *self._yielded):
+            if (nbytes := entry.features_nbytes()) is not None:
+                self._state.features_per_byte = max(self._state.features_per_byte or 0.0, nbytes / entry.nbytes)
+
+    def drop_used(self) -> None:
+        """Free the batches whose forward has come."""
+        self._learn()
+        self._yielded = deque(entry for entry in self._yielded if not entry.used)
+
+    def ask(self, entry: Entry) -> None:
+        """Ask the teacher for a batch; what it raises is kept for the step; with a full queue it is asked later."""
+        try:
+            entry.answer = self._state.request(entry.call, entry.call.kwargs)
+        except TeacherBusyError:
+            pass
+        except Exception as err:
+            entry.answer = _failed(err)
+
+    def take(self) -> Any:
+        """The next batch; its forward may come from now on."""
+        entry = self.waiting.popleft()
+        if len(self._yielded) >= self._depth:
+            late = self._yielded.popleft()
+            self._dropped = late.number
+            _drop(late)
+        self._yielded.append(entry)
+        batch, entry.batch = entry.batch, None
+        return batch
+
+    def find(self, given: Inputs, call: Arguments) -> Answer | None:
+        """The answer for a call on a batch that was yielded; None if it is none of them."""
+        found = [entry for entry in self._yielded if entry.inputs.same_as(given)]
+        if not found:
+            return None
+        entry = next((entry for entry in found if not entry.used), found[-1])
+        if entry.stale:
+            entry.answer = self._state.request(call, call.kwargs)
+        entry.used = True
+        return entry.answer
+
+    def expected(self, given: Inputs, call: Arguments) -> str:
+        """A message for a call on something else."""
+        if not self._yielded:
+            return f"the forward got {summary(call)} in a loop over prefetch that has yielded no batch yet"
+        entries = [entry for entry in self._yielded if not entry.used] or [self._yielded[-1]]
+        names = " or ".join(f"batch {entry.number}, {summary(entry.call)}," for entry in entries)
+        others = any(entry.inputs.same_form_as(given) for entry in entries)
+        why = " of other values" if others else ""
+        return (
+            f"the forward got {summary(call)}{why}, where {names} of the loop over prefetch was expected, which the "
+            "teacher was asked for. Forward the batch as it was yielded, or give prefetch inputs=, a function that "
+            f"makes of a batch what the forward gets.{self._late()} model.eval() or only_student_forward() are for "
+            "other batches; the loop's end, or its close(), drops what was asked for"
+        )
+
+    def _late(self) -> str:
+        if self._dropped is None:
+            return ""
+        return (
+            f" Batch {self._dropped} was dropped, as its forward had not come when depth={self._depth} others were "
+            "taken: raise depth to take more of them before their forwards."
+        )
+
+    def used(self, step: Step) -> None:
+        """The loss of a step is being computed."""
+        assert step.answer is not None
+        waited_s, step.answer.waited_s = step.answer.waited_s, 0.0
+        self._progress(waited_s)
+
+    def close(self) -> None:
+        """Drop what was asked for; the teacher is told, and asked for nothing more. The batches that wait stay.
+
+        The garbage collector may call this at any time, also while a method of this object runs.
+        """
+        self.closed = True
+        with contextlib.suppress(ValueError):
+            self._state.ahead.remove(self)
+        for entry in (*self.waiting, *self._yielded):
+            _drop(entry)
+        self._yielded = deque()
+
+
+def _drop(entry: Entry) -> None:
+    if entry.answer is not None and not entry.used and not entry.answer.lost:
+        entry.answer.future.cancel()
+    entry.answer = None
+
+
+def _failed(error: Exception) -> Answer:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return Answer(future)

@@ -1,0 +1,335 @@
+"""Look-ahead: every way out of a loop, errors on the way, and what is shown of it."""
+
+import copy
+import gc
+import os
+import threading
+import weakref
+from concurrent.futures import Future
+
+import pytest
+import schoolhouse as sh
+import torch
+from looking_ahead import Asked, batches, distilled, expected_loss, train
+from models import Net, converted
+from schoolhouse.batches import Inputs
+from schoolhouse.errors import FeatureMismatchError, TeacherBusyError, TeacherForwardError, TeacherUnavailableError
+from schoolhouse_server import serve
+
+
+def test_leaving_the_loop_early_drops_what_was_asked_for():
+    teacher = Asked(hold=True)
+    model = converted(Net(seed=1), teacher)
+    for i, (x, _) in enumerate(model.prefetch(batches(8), depth=3)):
+        if i:
+            break
+        teacher.futures[0].set_result(teacher.futures[0].made)
+        model(x)
+        model.compute_kd_loss()
+    assert [future.cancelled() for future in teacher.futures] == [False] + [True] * 4
+    teacher.hold = False
+    model(torch.ones(2, 8))  # asks as without prefetch
+    model.compute_kd_loss()
+    loop = iter(model.prefetch(batches(8), depth=3))
+    next(loop)
+    loop.close()
+    assert next(loop, None) is None
+    model(torch.ones(2, 8))
+    with iter(model.prefetch(batches(2))) as loop:
+        next(loop)
+    model(torch.ones(2, 8))
+
+
+def test_an_exception_in_the_loop_ends_it():
+    model = converted(Net(seed=1), Asked())
+
+    def train():
+        for x, _ in model.prefetch(batches(8)):
+            model(x)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        train()
+    model.compute_kd_loss()
+    model(torch.ones(2, 8))
+
+
+def test_what_the_loader_raises_comes_after_the_batches_before_it(teach):
+    model = distilled(teach)
+
+    def failing():
+        yield from batches(3)
+        raise OSError("disk")
+
+    loop = iter(model.prefetch(failing(), depth=5))
+    for _ in range(3):
+        model(next(loop)[0])
+        model.compute_kd_loss()
+    with pytest.raises(OSError, match="disk"):
+        next(loop)
+    model(torch.ones(2, 8))  # the loop is over
+
+
+class Picky(Net):
+    def forward(self, x):
+        if (x > 100).any():
+            raise ValueError("no such number")
+        return super().forward(x)
+
+
+def test_what_the_teacher_raises_belongs_to_its_batch(teach):
+    model = distilled(teach, module=Picky(32))
+    given = batches(4)
+    given[2][0][0, 0] = 1000
+    failed = []
+    for i, (x, _) in enumerate(model.prefetch(given)):
+        model(x)
+        try:
+            model.compute_kd_loss()
+        except TeacherForwardError as err:
+            failed.append((i, "no such number" in str(err)))
+    assert failed == [(2, True)]
+
+
+def test_a_busy_teacher_is_asked_later():
+    teacher = Asked()
+    model = converted(Net(seed=1), teacher)
+    given = batches(5)
+    seen = []
+    loop = iter(model.prefetch(given, depth=3))
+    teacher.busy_from = 2
+    for x, _ in loop:
+        seen.append(len(teacher.asked))
+        teacher.busy_from = None if len(seen) > 1 else 2
+        model(x)
+        model.compute_kd_loss()
+    assert seen[:2] == [2, 2]
+    assert len(teacher.asked) == 5
+    assert all(any(torch.equal(asked, x) for asked in teacher.asked) for x, _ in given)
+
+
+def test_progress_tells_how_long_each_step_waited():
+    gate = threading.Event()
+
+    class Gated(Net):
+        def forward(self, x):
+            assert gate.wait(20)
+            return super().forward(x)
+
+    waits, bar = [], []
+    with serve(Gated(32)) as server, sh.connect(server.url) as teacher:
+        model = converted(Net(seed=1), teacher)
+        looked = model.prefetch(batches(3), progress=waits.append)
+        for x, _ in looked:
+            model(x)
+            threading.Timer(0.2, gate.set).start()
+            model.compute_kd_loss()
+        assert looked.steps == len(waits) == 3
+        assert waits[0] >= 0.15
+        assert looked.waited_s == pytest.approx(sum(waits))
+
+        class Bar:
+            def set_postfix(self, **shown):
+                bar.append(shown)
+
+        for x, _ in model.prefetch(batches(2), progress=Bar()):
+            model(x)
+            model.compute_kd_loss()
+    assert [list(shown) for shown in bar] == [["teacher_wait_ms"]] * 2
+
+
+def test_a_prefetch_can_be_passed_over_again():
+    model = converted(Net(seed=1), Asked())
+    looked = model.prefetch(batches(3))
+    first = next(looked)
+    assert [x is not first[0] for x, _ in looked] == [True, True]  # goes on
+    assert len(list(looked)) == 3
+    next(looked)
+    assert [next(looked, None) is None for _ in range(4)] == [False, False, True, True]
+    assert len(list(looked)) == 3  # that pass is over
+    next(looked)
+    del looked
+    model(torch.ones(2, 8))  # and so is one that nobody holds
+
+
+def test_copies_and_pickles_begin_without_look_ahead():
+    model = converted(Net(seed=1), Net(32))
+    for x, _ in model.prefetch(batches(2)):
+        twin = copy.deepcopy(model)
+        twin(torch.ones(3, 8))
+        twin.compute_kd_loss()
+        model(x)
+        model.compute_kd_loss()
+
+
+def test_after_export_the_loop_goes_on_without_the_teacher():
+    teacher = Asked()
+    model = converted(Net(seed=1), teacher)
+    given = batches(6)
+
+    def failing():
+        yield from given
+        raise OSError("disk")
+
+    seen = []
+    loop = iter(model.prefetch(failing(), depth=2))
+    for x, _ in loop:
+        seen.append(x)
+        if len(seen) == 2:
+            sh.export(model)
+        model(x)
+        if len(seen) < 2:
+            model.compute_kd_loss()
+        if len(seen) == 6:
+            break
+    with pytest.raises(OSError, match="disk"):
+        next(loop)
+    assert [id(x) for x in seen] == [id(x) for x, _ in given]
+    assert len(teacher.asked) == 4
+
+
+class Flaky(Asked):
+    """Fails, once for each of the batches that are told."""
+
+    def __init__(self, errors):
+        super().__init__()
+        self.errors = errors
+
+    def submit(self, args, kwargs, taps):
+        future = super().submit(args, kwargs, taps)
+        error = self.errors.pop(len(self.asked) - 1, None)
+        if error is not None:
+            future = Future()
+            future.set_exception(error)
+        return future
+
+
+def test_a_full_queue_at_the_replica_is_asked_again():
+    model = converted(Net(seed=1), Flaky({0: TeacherBusyError("full"), 2: TeacherBusyError("full")}))
+    for x, _ in model.prefetch(batches(5)):
+        model(x)
+        loss = model.compute_kd_loss().item()
+        assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
+
+
+def test_a_forward_after_a_failure_asks_again():
+    teacher = Flaky({1: TeacherUnavailableError("gone")})
+    model = converted(Net(seed=1), teacher)
+    failed = 0
+    for x, _ in model.prefetch(batches(3)):
+        model(x)
+        try:
+            model.compute_kd_loss()
+        except TeacherUnavailableError:
+            failed += 1
+            model(x)
+            loss = model.compute_kd_loss().item()
+            assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
+    assert (failed, len(teacher.asked)) == (1, 4)
+
+
+def test_a_bug_in_a_teacher_belongs_to_its_batch():
+    class Buggy(Asked):
+        def submit(self, args, kwargs, taps):
+            if args[0][0, 0] == 1000:
+                raise KeyError("mine")
+            return super().submit(args, kwargs, taps)
+
+    model = converted(Net(seed=1), Buggy())
+    given = batches(3)
+    given[1][0][0, 0] = 1000
+    loop = iter(model.prefetch(given))
+    model(next(loop)[0])
+    model.compute_kd_loss()
+    model(next(loop)[0])
+    with pytest.raises(KeyError, match="mine"):
+        model.compute_kd_loss()
+    model(next(loop)[0])
+    model.compute_kd_loss()
+
+
+def test_nothing_is_left_of_a_loader_that_failed():
+    model = converted(Net(seed=1), Asked())
+    batch = torch.ones(2, 8)
+    ref = weakref.ref(batch)
+
+    def failing(x):
+        yield x
+        del x
+        raise OSError("disk")
+
+    looked = model.prefetch(failing(batch))
+    del batch
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="disk"):
+            train(model, looked)
+        assert ref() is None
+    finally:
+        gc.enable()
+
+
+def test_a_child_process_asks_the_teacher_itself(monkeypatch):
+    teacher = Asked(hold=True)
+    model = converted(Net(seed=1), teacher)
+    loop = iter(model.prefetch([x for x, _ in batches(3)]))
+    x = next(loop)
+    model(x)
+    child = os.getpid() + 1
+    monkeypatch.setattr(os, "getpid", lambda: child)  # a real one could not use torch's threads
+    with pytest.raises(FeatureMismatchError, match="before this process was forked; forward the batch again"):
+        model.compute_kd_loss()
+    teacher.hold = False
+    model(x)
+    assert model.compute_kd_loss().item() == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
+    train(model, loop)
+    assert not teacher.futures[0].cancelled()
+
+
+def cyclic(loop):
+    """Leave the loop to the garbage collector."""
+    held = [loop]
+    held.append(held)
+
+
+def test_the_collector_ends_a_loop_in_a_thread_that_holds_a_lock():
+    gate = threading.Event()
+
+    class Gated(Net):
+        def forward(self, x):
+            assert gate.wait(20)
+            return super().forward(x)
+
+    with serve(Gated(32)) as server, sh.connect(server.url) as teacher:
+        model = converted(Net(seed=1), teacher)
+        loop = iter(model.prefetch(batches(3)))
+        next(loop)
+        (session,) = teacher.open_sessions()
+        cyclic(loop)
+        del loop
+
+        def collect():
+            with session._lock:  # as when it runs in the middle of the session's work
+                gc.collect()
+
+        thread = threading.Thread(target=collect, daemon=True)
+        thread.start()
+        thread.join(10)
+        stuck = thread.is_alive()
+        gate.set()
+        assert not stuck
+        model(torch.ones(2, 8))
+        model.compute_kd_loss()
+
+
+def test_the_collector_ends_a_loop_while_a_forward_looks_for_its_batch(monkeypatch):
+    model = converted(Net(seed=1), Asked())
+    loop = iter(model.prefetch(batches(4)))
+    next(loop)
+    next(loop)
+    cyclic(loop)
+    del loop
+    same_as = Inputs.same_as
+    monkeypatch.setattr(Inputs, "same_as", lambda self, other: (gc.collect() and False) or same_as(self, other))
+    model(torch.ones(2, 8))
+    model.compute_kd_loss()
