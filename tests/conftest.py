@@ -48,7 +48,12 @@ def teach(request):
 def segments(monkeypatch):
     """The segments of shared memory that replicas of this process make."""
     made, create = [], shared_memory.create
-    monkeypatch.setattr(shared_memory, "create", lambda *args: made.append(create(*args)) or made[-1])
+
+    def remembered(*args, **kwargs):
+        made.append(create(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(shared_memory, "create", remembered)
     return made
 
 

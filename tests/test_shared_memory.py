@@ -125,8 +125,8 @@ OFFERS = [
 def test_an_offer_that_cannot_be_taken_leaves_the_stream(change, segments, monkeypatch):
     made = shared_memory.create
 
-    def create(*args):
-        segment = made(*args)
+    def create(*args, **kwargs):
+        segment = made(*args, **kwargs)
         offer = teacher_pb2.SharedMemory.FromString(segment.offer.SerializeToString())
         change(offer)
         segment.offer = offer

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("no_segments")
 @pytest.fixture
 def pair():
     """A replica's segment of 4 MiB of replies, and a client's mapping of it."""
-    theirs = shared_memory.create(4 * MIB, Outbox())
-    return theirs, shared_memory.attach(theirs.offer, Outbox())
+    theirs = shared_memory.create(4 * MIB, Outbox(), checksums=True)
+    return theirs, shared_memory.attach(theirs.offer, Outbox(), checksums=True)
 
 
 # The allocator.
@@ -151,11 +151,49 @@ def test_what_a_client_changes_later_was_not_what_was_checked(pair):
 
 def test_a_request_can_be_sent_again_elsewhere(pair):
     outgoing = framing.Outgoing([torch.randn(100_000)], limits=Limits(), snapshot=True)
-    others = shared_memory.create(4 * MIB, Outbox())
+    others = shared_memory.create(4 * MIB, Outbox(), checksums=True)
     first = sent_through(outgoing, pair[1])
-    second = sent_through(outgoing, shared_memory.attach(others.offer, Outbox()))
+    second = sent_through(outgoing, shared_memory.attach(others.offer, Outbox(), checksums=True))
     for payload, receiver in ((first, pair[0]), (second, others)):
         assert framing.Incoming(outgoing.header, payload, Limits(), receiver).digest == outgoing.digest
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_large_payloads_arrive_whole(checksums):
+    for sizes in ((5_000_001, 3), (17, 9_000_000), (20 * MIB + 5,)):
+        theirs = shared_memory.create(64 * MIB, Outbox(), checksums=checksums)
+        ours = shared_memory.attach(theirs.offer, Outbox(), checksums=checksums)
+        values = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+        outgoing = framing.Outgoing(values, limits=Limits(), snapshot=False)
+        payload = sent_through(outgoing, theirs)
+        given = framing.Incoming(outgoing.header, payload, Limits(), ours).value()
+        assert all(map(torch.equal, given, values))
+        other = framing.Outgoing([value ^ 1 for value in values], limits=Limits(), snapshot=False)
+        mixed = sent_through(other, theirs)
+        mixed.digest = payload.digest  # a block of another reply
+        with pytest.raises(errors.CorruptPayloadError):
+            framing.Incoming(outgoing.header, mixed, Limits(), ours)
+
+
+def test_without_checksums_a_reply_is_checked_in_spots():
+    theirs = shared_memory.create(4 * MIB, Outbox(), checksums=False)
+    ours = shared_memory.attach(theirs.offer, Outbox(), checksums=False)
+    values = [torch.randint(0, 256, (200_000,), dtype=torch.uint8)]
+    outgoing = framing.Outgoing(values, limits=Limits(), snapshot=False)
+    for at, seen in ((0, True), (1023, True), (1024, False), (65535, False), (65536, True), (199_999, False)):
+        payload = sent_through(outgoing, theirs)
+        theirs._view[payload.shared.offset + at] ^= 1
+        if seen:
+            with pytest.raises(errors.CorruptPayloadError):
+                framing.Incoming(outgoing.header, payload, Limits(), ours)
+        else:
+            assert not torch.equal(framing.Incoming(outgoing.header, payload, Limits(), ours).value()[0], values[0])
+        gc.collect()
+        theirs.free(ours.released()[0])
+    request = sent_through(outgoing, ours)  # what the replica works on is checked whole
+    ours._view[request.shared.offset + 199_999] ^= 1
+    with pytest.raises(errors.CorruptPayloadError):
+        framing.Incoming(outgoing.header, request, Limits(), theirs)
 
 
 def test_corrupt_bytes_are_refused_and_their_block_given_back(pair):
@@ -169,10 +207,11 @@ def test_corrupt_bytes_are_refused_and_their_block_given_back(pair):
     assert ours.released() == [payload.shared.offset]
 
 
-def test_what_is_not_wanted_any_more_gives_its_block_back():
+def test_what_is_not_wanted_any_more_gives_its_block_back(monkeypatch):
+    monkeypatch.setattr(framing, "_TURN_BYTES", 2 << 20)
     outgoing = framing.Outgoing([torch.randn(1_500_000)], limits=Limits(), snapshot=False)
     for pauses in range(4):  # three turns of 2 MiB
-        segment = shared_memory.create(8 * MIB, Outbox())
+        segment = shared_memory.create(8 * MIB, Outbox(), checksums=True)
         wanted = iter([True] * pauses + [False])
         list(outgoing.messages(1, lambda payload: payload, segment, wanted.__next__))
         assert not segment._blocks._taken
@@ -186,7 +225,7 @@ def test_neither_side_can_cut_the_memory_short(pair):
     os.close(fd)
     pair[0].withdraw()
     with pytest.raises(OSError, match=r"No such file|not the replica"):
-        shared_memory.attach(pair[0].offer, Outbox())
+        shared_memory.attach(pair[0].offer, Outbox(), checksums=True)
 
 
 def test_a_client_that_lies_harms_only_itself(segments):

@@ -14,6 +14,7 @@ def connect(
     connect_timeout_s: float = 10.0,
     max_pending: int = 1024,
     shared_memory: bool = True,
+    checksums: bool = False,
     head_folder: str | Path | None = default_cache_folder(),
 ) -> RemoteTeacher:
     """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
@@ -29,6 +30,8 @@ def connect(
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
         shared_memory: take features from replicas of this machine and user through shared memory; `describe()` says
             whether it is so. A process that is forked from this one must clone those that it keeps.
+        checksums: check every byte that comes through shared memory too, as those of the stream always are, at a third
+            of the speed; otherwise the first KiB of each 64 KiB.
         head_folder: where teachers' heads are kept, by revision, for `encodings.hidden`; None: in memory alone.
 
     Raises:
@@ -42,6 +45,7 @@ def connect(
         connect_timeout_s=connect_timeout_s,
         max_pending=max_pending,
         shared_memory=shared_memory,
+        checksums=checksums,
         head_folder=head_folder,
     )
     teacher.facts()

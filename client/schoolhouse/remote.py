@@ -12,7 +12,6 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.limits import Limits
 
-from schoolhouse import at_exit, discovery, settings
+from schoolhouse import at_exit, discovery
 from schoolhouse.errors import (
     ConfigError,
     RevisionChangedError,
@@ -33,6 +32,7 @@ from schoolhouse.errors import (
 from schoolhouse.fetched_heads import FetchedHeads
 from schoolhouse.heads import Head
 from schoolhouse.session import Request, Session, Traffic
+from schoolhouse.settings import Settings
 from schoolhouse.taps import Tap, TapLike, check_modules
 from schoolhouse.teachers import Features, TeacherDescription
 from schoolhouse.wanted import Wanted
@@ -45,28 +45,11 @@ _REFRESH_TIMEOUT_S = 2.0
 class RemoteTeacher:
     """A teacher behind gRPC. It connects at the first use and again in a process that was forked from this one."""
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        job: str = "",
-        timeout_s: float = 60.0,
-        connect_timeout_s: float = 10.0,
-        max_pending: int = 1024,
-        shared_memory: bool = True,
-        head_folder: str | Path | None = None,
-    ) -> None:
+    def __init__(self, url: str, **settings: Any) -> None:
+        """Without connecting; the settings are those of `connect`."""
         self.url = url
         self._target, self._name = discovery.parse(url)
-        self._settings: dict[str, Any] = {
-            "job": job,
-            "timeout_s": timeout_s,
-            "connect_timeout_s": connect_timeout_s,
-            "max_pending": max_pending,
-            "shared_memory": shared_memory,
-            "head_folder": head_folder,
-        }
-        settings.check(self._settings)
+        self._settings = Settings(**settings)
         self._closed = False
         self._pinned = ""  # the revision that it began with, also in a copy and after a fork
         self._reset()
@@ -82,7 +65,7 @@ class RemoteTeacher:
         self._description: TeacherDescription | None = None
         self._modules: dict[str, None] = {}
         self._known_taps: dict[tuple[TapLike, ...], Wanted] = {}
-        self._heads = FetchedHeads(self._settings["head_folder"], functools.partial(_ask, weakref.ref(self)))
+        self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
         self._request_limits = _LIMITS
         self._outstanding: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
@@ -117,7 +100,7 @@ class RemoteTeacher:
         """What `describe` says of the teacher itself; asked once, and its revision is what every reply must be of."""
         with self._lock:
             if self._description is None:
-                timeout_s = self._settings["connect_timeout_s"]
+                timeout_s = self._settings.connect_timeout_s
                 self._refresh(timeout_s)
                 found, self._request_limits = discovery.describe(self._addresses, self._name, timeout_s)
                 self._check_revision(found.revision, self._target, self._pinned or found.revision)
@@ -170,7 +153,7 @@ class RemoteTeacher:
         self, inputs: Any, wanted: Wanted, heads: Mapping[Tap, Head], limits: Limits = _LIMITS
     ) -> "Future[Features]":
         outgoing = framing.Outgoing(inputs, limits=self._request_limits, snapshot=True)
-        deadline = time.monotonic() + self._settings["timeout_s"]
+        deadline = time.monotonic() + self._settings.timeout_s
         request = Request(outgoing, wanted, self.facts().revision, deadline, heads, limits)
         self._watch(request)
         try:
@@ -210,7 +193,7 @@ class RemoteTeacher:
         """Hold the request to its deadline, and take it off when it is done."""
         request_id = next(self._ids)
         with self._wake:
-            if len(self._outstanding) >= self._settings["max_pending"]:
+            if len(self._outstanding) >= self._settings.max_pending:
                 raise TeacherBusyError(
                     f"{len(self._outstanding)} requests are without an answer, as many as max_pending allows"
                 )
@@ -254,7 +237,7 @@ class RemoteTeacher:
         self._cancel(request)
         request.fail(
             TeacherTimeoutError(
-                f"the teacher did not answer within {self._settings['timeout_s']} s and was told to stop; "
+                f"the teacher did not answer within {self._settings.timeout_s} s and was told to stop; "
                 "raise timeout_s in connect(), or add replicas"
             )
         )
@@ -276,11 +259,11 @@ class RemoteTeacher:
     def _pick(self, request: Request) -> str:
         candidates = self._untried(request)
         if not candidates:
-            self._refresh(self._settings["connect_timeout_s"])
+            self._refresh(self._settings.connect_timeout_s)
             candidates = self._untried(request)
         elif self._stale:  # a replica was lost; others are at hand, so the directory may be away without harm
             with contextlib.suppress(TeacherUnavailableError):
-                self._refresh(min(_REFRESH_TIMEOUT_S, self._settings["connect_timeout_s"]))
+                self._refresh(min(_REFRESH_TIMEOUT_S, self._settings.connect_timeout_s))
                 candidates = self._untried(request) or candidates
         if not candidates:
             raise TeacherUnavailableError(f"no replica of {self._name!r} is left to ask at {self._target}")
@@ -301,12 +284,13 @@ class RemoteTeacher:
         session = Session(
             address,
             self._name,
-            job=self._settings["job"],
-            shared_memory=self._settings["shared_memory"],
+            job=self._settings.job,
+            shared_memory=self._settings.shared_memory,
+            checksums=self._settings.checksums,
             on_loss=functools.partial(_on_loss, weakref.ref(self)),
             clock=time.monotonic,
         )
-        opened = session.open(self._settings["connect_timeout_s"])
+        opened = session.open(self._settings.connect_timeout_s)
         try:
             self._check_revision(opened.revision, address, revision)
         except RevisionChangedError:
@@ -349,8 +333,8 @@ def _gone(error: SchoolhouseError) -> SchoolhouseError:
     return TeacherUnavailableError(f"the replica that held the request is gone, and no other could take it: {error}")
 
 
-def _rebuild(url: str, settings: dict[str, Any], pinned: str) -> RemoteTeacher:
-    teacher = RemoteTeacher(url, **settings)
+def _rebuild(url: str, settings: Settings, pinned: str) -> RemoteTeacher:
+    teacher = RemoteTeacher(url, **vars(settings))
     teacher._pinned = pinned
     return teacher
 

@@ -80,6 +80,7 @@ class Session:
         *,
         job: str,
         shared_memory: bool,
+        checksums: bool,
         on_loss: Callable[["Session", list[Request], SchoolhouseError], None],
         clock: Callable[[], float],
     ) -> None:
@@ -89,7 +90,7 @@ class Session:
         self._overflowed = 0  # replies that found no room in shared memory
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
-            protocol=channel.PROTOCOL, teacher=teacher, job=job, shared_memory=shared_memory
+            protocol=channel.PROTOCOL, teacher=teacher, job=job, shared_memory=shared_memory, checksums=checksums
         )
         self._on_loss = on_loss
         self._clock = clock
@@ -276,7 +277,9 @@ class Session:
             self._transport = "stream: the replica offers no shared memory"
             return
         try:
-            self._segment = shared_memory.attach(opened.shared_memory, self._outbox)
+            self._segment = shared_memory.attach(
+                opened.shared_memory, self._outbox, checksums=self._open_message.checksums
+            )
             self._transport = "shared memory"
         except OSError as err:
             reason = err.strerror or err

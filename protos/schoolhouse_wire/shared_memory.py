@@ -11,8 +11,10 @@ import errno
 import fcntl
 import mmap
 import os
+import queue
 import secrets
 import stat
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -28,6 +30,8 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 _NONCE_BYTES = 32
 _PIECE_BYTES = 256 << 10  # stays in a core's cache from the copy to the checksum
+_SPLIT_BYTES = 2 << 20  # where a second thread is worth waking
+_SPOTS_EVERY_BYTES, _SPOT_BYTES = 64 << 10, 1 << 10
 _LARGE_PARTS = 64  # a block that is at least this part of its region is given back at once
 _MANY_BLOCKS = 16
 _KEPT_BYTES = 512 << 20  # of a region; free memory beyond goes back to the system
@@ -42,10 +46,13 @@ class Segment:
     It is unmapped once neither a session nor a tensor needs it any more.
     """
 
+    sends_checksums = receives_checksums = True  # of all bytes; otherwise of spots
+
     def __init__(
         self, pages: mmap.mmap, message: type[_Message], outbox: Outbox[Message | bytes], *, own: range, peers: range
     ) -> None:
         self._pages = pages
+        self._copier = _Copier()
         self._view = memoryview(pages)
         self._own, self._peers = own, peers
         self._blocks = Blocks(own.start, own.stop)
@@ -73,6 +80,16 @@ class Segment:
             piece = place[at : at + _PIECE_BYTES]
             ctypes.memmove(to + at, source + at, piece.nbytes)
             digest.update(piece)
+
+    def copy(self, offset: int, data: memoryview) -> None:
+        """Copy `data`, which must be writable, to there."""
+        place = self._view[offset : offset + data.nbytes]
+        assert place.nbytes == data.nbytes
+        self._copier.copy(_address_of(place), _address_of(data), data.nbytes)
+
+    def spots(self, digest: Any, offset: int, nbytes: int) -> Any:
+        """Add to `digest` what tells a block from others, in a fraction of the time that all of its bytes take."""
+        return add_spots(digest, self._view[offset : offset + nbytes])
 
     def receive(self, block: teacher_pb2.Block, nbytes: int) -> Any:
         """A writable buffer with the bytes of a block of the peer's.
@@ -115,10 +132,48 @@ class Segment:
             )
 
 
+def add_spots(digest: Any, data: memoryview) -> Any:
+    """Add the first KiB of each 64 KiB to `digest`."""
+    for at in range(0, data.nbytes, _SPOTS_EVERY_BYTES):
+        digest.update(data[at : at + _SPOT_BYTES])
+    return digest
+
+
+class _Copier:
+    """Copies with a second thread, from a size on: one core moves about half of what two do."""
+
+    def __init__(self) -> None:
+        self._halves: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """Copy bytes from one address to another; one thread at a time."""
+        half = nbytes // 2 if nbytes >= _SPLIT_BYTES else 0
+        if half:
+            if self._thread is None:
+                self._thread = threading.Thread(target=_copy_halves, args=(self._halves, self._done), daemon=True)
+                self._thread.start()
+                weakref.finalize(self, self._halves.put, None).atexit = False
+            self._halves.put((to, source, half))
+        ctypes.memmove(to + half, source + half, nbytes - half)
+        if half:
+            self._done.get()
+
+
+def _copy_halves(halves: Any, done: Any) -> None:
+    while (half := halves.get()) is not None:
+        ctypes.memmove(*half)
+        done.put(None)
+
+
 class ReplicaSegment(Segment):
     """The side that made it. What it receives it copies, so that a client cannot change what was checked."""
 
-    def __init__(self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes]) -> None:
+    def __init__(
+        self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool
+    ) -> None:
+        self.sends_checksums = checksums
         self.withdraw = weakref.finalize(self, os.close, offer.fd)
         self.offer = offer
         pages[: len(offer.nonce)] = offer.nonce
@@ -134,8 +189,10 @@ class ReplicaSegment(Segment):
         return buffer
 
 
-def create(replies_bytes: int, outbox: Outbox[Message | bytes]) -> ReplicaSegment:
+def create(replies_bytes: int, outbox: Outbox[Message | bytes], *, checksums: bool) -> ReplicaSegment:
     """A segment for up to that many bytes of replies at once, and a quarter of it for requests.
+
+    `checksums` says whether replies carry them, or spot checks; requests always do.
 
     The system provides its memory as it is first used. It can be opened by others until `withdraw()`.
 
@@ -157,7 +214,7 @@ def create(replies_bytes: int, outbox: Outbox[Message | bytes]) -> ReplicaSegmen
     try:
         os.ftruncate(fd, offer.nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return ReplicaSegment(mmap.mmap(fd, offer.nbytes), offer, outbox)
+        return ReplicaSegment(mmap.mmap(fd, offer.nbytes), offer, outbox, checksums=checksums)
     except OSError:
         os.close(fd)
         raise
@@ -166,7 +223,10 @@ def create(replies_bytes: int, outbox: Outbox[Message | bytes]) -> ReplicaSegmen
 class ClientSegment(Segment):
     """The side that attached it. What it receives it lends: a block is the client's until no tensor views it."""
 
-    def __init__(self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes]) -> None:
+    def __init__(
+        self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool
+    ) -> None:
+        self.receives_checksums = checksums
         requests, replies = range(offer.requests_at, offer.replies_at), range(offer.replies_at, offer.nbytes)
         super().__init__(pages, teacher_pb2.ClientMessage, outbox, own=requests, peers=replies)
         self._pid = os.getpid()
@@ -210,8 +270,10 @@ class ClientSegment(Segment):
             self.done(block)
 
 
-def attach(offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes]) -> ClientSegment:
+def attach(offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool) -> ClientSegment:
     """Map the segment that a replica offers; what is done with is released through `outbox`.
+
+    `checksums` are as the session was opened with.
 
     Raises:
         OSError: it cannot be opened, or what stands there is another thing; the message says why.
@@ -228,7 +290,7 @@ def attach(offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes]) -> 
         os.close(fd)
     if pages[: len(offer.nonce)] != offer.nonce:
         raise OSError(f"{path} here is not the replica's memory")
-    return ClientSegment(pages, offer, outbox)
+    return ClientSegment(pages, offer, outbox, checksums=checksums)
 
 
 def _is_offered(fd: int, offer: teacher_pb2.SharedMemory) -> bool:

@@ -174,7 +174,9 @@ class ServerSession:
         )
         if message.shared_memory and self._shared_memory_bytes and self._offered is None:
             with contextlib.suppress(OSError):  # this system has none: the stream does
-                self._offered = shared_memory.create(self._shared_memory_bytes, self.outbox)
+                self._offered = shared_memory.create(
+                    self._shared_memory_bytes, self.outbox, checksums=message.checksums
+                )
                 opened.shared_memory.CopyFrom(self._offered.offer)
         self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
 

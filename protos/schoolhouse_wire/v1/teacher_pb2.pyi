@@ -69,16 +69,18 @@ class ServerMessage(_message.Message):
     def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "teacher", "job", "shared_memory")
+    __slots__ = ("protocol", "teacher", "job", "shared_memory", "checksums")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     teacher: str
     job: str
     shared_memory: bool
-    def __init__(self, protocol: _Optional[int] = ..., teacher: _Optional[str] = ..., job: _Optional[str] = ..., shared_memory: _Optional[bool] = ...) -> None: ...
+    checksums: bool
+    def __init__(self, protocol: _Optional[int] = ..., teacher: _Optional[str] = ..., job: _Optional[str] = ..., shared_memory: _Optional[bool] = ..., checksums: _Optional[bool] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("revision", "max_in_flight", "max_request_bytes", "shared_memory")
