@@ -27,7 +27,7 @@ _REQUEST_TAG, _OFFSET_TAG, _DIGEST_TAG, _DATA_TAG = 0x08, 0x10, 0x1A, 0x7A
 _NO_PAYLOAD = teacher_pb2.Payload()
 _CORRUPT = "a payload arrived whose checksum does not match its bytes"
 _PADDING = memoryview(bytearray(ALIGNMENT))  # writable, as an address is taken of no other
-_TURN_BYTES = 8 << 20  # copied before another reply has its turn
+_TURN_BYTES = 16 << 20  # copied before another reply has its turn
 
 
 @dataclass(frozen=True)
