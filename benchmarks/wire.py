@@ -3,8 +3,8 @@ byte stream, a bare TCP socket and Ray Serve's gRPC ingress with `@serve.batch`,
 
 Each server runs in a process of its own on loopback; all of them move the same bytes. Ours come out of the replica's
 feature cache, so that it is the wire which is measured, and not a forward or a copy of what a module keeps. Raw gRPC
-and TCP receive into a kept buffer and do not look at it. Ours checks each byte that came over the stream; through shared
-memory it looks at one KiB in 64, and its tensors lie where the replica put them.
+and TCP receive into a kept buffer and do not look at it. Ours checks each byte that came over the stream; through
+shared memory it looks at one KiB in 64, and its tensors lie where the replica put them.
 `python benchmarks/wire.py --json`
 """
 

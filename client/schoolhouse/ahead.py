@@ -1,6 +1,7 @@
 """Batches that the teacher was asked for ahead of their forwards, and which of them a forward is on."""
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -38,16 +39,15 @@ class Entry:
         answer = self.answer
         return answer is None or self.unanswered or (self.used and not answer.untouched())
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of the inputs."""
         return max(1, sum(tensor.nbytes for tensor in tensors_of(self.call)))
 
     def features_nbytes(self) -> int | None:
         """Bytes of the features, once they are here."""
-        if self.answer is None or not self.answer.future.done() or self.answer.error() is not None:
-            return None
-        return sum(tensor.nbytes for tensor in tensors_of(self.answer.future.result()))
+        answer = self.answer
+        return None if answer is None or not answer.future.done() or answer.error() is not None else answer.nbytes
 
     def held_nbytes(self, features_per_byte: float) -> float:
         """Bytes of the inputs and of the features, which have that many a byte of the inputs if they are to come."""

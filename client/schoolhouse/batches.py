@@ -1,7 +1,7 @@
 """Batches: what of one a forward takes, and whether what a forward got is the batch that the teacher got."""
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -79,11 +79,11 @@ def _same(a: "bytes | torch.Tensor", b: "bytes | torch.Tensor") -> bool:
     return a == b
 
 
-def bound(forward: Callable[..., Any], call: Arguments) -> Inputs:
-    """A call of `forward`, by the names of its parameters, so that `f(x)` and `f(x=x)` are the same."""
+def bound(signature: inspect.Signature, call: Arguments) -> Inputs:
+    """A call of a function by the names of its parameters, so that `f(x)` and `f(x=x)` are the same."""
     try:
-        arguments = inspect.signature(forward).bind(*call, **dict(sorted(call.kwargs.items()))).arguments
-    except (TypeError, ValueError):  # it will say so itself, or has no signature
+        arguments = signature.bind(*call, **dict(sorted(call.kwargs.items()))).arguments
+    except TypeError:  # it will say so itself
         return Inputs(call, call.kwargs)
     return Inputs((), dict(sorted(arguments.items())))
 
@@ -111,8 +111,8 @@ def call_of(made: Any) -> Arguments:
     return Arguments(made if type(made) is tuple else (made,))
 
 
-def taken_by(forward: Callable[..., Any], batch: Any) -> Arguments:
-    """What of a batch `forward` takes: keys that are its parameters, or as many leading items as it needs.
+def taken_by(signature: inspect.Signature, batch: Any) -> Arguments:
+    """What of a batch the student's forward takes: keys that are its parameters, or as many leading items as it needs.
 
     A tensor is the first argument. Of a mapping or a record, such as a named tuple, parameters take what has their
     name. Of a tuple or list, the parameters without a default take the leading items, or the first one if all have one.
@@ -120,7 +120,7 @@ def taken_by(forward: Callable[..., Any], batch: Any) -> Arguments:
     Raises:
         ConfigError: if that cannot be told.
     """
-    parameters = list(inspect.signature(forward).parameters.values())
+    parameters = list(signature.parameters.values())
     record = record_of(batch)
     fields = batch if isinstance(batch, Mapping) else record.fields if record is not None else None
     if fields is not None:

@@ -87,7 +87,7 @@ class _Waits:
 def _call(state: Distillation, inputs: Callable[[Any], Any] | None, batch: Any) -> Arguments:
     """What the forward is called with."""
     if inputs is None:
-        return taken_by(state.student_forward, batch)
+        return taken_by(state.signature, batch)
     try:
         return call_of(inputs(batch))
     except StopIteration as err:  # it would end the loop as if the loader were at its end
@@ -127,7 +127,7 @@ class _Pass(Iterator[Any]):
     def _look_ahead(self) -> None:
         for late in self._ahead.waiting:
             if late.unanswered:
-                late.inputs = bound(self._state.student_forward, late.call)  # as they are now
+                late.inputs = bound(self._state.signature, late.call)  # as they are now
                 self._ahead.ask(late)
         while self._batches is not None and self._ahead.has_room():
             try:
@@ -143,7 +143,7 @@ class _Pass(Iterator[Any]):
 
     def _entry(self, batch: Any) -> Entry:
         call = self._call(batch)
-        inputs = bound(self._state.student_forward, call)
+        inputs = bound(self._state.signature, call)
         if inputs.unknown is not None:
             raise ConfigError(
                 f"the forward takes a {inputs.unknown.__name__} of the batch, and whether one was written into after "

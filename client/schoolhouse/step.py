@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -59,11 +60,16 @@ class Answer:
         if any(output and version_of(tensor) != version for tensor, version, output in self._versions):
             raise FeatureMismatchError(
                 "the teacher's features were written into after its forward, and are no longer those of this batch: "
-                "have its modules return a clone of memory that they use again"
+                "a loss or hook that changes them in place must work on a clone"
             )
         if not self._versions:
             self._watch(features)
         return features
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of the features, which are here."""
+        return sum(tensor.nbytes for tensor in tensors_of(self.future.result()))
 
     @property
     def lost(self) -> bool:
@@ -126,16 +132,24 @@ class Distillation:
     lock: Any = field(default_factory=threading.RLock)  # held while a forward runs, or the state is read or loaded
     running: int | None = None  # the thread whose forward runs
     depth: int = 0  # of forwards within one another
+    known_signature: inspect.Signature | None = None
     ahead: "list[Ahead]" = field(default_factory=list)  # of loops over `prefetch`, the innermost last
     features_per_byte: float | None = None  # bytes of features a byte of inputs, the most so far
 
     @property
-    def student_forward(self) -> Callable[..., Any]:
-        """The student's own forward, by its parameters."""
-        return self.own_forward or functools.partial(self.original_cls.forward, None)
+    def signature(self) -> inspect.Signature:
+        """Of the student's own forward; one that does not say takes anything."""
+        if self.known_signature is None:
+            forward = self.own_forward or functools.partial(self.original_cls.forward, None)
+            try:
+                self.known_signature = inspect.signature(forward)
+            except (TypeError, ValueError):
+                self.known_signature = inspect.signature(lambda *args, **kwargs: None)
+        return self.known_signature
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = dict.fromkeys(("step", "alone", "recording", "ended", "recomputing", "running"))
+        names = ("step", "alone", "recording", "ended", "recomputing", "running", "known_signature")
+        transient = dict.fromkeys(names)
         now = {**self.__dict__, **transient, "depth": 0, "ahead": []}
         return {name: value for name, value in now.items() if name != "lock"}
 
@@ -209,7 +223,7 @@ class Distillation:
         if not loops:
             return None, None
         call = Arguments(args, kwargs)
-        given = bound(self.student_forward, call)
+        given = bound(self.signature, call)
         for ahead in reversed(loops):
             if (answer := ahead.find(given, call)) is not None:
                 return ahead, answer
