@@ -1,6 +1,6 @@
 """Bytes a token, errors and client memory of every encoding of a language model's logits.
 
-The teacher is the real SmolLM2-135M in float32, behind a replica of its own process; the text is this project's prose;
+The teacher is the real SmolLM2-135M in float32, behind a replica of its own process; the text is the licence;
 the student is the same model with a third of its layers left out. Each encoding is used by a client process of its own:
 it gets the features, and computes KL(teacher || student) and its gradient with respect to the student's logits. Errors
 are relative to the same in float64 from the plain logits. `peak_client_mb` is what the process takes at most beyond the

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_ROOT = Path(__file__).parents[1]
+_LICENCE = Path(__file__).parents[1] / "LICENSE"
 
 
 def _folder() -> Path:
@@ -29,10 +29,9 @@ def load_model() -> Any:
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:
-    """Token ids `[rows, length]` of this project's own prose."""
+    """Token ids `[rows, length]` of the licence, which stays as it is."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(_folder(), gguf_file=_FILE)
-    text = "\n".join((_ROOT / name).read_text() for name in ("README.md", "docs/from-modelopt.md", "LICENSE"))
-    ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
+    ids: torch.Tensor = tokenizer(_LICENCE.read_text(), return_tensors="pt").input_ids[0]
     return ids[: rows * length].reshape(rows, length)
