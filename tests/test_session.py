@@ -18,7 +18,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from models import Net
-from schoolhouse import errors
+from schoolhouse import encodings, errors
 from schoolhouse_server import serve
 from schoolhouse_wire import channel, framing
 from schoolhouse_wire.limits import Limits
@@ -76,6 +76,41 @@ def test_more_than_max_pending_is_refused():
             teacher.submit((torch.ones(1),), {}, [""])
         gate.opened.set()
         assert [future.result(10)[""].item() for future in futures] == [2, 2, 2]
+
+
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.opened, self.fc = threading.Event(), nn.Linear(3, 2)
+
+    def forward(self, x):
+        assert self.opened.wait(30)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("timeout_s", [0.2, 20.0])
+def test_a_callback_that_would_wait_for_its_own_thread_is_refused(timeout_s):
+    late, x, ended = Late(), torch.ones(1, 3), queue.Queue[object]()
+    wish = {"fc": encodings.hidden("fc")}
+
+    def submit(_future=None):
+        try:
+            ended.put(teacher.submit((x,), {}, ["fc"], encodings=wish))
+        except errors.ConfigError as err:
+            ended.put(err)
+
+    with serve(late) as server, sh.connect(server.url, timeout_s=timeout_s, head_folder=None) as teacher:
+        future = teacher.submit((x,), {}, ["fc"])
+        future.add_done_callback(submit)
+        if timeout_s > 1:
+            late.opened.set()
+        with pytest.raises(errors.ConfigError, match="the head 'fc' is not here yet, and a callback of a future"):
+            raise ended.get(timeout=10)  # at once, and not after timeout_s
+        late.opened.set()
+        submit()
+        assert ended.get(timeout=10).result(10)["fc"].shape == (1, 2)
+        teacher.submit((x,), {}, ["fc"]).add_done_callback(submit)
+        assert ended.get(timeout=10).result(10)["fc"].shape == (1, 2)  # the head is here by now
 
 
 def test_inputs_may_be_changed_after_submit():

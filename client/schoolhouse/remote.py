@@ -130,7 +130,8 @@ class RemoteTeacher:
 
         Raises:
             UnknownTapError: before anything is sent.
-            ConfigError: for encodings of other taps, or positions that are missing or not needed.
+            ConfigError: for encodings of other taps, or positions that are missing or not needed; and where a callback
+                of a future is the first to need a head.
             UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
             TeacherBusyError: `max_pending` requests are without an answer already.
         """
@@ -188,6 +189,11 @@ class RemoteTeacher:
         """
         self._closed = True
         _shut(self._pid, self._sessions, self._wake)
+
+    def _answers_here(self) -> bool:
+        """Whether this thread is one that ends requests, so that none would end while it waited."""
+        sessions = self.open_sessions()
+        return threading.current_thread() is self._watchdog or any(session.reads_here for session in sessions)
 
     def _watch(self, request: Request) -> None:
         """Hold the request to its deadline, and take it off when it is done."""
@@ -354,6 +360,11 @@ def _shut(pid: int, sessions: dict[str, Session], wake: threading.Condition) -> 
 def _ask(teacher: "weakref.ref[RemoteTeacher]", inputs: Arguments, wanted: Wanted) -> Features:
     found = teacher()
     assert found is not None
+    if found._answers_here():
+        raise ConfigError(
+            f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
+            "it: answers come in its thread. Submit one such request elsewhere first"
+        )
     return found._send(inputs, wanted, {}, _HEAD_LIMITS).result()
 
 
