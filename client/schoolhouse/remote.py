@@ -259,6 +259,8 @@ class RemoteTeacher:
                 except TeacherUnavailableError:
                     continue  # it is gone; _pick raises when no other is left
                 self._sessions[address] = session
+                if self._closed:  # meanwhile, and it ended only those that there were
+                    session.close()
             if session.send(request):
                 return
 

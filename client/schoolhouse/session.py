@@ -338,7 +338,7 @@ class Session:
         self._received_bytes += incoming.nbytes + len(reply.features)
         try:
             request.resolve(_features(request, reply, incoming))
-        except SchoolhouseError as err:
+        except Exception as err:  # no memory for what was packed, for one: it is this request's alone
             request.fail(err)
         self._pump()  # after the answer is delivered: who waits for it goes on meanwhile
 
