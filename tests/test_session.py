@@ -18,7 +18,8 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from models import Net
-from schoolhouse import errors
+from schoolhouse import encodings, errors
+from schoolhouse.session import Session
 from schoolhouse_server import serve
 from schoolhouse_wire import channel, framing
 from schoolhouse_wire.limits import Limits
@@ -76,6 +77,79 @@ def test_more_than_max_pending_is_refused():
             teacher.submit((torch.ones(1),), {}, [""])
         gate.opened.set()
         assert [future.result(10)[""].item() for future in futures] == [2, 2, 2]
+
+
+class Late(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.opened, self.fc = threading.Event(), nn.Linear(3, 2)
+
+    def forward(self, x):
+        assert self.opened.wait(30)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("timeout_s", [0.2, 20.0])
+def test_a_callback_that_would_wait_for_its_own_thread_is_refused(timeout_s):
+    late, x, ended = Late(), torch.ones(1, 3), queue.Queue[object]()
+    wish = {"fc": encodings.hidden("fc")}
+
+    def submit(_future=None):
+        try:
+            ended.put(teacher.submit((x,), {}, ["fc"], encodings=wish))
+        except errors.ConfigError as err:
+            ended.put(err)
+
+    with serve(late) as server, sh.connect(server.url, timeout_s=timeout_s, head_folder=None) as teacher:
+        future = teacher.submit((x,), {}, ["fc"])
+        future.add_done_callback(submit)
+        if timeout_s > 1:
+            late.opened.set()
+        with pytest.raises(errors.ConfigError, match="the head 'fc' is not here yet, and a callback of a future"):
+            raise ended.get(timeout=10)  # at once, and not after timeout_s
+        late.opened.set()
+        submit()
+        assert ended.get(timeout=10).result(10)["fc"].shape == (1, 2)
+        teacher.submit((x,), {}, ["fc"]).add_done_callback(submit)
+        assert ended.get(timeout=10).result(10)["fc"].shape == (1, 2)  # the head is here by now
+
+
+def test_features_for_which_there_is_no_memory_fail_at_once_and_alone(monkeypatch):
+    def full(*_args):
+        raise MemoryError
+
+    with serve(nn.Identity()) as server, sh.connect(server.url) as teacher:
+        with monkeypatch.context() as patch:
+            patch.setattr("schoolhouse.session.decoded", full)
+            with pytest.raises(MemoryError):
+                teacher.submit((torch.ones(1),), {}, [""]).result(10)
+        [session] = teacher.open_sessions()
+        assert teacher.submit((torch.ones(1),), {}, [""]).result(10)[""].item() == 1
+        assert teacher.open_sessions() == [session]
+
+
+def test_a_session_that_opens_while_the_teacher_is_closed_ends(monkeypatch):
+    opening, closed, original = threading.Event(), threading.Event(), Session.open
+
+    def slow(session, timeout_s):
+        opening.set()
+        assert closed.wait(10)
+        return original(session, timeout_s)
+
+    with serve(nn.Identity()) as server, ThreadPoolExecutor(1) as pool:
+        teacher = sh.connect(server.url, timeout_s=5)
+        monkeypatch.setattr(Session, "open", slow)
+        submitted = pool.submit(teacher.submit, (torch.ones(1),), {}, [""])
+        assert opening.wait(10)
+        teacher.close()
+        closed.set()
+        with pytest.raises(errors.TeacherUnavailableError):
+            submitted.result(10).result(10)
+        for _ in range(100):
+            if not teacher.open_sessions():
+                break
+            time.sleep(0.05)
+        assert teacher.open_sessions() == []
 
 
 def test_inputs_may_be_changed_after_submit():

@@ -175,6 +175,25 @@ def test_large_payloads_arrive_whole(checksums):
             framing.Incoming(outgoing.header, mixed, Limits(), ours)
 
 
+def test_without_a_thread_left_one_copies_alone(monkeypatch):
+    theirs = shared_memory.create(16 * MIB, Outbox(), checksums=False)
+    outgoing = framing.Outgoing(
+        [torch.randint(0, 256, (5_000_001,), dtype=torch.uint8)], limits=Limits(), snapshot=False
+    )
+    ours = shared_memory.attach(theirs.offer, Outbox(), checksums=False)
+
+    def refused(_thread):
+        raise RuntimeError("can't start new thread")
+
+    for left in (False, True):
+        with monkeypatch.context() as patch:
+            if not left:
+                patch.setattr(shared_memory.threading.Thread, "start", refused)
+            payload = sent_through(outgoing, theirs)
+        assert torch.equal(framing.Incoming(outgoing.header, payload, Limits(), ours).value()[0], outgoing._tensors[0])
+        assert (theirs._copier._thread is not None) == left
+
+
 def test_without_checksums_a_reply_is_checked_in_spots():
     theirs = shared_memory.create(4 * MIB, Outbox(), checksums=False)
     ours = shared_memory.attach(theirs.offer, Outbox(), checksums=False)

@@ -46,7 +46,7 @@ class RemoteTeacher:
     """A teacher behind gRPC. It connects at the first use and again in a process that was forked from this one."""
 
     def __init__(self, url: str, **settings: Any) -> None:
-        """Without connecting; the settings are those of `connect`."""
+        """Without connecting; the settings are those of `connect`, but without a `head_folder` heads stay in memory."""
         self.url = url
         self._target, self._name = discovery.parse(url)
         self._settings = Settings(**settings)
@@ -130,7 +130,8 @@ class RemoteTeacher:
 
         Raises:
             UnknownTapError: before anything is sent.
-            ConfigError: for encodings of other taps, or positions that are missing or not needed.
+            ConfigError: for encodings of other taps, or positions that are missing or not needed; and where a callback
+                of a future is the first to need a head.
             UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
             TeacherBusyError: `max_pending` requests are without an answer already.
         """
@@ -188,6 +189,11 @@ class RemoteTeacher:
         """
         self._closed = True
         _shut(self._pid, self._sessions, self._wake)
+
+    def _answers_here(self) -> bool:
+        """Whether this thread is one that ends requests, so that none would end while it waited."""
+        sessions = self.open_sessions()
+        return threading.current_thread() is self._watchdog or any(session.reads_here for session in sessions)
 
     def _watch(self, request: Request) -> None:
         """Hold the request to its deadline, and take it off when it is done."""
@@ -253,6 +259,8 @@ class RemoteTeacher:
                 except TeacherUnavailableError:
                     continue  # it is gone; _pick raises when no other is left
                 self._sessions[address] = session
+                if self._closed:  # meanwhile, and it ended only those that there were
+                    session.close()
             if session.send(request):
                 return
 
@@ -354,6 +362,11 @@ def _shut(pid: int, sessions: dict[str, Session], wake: threading.Condition) -> 
 def _ask(teacher: "weakref.ref[RemoteTeacher]", inputs: Arguments, wanted: Wanted) -> Features:
     found = teacher()
     assert found is not None
+    if found._answers_here():
+        raise ConfigError(
+            f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
+            "it: answers come in its thread. Submit one such request elsewhere first"
+        )
     return found._send(inputs, wanted, {}, _HEAD_LIMITS).result()
 
 

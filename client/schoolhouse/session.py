@@ -119,6 +119,11 @@ class Session:
         return len(self._in_flight) + len(self._waiting)
 
     @property
+    def reads_here(self) -> bool:
+        """Whether this thread is the one that receives its answers, as in a callback of a future."""
+        return self._reader is threading.current_thread()
+
+    @property
     def traffic(self) -> Traffic:
         """What the answered requests of this session moved."""
         return Traffic(self._requests, self._sent_bytes, self._received_bytes)
@@ -333,7 +338,7 @@ class Session:
         self._received_bytes += incoming.nbytes + len(reply.features)
         try:
             request.resolve(_features(request, reply, incoming))
-        except SchoolhouseError as err:
+        except Exception as err:  # no memory for what was packed, for one: it is this request's alone
             request.fail(err)
         self._pump()  # after the answer is delivered: who waits for it goes on meanwhile
 

@@ -140,7 +140,10 @@ def add_spots(digest: Any, data: memoryview) -> Any:
 
 
 class _Copier:
-    """Copies with a second thread, from a size on: one core moves about half of what two do."""
+    """Copies with a second thread, from a size on: one core moves about half of what two do.
+
+    Where the system has no thread left, it copies alone.
+    """
 
     def __init__(self) -> None:
         self._halves: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
@@ -149,16 +152,21 @@ class _Copier:
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         """Copy bytes from one address to another; one thread at a time."""
-        half = nbytes // 2 if nbytes >= _SPLIT_BYTES else 0
+        half = nbytes // 2 if nbytes >= _SPLIT_BYTES and self._has_help() else 0
         if half:
-            if self._thread is None:
-                self._thread = threading.Thread(target=_copy_halves, args=(self._halves, self._done), daemon=True)
-                self._thread.start()
-                weakref.finalize(self, self._halves.put, None).atexit = False
             self._halves.put((to, source, half))
         ctypes.memmove(to + half, source + half, nbytes - half)
         if half:
             self._done.get()
+
+    def _has_help(self) -> bool:
+        if self._thread is None:
+            thread = threading.Thread(target=_copy_halves, args=(self._halves, self._done), daemon=True)
+            with contextlib.suppress(RuntimeError):
+                thread.start()
+                self._thread = thread
+                weakref.finalize(self, self._halves.put, None).atexit = False
+        return self._thread is not None
 
 
 def _copy_halves(halves: Any, done: Any) -> None:
