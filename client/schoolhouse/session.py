@@ -321,9 +321,10 @@ class Session:
         try:
             incoming.add(frame.offset, frame.data, frame.digest)
         except SchoolhouseError as err:
-            request = self._in_flight[frame.request_id]
-            self.cancel(request)
-            request.fail(err)
+            request = self._in_flight.get(frame.request_id)
+            if request is not None:  # not cancelled meanwhile
+                self.cancel(request)
+                request.fail(err)
             return
         if incoming.complete:
             self._overflowed += self._segment is not None

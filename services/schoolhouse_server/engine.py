@@ -203,11 +203,12 @@ class Engine:
             inputs, loaded = device.h2d.run(None, device.load, job.inputs)
             values, computed = device.forward.run(loaded, self.teacher.forward, inputs, job.wanted)
             work = _Landing(job, inputs, values, [loaded, computed])
+            at_once = device.is_host and _is_small(values)  # takes less time than handing it over
         except BaseException as err:  # a module may raise anything, and others wait for this thread
             self._end(job, err)
             return
-        if device.is_host and _is_small(values):
-            self._land(work)  # takes less time than handing it over
+        if at_once:
+            self._land(work)
         else:
             self._landing.put(work)
 
