@@ -4,7 +4,7 @@ byte stream, a bare TCP socket and Ray Serve's gRPC ingress with `@serve.batch`,
 Each server runs in a process of its own on loopback; all of them move the same bytes. Ours come out of the replica's
 feature cache, so that it is the wire which is measured, and not a forward or a copy of what a module keeps. Raw gRPC
 and TCP receive into a kept buffer and do not look at it. Ours checks each byte that came over the stream; through
-shared memory it looks at one KiB in 64, and its tensors lie where the replica put them.
+shared memory it looks at one KiB in 64, or at all with checksums, and its tensors lie where the replica put them.
 `python benchmarks/wire.py --json`
 """
 
@@ -204,6 +204,7 @@ def main() -> None:
     tcp_port, _keep_tcp = start(tcp_server)
     with (
         sh.connect(url, shared_memory=False) as streamed,
+        sh.connect(url, checksums=True) as checked,
         sh.connect(url) as shared,
         ray_serve(max(SIZES.values())) as address,
     ):
@@ -211,6 +212,7 @@ def main() -> None:
         peers = {
             "schoolhouse": over_schoolhouse(streamed),
             "schoolhouse_shm": over_schoolhouse(shared),
+            "schoolhouse_shm_checksums": over_schoolhouse(checked),
             "grpc_raw": over_raw(raw_port),
             "tcp": over_tcp(tcp_port),
             "ray_serve": over_ray_serve(address),

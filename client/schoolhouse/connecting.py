@@ -30,8 +30,8 @@ def connect(
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
         shared_memory: take features from replicas of this machine and user through shared memory; `describe()` says
             whether it is so. A process that is forked from this one must clone those that it keeps.
-        checksums: check every byte that comes through shared memory too, as those of the stream always are, at about
-            half the speed; otherwise the first KiB of each 64 KiB.
+        checksums: check every byte that comes through shared memory too, as those of the stream always are, which
+            is slower; otherwise the first KiB of each 64 KiB.
         head_folder: where teachers' heads are kept, by revision, for `encodings.hidden`; None: in memory alone.
 
     Raises:

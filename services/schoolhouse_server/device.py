@@ -64,9 +64,7 @@ class Device:
         found = torch.get_device_module(self._device)
         self.is_host = self._device.type == "cpu"
         self._pins = self._device.type in _PINNING
-        self.kit: Any = (
-            found if self._pins else torch.cpu
-        )  # others have no streams: their work is done at the next copy
+        self.kit: Any = found if self._pins else torch.cpu  # others have no streams
         self.h2d, self.forward, self.encode, self.d2h = (Stage(self) for _ in range(4))
 
     def new_stream(self) -> Any:
