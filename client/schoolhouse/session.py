@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from schoolhouse_wire import channel, framing, memory, shared_memory, status
+from schoolhouse_wire import channel, framing, memory, pipes, shared_memory, status
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.shared_memory import ClientSegment
@@ -96,6 +96,8 @@ class Session:
         self._clock = clock
         self._outbox: Outbox[Message | bytes] = Outbox()
         self._segment: ClientSegment | None = None
+        self._pipes: pipes.Pipes | None = None
+        self._attached: Message | None = None  # after it our messages go through pipes
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
         self._in_flight: dict[int, Request] = {}
@@ -142,7 +144,7 @@ class Session:
             response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
         )
         self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
-        self._call: Any = stub(self._outbox)
+        self._call: Any = stub(self._sent())
         self._reader = threading.Thread(target=self._read, name=f"schoolhouse-session-{self.address}", daemon=True)
         self._reader.start()
         if not self._opened.wait(timeout_s):
@@ -184,6 +186,8 @@ class Session:
     def close(self) -> None:
         """End the stream; what is unanswered goes to `on_loss`."""
         self._outbox.close()
+        if self._pipes is not None:
+            self._pipes.close()
         self._call.cancel()
         self._channel.close()
 
@@ -219,10 +223,29 @@ class Session:
         segment = self._segment
         yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._in_flight)
 
+    def _sent(self) -> Iterator[Message | bytes]:
+        """What goes to the replica over the stream. What goes through pipes is sent meanwhile."""
+        through = None
+        for message in self._outbox:
+            if through is None:
+                yield message
+                through = self._pipes if message is self._attached else None
+            elif not through.send(framing.write_message(message)):
+                return
+
+    def _arrivals(self) -> Iterator[Any]:
+        for message in self._call:
+            yield message
+            if self._pipes is not None:
+                break
+        for data in self._pipes or ():
+            yield framing.read_message(teacher_pb2.ServerMessage, data)
+        yield from self._call  # why it ended
+
     def _read(self) -> None:
         error: SchoolhouseError
         try:
-            for message in self._call:
+            for message in self._arrivals():
                 self._receive(message)
             error = TeacherUnavailableError(f"the teacher at {self.address} ended the session")
         except grpc.RpcError as err:
@@ -289,8 +312,14 @@ class Session:
         except OSError as err:
             reason = err.strerror or err
             self._transport = f"stream: the replica is on another machine or its memory cannot be opened: {reason}"
-        attached = teacher_pb2.Attached(attached=self._segment is not None)
-        self._outbox.put(iter([teacher_pb2.ClientMessage(attached=attached)]))
+        if self._segment is not None:
+            with contextlib.suppress(OSError):
+                self._pipes = pipes.open_offered(opened.shared_memory)
+                if not self._call.add_callback(self._pipes.close):  # it has ended already
+                    self._pipes.close()
+        attached = teacher_pb2.Attached(attached=self._segment is not None, pipes=self._pipes is not None)
+        self._attached = teacher_pb2.ClientMessage(attached=attached)
+        self._outbox.put(iter([self._attached]))
 
     def _on_reply(self, reply: teacher_pb2.Reply) -> None:
         request = self._in_flight.get(reply.request_id)

@@ -4,13 +4,13 @@ from schoolhouse_wire.limits import FRAME_BYTES, Limits
 
 PROTOCOL = 3
 SESSION_METHOD = "/schoolhouse.v1.TeacherService/Session"
-_MAX_MESSAGE = Limits().max_header_bytes + FRAME_BYTES
+MAX_MESSAGE_BYTES = Limits().max_header_bytes + FRAME_BYTES
 _CLIENT_PING_MS = 30_000
 _SERVER_MIN_PING_MS = 10_000  # strictly below the client's interval, or a long forward ends in too_many_pings
 
 _COMMON: list[tuple[str, int | str]] = [
-    ("grpc.max_receive_message_length", _MAX_MESSAGE),
-    ("grpc.max_send_message_length", _MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 

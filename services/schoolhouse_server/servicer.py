@@ -21,7 +21,7 @@ from schoolhouse.errors import (
 )
 from schoolhouse.taps import HEAD
 from schoolhouse.wanted import Wanted
-from schoolhouse_wire import channel, framing, shared_memory, status
+from schoolhouse_wire import channel, framing, pipes, shared_memory, status
 from schoolhouse_wire.codec import Arguments, pack
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
@@ -79,7 +79,7 @@ class Teachers:
         self.sessions += 1
         try:
             session.start()
-            yield from session.outbox
+            yield from session.answers()
             if session.error is not None:
                 status.abort(context, session.error)
         finally:
@@ -112,9 +112,11 @@ class ServerSession:
         self._tickets: dict[int, Ticket] = {}
         self._replying: set[int] = set()  # whose frames are on their way
         self._engine: Engine | None = None
+        self._closed = False
         self._shared_memory_bytes = shared_memory_bytes
-        self._offered: ReplicaSegment | None = None
+        self._offered: tuple[ReplicaSegment, pipes.Offered] | None = None
         self._segment: ReplicaSegment | None = None  # once the client has attached it
+        self._pipes: pipes.Pipes | None = None  # in the place of the stream, once the client uses them
 
     def start(self) -> None:
         """Begin to read."""
@@ -122,13 +124,32 @@ class ServerSession:
 
     def close(self) -> None:
         """Drop what is queued: the client is gone."""
+        self._closed = True
         for ticket in list(self._tickets.values()):
             ticket.cancelled = True
         self.outbox.close()
+        if self._pipes is not None:
+            self._pipes.close()
+
+    def answers(self) -> Iterator[Message | bytes]:
+        """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
+        for message in self.outbox:
+            if self._pipes is None:
+                yield message
+            elif not self._pipes.send(framing.write_message(message)):
+                return
+
+    def _arrivals(self) -> Iterator[Any]:
+        for message in self._messages:
+            yield message
+            if self._pipes is not None:
+                break
+        for data in self._pipes or ():
+            yield framing.read_message(teacher_pb2.ClientMessage, data)
 
     def _read(self) -> None:
         try:
-            for message in self._messages:
+            for message in self._arrivals():
                 self._receive(message)
         except SchoolhouseError as err:
             self.error = err
@@ -138,7 +159,7 @@ class ServerSession:
             if type(err) is not Exception:  # grpc says "the client went away" with a bare one
                 _log.exception("a session failed")
                 self.error = TeacherInternalError("the session failed; the server's log says why")
-        self.close()
+        self.close()  # and with it the pipes
         # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
         self.outbox.clear()
         self._partial.clear()
@@ -174,17 +195,26 @@ class ServerSession:
         )
         if message.shared_memory and self._shared_memory_bytes and self._offered is None:
             with contextlib.suppress(OSError):  # this system has none: the stream does
-                self._offered = shared_memory.create(
-                    self._shared_memory_bytes, self.outbox, checksums=message.checksums
-                )
-                opened.shared_memory.CopyFrom(self._offered.offer)
+                offered_pipes = pipes.Offered()
+                offered = shared_memory.create(self._shared_memory_bytes, self.outbox, checksums=message.checksums)
+                opened.shared_memory.CopyFrom(offered.offer)
+                opened.shared_memory.to_replica_fd = offered_pipes.to_replica_fd
+                opened.shared_memory.to_client_fd = offered_pipes.to_client_fd
+                self._offered = offered, offered_pipes
         self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
 
     def _on_attached(self, message: teacher_pb2.Attached) -> None:
         offered, self._offered = self._offered, None
-        if offered is not None:
-            offered.withdraw()
-            self._segment = offered if message.attached else None
+        if offered is None:
+            return
+        segment, offered_pipes = offered
+        segment.withdraw()
+        offered_pipes.withdraw()
+        if message.attached:
+            self._segment = segment
+            self._pipes = offered_pipes.pipes if message.pipes else None
+        if self._closed and self._pipes is not None:
+            self._pipes.close()
 
     def _free(self, offsets: Iterable[int]) -> None:
         if self._segment is not None:

@@ -95,26 +95,32 @@ class Opened(_message.Message):
     def __init__(self, revision: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
-    __slots__ = ("pid", "fd", "nbytes", "requests_at", "replies_at", "nonce")
+    __slots__ = ("pid", "fd", "nbytes", "requests_at", "replies_at", "nonce", "to_replica_fd", "to_client_fd")
     PID_FIELD_NUMBER: _ClassVar[int]
     FD_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_AT_FIELD_NUMBER: _ClassVar[int]
     REPLIES_AT_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    TO_REPLICA_FD_FIELD_NUMBER: _ClassVar[int]
+    TO_CLIENT_FD_FIELD_NUMBER: _ClassVar[int]
     pid: int
     fd: int
     nbytes: int
     requests_at: int
     replies_at: int
     nonce: bytes
-    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., nbytes: _Optional[int] = ..., requests_at: _Optional[int] = ..., replies_at: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+    to_replica_fd: int
+    to_client_fd: int
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., nbytes: _Optional[int] = ..., requests_at: _Optional[int] = ..., replies_at: _Optional[int] = ..., nonce: _Optional[bytes] = ..., to_replica_fd: _Optional[int] = ..., to_client_fd: _Optional[int] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("attached",)
+    __slots__ = ("attached", "pipes")
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    PIPES_FIELD_NUMBER: _ClassVar[int]
     attached: bool
-    def __init__(self, attached: _Optional[bool] = ...) -> None: ...
+    pipes: bool
+    def __init__(self, attached: _Optional[bool] = ..., pipes: _Optional[bool] = ...) -> None: ...
 
 class Block(_message.Message):
     __slots__ = ("offset", "nbytes")

@@ -1,0 +1,208 @@
+"""Messages through pipes: whole, in order, bounded, and never a hang."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+import schoolhouse as sh
+import torch
+from memfd import soon
+from schoolhouse import errors
+from schoolhouse_server import serve
+from schoolhouse_wire import pipes
+from schoolhouse_wire.channel import MAX_MESSAGE_BYTES
+from schoolhouse_wire.v1 import teacher_pb2
+from stub import Stub
+from torch import nn
+
+SIZES = [0, 1, 3, 4, 100, 65_531, 65_532, 65_533, 65_536, 200_000, 3 << 20, 5, 0, 7]
+
+
+class Filled(nn.Module):
+    def forward(self, size, value):
+        return torch.full((int(size),), int(value), dtype=torch.uint8)
+
+
+def offered():
+    """Both sides of a pair of pipes, as replica and client have them."""
+    made = pipes.Offered()
+    offer = teacher_pb2.SharedMemory(pid=os.getpid(), to_replica_fd=made.to_replica_fd, to_client_fd=made.to_client_fd)
+    client = pipes.open_offered(offer)
+    made.withdraw()
+    return made.pipes, client
+
+
+def fds():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def session_threads():
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith(("schoolhouse-session", "schoolhouse-reader"))]
+
+
+def in_thread(target):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(target()), daemon=True)
+    thread.start()
+    return thread, results
+
+
+@pytest.mark.parametrize("way", ["to_client", "to_replica"])
+def test_messages_arrive_whole_and_in_order_both_ways_at_once(way):
+    replica, client = offered()
+    sender, receiver = (replica, client) if way == "to_client" else (client, replica)
+    messages = [os.urandom(size) for size in SIZES * 3]
+    others = [os.urandom(size) for size in reversed(SIZES)]
+    threads = [
+        in_thread(lambda: all(sender.send(one) for one in messages)),
+        in_thread(lambda: all(receiver.send(one) for one in others)),
+        in_thread(lambda: [next(arrivals) for _ in others] if (arrivals := iter(sender)) else None),
+    ]
+    arrivals = iter(receiver)
+    assert [next(arrivals) for _ in messages] == messages
+    for thread, _ in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert [found for _, [found] in threads] == [True, True, others]
+
+
+def test_a_sender_waits_for_the_reader_and_close_ends_both():
+    replica, client = offered()
+    sender, sent = in_thread(lambda: replica.send(bytes(1 << 20)))
+    reader, read = in_thread(lambda: list(replica))
+    time.sleep(0.2)
+    assert sender.is_alive()
+    assert reader.is_alive()
+    replica.close()
+    sender.join(10)
+    reader.join(10)
+    assert (sent, read) == ([False], [[]])
+    assert not replica.send(b"late")
+    assert list(replica) == []
+    del client
+
+
+def test_when_the_other_side_is_gone_what_it_sent_is_read_and_then_it_ends():
+    replica, client = offered()
+    assert client.send(b"one")
+    assert client.send(b"two")
+    del client
+    assert list(replica) == [b"one", b"two"]
+    assert not replica.send(b"three")
+
+
+def test_a_message_cut_short_by_the_end_is_not_a_message():
+    replica, client = offered()
+    os.write(client._outgoing, (5).to_bytes(4, "little") + b"abc")
+    del client
+    assert list(replica) == []
+
+
+def test_a_length_over_the_limit_is_refused_before_memory_is_taken():
+    replica, client = offered()
+    os.write(client._outgoing, (MAX_MESSAGE_BYTES + 1).to_bytes(4, "little"))
+    with pytest.raises(errors.ProtocolError, match=f"{MAX_MESSAGE_BYTES + 1} bytes.*limit of {MAX_MESSAGE_BYTES}"):
+        next(iter(replica))
+
+
+def test_every_descriptor_is_closed():
+    before = fds()
+    for _ in range(20):
+        replica, client = offered()
+        del replica, client
+    made = pipes.Offered()  # never opened, never withdrawn
+    del made
+    assert soon(lambda: fds() == before), (before, fds())
+
+
+def test_what_is_no_pipe_is_not_opened(tmp_path):
+    made = pipes.Offered()
+    before = fds()
+    with open(tmp_path / "file", "w") as file:
+        for wrong in ({"to_client_fd": file.fileno()}, {"to_replica_fd": file.fileno()}, {"to_replica_fd": 10_000}):
+            good = {"to_replica_fd": made.to_replica_fd, "to_client_fd": made.to_client_fd}
+            with pytest.raises(OSError, match="not the replica|No such file"):
+                pipes.open_offered(teacher_pb2.SharedMemory(pid=os.getpid(), **good | wrong))
+    assert fds() == before
+
+
+def test_after_kill_9_of_the_other_side_both_directions_end():
+    made = pipes.Offered()
+    code = (
+        "import sys, time; from schoolhouse_wire import pipes; from schoolhouse_wire.v1 import teacher_pb2 as pb; "
+        "p = pipes.open_offered(pb.SharedMemory(pid=int(sys.argv[1]), to_replica_fd=int(sys.argv[2]), "
+        "to_client_fd=int(sys.argv[3]))); p.send(b'here'); time.sleep(60)"
+    )
+    ends = [str(number) for number in (os.getpid(), made.to_replica_fd, made.to_client_fd)]
+    with subprocess.Popen([sys.executable, "-c", code, *ends]) as child:
+        arrivals = iter(made.pipes)
+        assert next(arrivals) == b"here"
+        made.withdraw()
+        sender, sent = in_thread(lambda: made.pipes.send(bytes(1 << 20)))
+        child.send_signal(signal.SIGKILL)
+        assert list(arrivals) == []
+        sender.join(10)
+        assert sent == [False]
+
+
+def test_a_session_uses_them_and_replies_without_room_in_the_segment_go_through_them_too(monkeypatch):
+    through = []
+    send = pipes.Pipes.send
+    monkeypatch.setattr(pipes.Pipes, "send", lambda self, message: through.append(len(message)) or send(self, message))
+    with serve(Filled(), shared_memory_bytes=1 << 20) as server, sh.connect(server.url) as teacher:
+        sizes = [10, 100_000, 5 << 20, 100_000, 7 << 20, 10]
+        asked = [teacher.submit((torch.tensor(size), torch.tensor(i)), {}, [""]) for i, size in enumerate(sizes)]
+        for i, (size, future) in enumerate(zip(sizes, asked, strict=True)):
+            assert future.result(20)[""].tolist() == [i] * size if size < 1000 else future.result(20)[""].eq(i).all()
+        assert "2 replies that found no room" in teacher.describe().transport
+    assert sum(through) > 12 << 20  # the two large replies, in frames
+    assert len(through) > 2 * len(sizes)
+
+
+def test_without_pipes_the_stream_carries_the_messages(monkeypatch):
+    monkeypatch.setattr(pipes, "open_offered", lambda *_: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    with serve(Filled()) as server, sh.connect(server.url) as teacher:
+        asked = [teacher.submit((torch.tensor(100_000), torch.tensor(i)), {}, [""]) for i in range(8)]
+        for i, future in enumerate(asked):
+            assert future.result(20)[""].eq(i).all()
+        assert teacher.describe().transport == "shared memory"
+
+
+def test_a_replica_without_descriptors_left_offers_no_shared_memory(monkeypatch, no_segments):
+    monkeypatch.setattr(os, "pipe2", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+    with serve(Filled()) as server, sh.connect(server.url) as teacher:
+        assert teacher.describe().transport == "stream: the replica offers no shared memory"
+        assert teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)[""].tolist() == [1] * 5
+
+
+def test_rubbish_in_a_pipe_ends_the_session_with_a_typed_status_and_no_other():
+    with serve(Filled()) as server, sh.connect(server.url) as teacher:
+        stub = Stub(server)
+        ours = pipes.open_offered(stub.offer)
+        stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
+        ours.send(b"\xff" * 50)
+        with pytest.raises(grpc.RpcError, match="cannot be parsed"):
+            list(stub.answers)
+        assert list(ours) == []
+        assert teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)[""].tolist() == [1] * 5
+
+
+def test_a_client_that_hangs_up_frees_its_session_and_the_other_way_round():
+    with serve(Filled()) as server:
+        before = fds()
+        teacher = sh.connect(server.url)
+        future = teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""])
+        assert future.result(20)[""].tolist() == [1] * 5
+        teacher.close()
+        assert soon(lambda: not session_threads()), session_threads()
+        assert soon(lambda: fds() <= before), (before, fds())
+        teacher = sh.connect(server.url, timeout_s=5)
+        teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
+    with pytest.raises(errors.SchoolhouseError):
+        teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
