@@ -21,7 +21,7 @@ _MMAP_BYTES = 32 << 20  # the most that glibc accepts
 def keep_freed_memory() -> bool:
     """Have glibc keep up to 512 MiB of freed memory for this process; False where the C library is another.
 
-    Without it every 1 MiB frame is mapped, faulted in and unmapped again, which costs more than sending it.
+    Without it every frame is mapped, faulted in and unmapped again, which costs more than sending it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
