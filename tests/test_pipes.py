@@ -14,8 +14,7 @@ import torch
 from memfd import soon
 from schoolhouse import errors
 from schoolhouse_server import serve
-from schoolhouse_wire import pipes
-from schoolhouse_wire.channel import MAX_MESSAGE_BYTES
+from schoolhouse_wire import channel, pipes
 from schoolhouse_wire.v1 import teacher_pb2
 from stub import Stub
 from torch import nn
@@ -28,10 +27,16 @@ class Filled(nn.Module):
         return torch.full((int(size),), int(value), dtype=torch.uint8)
 
 
+def offer_of(made):
+    offer = teacher_pb2.SharedMemory(pid=os.getpid())
+    made.describe_in(offer)
+    return offer
+
+
 def offered():
     """Both sides of a pair of pipes, as replica and client have them."""
     made = pipes.Offered()
-    offer = teacher_pb2.SharedMemory(pid=os.getpid(), to_replica_fd=made.to_replica_fd, to_client_fd=made.to_client_fd)
+    offer = offer_of(made)
     client = pipes.open_offered(offer)
     made.withdraw()
     return made.pipes, client
@@ -106,8 +111,10 @@ def test_a_message_cut_short_by_the_end_is_not_a_message():
 
 def test_a_length_over_the_limit_is_refused_before_memory_is_taken():
     replica, client = offered()
-    os.write(client._outgoing, (MAX_MESSAGE_BYTES + 1).to_bytes(4, "little"))
-    with pytest.raises(errors.ProtocolError, match=f"{MAX_MESSAGE_BYTES + 1} bytes.*limit of {MAX_MESSAGE_BYTES}"):
+    os.write(client._outgoing, (channel.MAX_MESSAGE_BYTES + 1).to_bytes(4, "little"))
+    with pytest.raises(
+        errors.ProtocolError, match=f"{channel.MAX_MESSAGE_BYTES + 1} bytes.*limit of {channel.MAX_MESSAGE_BYTES}"
+    ):
         next(iter(replica))
 
 
@@ -121,15 +128,66 @@ def test_every_descriptor_is_closed():
     assert soon(lambda: fds() == before), (before, fds())
 
 
-def test_what_is_no_pipe_is_not_opened(tmp_path):
-    made = pipes.Offered()
+def test_what_is_not_the_offered_pipe_is_not_opened(tmp_path):
+    made, others = pipes.Offered(), pipes.Offered()
     before = fds()
     with open(tmp_path / "file", "w") as file:
-        for wrong in ({"to_client_fd": file.fileno()}, {"to_replica_fd": file.fileno()}, {"to_replica_fd": 10_000}):
-            good = {"to_replica_fd": made.to_replica_fd, "to_client_fd": made.to_client_fd}
-            with pytest.raises(OSError, match="not the replica|No such file"):
-                pipes.open_offered(teacher_pb2.SharedMemory(pid=os.getpid(), **good | wrong))
+        changes = [
+            {"to_client_fd": file.fileno()},
+            {"to_replica_fd": file.fileno()},
+            {"to_replica_fd": 10_000},
+            {"to_client_fd": others.to_client_fd},  # a pipe, but of another session
+            {"to_replica_fd": others.to_replica_fd},
+            {"to_client_inode": 0, "to_replica_inode": 0},  # of a replica that knows nothing of pipes
+        ]
+        for change in changes:
+            offer = offer_of(made)
+            offer.MergeFrom(teacher_pb2.SharedMemory(**change))
+            for name, value in change.items():
+                setattr(offer, name, value)
+            with pytest.raises(OSError, match=r"not the replica|No such file"):
+                pipes.open_offered(offer)
     assert fds() == before
+
+
+@pytest.mark.parametrize("refused", ["first pipe2", "second pipe2", "eventfd"])
+def test_without_descriptors_left_none_is_lost(refused, monkeypatch):
+    made = pipes.Offered()
+    offer, before = offer_of(made), fds()
+    pipe2, calls = os.pipe2, []
+
+    def counted(flags):
+        calls.append(flags)
+        if len(calls) == ["first pipe2", "second pipe2", "eventfd"].index(refused) + 1:
+            raise OSError(24, "Too many open files")
+        return pipe2(flags)
+
+    monkeypatch.setattr(os, "pipe2", counted)
+    if refused == "eventfd":
+        monkeypatch.setattr(os, "eventfd", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        with pytest.raises(OSError, match="Too many"):
+            pipes.open_offered(offer)
+    with pytest.raises(OSError, match="Too many"):
+        pipes.Offered()
+    assert soon(lambda: fds() == before), (before, fds())
+
+
+def test_after_the_end_what_has_arrived_is_read_but_no_more_than_a_pipe_holds():
+    replica, client = offered()
+    for i in range(100):
+        assert replica.send(bytes([i]))
+    client.end()
+    assert list(client) == [bytes([i]) for i in range(100)]
+    assert not client.send(b"late")
+    assert list(client) == []
+
+    replica, client = offered()
+    client.end()
+    sender, _ = in_thread(lambda: [replica.send(bytes(30_000)) for _ in range(1000)])
+    assert len(list(client)) < 100  # though the other side goes on and on
+    replica.close()
+    sender.join(10)
+    assert not sender.is_alive()
 
 
 def test_after_kill_9_of_the_other_side_both_directions_end():
@@ -137,10 +195,12 @@ def test_after_kill_9_of_the_other_side_both_directions_end():
     code = (
         "import sys, time; from schoolhouse_wire import pipes; from schoolhouse_wire.v1 import teacher_pb2 as pb; "
         "p = pipes.open_offered(pb.SharedMemory(pid=int(sys.argv[1]), to_replica_fd=int(sys.argv[2]), "
-        "to_client_fd=int(sys.argv[3]))); p.send(b'here'); time.sleep(60)"
+        "to_client_fd=int(sys.argv[3]), to_replica_inode=int(sys.argv[4]), to_client_inode=int(sys.argv[5]))); "
+        "p.send(b'here'); time.sleep(60)"
     )
-    ends = [str(number) for number in (os.getpid(), made.to_replica_fd, made.to_client_fd)]
-    with subprocess.Popen([sys.executable, "-c", code, *ends]) as child:
+    offer = offer_of(made)
+    ends = [offer.pid, offer.to_replica_fd, offer.to_client_fd, offer.to_replica_inode, offer.to_client_inode]
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, ends)]) as child:
         arrivals = iter(made.pipes)
         assert next(arrivals) == b"here"
         made.withdraw()
@@ -206,3 +266,45 @@ def test_a_client_that_hangs_up_frees_its_session_and_the_other_way_round():
         teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
     with pytest.raises(errors.SchoolhouseError):
         teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
+
+
+def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_keeps_no_thread():
+    with serve(Filled()) as server:
+        kept = []
+        for _ in range(3):
+            stub = Stub(server)
+            kept.append(pipes.open_offered(stub.offer))
+            stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
+            for i in range(2000):  # failures that nobody reads
+                call = teacher_pb2.Call(request_id=i, revision="no")
+                if not kept[-1].send(teacher_pb2.ClientMessage(call=call).SerializeToString()):
+                    break
+            again = teacher_pb2.Open(protocol=channel.PROTOCOL, teacher="teacher", shared_memory=True)
+            kept[-1].send(teacher_pb2.ClientMessage(open=again).SerializeToString())
+            attached = teacher_pb2.Attached(attached=True, pipes=True)
+            kept[-1].send(teacher_pb2.ClientMessage(attached=attached).SerializeToString())
+            with pytest.raises(grpc.RpcError, match="Open came twice"):
+                list(stub.answers)
+        stub = Stub(server)  # and one that just goes
+        kept.append(pipes.open_offered(stub.offer))
+        stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
+        assert soon(lambda: session_threads() == ["schoolhouse-reader"])
+        stub.answers.cancel()
+        assert soon(lambda: not session_threads() and server._teachers.sessions == 0), session_threads()
+
+
+def test_replies_written_before_the_server_ended_are_delivered():
+    server = serve(Filled())
+    teacher = sh.connect(server.url, connect_timeout_s=1)
+    teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
+    go = threading.Event()
+    first = teacher.submit((torch.tensor(6), torch.tensor(1)), {}, [""])
+    first.add_done_callback(lambda _: go.wait(20))  # holds the thread that reads
+    asked = [teacher.submit((torch.tensor(5), torch.tensor(i)), {}, [""]) for i in range(20)]
+    assert soon(lambda: server.load("teacher").served == 22)
+    time.sleep(0.5)  # until they are in the pipe
+    server.close()
+    time.sleep(0.5)
+    go.set()
+    assert [future.result(5)[""][0].item() for future in asked] == list(range(20))
+    teacher.close()

@@ -315,8 +315,8 @@ class Session:
         if self._segment is not None:
             with contextlib.suppress(OSError):
                 self._pipes = pipes.open_offered(opened.shared_memory)
-                if not self._call.add_callback(self._pipes.close):  # it has ended already
-                    self._pipes.close()
+                if not self._call.add_callback(self._pipes.end):  # it has ended already
+                    self._pipes.end()
         attached = teacher_pb2.Attached(attached=self._segment is not None, pipes=self._pipes is not None)
         self._attached = teacher_pb2.ClientMessage(attached=attached)
         self._outbox.put(iter([self._attached]))

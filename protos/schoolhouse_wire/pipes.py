@@ -16,19 +16,25 @@ from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.v1 import teacher_pb2
 
 _LENGTH = struct.Struct("<I")  # before each message
-_READ_BYTES = 64 << 10  # what a pipe holds
+_READ_BYTES = 64 << 10  # what a pipe holds, unless it was enlarged
+_LAST_READS = 16  # after `end`: more than a pipe holds, and a bound for a peer that goes on all the same
 
 
 class Pipes:
     """The two ends that one process has: of one thread that sends, and of one that iterates over what arrives."""
 
     def __init__(self, incoming: int, outgoing: int) -> None:
-        """Own two file descriptors."""
+        """Own two file descriptors; raises `OSError`, and has closed them, where there is none left for a third."""
         self._incoming, self._outgoing = incoming, outgoing
-        self._closed = False
+        self._ended = self._closed = False
+        self._pid = os.getpid()
         self._users = 0  # threads that send or iterate
         self._lock = threading.RLock()  # the garbage collector may close it wherever it runs
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable from `close` on
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable from `end` or `close` on
+        except OSError:
+            _close(incoming, outgoing)
+            raise
         # When nobody is in a call any more: another file may get the number.
         self._release = weakref.finalize(self, _close, incoming, outgoing, self._wake)
         self._release.atexit = False
@@ -38,8 +44,17 @@ class Pipes:
             poll.register(fd, event)
             poll.register(self._wake, select.POLLIN)
 
+    def end(self) -> None:
+        """End sending, and iterating after what has arrived by now: the other side will say no more."""
+        with self._lock:
+            if not self._closed:
+                self._ended = True
+                os.eventfd_write(self._wake, 1)
+
     def close(self) -> None:
-        """End sending and iterating, in whatever thread they are."""
+        """End sending and iterating at once, in whatever thread they are."""
+        if self._pid != os.getpid():
+            return  # a fork: they are the parent's
         with self._lock:
             self._closed = True
             if self._users:
@@ -60,10 +75,10 @@ class Pipes:
                     self._release()
 
     def send(self, message: bytes) -> bool:
-        """Write a message, as soon as the other side has read enough; False if it is gone, or after `close`."""
+        """Write a message, as soon as the other side has read enough; False if it is gone, or after `end`, `close`."""
         parts = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
         with self._used():
-            while parts and not self._closed:
+            while parts and not (self._ended or self._closed):
                 try:
                     written = os.writev(self._outgoing, parts)
                 except BlockingIOError:
@@ -78,7 +93,7 @@ class Pipes:
         return not parts
 
     def __iter__(self) -> Iterator[bytes]:
-        """The messages that arrive, until `close`, or until the other side is gone.
+        """The messages that arrive, until `end` or `close`, or until the other side is gone.
 
         Raises:
             ProtocolError: the next message would be larger than any.
@@ -87,11 +102,14 @@ class Pipes:
             yield from self._messages()
 
     def _messages(self) -> Iterator[bytes]:
-        held = bytearray()
-        while not self._closed:
+        held, last_reads = bytearray(), _LAST_READS
+        while not self._closed and last_reads:
+            last_reads -= self._ended
             try:
                 data = os.read(self._incoming, _READ_BYTES)
             except BlockingIOError:
+                if self._ended:
+                    return
                 self._readable.poll()
                 continue
             if not data:
@@ -117,11 +135,21 @@ class Offered:
 
     def __init__(self) -> None:
         """Raises `OSError` where there are none left."""
-        (incoming, to_replica), (to_client, outgoing) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
-        self.to_replica_fd, self.to_client_fd = to_replica, to_client
-        self.withdraw = weakref.finalize(self, _close, to_replica, to_client)
+        incoming, self.to_replica_fd = os.pipe2(os.O_CLOEXEC)
+        try:
+            self.to_client_fd, outgoing = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            _close(incoming, self.to_replica_fd)
+            raise
+        self.withdraw = weakref.finalize(self, _close, self.to_replica_fd, self.to_client_fd)
         self.withdraw.atexit = False
         self.pipes = Pipes(incoming, outgoing)
+
+    def describe_in(self, offer: teacher_pb2.SharedMemory) -> None:
+        """Say in an offer which pipes they are."""
+        offer.to_replica_fd, offer.to_client_fd = self.to_replica_fd, self.to_client_fd
+        offer.to_replica_inode = os.fstat(self.to_replica_fd).st_ino
+        offer.to_client_inode = os.fstat(self.to_client_fd).st_ino
 
 
 def open_offered(offer: teacher_pb2.SharedMemory) -> Pipes:
@@ -130,19 +158,30 @@ def open_offered(offer: teacher_pb2.SharedMemory) -> Pipes:
     Raises:
         OSError: they cannot be opened.
     """
-    incoming = _open(offer.pid, offer.to_client_fd, os.O_RDONLY)
+    incoming = _open(offer.pid, offer.to_client_fd, offer.to_client_inode, os.O_RDONLY)
     try:
-        return Pipes(incoming, _open(offer.pid, offer.to_replica_fd, os.O_WRONLY))
+        outgoing = _open(offer.pid, offer.to_replica_fd, offer.to_replica_inode, os.O_WRONLY)
     except OSError:
         os.close(incoming)
         raise
+    return Pipes(incoming, outgoing)
 
 
-def _open(pid: int, fd: int, mode: int) -> int:
+def _open(pid: int, fd: int, inode: int, mode: int) -> int:
     path = f"/proc/{pid}/fd/{fd}"
-    if not stat.S_ISFIFO(os.stat(path).st_mode):
+    _check(path, os.stat(path), inode)  # before it is opened, which to some files does something
+    opened = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(path, os.fstat(opened), inode)
+    except OSError:
+        os.close(opened)
+        raise
+    return opened
+
+
+def _check(path: str, found: os.stat_result, inode: int) -> None:
+    if not stat.S_ISFIFO(found.st_mode) or found.st_ino != inode:
         raise OSError(f"{path} here is not the replica's pipe")
-    return os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _close(*fds: int) -> None:

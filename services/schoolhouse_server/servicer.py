@@ -185,6 +185,8 @@ class ServerSession:
             self._on_open(message.open)
 
     def _on_open(self, message: teacher_pb2.Open) -> None:
+        if self._engine is not None:
+            raise ProtocolError("Open came twice")
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
         self._engine = self._teachers.find(message.teacher)
@@ -193,13 +195,12 @@ class ServerSession:
             max_in_flight=MAX_IN_FLIGHT,
             max_request_bytes=self._limits.max_payload_bytes,
         )
-        if message.shared_memory and self._shared_memory_bytes and self._offered is None:
+        if message.shared_memory and self._shared_memory_bytes:
             with contextlib.suppress(OSError):  # this system has none: the stream does
                 offered_pipes = pipes.Offered()
                 offered = shared_memory.create(self._shared_memory_bytes, self.outbox, checksums=message.checksums)
                 opened.shared_memory.CopyFrom(offered.offer)
-                opened.shared_memory.to_replica_fd = offered_pipes.to_replica_fd
-                opened.shared_memory.to_client_fd = offered_pipes.to_client_fd
+                offered_pipes.describe_in(opened.shared_memory)
                 self._offered = offered, offered_pipes
         self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
 

@@ -95,7 +95,7 @@ class Opened(_message.Message):
     def __init__(self, revision: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
-    __slots__ = ("pid", "fd", "nbytes", "requests_at", "replies_at", "nonce", "to_replica_fd", "to_client_fd")
+    __slots__ = ("pid", "fd", "nbytes", "requests_at", "replies_at", "nonce", "to_replica_fd", "to_client_fd", "to_replica_inode", "to_client_inode")
     PID_FIELD_NUMBER: _ClassVar[int]
     FD_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +104,8 @@ class SharedMemory(_message.Message):
     NONCE_FIELD_NUMBER: _ClassVar[int]
     TO_REPLICA_FD_FIELD_NUMBER: _ClassVar[int]
     TO_CLIENT_FD_FIELD_NUMBER: _ClassVar[int]
+    TO_REPLICA_INODE_FIELD_NUMBER: _ClassVar[int]
+    TO_CLIENT_INODE_FIELD_NUMBER: _ClassVar[int]
     pid: int
     fd: int
     nbytes: int
@@ -112,7 +114,9 @@ class SharedMemory(_message.Message):
     nonce: bytes
     to_replica_fd: int
     to_client_fd: int
-    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., nbytes: _Optional[int] = ..., requests_at: _Optional[int] = ..., replies_at: _Optional[int] = ..., nonce: _Optional[bytes] = ..., to_replica_fd: _Optional[int] = ..., to_client_fd: _Optional[int] = ...) -> None: ...
+    to_replica_inode: int
+    to_client_inode: int
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., nbytes: _Optional[int] = ..., requests_at: _Optional[int] = ..., replies_at: _Optional[int] = ..., nonce: _Optional[bytes] = ..., to_replica_fd: _Optional[int] = ..., to_client_fd: _Optional[int] = ..., to_replica_inode: _Optional[int] = ..., to_client_inode: _Optional[int] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("attached", "pipes")
