@@ -2,7 +2,7 @@
 
 from schoolhouse_wire.limits import FRAME_BYTES, Limits
 
-PROTOCOL = 3
+PROTOCOL = 4
 SESSION_METHOD = "/schoolhouse.v1.TeacherService/Session"
 MAX_MESSAGE_BYTES = Limits().max_header_bytes + FRAME_BYTES
 _CLIENT_PING_MS = 30_000

@@ -1,6 +1,5 @@
 """One teacher on one device: requests come in, wait, run one after another, and their features go out."""
 
-import contextlib
 import queue
 import threading
 import time
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from schoolhouse.errors import (
     RevisionChangedError,
-    TeacherBusyError,
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
@@ -24,6 +22,7 @@ from schoolhouse_wire.tensors import bytes_of
 
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.device import Device, Span
+from schoolhouse_server.queueing import FairQueue
 
 _CLOSED = "the teacher is shutting down"
 _REPLY_LIMITS = Limits()
@@ -97,11 +96,10 @@ class Engine:
         # Torch counts no changes of inference tensors. There may be thousands, and each request looks at all of them.
         self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
         self._versions = [weight._version for weight in self._weights]
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._queue: FairQueue[Job] = FairQueue(max_queued)
         self._landing: queue.Queue[_Landing | None] = queue.Queue(_LANDING)
         self._in_flight: dict[Hashable, Job] = {}
         self._lock = threading.Lock()
-        self._max_queued = max_queued
         self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
         self._threads = [
             threading.Thread(target=target, name=f"schoolhouse-engine-{name}", daemon=True)
@@ -112,7 +110,7 @@ class Engine:
     @property
     def queued(self) -> int:
         """Requests that wait for the device."""
-        return self._queue.qsize()
+        return len(self._queue)
 
     def stage_s(self) -> dict[str, float]:
         """Seconds spent so far, by stage; summed over requests, so that stages that overlap count each."""
@@ -150,11 +148,9 @@ class Engine:
                 raise TeacherUnavailableError(_CLOSED)
             if self._join(job):
                 return
-            if self._queue.qsize() >= self._max_queued:
-                raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
-            self._in_flight[job.key] = job
             job.queued_at = time.perf_counter()
             self._queue.put(job)
+            self._in_flight[job.key] = job
 
     def _join(self, job: Job) -> bool:
         """Have a job in flight on the same inputs answer this one; equal digests alone are not trusted."""
@@ -172,22 +168,19 @@ class Engine:
         """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""
         with self._lock:  # nothing is queued from here on
             self._closed = True
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = self._queue.get_nowait()
-                if job is not None:
-                    self._begin(job)
-                    self._end(job, TeacherUnavailableError(_CLOSED))
-        self._queue.put(None)
+        for job in self._queue.close():
+            self._begin(job)
+            self._end(job, TeacherUnavailableError(_CLOSED))
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(max(end - time.monotonic(), 0.0))
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            self._compute(job)
-            del job
+        while jobs := self._queue.take(lambda _taken, _other: False):
+            for job in jobs:
+                self._compute(job)
+            del jobs, job
         self._landing.put(None)
 
     def _run_out(self) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#schoolhouse_wire/v1/directory.proto\x12\x0eschoolhouse.v1\"\x15\n\x13ListTeachersRequest\"D\n\x14ListTeachersResponse\x12,\n\x08teachers\x18\x01 \x03(\x0b\x32\x1a.schoolhouse.v1.ReplicaSet\"\x1f\n\x0cWatchRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"X\n\nReplicaSet\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12)\n\x08replicas\x18\x02 \x03(\x0b\x32\x17.schoolhouse.v1.Replica\x12\x0e\n\x06wanted\x18\x03 \x01(\r\"\\\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.schoolhouse.v1.Load\"\xf2\x01\n\x04Load\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x11\n\tin_flight\x18\x02 \x01(\r\x12\x0e\n\x06served\x18\x03 \x01(\x04\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\x0e\n\x06joined\x18\x05 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x06 \x01(\x04\x12\x0e\n\x06missed\x18\x07 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x08 \x01(\x04\x12\x31\n\x07stage_s\x18\t \x03(\x0b\x32 .schoolhouse.v1.Load.StageSEntry\x1a-\n\x0bStageSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xb2\x01\n\x10\x44irectoryService\x12Y\n\x0cListTeachers\x12#.schoolhouse.v1.ListTeachersRequest\x1a$.schoolhouse.v1.ListTeachersResponse\x12\x43\n\x05Watch\x12\x1c.schoolhouse.v1.WatchRequest\x1a\x1a.schoolhouse.v1.ReplicaSet0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#schoolhouse_wire/v1/directory.proto\x12\x0eschoolhouse.v1\"\x15\n\x13ListTeachersRequest\"D\n\x14ListTeachersResponse\x12,\n\x08teachers\x18\x01 \x03(\x0b\x32\x1a.schoolhouse.v1.ReplicaSet\"\x1f\n\x0cWatchRequest\x12\x0f\n\x07teacher\x18\x01 \x01(\t\"j\n\nReplicaSet\x12\x0f\n\x07teacher\x18\x01 \x01(\t\x12)\n\x08replicas\x18\x02 \x03(\x0b\x32\x17.schoolhouse.v1.Replica\x12\x0e\n\x06wanted\x18\x03 \x01(\r\x12\x10\n\x08revision\x18\x04 \x01(\t\"\xca\x01\n\x07Replica\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\"\n\x04load\x18\x04 \x01(\x0b\x32\x14.schoolhouse.v1.Load\x12,\n\x05state\x18\x05 \x01(\x0e\x32\x1d.schoolhouse.v1.Replica.State\x12\x0c\n\x04host\x18\x06 \x01(\t\x12\x0c\n\x04zone\x18\x07 \x01(\t\"\"\n\x05State\x12\x0b\n\x07SERVING\x10\x00\x12\x0c\n\x08\x44RAINING\x10\x01\"\xed\x04\n\x04Load\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x11\n\tin_flight\x18\x02 \x01(\r\x12\x0e\n\x06served\x18\x03 \x01(\x04\x12\x10\n\x08sessions\x18\x04 \x01(\r\x12\x0e\n\x06joined\x18\x05 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x06 \x01(\x04\x12\x0e\n\x06missed\x18\x07 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x08 \x01(\x04\x12\x31\n\x07stage_s\x18\t \x03(\x0b\x32 .schoolhouse.v1.Load.StageSEntry\x12\x15\n\rqueue_delay_s\x18\n \x01(\x01\x12\x1a\n\x12queue_delay_counts\x18\x0b \x03(\x04\x12\x10\n\x08\x66orwards\x18\x0c \x01(\x04\x12\x0c\n\x04rows\x18\r \x01(\x04\x12\x18\n\x10\x62\x61tch_limit_rows\x18\x0e \x01(\x01\x12\x30\n\x06\x65rrors\x18\x0f \x03(\x0b\x32 .schoolhouse.v1.Load.ErrorsEntry\x12=\n\rfeature_bytes\x18\x10 \x03(\x0b\x32&.schoolhouse.v1.Load.FeatureBytesEntry\x12\x10\n\x08uptime_s\x18\x11 \x01(\x01\x12%\n\x04jobs\x18\x12 \x03(\x0b\x32\x17.schoolhouse.v1.JobLoad\x1a-\n\x0bStageSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0b\x45rrorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x33\n\x11\x46\x65\x61tureBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xe5\x01\n\x07JobLoad\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x10\n\x08requests\x18\x06 \x01(\x04\x12\x0c\n\x04rows\x18\x07 \x01(\x04\x12\x0c\n\x04\x63ost\x18\x08 \x01(\x01\x12\x0f\n\x07queue_s\x18\t \x01(\x01\x12\x0e\n\x06\x65rrors\x18\n \x01(\x04\x12\r\n\x05waits\x18\x0b \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x0c \x01(\x04\x12\x12\n\nsent_bytes\x18\r \x01(\x04\x32\xb2\x01\n\x10\x44irectoryService\x12Y\n\x0cListTeachers\x12#.schoolhouse.v1.ListTeachersRequest\x1a$.schoolhouse.v1.ListTeachersResponse\x12\x43\n\x05Watch\x12\x1c.schoolhouse.v1.WatchRequest\x1a\x1a.schoolhouse.v1.ReplicaSet0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOAD_STAGESENTRY']._loaded_options = None
   _globals['_LOAD_STAGESENTRY']._serialized_options = b'8\001'
+  _globals['_LOAD_ERRORSENTRY']._loaded_options = None
+  _globals['_LOAD_ERRORSENTRY']._serialized_options = b'8\001'
+  _globals['_LOAD_FEATUREBYTESENTRY']._loaded_options = None
+  _globals['_LOAD_FEATUREBYTESENTRY']._serialized_options = b'8\001'
   _globals['_LISTTEACHERSREQUEST']._serialized_start=55
   _globals['_LISTTEACHERSREQUEST']._serialized_end=76
   _globals['_LISTTEACHERSRESPONSE']._serialized_start=78
@@ -40,13 +44,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST']._serialized_start=148
   _globals['_WATCHREQUEST']._serialized_end=179
   _globals['_REPLICASET']._serialized_start=181
-  _globals['_REPLICASET']._serialized_end=269
-  _globals['_REPLICA']._serialized_start=271
-  _globals['_REPLICA']._serialized_end=363
-  _globals['_LOAD']._serialized_start=366
-  _globals['_LOAD']._serialized_end=608
-  _globals['_LOAD_STAGESENTRY']._serialized_start=563
-  _globals['_LOAD_STAGESENTRY']._serialized_end=608
-  _globals['_DIRECTORYSERVICE']._serialized_start=611
-  _globals['_DIRECTORYSERVICE']._serialized_end=789
+  _globals['_REPLICASET']._serialized_end=287
+  _globals['_REPLICA']._serialized_start=290
+  _globals['_REPLICA']._serialized_end=492
+  _globals['_REPLICA_STATE']._serialized_start=458
+  _globals['_REPLICA_STATE']._serialized_end=492
+  _globals['_LOAD']._serialized_start=495
+  _globals['_LOAD']._serialized_end=1116
+  _globals['_LOAD_STAGESENTRY']._serialized_start=971
+  _globals['_LOAD_STAGESENTRY']._serialized_end=1016
+  _globals['_LOAD_ERRORSENTRY']._serialized_start=1018
+  _globals['_LOAD_ERRORSENTRY']._serialized_end=1063
+  _globals['_LOAD_FEATUREBYTESENTRY']._serialized_start=1065
+  _globals['_LOAD_FEATUREBYTESENTRY']._serialized_end=1116
+  _globals['_JOBLOAD']._serialized_start=1119
+  _globals['_JOBLOAD']._serialized_end=1348
+  _globals['_DIRECTORYSERVICE']._serialized_start=1351
+  _globals['_DIRECTORYSERVICE']._serialized_end=1529
 # @@protoc_insertion_point(module_scope)

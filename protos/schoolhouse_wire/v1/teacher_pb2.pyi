@@ -39,60 +39,94 @@ class DescribeResponse(_message.Message):
     def __init__(self, teacher: _Optional[str] = ..., revision: _Optional[str] = ..., class_name: _Optional[str] = ..., modules: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., merge: _Optional[str] = ..., max_request_bytes: _Optional[int] = ..., max_in_flight: _Optional[int] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
-    __slots__ = ("open", "call", "cancel", "attached", "frame", "released")
+    __slots__ = ("open", "call", "cancel", "attached", "renew", "frame", "released")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     open: Open
     call: Call
     cancel: Cancel
     attached: Attached
+    renew: Renew
     frame: Frame
     released: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("opened", "reply", "failure", "frame", "released")
+    __slots__ = ("opened", "reply", "failure", "wait", "resume", "draining", "frame", "released")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     opened: Opened
     reply: Reply
     failure: Failure
+    wait: Wait
+    resume: Resume
+    draining: Draining
     frame: Frame
     released: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[Opened, _Mapping]] = ..., reply: _Optional[_Union[Reply, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("protocol", "teacher", "job", "shared_memory", "checksums")
+    __slots__ = ("protocol", "teacher", "job", "shared_memory", "checksums", "weight", "revision")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     teacher: str
     job: str
     shared_memory: bool
     checksums: bool
-    def __init__(self, protocol: _Optional[int] = ..., teacher: _Optional[str] = ..., job: _Optional[str] = ..., shared_memory: _Optional[bool] = ..., checksums: _Optional[bool] = ...) -> None: ...
+    weight: float
+    revision: str
+    def __init__(self, protocol: _Optional[int] = ..., teacher: _Optional[str] = ..., job: _Optional[str] = ..., shared_memory: _Optional[bool] = ..., checksums: _Optional[bool] = ..., weight: _Optional[float] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("revision", "max_in_flight", "max_request_bytes", "shared_memory")
+    __slots__ = ("revision", "max_in_flight", "max_request_bytes", "shared_memory", "max_bytes_in_flight", "lease_s")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
     revision: str
     max_in_flight: int
     max_request_bytes: int
     shared_memory: SharedMemory
-    def __init__(self, revision: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+    max_bytes_in_flight: int
+    lease_s: float
+    def __init__(self, revision: _Optional[str] = ..., max_in_flight: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., max_bytes_in_flight: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+
+class Renew(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Wait(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: int
+    def __init__(self, request_id: _Optional[int] = ...) -> None: ...
+
+class Resume(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Draining(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class SharedMemory(_message.Message):
     __slots__ = ("pid", "fd", "nbytes", "requests_at", "replies_at", "nonce", "to_replica_fd", "to_client_fd", "to_replica_inode", "to_client_inode")
@@ -197,36 +231,40 @@ class Hidden(_message.Message):
     def __init__(self, head: _Optional[str] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("request_id", "taps", "revision", "timeout_s", "inputs", "payload")
+    __slots__ = ("request_id", "taps", "revision", "timeout_s", "inputs", "payload", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TAPS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     taps: _containers.RepeatedCompositeFieldContainer[Tap]
     revision: str
     timeout_s: float
     inputs: bytes
     payload: Payload
-    def __init__(self, request_id: _Optional[int] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., revision: _Optional[str] = ..., timeout_s: _Optional[float] = ..., inputs: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[int] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., revision: _Optional[str] = ..., timeout_s: _Optional[float] = ..., inputs: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("request_id", "revision", "taps", "input_digest", "features", "payload")
+    __slots__ = ("request_id", "revision", "taps", "input_digest", "features", "payload", "queued")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     TAPS_FIELD_NUMBER: _ClassVar[int]
     INPUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     revision: str
     taps: _containers.RepeatedCompositeFieldContainer[Tap]
     input_digest: bytes
     features: bytes
     payload: Payload
-    def __init__(self, request_id: _Optional[int] = ..., revision: _Optional[str] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., input_digest: _Optional[bytes] = ..., features: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ...) -> None: ...
+    queued: int
+    def __init__(self, request_id: _Optional[int] = ..., revision: _Optional[str] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., input_digest: _Optional[bytes] = ..., features: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., queued: _Optional[int] = ...) -> None: ...
 
 class Payload(_message.Message):
     __slots__ = ("digest", "data", "shared")

@@ -62,7 +62,10 @@ class TeacherServiceServicer:
         of calls may be in flight, up to Opened.max_in_flight. A call is a Call message and, where its payload does not
         stand in it, Frames in the order of their offsets; frames of different requests may be interleaved. Answers come
         in any order: a Reply (then Frames), or one Failure. Failure and Cancel end one request, never the session.
-        The session is the job's lease: when it ends, what it queued is dropped.
+        A call for which there is no room, since its job is over its quota or the queue is full, is answered with Wait and
+        dropped; the client sends no more calls until Resume, and then the dropped ones again.
+        The session is the job's lease: when it ends, what it queued is dropped. It ends, too, when the client has said
+        nothing for Opened.lease_s, not even Renew.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
