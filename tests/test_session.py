@@ -129,16 +129,16 @@ def test_features_for_which_there_is_no_memory_fail_at_once_and_alone(monkeypatc
 
 
 def test_a_session_that_opens_while_the_teacher_is_closed_ends(monkeypatch):
-    opening, closed, original = threading.Event(), threading.Event(), Session.open
+    opening, closed, original = threading.Event(), threading.Event(), Session.start
 
-    def slow(session, timeout_s):
+    def slow(session):
         opening.set()
         assert closed.wait(10)
-        return original(session, timeout_s)
+        original(session)
 
     with serve(nn.Identity()) as server, ThreadPoolExecutor(1) as pool:
         teacher = sh.connect(server.url, timeout_s=5)
-        monkeypatch.setattr(Session, "open", slow)
+        monkeypatch.setattr(Session, "start", slow)
         submitted = pool.submit(teacher.submit, (torch.ones(1),), {}, [""])
         assert opening.wait(10)
         teacher.close()

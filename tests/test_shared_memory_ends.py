@@ -44,7 +44,7 @@ def test_cancelled_requests_leave_no_blocks(segments):
             time.sleep(0.002)
             future.cancel()
         del futures, future
-        session = next(iter(teacher._sessions.values()))
+        session = teacher.open_sessions()[0]
 
         def all_back():
             ask(teacher, 1, 1).result(20)  # tells what is done with
@@ -174,4 +174,4 @@ def test_a_fork_gives_nothing_back():
         more = [ask(teacher, 100_000, i + 10).result(20)[""] for i in range(40)]
         assert all(feature.eq(i).all() for i, feature in enumerate(kept))
         assert all(feature.eq(i + 10).all() for i, feature in enumerate(more))
-        assert len(next(iter(teacher._sessions.values()))._segment._lent._taken) == 44
+        assert len(teacher.open_sessions()[0]._segment._lent._taken) == 44

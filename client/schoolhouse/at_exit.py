@@ -1,4 +1,4 @@
-"""When the interpreter ends: sessions end before it does."""
+"""When the interpreter ends: what has threads within gRPC ends before it does."""
 
 import atexit
 import time
@@ -9,32 +9,32 @@ from typing import Protocol
 _TIMEOUT_S = 5.0
 
 
-class _Session(Protocol):
+class _Thread(Protocol):
     def join(self, timeout_s: float) -> None: ...
 
 
-class _Teacher(Protocol):
-    def open_sessions(self) -> Collection[_Session]: ...
+class _Connection(Protocol):
+    def threads(self) -> Collection[_Thread]: ...
 
     def close(self) -> None: ...
 
 
-_in_use: "weakref.WeakSet[_Teacher]" = weakref.WeakSet()
+_in_use: "weakref.WeakSet[_Connection]" = weakref.WeakSet()
 
 
-def close_first(teacher: _Teacher) -> None:
-    """Have the teacher closed at exit, before what was registered earlier, such as the close of a server here."""
-    _in_use.add(teacher)
+def close_first(connection: _Connection) -> None:
+    """Have the connection closed at exit, before what was registered earlier, such as the close of a server here."""
+    _in_use.add(connection)
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
 
 def _close_all() -> None:
     """A thread that is within torch or gRPC when the interpreter ends aborts the process."""
-    sessions: list[_Session] = []
-    for teacher in list(_in_use):
-        sessions += teacher.open_sessions()
-        teacher.close()
+    threads: list[_Thread] = []
+    for connection in list(_in_use):
+        threads += connection.threads()
+        connection.close()
     deadline = time.monotonic() + _TIMEOUT_S
-    for session in sessions:
-        session.join(max(deadline - time.monotonic(), 0.0))
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0.0))

@@ -16,6 +16,10 @@ def connect(
     shared_memory: bool = True,
     checksums: bool = False,
     head_folder: str | Path | None = default_cache_folder(),
+    retry_s: float = 10.0,
+    zone: str = "",
+    revision: str = "",
+    follow_revisions: bool = False,
 ) -> RemoteTeacher:
     """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
 
@@ -25,7 +29,7 @@ def connect(
     Args:
         url: where the teacher is.
         job: name of the job that asks, for the operator's eyes.
-        timeout_s: deadline of each request, in seconds.
+        timeout_s: deadline of each request, in seconds, however often it is sent again meanwhile.
         connect_timeout_s: how long to wait for a server, in seconds.
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
         shared_memory: take features from replicas of this machine and user through shared memory; `describe()` says
@@ -33,10 +37,18 @@ def connect(
         checksums: check every byte that comes through shared memory too, as those of the stream always are, which
             is slower; otherwise the first KiB of each 64 KiB.
         head_folder: where teachers' heads are kept, by revision, for `encodings.hidden`; None: in memory alone.
+        retry_s: how long a request waits, in seconds, while neither a replica nor the directory answers; 0: not at all.
+            While the directory answers, it waits for a replica until `timeout_s`.
+        zone: where this client is, as replicas say it of themselves (`zone` in the pool file). Those of the same
+            machine, and then those of the same zone, are preferred unless they are clearly busier.
+        revision: of the teacher, as `describe()` says it; empty: the present one. Features are of this revision alone.
+        follow_revisions: ask each request of the revision that is present when it is submitted, in place of keeping
+            to the first; `Features.revision` says which it was.
 
     Raises:
         TeacherUnavailableError: no server there within `connect_timeout_s`.
         UnknownTeacherError: no teacher of that name; lists those there are.
+        RevisionChangedError: no replica of `revision`; lists those there are.
     """
     teacher = RemoteTeacher(
         url,
@@ -47,6 +59,10 @@ def connect(
         shared_memory=shared_memory,
         checksums=checksums,
         head_folder=head_folder,
+        retry_s=retry_s,
+        zone=zone,
+        revision=revision,
+        follow_revisions=follow_revisions,
     )
     teacher.facts()
     return teacher

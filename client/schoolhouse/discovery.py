@@ -1,5 +1,6 @@
 """Where a teacher's replicas are, and what they serve: short calls to the directory and to a replica."""
 
+import time
 import urllib.parse
 from collections.abc import Sequence
 
@@ -10,11 +11,13 @@ from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2, 
 
 from schoolhouse.errors import (
     ConfigError,
+    RevisionChangedError,
     SchoolhouseError,
     TeacherTimeoutError,
     TeacherUnavailableError,
     UnknownTeacherError,
 )
+from schoolhouse.replicas import ReplicaSet
 from schoolhouse.teachers import TeacherDescription
 
 
@@ -37,8 +40,8 @@ def parse(url: str) -> tuple[str, str]:
     return parts.netloc, name
 
 
-def addresses(target: str, name: str, timeout_s: float) -> list[str]:
-    """HOST:PORT of each replica of the teacher `name`, from the directory or replica at `target`.
+def find(target: str, name: str, zone: str, timeout_s: float) -> ReplicaSet:
+    """The replicas of the teacher `name`, from the directory or replica at `target`.
 
     Raises:
         TeacherUnavailableError: no server there within `timeout_s`.
@@ -55,24 +58,31 @@ def addresses(target: str, name: str, timeout_s: float) -> list[str]:
         raise UnknownTeacherError(
             f"no teacher {name!r} at {target}; there are: {', '.join(sorted(sets)) or 'none'}", choices=sorted(sets)
         )
-    return [replica.address or target for replica in sets[name].replicas]
+    return ReplicaSet.from_wire(sets[name], target, zone)
 
 
-def describe(replicas: Sequence[str], name: str, timeout_s: float) -> tuple[TeacherDescription, Limits]:
+def describe(replicas: Sequence[str], name: str, revision: str, timeout_s: float) -> tuple[TeacherDescription, Limits]:
     """What the teacher `name` is, from the first of its replicas that answers, and what its requests may hold.
 
     Raises:
         TeacherUnavailableError: none answers.
+        RevisionChangedError: those that answer are of other revisions than `revision`, if that is not empty.
     """
     error: SchoolhouseError = TeacherUnavailableError(f"teacher {name!r} has no live replica yet")
-    for address in replicas:
+    for i, address in enumerate(replicas):
+        began = time.monotonic()
         with grpc.insecure_channel(address, options=channel.CLIENT_OPTIONS) as opened:
             stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
             try:
-                found = stub.Describe(teacher_pb2.DescribeRequest(teacher=name), timeout=timeout_s)
+                share_s = timeout_s / (len(replicas) - i)  # one that hangs leaves time for the others
+                found = stub.Describe(teacher_pb2.DescribeRequest(teacher=name), timeout=share_s)
             except grpc.RpcError as err:
                 error = status.from_rpc_error(err, address)
+                timeout_s = max(timeout_s - (time.monotonic() - began), 0.001)
                 continue
+        if found.revision != revision != "":
+            error = revision_changed(name, address, revision, [found.revision])
+            continue
         description = TeacherDescription(
             name=found.teacher,
             revision=found.revision,
@@ -85,6 +95,16 @@ def describe(replicas: Sequence[str], name: str, timeout_s: float) -> tuple[Teac
         )
         return description, Limits(max_payload_bytes=found.max_request_bytes)
     raise error
+
+
+def revision_changed(name: str, where: str, revision: str, there_are: Sequence[str]) -> RevisionChangedError:
+    """The error for a revision that is asked for and gone."""
+    return RevisionChangedError(
+        f"teacher {name!r} at {where} has no replica of revision {revision} any more, with which this client began or "
+        f"which it asked for; there are: {', '.join(there_are) or 'none'}. Connect again to use the present one, or "
+        "with follow_revisions=True",
+        choices=there_are,
+    )
 
 
 def _unreachable(err: grpc.RpcError, target: str, timeout_s: float) -> SchoolhouseError:

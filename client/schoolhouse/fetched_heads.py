@@ -14,28 +14,28 @@ from schoolhouse.wanted import Wanted
 
 
 class FetchedHeads:
-    """Heads of one teacher revision. `ask(inputs, wanted)` returns what the teacher answers, by tap."""
+    """Heads of one teacher. `ask(revision, inputs, wanted)` returns what the teacher answers, by tap."""
 
-    def __init__(self, folder: str | Path | None, ask: Callable[[Arguments, Wanted], Any]) -> None:
+    def __init__(self, folder: str | Path | None, ask: Callable[[str, Arguments, Wanted], Any]) -> None:
         self._cache = HeadCache(folder)
         self._ask = ask
-        self._known: dict[tuple[str, str], Head] = {}
+        self._known: dict[tuple[str, str, str], Head] = {}
 
     def get(self, revision: str, name: str, tap_module: str) -> Head:
         """What makes the logits that `tap_module` returns of what submodule `name` receives.
 
         The teacher is asked for its digest first, which tells whether a head from the disk is the same.
         """
-        found = self._known.get((name, tap_module))
+        found = self._known.get((revision, name, tap_module))
         if found is None:
             tap = Tap(tap_module, HEAD)
             wanted = Wanted((tap,), (Hidden(head=name),))
-            digest = self._ask(Arguments((), {"digest_only": True}), wanted)[tap]
-            found = self._known[name, tap_module] = self._cache.fetch(
+            digest = self._ask(revision, Arguments((), {"digest_only": True}), wanted)[tap]
+            found = self._known[revision, name, tap_module] = self._cache.fetch(
                 revision,
                 name,
                 tap_module,
-                lambda: Head.from_value(self._ask(Arguments(), wanted)[tap]),
+                lambda: Head.from_value(self._ask(revision, Arguments(), wanted)[tap]),
                 digest=str(digest),
             )
         return found

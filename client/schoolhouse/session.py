@@ -4,15 +4,12 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import Message
 from schoolhouse_wire import channel, framing, memory, pipes, shared_memory, status
-from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
@@ -23,55 +20,29 @@ from schoolhouse.errors import (
     SchoolhouseError,
     TeacherUnavailableError,
 )
-from schoolhouse.heads import Head
+from schoolhouse.request import Request, Traffic
 from schoolhouse.sparse import decoded
-from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features
-from schoolhouse.wanted import Wanted
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What went over the wire for answered requests, in bytes of headers and payloads."""
+class Owner(Protocol):
+    """Who opened a session; told what becomes of it in the thread that receives its answers."""
 
-    requests: int = 0
-    sent_bytes: int = 0
-    received_bytes: int = 0
+    def on_opened(self, session: "Session") -> None:
+        """The replica said hello: requests may be sent."""
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.requests + other.requests,
-            self.sent_bytes + other.sent_bytes,
-            self.received_bytes + other.received_bytes,
-        )
+    def on_draining(self, session: "Session") -> None:
+        """The replica is about to stop: it answers what it has, and should get nothing more."""
 
+    def on_unavailable(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
+        """The replica did not take the request up, as it stops."""
 
-@dataclass(eq=False)
-class Request:
-    """One batch on its way to features. It may be sent again to another replica."""
-
-    outgoing: framing.Outgoing
-    wanted: Wanted
-    revision: str
-    deadline: float  # on time.monotonic's clock
-    heads: Mapping[Tap, Head]  # of the taps whose hidden states travel
-    limits: Limits  # of the reply
-    future: "Future[Features]" = field(default_factory=Future)
-    tried: set[str] = field(default_factory=set)
-
-    def resolve(self, features: Features) -> None:
-        """Give the features to who waits, unless it cancelled."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_result(features)
-
-    def fail(self, error: BaseException) -> None:
-        """Give the error to who waits, unless it cancelled."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
+    def on_loss(self, session: "Session", lost: list[Request], error: SchoolhouseError) -> None:
+        """The session has ended, or never began; these requests are unanswered."""
 
 
 class Session:
-    """A stream to one replica. `on_loss(session, requests, error)` receives what was unanswered at its end."""
+    """A stream to one replica."""
 
     def __init__(
         self,
@@ -81,18 +52,26 @@ class Session:
         job: str,
         shared_memory: bool,
         checksums: bool,
-        on_loss: Callable[["Session", list[Request], SchoolhouseError], None],
+        revision: str = "",
+        owner: Owner,
         clock: Callable[[], float],
     ) -> None:
         self.address = address
-        self.alive = False
+        self.alive = self.draining = False
+        self.others_queued = 0  # requests of others that waited for the replica's device when it last answered
+        self.answered_at = float("-inf")
         self._transport = "stream: shared memory is switched off here"  # until the replica's hello
         self._overflowed = 0  # replies that found no room in shared memory
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
-            protocol=channel.PROTOCOL, teacher=teacher, job=job, shared_memory=shared_memory, checksums=checksums
+            protocol=channel.PROTOCOL,
+            teacher=teacher,
+            job=job,
+            shared_memory=shared_memory,
+            checksums=checksums,
+            revision=revision,
         )
-        self._on_loss = on_loss
+        self._owner = owner
         self._clock = clock
         self._outbox: Outbox[Message | bytes] = Outbox()
         self._segment: ClientSegment | None = None
@@ -103,10 +82,8 @@ class Session:
         self._in_flight: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
-        self._opened = threading.Event()
         self._window = 0
         self._hello = teacher_pb2.Opened()
-        self._error: SchoolhouseError | None = None
 
     @property
     def transport(self) -> str:
@@ -130,12 +107,13 @@ class Session:
         """What the answered requests of this session moved."""
         return Traffic(self._requests, self._sent_bytes, self._received_bytes)
 
-    def open(self, timeout_s: float) -> teacher_pb2.Opened:
-        """Connect and wait for the replica's hello.
+    @property
+    def revision(self) -> str:
+        """Of the replica, once it said hello."""
+        return self._hello.revision
 
-        Raises:
-            TeacherUnavailableError: if there is none within `timeout_s`.
-        """
+    def start(self) -> None:
+        """Begin to connect; the owner is told how that ends."""
         memory.keep_freed_memory()
         self._channel = grpc.insecure_channel(self.address, options=channel.CLIENT_OPTIONS)
         stub = self._channel.stream_stream(
@@ -147,12 +125,6 @@ class Session:
         self._call: Any = stub(self._sent())
         self._reader = threading.Thread(target=self._read, name=f"schoolhouse-session-{self.address}", daemon=True)
         self._reader.start()
-        if not self._opened.wait(timeout_s):
-            self.close()
-            raise TeacherUnavailableError(f"no teacher answered at {self.address} within {timeout_s} s")
-        if self._error is not None:
-            raise self._error
-        return self._hello
 
     def send(self, request: Request) -> bool:
         """Queue a request for this replica; False if the session has ended."""
@@ -162,6 +134,13 @@ class Session:
             self._waiting.append(request)
         self._pump()
         return True
+
+    def take_back(self) -> list[Request]:
+        """What was not sent yet: it is not this session's any more."""
+        with self._lock:
+            waiting = [*self._waiting]
+            self._waiting.clear()
+            return waiting
 
     def cancel(self, request: Request) -> None:
         """Forget a request, and tell the replica, once the stream is ready for it.
@@ -184,7 +163,7 @@ class Session:
         yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
 
     def close(self) -> None:
-        """End the stream; what is unanswered goes to `on_loss`."""
+        """End the stream; what is unanswered goes to the owner's `on_loss`."""
         self._outbox.close()
         if self._pipes is not None:
             self._pipes.close()
@@ -259,16 +238,16 @@ class Session:
     def _end(self, error: SchoolhouseError) -> None:
         with self._lock:
             self.alive = False
-            self._error = error
+            for request in self._in_flight.values():
+                request.losses += 1
             lost = [*self._in_flight.values(), *self._waiting]
             self._in_flight.clear()
             self._waiting.clear()
             self._partial.clear()
-        self._opened.set()
         self.close()
         self._outbox.clear()
         self._detach()
-        self._on_loss(self, lost, error)
+        self._owner.on_loss(self, lost, error)
 
     def _detach(self) -> None:
         segment, self._segment = self._segment, None
@@ -287,10 +266,19 @@ class Session:
         elif message.HasField("failure"):
             request = self._take(message.failure.request_id)
             if request is not None:
-                request.fail(status.from_failure(message.failure))
+                self._on_failure(request, status.from_failure(message.failure))
             self._pump()
         elif message.HasField("opened"):
             self._on_opened(message.opened)
+        elif message.HasField("draining"):
+            self.draining = True
+            self._owner.on_draining(self)
+
+    def _on_failure(self, request: Request, error: SchoolhouseError) -> None:
+        if isinstance(error, TeacherUnavailableError):
+            self._owner.on_unavailable(self, request, error)
+        else:
+            request.fail(error)
 
     def _on_opened(self, opened: teacher_pb2.Opened) -> None:
         if self._open_message.shared_memory:
@@ -298,7 +286,7 @@ class Session:
         self._hello = opened
         self._window = opened.max_in_flight
         self.alive = True
-        self._opened.set()
+        self._owner.on_opened(self)
 
     def _attach(self, opened: teacher_pb2.Opened) -> None:
         if not opened.HasField("shared_memory"):
@@ -366,6 +354,7 @@ class Session:
         self._requests += 1
         self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
         self._received_bytes += incoming.nbytes + len(reply.features)
+        self.others_queued, self.answered_at = max(reply.queued - len(self._in_flight), 0), self._clock()
         try:
             request.resolve(_features(request, reply, incoming))
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone

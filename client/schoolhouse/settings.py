@@ -23,15 +23,24 @@ class Settings:
     shared_memory: bool = True
     checksums: bool = False
     head_folder: str | Path | None = None
+    retry_s: float = 10.0
+    zone: str = ""
+    revision: str = ""
+    follow_revisions: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.job, str):
-            raise ConfigError(f"job is {self.job!r}; it must be a string")
-        for name in ("shared_memory", "checksums"):
+        for name in ("job", "zone", "revision"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a string")
+        for name in ("shared_memory", "checksums", "follow_revisions"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choices: True, False")
         if not isinstance(self.head_folder, str | Path | None):
             raise ConfigError(f"head_folder is {self.head_folder!r}; it must be a path, or None")
+        if self.revision and self.follow_revisions:
+            raise ConfigError(f"revision is {self.revision!r} and follow_revisions True; choices: one of the two")
+        if not isinstance(self.retry_s, int | float) or not 0 <= self.retry_s <= _MAX_SETTING:
+            raise ConfigError(f"retry_s is {self.retry_s!r}; it must be a number from 0 to {_MAX_SETTING:.0e}")
         for name in ("timeout_s", "connect_timeout_s", "max_pending"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value <= _MAX_SETTING:

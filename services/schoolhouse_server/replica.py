@@ -1,6 +1,7 @@
 """A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
 
 import atexit
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,11 +94,12 @@ class Replica:
             )
             for name, module in self._modules.items()
         }
-        self._workers = DaemonExecutor(self._max_sessions + 16, "schoolhouse-rpc")
+        max_rpcs = 2 * self._max_sessions + 16  # a client has a session, and watches the directory
+        self._workers = DaemonExecutor(max_rpcs, "schoolhouse-rpc")
         server = grpc.server(
             self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
             options=channel.SERVER_OPTIONS,
-            maximum_concurrent_rpcs=self._max_sessions + 16,
+            maximum_concurrent_rpcs=max_rpcs,
         )
         self._add_services(server)
         try:
@@ -109,7 +111,7 @@ class Replica:
         for engine in self.engines.values():
             engine.start()
         for name, engine in self.engines.items():
-            own = directory_pb2.Replica(id=name, revision=engine.description.revision)
+            own = directory_pb2.Replica(id=name, revision=engine.description.revision, host=socket.gethostname())
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
         server.start()
         self._server = server

@@ -189,9 +189,10 @@ class ServerSession:
             raise ProtocolError("Open came twice")
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
-        self._engine = self._teachers.find(message.teacher)
+        engine = self._engine = self._teachers.find(message.teacher)
+        _check_revision(message.revision, engine)
         opened = teacher_pb2.Opened(
-            revision=self._engine.description.revision,
+            revision=engine.description.revision,
             max_in_flight=MAX_IN_FLIGHT,
             max_request_bytes=self._limits.max_payload_bytes,
         )
@@ -227,10 +228,7 @@ class ServerSession:
             if self._engine is None:
                 raise ProtocolError("a call came before Open")
             self._check_room(call.request_id)
-            if call.revision not in ("", self._engine.description.revision):
-                raise RevisionChangedError(
-                    f"revision {call.revision} was asked for; this replica has {self._engine.description.revision}"
-                )
+            _check_revision(call.revision, self._engine)
             began = time.perf_counter()
             incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
             partial = _Partial(call, incoming, began)
@@ -301,6 +299,7 @@ class ServerSession:
 
     def _answer(self, request_id: int, digest: bytes, wanted: Wanted, result: Answer | BaseException) -> None:
         """Declare the features, or the error."""
+        assert self._engine is not None
         if isinstance(result, BaseException):
             self._fail(request_id, result)  # not raised: its traceback, which holds all of a forward, would hold itself
             return
@@ -312,6 +311,7 @@ class ServerSession:
                 taps=wanted.to_wire(),
                 input_digest=digest,
                 features=outgoing.header,
+                queued=self._engine.queued,
             )
             self._replying.add(request_id)
             self.outbox.put(self._reply(request_id, reply, outgoing))
@@ -340,6 +340,15 @@ class ServerSession:
         if not isinstance(error, SchoolhouseError):
             _log.error("a request failed", exc_info=error)
         self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
+
+
+def _check_revision(asked: str, engine: Engine) -> None:
+    """Raises `RevisionChangedError` for another one than the engine's."""
+    if asked not in ("", engine.description.revision):
+        raise RevisionChangedError(
+            f"revision {asked} was asked for; this replica has {engine.description.revision}",
+            choices=(engine.description.revision,),
+        )
 
 
 def _inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:

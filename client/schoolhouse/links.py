@@ -1,0 +1,216 @@
+"""What a client knows of each replica: the session with it, what is outstanding there, and when to try it again."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from schoolhouse.errors import (
+    RevisionChangedError,
+    SchoolhouseError,
+    TeacherBusyError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
+from schoolhouse.replicas import Replica, ReplicaSet, backoff_s, choose
+from schoolhouse.request import Request
+from schoolhouse.session import Session
+
+_FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
+_PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError)
+
+
+@dataclass(eq=False)
+class Link:
+    """One replica, and the session with it if there is one."""
+
+    replica: Replica
+    told_at: float  # when the directory told of its load
+    listed: bool = True  # in the set of the directory
+    session: Session | None = None
+    opened: bool = False
+    give_up_at: float = 0.0  # while a session opens
+    nbytes: int = 0  # of the inputs that are outstanding there
+    requests: int = 0
+    failures: int = 0  # in a row
+    retry_at: float = 0.0
+    error: SchoolhouseError | None = None  # that the last session ended with
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it gets no new requests: it stops, or is not of the teacher any more."""
+        stops = self.session is not None and self.session.draining
+        return stops or self.replica.draining or not self.listed
+
+    def refuses(self, now: float) -> bool:
+        """Whether it said, lately, what does not pass by itself, such as that it has other weights."""
+        return self.error is not None and not isinstance(self.error, _PASSING) and now < self.retry_at
+
+    def others(self, now: float) -> int:
+        """Requests of others that wait there, as far as was said lately."""
+        session = self.session
+        if session is not None and session.answered_at > now - _FRESH_S:
+            return session.others_queued
+        return self.replica.queued if self.told_at > now - _FRESH_S else 0
+
+
+class Links:
+    """The links with all replicas of a teacher, by address. The caller holds a lock."""
+
+    def __init__(self, start: Callable[[Link], Session], connect_timeout_s: float, rng: random.Random) -> None:
+        """`start(link)` begins to open a session."""
+        self._start = start
+        self._connect_timeout_s = connect_timeout_s
+        self._random = rng
+        self._by_address: dict[str, Link] = {}
+        self._tiers: dict[str, tuple[float, list[list[Link]]]] = {}  # by revision, and until when
+        self._unit = 1.0  # bytes of a usual request
+        self.current = ""  # revision of requests that may be of any
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(list(self._by_address.values()))
+
+    def of(self, session: Session) -> Link | None:
+        """The link whose session it is, unless that has another by now."""
+        link = self._by_address.get(session.address)
+        return link if link is not None and link.session is session else None
+
+    def update(self, found: ReplicaSet, now: float) -> None:
+        """Take over the replica set: what is not listed any more is left when it is idle."""
+        self._tiers.clear()
+        for link in self:
+            link.listed = False
+        for replica in found.replicas:
+            link = self._by_address.setdefault(replica.address, Link(replica, now))
+            if link.replica.id != replica.id or link.replica.revision != replica.revision:  # another one, anew
+                link.failures, link.retry_at, link.error = 0, 0.0, None
+            link.replica, link.told_at, link.listed = replica, now, True
+        self._settle_current(found.current)
+        self._drop_gone()
+
+    def _settle_current(self, wanted: str) -> None:
+        there = [link.replica.revision for link in self if not link.leaving and link.replica.revision]
+        self.current = next((r for r in (wanted, self.current, *there) if r in there), self.current)
+
+    def pick(self, revision: str, now: float) -> Link | None:
+        """An open one for that revision. A better one that is not open yet is opened meanwhile."""
+        until, tiers = self._tiers.get(revision, (0.0, []))
+        if now >= until:
+            until, tiers = self._tiers[revision] = self._usable(revision, now)
+        if not tiers:
+            return None
+        link = self._choose(tiers, now)
+        if link.opened:
+            return link
+        self._open(link, now)
+        ready = [found for tier in tiers if (found := [link for link in tier if link.opened])]
+        return self._choose(ready, now) if ready else None
+
+    def _choose(self, tiers: list[list[Link]], now: float) -> Link:
+        if len(tiers) == len(tiers[0]) == 1:
+            return tiers[0][0]
+        return choose(tiers, lambda link: link.nbytes + link.others(now) * self._unit, self._unit, self._random)
+
+    def _usable(self, revision: str, now: float) -> tuple[float, list[list[Link]]]:
+        mine = [link for link in self if link.replica.may_serve(revision) and not link.leaving]
+        until = min((link.retry_at for link in mine if link.retry_at > now), default=float("inf"))
+        tiers: dict[int, list[Link]] = {}
+        for link in mine:
+            if link.session is not None or link.retry_at <= now:
+                tiers.setdefault(link.replica.distance, []).append(link)
+        return until, [tiers[distance] for distance in sorted(tiers)]
+
+    def _open(self, link: Link, now: float) -> None:
+        if link.session is None:
+            self._tiers.clear()
+            link.give_up_at = now + self._connect_timeout_s
+            try:
+                link.session = self._start(link)
+            except Exception as err:  # no thread or descriptor is left, for one
+                self._put_aside(link, TeacherUnavailableError(f"{link.replica.address}: {err}"), now)
+
+    def take(self, link: Link, nbytes: int) -> None:
+        """Count a request that goes there."""
+        link.nbytes += nbytes
+        link.requests += 1
+        self._unit += (nbytes - self._unit) / 16
+
+    def give_back(self, link: Link, nbytes: int) -> None:
+        """Count a request that has ended."""
+        link.nbytes -= nbytes
+        link.requests -= 1
+
+    def opened(self, link: Link) -> None:
+        """Its session said hello."""
+        assert link.session is not None
+        self._tiers.clear()
+        link.opened, link.error = True, None
+        link.replica = dataclasses.replace(link.replica, revision=link.session.revision)
+        self._settle_current(self.current)
+
+    def draining(self) -> None:
+        """A session has begun to drain."""
+        self._tiers.clear()
+
+    def lost(self, link: Link, error: SchoolhouseError, now: float) -> None:
+        """Its session has ended. One that has answered is tried again at once, others with backoff."""
+        assert link.session is not None
+        if link.session.traffic.requests and not link.session.draining:
+            link.failures = 0
+        link.session, link.opened = None, False
+        self._put_aside(link, error, now)
+
+    def _put_aside(self, link: Link, error: SchoolhouseError, now: float) -> None:
+        self._tiers.clear()
+        link.error = error
+        link.failures += 1
+        link.retry_at = now + backoff_s(link.failures, self._random)
+        self._drop_gone()
+
+    def _drop_gone(self) -> None:
+        for link in self:
+            if not link.listed and link.session is None:
+                del self._by_address[link.replica.address]
+
+    def overdue(self, now: float) -> list[Session]:
+        """Sessions to close: those that leave and are idle, and those that did not open in time."""
+        idle = [link.session for link in self if link.leaving and not link.requests]
+        slow = [link.session for link in self if not link.opened and now >= link.give_up_at]
+        return [session for session in {*idle, *slow} if session is not None]
+
+    def waiting_where_it_ends(self) -> list[Request]:
+        """Take requests back that were not sent yet to replicas that stop, if another one is open."""
+        if not any(link.opened and not link.leaving for link in self):
+            return []
+        ending = [link.session for link in self if link.leaving and link.session is not None]
+        return [request for session in ending for request in session.take_back()]
+
+    def due_at(self, now: float, *, wanted: bool) -> float | None:
+        """When there may be something to do: an opening takes too long, or, if `wanted`, one is to be tried again."""
+        times = [link.give_up_at for link in self if link.session is not None and not link.opened]
+        if wanted:
+            times += [link.retry_at for link in self if link.session is None and not link.leaving]
+        return min((at for at in times if at > now), default=None)
+
+    def hopeless(self, revision: str, now: float) -> SchoolhouseError | None:
+        """Why waiting would not help a request of that revision, if so."""
+        listed = [link for link in self if link.listed]
+        mine = [link for link in listed if link.replica.may_serve(revision)]
+        if mine and not all(link.refuses(now) for link in mine):
+            return None
+        if mine and not isinstance(mine[0].error, RevisionChangedError):
+            return mine[0].error
+        others = {link.replica.revision for link in listed if link.replica.revision not in ("", revision)}
+        others |= {choice for link in mine if link.error is not None for choice in link.error.choices}
+        return RevisionChangedError("", choices=sorted(others)) if listed else None
+
+    def tried(self) -> str:
+        """What became of each replica, in words."""
+        told = [f"{link.replica.address}: {link.error.message if link.error else _state(link)}" for link in self]
+        return "; ".join(told) or "the directory lists none"
+
+
+def _state(link: Link) -> str:
+    if link.leaving:
+        return "it is about to stop"
+    return "not open yet" if not link.opened else "open"

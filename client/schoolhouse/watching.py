@@ -1,0 +1,88 @@
+"""Following the directory: a thread that hears of each change of a teacher's replica set."""
+
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grpc
+from schoolhouse_wire import channel, status
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
+
+from schoolhouse.errors import SchoolhouseError, TeacherUnavailableError, UnknownTeacherError
+from schoolhouse.replicas import ReplicaSet, backoff_s
+
+
+class Listener(Protocol):
+    """Who hears of the changes, in the thread of the watch."""
+
+    def on_set(self, found: ReplicaSet) -> None:
+        """The directory told of the replicas."""
+
+    def on_silence(self, error: SchoolhouseError) -> None:
+        """The directory is away; it is tried again."""
+
+
+class Watch:
+    """Watches one teacher at the directory at `target`, again and again with backoff, until `close()`."""
+
+    def __init__(self, target: str, name: str, zone: str, listener: Listener) -> None:
+        self._target, self._name, self._zone = target, name, zone
+        self._listener = listener
+        self._random = random.Random()
+        self._closing = threading.Event()
+        self._call: Any = None
+        self._thread = threading.Thread(target=self._run, name="schoolhouse-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; does not wait for it."""
+        self._closing.set()
+        call = self._call
+        if call is not None:
+            call.cancel()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread of a closed watch is at its end."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this thread is the one that watches."""
+        return self._thread is threading.current_thread()
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._closing.is_set():
+            failures += 1
+            error: SchoolhouseError = TeacherUnavailableError(f"the directory at {self._target} ended the watch")
+            try:
+                for found in self._sets():
+                    failures = 0
+                    self._listener.on_set(found)
+            except grpc.RpcError as err:
+                error = status.from_rpc_error(err, self._target)
+            if self._closing.is_set():
+                return
+            self._tell(error)
+            self._closing.wait(backoff_s(max(failures, 1), self._random))
+
+    def _tell(self, error: SchoolhouseError) -> None:
+        if isinstance(error, UnknownTeacherError):  # an answer, as an empty set is
+            self._listener.on_set(ReplicaSet())
+        else:
+            self._listener.on_silence(error)
+
+    def _sets(self) -> Iterator[ReplicaSet]:
+        # A channel that was refused waits for up to two minutes before it tries again; a new one tries at once.
+        with grpc.insecure_channel(self._target, options=channel.CLIENT_OPTIONS) as opened:
+            stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
+            call = self._call = stub.Watch(directory_pb2.WatchRequest(teacher=self._name))
+            if self._closing.is_set():
+                call.cancel()
+            for found in call:
+                yield ReplicaSet.from_wire(found, self._target, self._zone)
