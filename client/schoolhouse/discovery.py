@@ -1,6 +1,5 @@
 """Where a teacher's replicas are, and what they serve: short calls to the directory and to a replica."""
 
-import time
 import urllib.parse
 from collections.abc import Sequence
 
@@ -19,6 +18,8 @@ from schoolhouse.errors import (
 )
 from schoolhouse.replicas import ReplicaSet
 from schoolhouse.teachers import TeacherDescription
+
+_PATIENCE_S = 2.0  # with one replica, before the others are asked
 
 
 def parse(url: str) -> tuple[str, str]:
@@ -69,32 +70,44 @@ def describe(replicas: Sequence[str], name: str, revision: str, timeout_s: float
         RevisionChangedError: those that answer are of other revisions than `revision`, if that is not empty.
     """
     error: SchoolhouseError = TeacherUnavailableError(f"teacher {name!r} has no live replica yet")
-    for i, address in enumerate(replicas):
-        began = time.monotonic()
-        with grpc.insecure_channel(address, options=channel.CLIENT_OPTIONS) as opened:
-            stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
+    for patience_s in (min(_PATIENCE_S, timeout_s), timeout_s):  # one that hangs is to leave time for the others
+        for address in replicas:
             try:
-                share_s = timeout_s / (len(replicas) - i)  # one that hangs leaves time for the others
-                found = stub.Describe(teacher_pb2.DescribeRequest(teacher=name), timeout=share_s)
-            except grpc.RpcError as err:
-                error = status.from_rpc_error(err, address)
-                timeout_s = max(timeout_s - (time.monotonic() - began), 0.001)
+                found = _described(address, name, patience_s)
+            except SchoolhouseError as err:
+                error = err
                 continue
-        if found.revision != revision != "":
+            if revision in ("", found.revision):
+                return _in_words(found), Limits(max_payload_bytes=found.max_request_bytes)
             error = revision_changed(name, address, revision, [found.revision])
-            continue
-        description = TeacherDescription(
-            name=found.teacher,
-            revision=found.revision,
-            class_name=found.class_name,
-            modules=tuple(found.modules),
-            parameters=tuple(found.parameters),
-            dtype=found.dtype,
-            device=found.device,
-            merge=found.merge,
-        )
-        return description, Limits(max_payload_bytes=found.max_request_bytes)
+        if not isinstance(error, TeacherTimeoutError):
+            break
     raise error
+
+
+def _described(address: str, name: str, timeout_s: float) -> teacher_pb2.DescribeResponse:
+    with grpc.insecure_channel(address, options=channel.CLIENT_OPTIONS) as opened:
+        stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
+        try:
+            response: teacher_pb2.DescribeResponse = stub.Describe(
+                teacher_pb2.DescribeRequest(teacher=name), timeout=timeout_s
+            )
+        except grpc.RpcError as err:
+            raise status.from_rpc_error(err, address) from err
+        return response
+
+
+def _in_words(found: teacher_pb2.DescribeResponse) -> TeacherDescription:
+    return TeacherDescription(
+        name=found.teacher,
+        revision=found.revision,
+        class_name=found.class_name,
+        modules=tuple(found.modules),
+        parameters=tuple(found.parameters),
+        dtype=found.dtype,
+        device=found.device,
+        merge=found.merge,
+    )
 
 
 def revision_changed(name: str, where: str, revision: str, there_are: Sequence[str]) -> RevisionChangedError:

@@ -32,6 +32,7 @@ from schoolhouse.teachers import Features, TeacherDescription
 from schoolhouse.wanted import Wanted
 
 _LIMITS, _HEAD_LIMITS = Limits(), Limits(max_payload_bytes=16 << 30)
+_ASK_AGAIN_S = 0.25
 _FOLLOW_TIMEOUT_S = 2.0  # that a submit waits for the facts of a new revision, and then goes on with the last one
 
 
@@ -91,9 +92,7 @@ class RemoteTeacher:
             return self._facts, self._dispatcher
 
     def _connect(self) -> tuple[Facts, Dispatcher]:
-        timeout_s = self._settings.connect_timeout_s
-        found = self._find(timeout_s)
-        facts = self._learn(found, self._pinned or (found.current if found.serves(found.current) else ""), timeout_s)
+        found, facts = self._first_facts()
         if not self._settings.follow_revisions:
             self._pinned = facts.revision
         dispatcher = Dispatcher(self._target, self._name, self._pinned, self._settings, found)
@@ -101,6 +100,21 @@ class RemoteTeacher:
         if self._closed:
             dispatcher.close()
         return facts, dispatcher
+
+    def _first_facts(self) -> tuple[ReplicaSet, Facts]:
+        """Ask the directory, and a replica; both again while no replica answers, until the connect timeout."""
+        timeout_s = self._settings.connect_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(deadline - time.monotonic(), 0.001)
+            found = self._find(left_s)
+            revision = self._pinned or (found.current if found.serves(found.current) else "")
+            try:
+                return found, self._learn(found, revision, left_s)
+            except TeacherUnavailableError:
+                if time.monotonic() + _ASK_AGAIN_S > deadline:
+                    raise
+            time.sleep(_ASK_AGAIN_S)
 
     def _find(self, timeout_s: float) -> ReplicaSet:
         try:

@@ -22,7 +22,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         self._closed = False
 
     def publish(self, replicas: directory_pb2.ReplicaSet) -> None:
-        """Replace a teacher's replica set; watchers hear of it when its replicas or their wanted number changed."""
+        """Replace a teacher's replica set; watchers hear of it when more than the loads changed."""
         with self._changed:
             before = self._sets.get(replicas.teacher)
             self._sets[replicas.teacher] = replicas
@@ -68,5 +68,10 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
             yield found
 
 
-def _identity(replicas: directory_pb2.ReplicaSet) -> tuple[int, tuple[tuple[str, str, str], ...]]:
-    return replicas.wanted, tuple((r.id, r.address, r.revision) for r in replicas.replicas)
+def _identity(replicas: directory_pb2.ReplicaSet) -> directory_pb2.ReplicaSet:
+    """All but the loads, which change all the time."""
+    found = directory_pb2.ReplicaSet()
+    found.CopyFrom(replicas)
+    for replica in found.replicas:
+        replica.ClearField("load")
+    return found
