@@ -12,7 +12,7 @@ from schoolhouse import errors
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse_server import serve
 from schoolhouse_server.engine import Engine, Ticket
-from schoolhouse_server.servicer import MAX_IN_FLIGHT
+from schoolhouse_server.sharing import MAX_IN_FLIGHT
 from schoolhouse_wire import framing
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits

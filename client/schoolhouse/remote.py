@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import heapq
-import itertools
 import os
 import random
 import threading
@@ -21,17 +19,17 @@ from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.limits import Limits
 
 from schoolhouse import at_exit, discovery
+from schoolhouse.deadlines import Deadlines
 from schoolhouse.errors import (
     ConfigError,
     RevisionChangedError,
     SchoolhouseError,
-    TeacherBusyError,
-    TeacherTimeoutError,
     TeacherUnavailableError,
 )
 from schoolhouse.fetched_heads import FetchedHeads
 from schoolhouse.heads import Head
-from schoolhouse.session import Request, Session, Traffic
+from schoolhouse.requests import Request
+from schoolhouse.session import Session, Traffic
 from schoolhouse.settings import Settings
 from schoolhouse.taps import Tap, TapLike, check_modules
 from schoolhouse.teachers import Features, TeacherDescription
@@ -57,8 +55,10 @@ class RemoteTeacher:
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._wake = threading.Condition()
         self._sessions: dict[str, Session] = {}
+        self._deadlines = Deadlines(
+            self._sessions, timeout_s=self._settings.timeout_s, max_pending=int(self._settings.max_pending)
+        )
         self._addresses: list[str] = []
         self._past_traffic = Traffic()  # of sessions that have ended
         self._stale = False  # a replica was lost: ask the directory again
@@ -67,11 +67,7 @@ class RemoteTeacher:
         self._known_taps: dict[tuple[TapLike, ...], Wanted] = {}
         self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
         self._request_limits = _LIMITS
-        self._outstanding: dict[int, Request] = {}
-        self._deadlines: list[tuple[float, int]] = []
-        self._ids = itertools.count()
-        self._watchdog: threading.Thread | None = None
-        weakref.finalize(self, _shut, self._pid, self._sessions, self._wake).atexit = False
+        weakref.finalize(self, _shut, self._pid, self._sessions, self._deadlines).atexit = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self.url, self._settings, self._pinned))
@@ -112,6 +108,7 @@ class RemoteTeacher:
         for address in self._addresses:
             with contextlib.suppress(SchoolhouseError):  # a request would say so
                 self._sessions[address] = self._open(address, revision)
+                self._deadlines.look()
                 return
 
     def submit(
@@ -188,65 +185,27 @@ class RemoteTeacher:
         It happens by itself when nobody holds the teacher, or a future of its, any more.
         """
         self._closed = True
-        _shut(self._pid, self._sessions, self._wake)
+        _shut(self._pid, self._sessions, self._deadlines)
 
     def _answers_here(self) -> bool:
         """Whether this thread is one that ends requests, so that none would end while it waited."""
         sessions = self.open_sessions()
-        return threading.current_thread() is self._watchdog or any(session.reads_here for session in sessions)
+        return self._deadlines.runs_here or any(session.reads_here for session in sessions)
 
     def _watch(self, request: Request) -> None:
         """Hold the request to its deadline, and take it off when it is done."""
-        request_id = next(self._ids)
-        with self._wake:
-            if len(self._outstanding) >= self._settings.max_pending:
-                raise TeacherBusyError(
-                    f"{len(self._outstanding)} requests are without an answer, as many as max_pending allows"
-                )
-            self._outstanding[request_id] = request
-            heapq.heappush(self._deadlines, (request.deadline, request_id))
-            if self._watchdog is None:
-                self._watchdog = threading.Thread(
-                    target=_watch_deadlines,
-                    args=(weakref.ref(self), self._wake),
-                    name="schoolhouse-deadlines",
-                    daemon=True,
-                )
-                self._watchdog.start()
-            if self._deadlines[0][1] == request_id:
-                self._wake.notify()
+        request_id = self._deadlines.add(request)
         request.future.add_done_callback(lambda future: self._done(request_id, future))
 
     def _done(self, request_id: int, future: "Future[Features]") -> None:
         """Forget the request. The future must not refer to it: in a cycle, its features would outlive their use."""
-        with self._wake:
-            request = self._outstanding.pop(request_id, None)
+        request = self._deadlines.forget(request_id)
         if request is not None and future.cancelled():
             self._cancel(request)
 
     def _cancel(self, request: Request) -> None:
         for session in list(self._sessions.values()):
             session.cancel(request)
-
-    def _take_late(self) -> tuple[Request | None, float | None]:
-        """A request that is past its deadline, or None and the seconds until there may be one."""
-        while self._deadlines:
-            pause = self._deadlines[0][0] - time.monotonic()
-            if pause > 0:
-                return None, pause
-            request = self._outstanding.get(heapq.heappop(self._deadlines)[1])
-            if request is not None:
-                return request, None
-        return None, None
-
-    def _fail_late(self, request: Request) -> None:
-        self._cancel(request)
-        request.fail(
-            TeacherTimeoutError(
-                f"the teacher did not answer within {self._settings.timeout_s} s and was told to stop; "
-                "raise timeout_s in connect(), or add replicas"
-            )
-        )
 
     def _dispatch(self, request: Request) -> None:
         """Give the request to the live replica with the least outstanding work that it has not tried."""
@@ -258,7 +217,9 @@ class RemoteTeacher:
                     session = self._sessions.get(address) or self._open(address, request.revision)
                 except TeacherUnavailableError:
                     continue  # it is gone; _pick raises when no other is left
-                self._sessions[address] = session
+                if self._sessions.get(address) is not session:
+                    self._sessions[address] = session
+                    self._deadlines.look()
                 if self._closed:  # meanwhile, and it ended only those that there were
                     session.close()
             if session.send(request):
@@ -293,6 +254,7 @@ class RemoteTeacher:
             address,
             self._name,
             job=self._settings.job,
+            weight=self._settings.weight,
             shared_memory=self._settings.shared_memory,
             checksums=self._settings.checksums,
             on_loss=functools.partial(_on_loss, weakref.ref(self)),
@@ -323,6 +285,8 @@ class RemoteTeacher:
             if session.address in self._addresses:
                 self._addresses.remove(session.address)
         for request in lost:
+            if session.expired:
+                request.tried.discard(session.address)  # which lives
             if self._closed or request.future.done():
                 request.fail(_gone(error))  # not raised: this frame, and so all that was lost, would hang on it
                 continue
@@ -350,13 +314,12 @@ def _rebuild(url: str, settings: Settings, pinned: str) -> RemoteTeacher:
 # What runs beside a teacher must not keep it alive: it closes when nobody uses it any more.
 
 
-def _shut(pid: int, sessions: dict[str, Session], wake: threading.Condition) -> None:
+def _shut(pid: int, sessions: dict[str, Session], deadlines: Deadlines) -> None:
     if pid != os.getpid():
         return  # a fork: the sessions are the parent's, and the lock may be held by a thread that is not here
     for session in list(sessions.values()):
         session.close()
-    with wake:
-        wake.notify_all()
+    deadlines.close()
 
 
 def _ask(teacher: "weakref.ref[RemoteTeacher]", inputs: Arguments, wanted: Wanted) -> Features:
@@ -379,19 +342,3 @@ def _on_loss(
         return
     for request in lost:
         request.fail(error)
-
-
-def _watch_deadlines(teacher: "weakref.ref[RemoteTeacher]", wake: threading.Condition) -> None:
-    """Fail each request at its deadline."""
-    while True:
-        with wake:
-            found = teacher()
-            if found is None or found._closed:
-                return
-            late, pause = found._take_late()
-            if late is None:
-                del found
-                wake.wait(pause)
-                continue
-        found._fail_late(late)
-        del found, late

@@ -1,33 +1,27 @@
 """One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
 
 import contextlib
-import itertools
+import math
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 from schoolhouse_wire import channel, framing, memory, pipes, shared_memory, status
-from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse.errors import (
-    FeatureMismatchError,
+    LeaseExpiredError,
     ProtocolError,
     SchoolhouseError,
     TeacherUnavailableError,
 )
-from schoolhouse.heads import Head
-from schoolhouse.sparse import decoded
-from schoolhouse.taps import Tap
-from schoolhouse.teachers import Features
-from schoolhouse.wanted import Wanted
+from schoolhouse.requests import Request, features_of
+from schoolhouse.window import Window
 
 
 @dataclass(frozen=True)
@@ -46,30 +40,6 @@ class Traffic:
         )
 
 
-@dataclass(eq=False)
-class Request:
-    """One batch on its way to features. It may be sent again to another replica."""
-
-    outgoing: framing.Outgoing
-    wanted: Wanted
-    revision: str
-    deadline: float  # on time.monotonic's clock
-    heads: Mapping[Tap, Head]  # of the taps whose hidden states travel
-    limits: Limits  # of the reply
-    future: "Future[Features]" = field(default_factory=Future)
-    tried: set[str] = field(default_factory=set)
-
-    def resolve(self, features: Features) -> None:
-        """Give the features to who waits, unless it cancelled."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_result(features)
-
-    def fail(self, error: BaseException) -> None:
-        """Give the error to who waits, unless it cancelled."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
-
-
 class Session:
     """A stream to one replica. `on_loss(session, requests, error)` receives what was unanswered at its end."""
 
@@ -79,6 +49,7 @@ class Session:
         teacher: str,
         *,
         job: str,
+        weight: float,
         shared_memory: bool,
         checksums: bool,
         on_loss: Callable[["Session", list[Request], SchoolhouseError], None],
@@ -90,7 +61,12 @@ class Session:
         self._overflowed = 0  # replies that found no room in shared memory
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
-            protocol=channel.PROTOCOL, teacher=teacher, job=job, shared_memory=shared_memory, checksums=checksums
+            protocol=channel.PROTOCOL,
+            teacher=teacher,
+            job=job,
+            weight=weight,
+            shared_memory=shared_memory,
+            checksums=checksums,
         )
         self._on_loss = on_loss
         self._clock = clock
@@ -98,14 +74,12 @@ class Session:
         self._segment: ClientSegment | None = None
         self._pipes: pipes.Pipes | None = None
         self._attached: Message | None = None  # after it our messages go through pipes
-        self._lock = threading.Lock()
-        self._ids = itertools.count(1)
-        self._in_flight: dict[int, Request] = {}
-        self._waiting: deque[Request] = deque()
+        self._window: Window[Request] = Window()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
         self._opened = threading.Event()
-        self._window = 0
         self._hello = teacher_pb2.Opened()
+        self._said_at = clock()
+        self._lapsed = False  # it was silent for longer than its lease
         self._error: SchoolhouseError | None = None
 
     @property
@@ -118,7 +92,12 @@ class Session:
     @property
     def outstanding(self) -> int:
         """Requests given to this session that have no answer yet."""
-        return len(self._in_flight) + len(self._waiting)
+        return len(self._window)
+
+    @property
+    def expired(self) -> bool:
+        """Whether it ended since this process was silent, and not since its replica is gone."""
+        return self._lapsed or isinstance(self._error, LeaseExpiredError)
 
     @property
     def reads_here(self) -> bool:
@@ -156,10 +135,8 @@ class Session:
 
     def send(self, request: Request) -> bool:
         """Queue a request for this replica; False if the session has ended."""
-        with self._lock:
-            if not self.alive:
-                return False
-            self._waiting.append(request)
+        if not self.alive or not self._window.add(request):
+            return False
         self._pump()
         return True
 
@@ -171,16 +148,11 @@ class Session:
         self._outbox.put(self._cancellation(request))
 
     def _cancellation(self, request: Request) -> Iterator[Message]:
-        with self._lock:
-            if request in self._waiting:
-                self._waiting.remove(request)
-                return
-            request_id = next((i for i, other in self._in_flight.items() if other is request), None)
-            if request_id is None:
-                return
-            del self._in_flight[request_id]
-            self._partial.pop(request_id, None)
+        request_id = self._window.remove(request)
         self._pump()
+        if request_id is None:
+            return
+        self._partial.pop(request_id, None)
         yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
 
     def close(self) -> None:
@@ -196,17 +168,24 @@ class Session:
         self._reader.join(timeout_s)
 
     def _pump(self) -> None:
-        """Send what waits, as far as the window that the replica granted goes."""
-        while True:
-            with self._lock:
-                if not self._waiting or len(self._in_flight) >= self._window:
-                    return
-                request = self._waiting.popleft()
-                if request.future.done():  # cancelled, or past its deadline
-                    continue
-                request_id = next(self._ids)
-                self._in_flight[request_id] = request
-            self._outbox.put(self._messages(request_id, request))
+        """Send what waits, as far as the window goes."""
+        while (found := self._window.next()) is not None:
+            self._outbox.put(self._messages(*found))
+
+    def renew(self) -> float:
+        """Tell the replica that this client lives, unless it heard so lately; returns when to ask again, in seconds."""
+        every = self._hello.lease_s / 3 if self.alive and self._hello.lease_s else math.inf
+        due = self._said_at + every - self._clock()
+        if due > 0:
+            return due
+        self._outbox.put(iter([teacher_pb2.ClientMessage(renew=teacher_pb2.Renew())]))
+        return every
+
+    def _note_silence(self) -> None:
+        """Before something is said: a process that was stopped may have lost its lease meanwhile."""
+        now = self._clock()
+        self._lapsed = self._lapsed or 0 < self._hello.lease_s < now - self._said_at
+        self._said_at = now
 
     def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
         def head(payload: teacher_pb2.Payload) -> Message:
@@ -221,12 +200,13 @@ class Session:
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
         segment = self._segment
-        yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._in_flight)
+        yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
 
     def _sent(self) -> Iterator[Message | bytes]:
         """What goes to the replica over the stream. What goes through pipes is sent meanwhile."""
         through = None
         for message in self._outbox:
+            self._note_silence()
             if through is None:
                 yield message
                 through = self._pipes if message is self._attached else None
@@ -257,13 +237,11 @@ class Session:
         self._end(error)
 
     def _end(self, error: SchoolhouseError) -> None:
-        with self._lock:
-            self.alive = False
-            self._error = error
-            lost = [*self._in_flight.values(), *self._waiting]
-            self._in_flight.clear()
-            self._waiting.clear()
-            self._partial.clear()
+        self.alive = False
+        self._error = error
+        self._note_silence()
+        lost = self._window.end()
+        self._partial.clear()
         self._opened.set()
         self.close()
         self._outbox.clear()
@@ -289,6 +267,11 @@ class Session:
             if request is not None:
                 request.fail(status.from_failure(message.failure))
             self._pump()
+        elif message.HasField("wait"):
+            self._window.wait(message.wait.request_id)
+        elif message.HasField("resume"):
+            self._window.resume()
+            self._pump()
         elif message.HasField("opened"):
             self._on_opened(message.opened)
 
@@ -296,7 +279,7 @@ class Session:
         if self._open_message.shared_memory:
             self._attach(opened)
         self._hello = opened
-        self._window = opened.max_in_flight
+        self._window.grant(opened)
         self.alive = True
         self._opened.set()
 
@@ -322,7 +305,7 @@ class Session:
         self._outbox.put(iter([self._attached]))
 
     def _on_reply(self, reply: teacher_pb2.Reply) -> None:
-        request = self._in_flight.get(reply.request_id)
+        request = self._window.get(reply.request_id)
         if request is None:  # cancelled
             self._refuse(reply.payload)
             return
@@ -350,7 +333,7 @@ class Session:
         try:
             incoming.add(frame.offset, frame.data, frame.digest)
         except SchoolhouseError as err:
-            request = self._in_flight.get(frame.request_id)
+            request = self._window.get(frame.request_id)
             if request is not None:  # not cancelled meanwhile
                 self.cancel(request)
                 request.fail(err)
@@ -367,34 +350,11 @@ class Session:
         self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
         self._received_bytes += incoming.nbytes + len(reply.features)
         try:
-            request.resolve(_features(request, reply, incoming))
+            request.resolve(features_of(request, reply, incoming))
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone
             request.fail(err)
         self._pump()  # after the answer is delivered: who waits for it goes on meanwhile
 
     def _take(self, request_id: int) -> Request | None:
-        with self._lock:
-            request = self._in_flight.pop(request_id, None)
-            self._partial.pop(request_id, None)
-        return request
-
-
-def _features(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
-    """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
-    given = (list(reply.taps), reply.revision, reply.input_digest)
-    expected = (list(request.wanted.to_wire()), request.revision, request.outgoing.digest)
-    if given != expected:
-        raise FeatureMismatchError(
-            f"the features that came are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"
-        )
-    values = incoming.value()
-    taps = request.wanted.taps
-    if not isinstance(values, list) or len(values) != len(taps):
-        raise ProtocolError("a reply came whose features are not one for each tap")
-    found = decoded(dict(zip(taps, values, strict=True)), request.heads)
-    return Features(found, revision=reply.revision, input_digest=reply.input_digest)
-
-
-def _in_words(taps: list[teacher_pb2.Tap], revision: str, digest: bytes) -> str:
-    words = [" ".join(str(tap).split()) for tap in taps]
-    return f"the taps {words}, the revision {revision!r} and the inputs {digest.hex()}"
+        self._partial.pop(request_id, None)
+        return self._window.take(request_id)

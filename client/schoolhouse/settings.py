@@ -6,6 +6,7 @@ from pathlib import Path
 from schoolhouse.errors import ConfigError
 
 _MAX_SETTING = 1e6  # about 12 days, in seconds; beyond what clocks and locks take, a wait fails at once
+_WEIGHTS = (0.01, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Settings:
     """
 
     job: str = ""
+    weight: float = 1.0
     timeout_s: float = 60.0
     connect_timeout_s: float = 10.0
     max_pending: int = 1024
@@ -27,6 +29,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.job, str):
             raise ConfigError(f"job is {self.job!r}; it must be a string")
+        if not isinstance(self.weight, int | float) or not _WEIGHTS[0] <= self.weight <= _WEIGHTS[1]:
+            raise ConfigError(f"weight is {self.weight!r}; it must be a number from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
         for name in ("shared_memory", "checksums"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choices: True, False")

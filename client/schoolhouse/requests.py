@@ -1,0 +1,73 @@
+"""A request for features, and what makes a reply its answer."""
+
+import contextlib
+from collections.abc import Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+
+from schoolhouse_wire import framing
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import teacher_pb2
+
+from schoolhouse.errors import FeatureMismatchError, ProtocolError
+from schoolhouse.heads import Head
+from schoolhouse.sparse import decoded
+from schoolhouse.taps import Tap
+from schoolhouse.teachers import Features
+from schoolhouse.wanted import Wanted
+
+
+@dataclass(eq=False)
+class Request:
+    """One batch on its way to features. It may be sent again to another replica."""
+
+    outgoing: framing.Outgoing
+    wanted: Wanted
+    revision: str
+    deadline: float  # on time.monotonic's clock
+    heads: Mapping[Tap, Head]  # of the taps whose hidden states travel
+    limits: Limits  # of the reply
+    future: "Future[Features]" = field(default_factory=Future)
+    tried: set[str] = field(default_factory=set)
+    told_to_wait: bool = False  # a replica had no room for it
+
+    @property
+    def nbytes(self) -> int:
+        """What a replica counts of it."""
+        return self.outgoing.nbytes + len(self.outgoing.header)
+
+    @property
+    def done(self) -> bool:
+        """Answered, failed or cancelled."""
+        return self.future.done()
+
+    def resolve(self, features: Features) -> None:
+        """Give the features to who waits, unless it cancelled."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_result(features)
+
+    def fail(self, error: BaseException) -> None:
+        """Give the error to who waits, unless it cancelled."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+def features_of(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
+    """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
+    given = (list(reply.taps), reply.revision, reply.input_digest)
+    expected = (list(request.wanted.to_wire()), request.revision, request.outgoing.digest)
+    if given != expected:
+        raise FeatureMismatchError(
+            f"the features that came are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"
+        )
+    values = incoming.value()
+    taps = request.wanted.taps
+    if not isinstance(values, list) or len(values) != len(taps):
+        raise ProtocolError("a reply came whose features are not one for each tap")
+    found = decoded(dict(zip(taps, values, strict=True)), request.heads)
+    return Features(found, revision=reply.revision, input_digest=reply.input_digest)
+
+
+def _in_words(taps: list[teacher_pb2.Tap], revision: str, digest: bytes) -> str:
+    words = [" ".join(str(tap).split()) for tap in taps]
+    return f"the taps {words}, the revision {revision!r} and the inputs {digest.hex()}"
