@@ -88,7 +88,7 @@ def test_a_fork_that_closes_a_teacher_leaves_the_parents_sessions():
     held, free = threading.Event(), threading.Event()
 
     def hold():
-        with teacher._wake:  # as a thread of the parent may at any time
+        with teacher._deadlines._wake:  # as a thread of the parent may at any time
             held.set()
             free.wait(30)
 

@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from schoolhouse.errors import TeacherBusyError
 
 _MAX_OFFERED = 64  # requests that one `take` offers to `fits`
+_MAX_PASSED = 16  # of them that are of one job and do not fit
 _FADE = 0.9  # of the largest cost, with each round
 _MAX_RIDDEN = 8.0  # rounds that a job can owe for what was taken along, since the device had room for it
 
@@ -190,5 +191,5 @@ class FairQueue(Generic[T]):
                     flow.deficit = owing
             else:
                 at += 1
-            if at < len(flow.waiting):
+            if at < min(len(flow.waiting), _MAX_PASSED):
                 heapq.heappush(owed, (-flow.deficit / flow.weight, i, at))
