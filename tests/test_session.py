@@ -120,7 +120,7 @@ def test_features_for_which_there_is_no_memory_fail_at_once_and_alone(monkeypatc
 
     with serve(nn.Identity()) as server, sh.connect(server.url) as teacher:
         with monkeypatch.context() as patch:
-            patch.setattr("schoolhouse.session.decoded", full)
+            patch.setattr("schoolhouse.request.decoded", full)
             with pytest.raises(MemoryError):
                 teacher.submit((torch.ones(1),), {}, [""]).result(10)
         [session] = teacher.open_sessions()

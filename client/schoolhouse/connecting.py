@@ -10,6 +10,7 @@ def connect(
     url: str,
     *,
     job: str = "",
+    weight: float = 1.0,
     timeout_s: float = 60.0,
     connect_timeout_s: float = 10.0,
     max_pending: int = 1024,
@@ -28,7 +29,9 @@ def connect(
 
     Args:
         url: where the teacher is.
-        job: name of the job that asks, for the operator's eyes.
+        job: name of the job that asks. Clients of one name, as the ranks of one training run, share its part of the
+            teacher, and its quota; a client without a name is a job of its own.
+        weight: the job's share of a busy teacher beside other jobs, from 0.01 to 100. The last client's is the job's.
         timeout_s: deadline of each request, in seconds, however often it is sent again meanwhile.
         connect_timeout_s: how long to wait for a server, in seconds.
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
@@ -53,6 +56,7 @@ def connect(
     teacher = RemoteTeacher(
         url,
         job=job,
+        weight=weight,
         timeout_s=timeout_s,
         connect_timeout_s=connect_timeout_s,
         max_pending=max_pending,

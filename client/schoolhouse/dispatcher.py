@@ -190,6 +190,7 @@ class Dispatcher:
             link.replica.address,
             self._name,
             job=self._settings.job,
+            weight=self._settings.weight,
             shared_memory=self._settings.shared_memory,
             checksums=self._settings.checksums,
             revision=self._revision,
@@ -218,6 +219,7 @@ class Dispatcher:
         if link is None or wrong or self.closed:
             session.close()
         self._flush()
+        self.outstanding.stir()  # its lease is to be renewed
 
     def on_draining(self, session: Session) -> None:
         """Send nothing more there; it is closed when it is idle."""
@@ -310,7 +312,8 @@ class Dispatcher:
             self.forget(request)
             self.dispatch(request)
         self._flush()
-        return self._expire()
+        times = [self._expire(), *(session.renew() for session in self.sessions())]
+        return min((at for at in times if at is not None), default=None)
 
     def _flush(self) -> None:
         """Try what is parked again."""
@@ -339,12 +342,7 @@ class Dispatcher:
         if parked:
             request.fail(self._unanswered(f"within {timeout_s} s (timeout_s)"))
             return
-        request.fail(
-            TeacherTimeoutError(
-                f"the teacher did not answer within {timeout_s} s and was told to stop; "
-                "raise timeout_s in connect(), or add replicas"
-            )
-        )
+        request.fail(TeacherTimeoutError(_late(request, timeout_s)))
 
     def _unanswered(self, how_long: str) -> SchoolhouseError:
         with self._lock:
@@ -356,3 +354,16 @@ class Dispatcher:
 
     def _gone(self) -> SchoolhouseError:
         return TeacherUnavailableError(f"the connection to {self._name!r} at {self._target} was closed")
+
+
+def _late(request: Request, timeout_s: float) -> str:
+    if request.told_to_wait:
+        return (
+            f"the teacher did not answer within {timeout_s} s: the job was over its quota of requests or bytes in "
+            "flight, or the teacher's queue was full. Raise timeout_s in connect(), look less far ahead, raise "
+            "max_in_flight or max_job_bytes of the teacher, or add replicas"
+        )
+    return (
+        f"the teacher did not answer within {timeout_s} s and was told to stop; raise timeout_s in connect(), or add "
+        "replicas"
+    )

@@ -2,6 +2,7 @@
 
 from schoolhouse_wire.errors import (
     CorruptPayloadError,
+    LeaseExpiredError,
     MessageTooLargeError,
     ProtocolError,
     RevisionChangedError,
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "CorruptPayloadError",
     "FeatureMismatchError",
+    "LeaseExpiredError",
     "MessageTooLargeError",
     "ProtocolError",
     "RevisionChangedError",

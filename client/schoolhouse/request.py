@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import teacher_pb2
 
+from schoolhouse.errors import FeatureMismatchError, ProtocolError
 from schoolhouse.heads import Head
+from schoolhouse.sparse import decoded
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features
 from schoolhouse.wanted import Wanted
@@ -42,11 +45,17 @@ class Request:
     limits: Limits  # of the reply
     future: "Future[Features]" = field(default_factory=Future)
     losses: int = 0  # replicas that were lost while they had it
+    told_to_wait: bool = False  # a replica had no room for it
 
     @property
     def nbytes(self) -> int:
         """Bytes of the inputs: what it costs, as far as that is known here."""
         return self.outgoing.nbytes + len(self.outgoing.header)
+
+    @property
+    def done(self) -> bool:
+        """Answered, failed or cancelled."""
+        return self.future.done()
 
     def resolve(self, features: Features) -> None:
         """Give the features to who waits, unless it cancelled."""
@@ -57,3 +66,24 @@ class Request:
         """Give the error to who waits, unless it cancelled."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
+
+
+def features_of(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
+    """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
+    given = (list(reply.taps), reply.revision, reply.input_digest)
+    expected = (list(request.wanted.to_wire()), request.revision, request.outgoing.digest)
+    if given != expected:
+        raise FeatureMismatchError(
+            f"the features that came are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"
+        )
+    values = incoming.value()
+    taps = request.wanted.taps
+    if not isinstance(values, list) or len(values) != len(taps):
+        raise ProtocolError("a reply came whose features are not one for each tap")
+    found = decoded(dict(zip(taps, values, strict=True)), request.heads)
+    return Features(found, revision=reply.revision, input_digest=reply.input_digest)
+
+
+def _in_words(taps: list[teacher_pb2.Tap], revision: str, digest: bytes) -> str:
+    words = [" ".join(str(tap).split()) for tap in taps]
+    return f"the taps {words}, the revision {revision!r} and the inputs {digest.hex()}"

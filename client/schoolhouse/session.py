@@ -1,9 +1,7 @@
 """One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
 
 import contextlib
-import itertools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -15,14 +13,12 @@ from schoolhouse_wire.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse.errors import (
-    FeatureMismatchError,
     ProtocolError,
     SchoolhouseError,
     TeacherUnavailableError,
 )
-from schoolhouse.request import Request, Traffic
-from schoolhouse.sparse import decoded
-from schoolhouse.teachers import Features
+from schoolhouse.request import Request, Traffic, features_of
+from schoolhouse.window import Window
 
 
 class Owner(Protocol):
@@ -50,6 +46,7 @@ class Session:
         teacher: str,
         *,
         job: str,
+        weight: float,
         shared_memory: bool,
         checksums: bool,
         revision: str = "",
@@ -67,6 +64,7 @@ class Session:
             protocol=channel.PROTOCOL,
             teacher=teacher,
             job=job,
+            weight=weight,
             shared_memory=shared_memory,
             checksums=checksums,
             revision=revision,
@@ -77,13 +75,10 @@ class Session:
         self._segment: ClientSegment | None = None
         self._pipes: pipes.Pipes | None = None
         self._attached: Message | None = None  # after it our messages go through pipes
-        self._lock = threading.Lock()
-        self._ids = itertools.count(1)
-        self._in_flight: dict[int, Request] = {}
-        self._waiting: deque[Request] = deque()
+        self._window: Window[Request] = Window()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
-        self._window = 0
         self._hello = teacher_pb2.Opened()
+        self._said_at = clock()
 
     @property
     def transport(self) -> str:
@@ -95,7 +90,7 @@ class Session:
     @property
     def outstanding(self) -> int:
         """Requests given to this session that have no answer yet."""
-        return len(self._in_flight) + len(self._waiting)
+        return len(self._window)
 
     @property
     def reads_here(self) -> bool:
@@ -128,19 +123,14 @@ class Session:
 
     def send(self, request: Request) -> bool:
         """Queue a request for this replica; False if the session has ended."""
-        with self._lock:
-            if not self.alive:
-                return False
-            self._waiting.append(request)
+        if not self.alive or not self._window.add(request):
+            return False
         self._pump()
         return True
 
     def take_back(self) -> list[Request]:
-        """What was not sent yet: it is not this session's any more."""
-        with self._lock:
-            waiting = [*self._waiting]
-            self._waiting.clear()
-            return waiting
+        """What was not sent yet, or was sent back: it is not this session's any more."""
+        return self._window.take_back()
 
     def cancel(self, request: Request) -> None:
         """Forget a request, and tell the replica, once the stream is ready for it.
@@ -150,16 +140,11 @@ class Session:
         self._outbox.put(self._cancellation(request))
 
     def _cancellation(self, request: Request) -> Iterator[Message]:
-        with self._lock:
-            if request in self._waiting:
-                self._waiting.remove(request)
-                return
-            request_id = next((i for i, other in self._in_flight.items() if other is request), None)
-            if request_id is None:
-                return
-            del self._in_flight[request_id]
-            self._partial.pop(request_id, None)
+        request_id = self._window.remove(request)
         self._pump()
+        if request_id is None:
+            return
+        self._partial.pop(request_id, None)
         yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
 
     def close(self) -> None:
@@ -175,17 +160,19 @@ class Session:
         self._reader.join(timeout_s)
 
     def _pump(self) -> None:
-        """Send what waits, as far as the window that the replica granted goes."""
-        while True:
-            with self._lock:
-                if not self._waiting or len(self._in_flight) >= self._window:
-                    return
-                request = self._waiting.popleft()
-                if request.future.done():  # cancelled, or past its deadline
-                    continue
-                request_id = next(self._ids)
-                self._in_flight[request_id] = request
-            self._outbox.put(self._messages(request_id, request))
+        """Send what waits, as far as the window goes."""
+        while (found := self._window.next()) is not None:
+            self._outbox.put(self._messages(*found))
+
+    def renew(self) -> float | None:
+        """Tell the replica that this client lives, unless it heard so lately; returns when to ask again."""
+        if not self.alive or not self._hello.lease_s:
+            return None
+        now, every = self._clock(), self._hello.lease_s / 3
+        if now < self._said_at + every:
+            return self._said_at + every
+        self._outbox.put(iter([teacher_pb2.ClientMessage(renew=teacher_pb2.Renew())]))
+        return now + every
 
     def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
         def head(payload: teacher_pb2.Payload) -> Message:
@@ -200,12 +187,13 @@ class Session:
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
         segment = self._segment
-        yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._in_flight)
+        yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
 
     def _sent(self) -> Iterator[Message | bytes]:
         """What goes to the replica over the stream. What goes through pipes is sent meanwhile."""
         through = None
         for message in self._outbox:
+            self._said_at = self._clock()
             if through is None:
                 yield message
                 through = self._pipes if message is self._attached else None
@@ -236,14 +224,9 @@ class Session:
         self._end(error)
 
     def _end(self, error: SchoolhouseError) -> None:
-        with self._lock:
-            self.alive = False
-            for request in self._in_flight.values():
-                request.losses += 1
-            lost = [*self._in_flight.values(), *self._waiting]
-            self._in_flight.clear()
-            self._waiting.clear()
-            self._partial.clear()
+        self.alive = False
+        lost = self._window.end()
+        self._partial.clear()
         self.close()
         self._outbox.clear()
         self._detach()
@@ -268,6 +251,11 @@ class Session:
             if request is not None:
                 self._on_failure(request, status.from_failure(message.failure))
             self._pump()
+        elif message.HasField("wait"):
+            self._window.wait(message.wait.request_id)
+        elif message.HasField("resume"):
+            self._window.resume()
+            self._pump()
         elif message.HasField("opened"):
             self._on_opened(message.opened)
         elif message.HasField("draining"):
@@ -284,7 +272,7 @@ class Session:
         if self._open_message.shared_memory:
             self._attach(opened)
         self._hello = opened
-        self._window = opened.max_in_flight
+        self._window.grant(opened)
         self.alive = True
         self._owner.on_opened(self)
 
@@ -310,7 +298,7 @@ class Session:
         self._outbox.put(iter([self._attached]))
 
     def _on_reply(self, reply: teacher_pb2.Reply) -> None:
-        request = self._in_flight.get(reply.request_id)
+        request = self._window.get(reply.request_id)
         if request is None:  # cancelled
             self._refuse(reply.payload)
             return
@@ -338,7 +326,7 @@ class Session:
         try:
             incoming.add(frame.offset, frame.data, frame.digest)
         except SchoolhouseError as err:
-            request = self._in_flight.get(frame.request_id)
+            request = self._window.get(frame.request_id)
             if request is not None:  # not cancelled meanwhile
                 self.cancel(request)
                 request.fail(err)
@@ -354,36 +342,13 @@ class Session:
         self._requests += 1
         self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
         self._received_bytes += incoming.nbytes + len(reply.features)
-        self.others_queued, self.answered_at = max(reply.queued - len(self._in_flight), 0), self._clock()
+        self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
         try:
-            request.resolve(_features(request, reply, incoming))
+            request.resolve(features_of(request, reply, incoming))
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone
             request.fail(err)
         self._pump()  # after the answer is delivered: who waits for it goes on meanwhile
 
     def _take(self, request_id: int) -> Request | None:
-        with self._lock:
-            request = self._in_flight.pop(request_id, None)
-            self._partial.pop(request_id, None)
-        return request
-
-
-def _features(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
-    """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
-    given = (list(reply.taps), reply.revision, reply.input_digest)
-    expected = (list(request.wanted.to_wire()), request.revision, request.outgoing.digest)
-    if given != expected:
-        raise FeatureMismatchError(
-            f"the features that came are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"
-        )
-    values = incoming.value()
-    taps = request.wanted.taps
-    if not isinstance(values, list) or len(values) != len(taps):
-        raise ProtocolError("a reply came whose features are not one for each tap")
-    found = decoded(dict(zip(taps, values, strict=True)), request.heads)
-    return Features(found, revision=reply.revision, input_digest=reply.input_digest)
-
-
-def _in_words(taps: list[teacher_pb2.Tap], revision: str, digest: bytes) -> str:
-    words = [" ".join(str(tap).split()) for tap in taps]
-    return f"the taps {words}, the revision {revision!r} and the inputs {digest.hex()}"
+        self._partial.pop(request_id, None)
+        return self._window.take(request_id)

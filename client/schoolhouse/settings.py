@@ -5,6 +5,7 @@ from pathlib import Path
 
 from schoolhouse.errors import ConfigError
 
+_WEIGHTS = (0.01, 100)
 _MAX_SETTING = 1e6  # about 12 days, in seconds; beyond what clocks and locks take, a wait fails at once
 
 
@@ -17,6 +18,7 @@ class Settings:
     """
 
     job: str = ""
+    weight: float = 1.0
     timeout_s: float = 60.0
     connect_timeout_s: float = 10.0
     max_pending: int = 1024
@@ -32,6 +34,8 @@ class Settings:
         for name in ("job", "zone", "revision"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a string")
+        if not isinstance(self.weight, int | float) or not _WEIGHTS[0] <= self.weight <= _WEIGHTS[1]:
+            raise ConfigError(f"weight is {self.weight!r}; it must be a number from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
         for name in ("shared_memory", "checksums", "follow_revisions"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choices: True, False")

@@ -81,6 +81,7 @@ class Declared:
     header: bytes
     nbytes: int
     tensors: list[torch.Tensor]  # contiguous in memory order, on CPU, in the order of their declarations
+    item_bytes: tuple[int, ...] = ()  # of each item of a list, where its maker has counted them
 
 
 def pack(value: Any, *, opaque: bool = False) -> Declared:

@@ -16,6 +16,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 CAST_DTYPES = (torch.bfloat16, torch.float16)
 ROW_DTYPES = (torch.int8, torch.float8_e4m3fn)
 _SEEDS = 1 << 64
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,13 @@ def seeded(encoding: Encoding | None, seed: int) -> Encoding | None:
     if isinstance(encoding, Sampled) and encoding.seed is None:
         return dataclasses.replace(encoding, seed=seed)
     return encoding
+
+
+def name_of(encoding: Encoding | None) -> str:
+    """What people call it: "none", "bf16", "fp16", "int8", "fp8", "topk", "sampled" or "hidden"."""
+    if isinstance(encoding, Cast | PerRow):
+        return _DTYPE_NAMES[encoding.dtype]
+    return {TopK: "topk", Sampled: "sampled", Hidden: "hidden"}.get(type(encoding), "none")
 
 
 def encoding_to_wire(encoding: Encoding | None) -> teacher_pb2.Encoding | None:

@@ -74,6 +74,12 @@ class TeacherUnavailableError(SchoolhouseError, ConnectionError):
     code = teacher_pb2.Failure.UNAVAILABLE
 
 
+class LeaseExpiredError(TeacherUnavailableError):
+    """The replica ended the session, since the client had said nothing for longer than its lease lasts."""
+
+    code = teacher_pb2.Failure.LEASE_EXPIRED
+
+
 class TeacherTimeoutError(SchoolhouseError, TimeoutError):
     """The deadline passed before the features came."""
 
@@ -109,6 +115,7 @@ BY_CODE: dict[int, type[SchoolhouseError]] = {
         CorruptPayloadError,
         ProtocolError,
         TeacherUnavailableError,
+        LeaseExpiredError,
         TeacherTimeoutError,
         TeacherBusyError,
         RevisionChangedError,

@@ -32,6 +32,7 @@ _TO_GRPC: dict[int, grpc.StatusCode] = {
     _F.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     _F.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
     _F.REVISION_CHANGED: grpc.StatusCode.ABORTED,
+    _F.LEASE_EXPIRED: grpc.StatusCode.UNAVAILABLE,
     _F.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 _FROM_GRPC: dict[grpc.StatusCode, type[SchoolhouseError]] = {

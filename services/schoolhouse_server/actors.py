@@ -58,6 +58,11 @@ class TeacherActor:
             early_stop=self._spec.early_stop,
             cache_bytes=self._spec.cache_bytes,
             shared_memory_bytes=self._spec.shared_memory_bytes,
+            cost=self._spec.cost,
+            max_in_flight=self._spec.max_in_flight,
+            max_job_bytes=self._spec.max_job_bytes,
+            max_queued=self._spec.max_queued,
+            lease_s=self._spec.lease_s,
         ).start()
         self._address = f"{advertised}:{self._replica.port}"
         self._stage = "serving"

@@ -8,6 +8,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
 
+from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_LEASE_S, MAX_QUEUED
+
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
@@ -27,7 +29,7 @@ class TeacherSpec:
     Exactly one of `build` (`module:callable`, called with `kwargs`) and `transformers` (a checkpoint folder) is given.
     `weights` is a safetensors file loaded into the model afterwards. `threads` are torch's intra-op threads.
     `early_stop` is that of `schoolhouse.LocalTeacher`, and `shared_memory_bytes` that of `serve`; `cache_bytes` of host
-    memory keep features of each replica.
+    memory keep features of each replica. `cost` to `lease_s` are those of `serve` too.
     """
 
     build: str | None = None
@@ -41,6 +43,11 @@ class TeacherSpec:
     early_stop: bool = True
     cache_bytes: Annotated[int, Field(ge=0)] = 0
     shared_memory_bytes: Annotated[int, Field(ge=0, le=1 << 40)] = 1 << 30
+    cost: Literal["rows", "tokens"] = "rows"
+    max_in_flight: Annotated[int, Field(ge=1)] = MAX_IN_FLIGHT
+    max_job_bytes: Annotated[int, Field(ge=1)] = MAX_JOB_BYTES
+    max_queued: Annotated[int, Field(ge=1)] = MAX_QUEUED
+    lease_s: Annotated[float, Field(ge=0, le=MAX_LEASE_S)] = LEASE_S
     resources: Resources = Field(default_factory=Resources)
 
     @model_validator(mode="after")

@@ -1,5 +1,8 @@
 """One teacher on one device: requests come in, wait, run one after another, and their features go out."""
 
+import dataclasses
+import functools
+import math
 import queue
 import threading
 import time
@@ -19,12 +22,17 @@ from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Arguments, Declared, pack
 from schoolhouse_wire.limits import INLINE_BYTES, Limits
 from schoolhouse_wire.tensors import bytes_of
+from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server.cache import FeatureCache
+from schoolhouse_server.counters import Counters, JobCounters
 from schoolhouse_server.device import Device, Span
 from schoolhouse_server.queueing import FairQueue
+from schoolhouse_server.sharing import COSTS, rows_of
+from schoolhouse_server.timer import Alarm, Timer
 
 _CLOSED = "the teacher is shutting down"
+_LATE = "the request's deadline passed while it waited for the teacher"
 _REPLY_LIMITS = Limits()
 _LANDING = 2  # requests whose features are on the way out while the device goes on
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
@@ -44,7 +52,9 @@ class Ticket:
     """One client's share in a job; `done` is called once, from a thread of the engine's, unless it was cancelled."""
 
     done: Callable[[Answer | BaseException], None]
+    account: JobCounters = field(default_factory=lambda: JobCounters(""))  # of whom it is
     cancelled: bool = False
+    job: "Job | None" = None  # while that is in flight
 
 
 @dataclass(eq=False)
@@ -58,6 +68,19 @@ class Job:
     tickets: list[Ticket] = field(default_factory=list)
     queued_at: float = 0.0
     cache_key: bytes | None = None
+    cost: float = 1.0  # in the unit that the engine charges
+    rows: int = 1
+    alarm: Alarm | None = None  # at its deadline
+
+    @property
+    def job(self) -> str:
+        """Whose turn it takes."""
+        return self.tickets[0].account.job
+
+    @property
+    def weight(self) -> float:
+        """Of that job."""
+        return self.tickets[0].account.weight
 
     @property
     def content(self) -> tuple[Any, ...]:
@@ -87,7 +110,15 @@ class Engine:
     Receiving and sending happen in the threads of the sessions. So the next forward follows the last one at once.
     """
 
-    def __init__(self, teacher: LocalTeacher, *, max_queued: int, cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        teacher: LocalTeacher,
+        *,
+        max_queued: int,
+        cache_bytes: int = 0,
+        cost: str = "rows",
+        timer: Timer | None = None,
+    ) -> None:
         self.description = teacher.describe()
         self.teacher = teacher
         self.served = self.running = self.joined = 0
@@ -96,6 +127,10 @@ class Engine:
         # Torch counts no changes of inference tensors. There may be thousands, and each request looks at all of them.
         self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
         self._versions = [weight._version for weight in self._weights]
+        self.counters = Counters()
+        self._cost_of = COSTS[cost]
+        self._owns_timer = timer is None
+        self._timer = timer or Timer()
         self._queue: FairQueue[Job] = FairQueue(max_queued)
         self._landing: queue.Queue[_Landing | None] = queue.Queue(_LANDING)
         self._in_flight: dict[Hashable, Job] = {}
@@ -111,6 +146,11 @@ class Engine:
     def queued(self) -> int:
         """Requests that wait for the device."""
         return len(self._queue)
+
+    def fill(self, load: directory_pb2.Load, in_flight: dict[str, int]) -> None:
+        """Write what is counted by job, and how long requests wait, into a message."""
+        self.counters.fill(load, self._queue.queued(), in_flight)
+        load.queue_delay_s = self.counters.delay_s(self._queue.oldest())
 
     def stage_s(self) -> dict[str, float]:
         """Seconds spent so far, by stage; summed over requests, so that stages that overlap count each."""
@@ -134,6 +174,7 @@ class Engine:
             TeacherBusyError: when the queue is full.
             TeacherUnavailableError: when it was closed.
         """
+        job.rows, job.cost = rows_of(job.inputs), float(self._cost_of(job.inputs))
         if self.cache is not None:
             job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
@@ -151,6 +192,36 @@ class Engine:
             job.queued_at = time.perf_counter()
             self._queue.put(job)
             self._in_flight[job.key] = job
+            for ticket in job.tickets:
+                ticket.job = job
+            if job.deadline < math.inf:
+                job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forget who waits for a job; it leaves the queue at once, if nobody else does."""
+        with self._lock:
+            ticket.cancelled = True
+            job, ticket.job = ticket.job, None
+            if job is not None and job.cancelled and self._queue.remove(job):
+                self._forget(job)
+
+    def _expire(self, job: Job) -> None:
+        """At its deadline, a request that still waits for the device fails."""
+        with self._lock:
+            if time.monotonic() < job.deadline:  # another one joined
+                job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
+                return
+            if not self._queue.remove(job):
+                return
+        self._begin(job, charged=False)
+        self._end(job, TeacherTimeoutError(_LATE))
+
+    def _forget(self, job: Job) -> None:
+        """Nobody joins any more, and no deadline matters. The lock is held."""
+        if self._in_flight.get(job.key) is job:
+            del self._in_flight[job.key]
+        if job.alarm is not None:
+            self._timer.cancel(job.alarm)
 
     def _join(self, job: Job) -> bool:
         """Have a job in flight on the same inputs answer this one; equal digests alone are not trusted."""
@@ -160,6 +231,8 @@ class Engine:
         if not _equal(other.content, job.content):
             return False
         other.tickets += job.tickets
+        for ticket in job.tickets:
+            ticket.job = other
         other.deadline = max(other.deadline, job.deadline)
         self.joined += 1
         return True
@@ -169,15 +242,17 @@ class Engine:
         with self._lock:  # nothing is queued from here on
             self._closed = True
         for job in self._queue.close():
-            self._begin(job)
+            self._begin(job, charged=False)
             self._end(job, TeacherUnavailableError(_CLOSED))
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(max(end - time.monotonic(), 0.0))
+        if self._owns_timer:
+            self._timer.close()
 
     def _run(self) -> None:
-        while jobs := self._queue.take(lambda _taken, _other: False):
+        while jobs := self._queue.take():
             for job in jobs:
                 self._compute(job)
             del jobs, job
@@ -193,6 +268,7 @@ class Engine:
         self._begin(job)
         try:
             self._check(job)
+            self.counters.forward(job.rows)
             inputs, loaded = device.h2d.run(None, device.load, job.inputs)
             values, computed = device.forward.run(loaded, self.teacher.forward, inputs, job.wanted)
             work = _Landing(job, inputs, values, [loaded, computed])
@@ -213,7 +289,7 @@ class Engine:
             device.wait(landed)
             for span in (*work.spans, made, landed):
                 span.settle()
-            features = pack([here[tap] for tap in job.wanted.taps], opaque=True)
+            features = declare([here[tap] for tap in job.wanted.taps])
             if self.cache is not None and job.cache_key is not None:
                 self.cache.put(job.cache_key, features)
         except BaseException as err:
@@ -221,17 +297,22 @@ class Engine:
             return
         self._end(job, Answer(features, self.description.revision))
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job, charged: bool = True) -> None:
+        """A job has left the queue."""
+        waited_s = time.perf_counter() - job.queued_at
         with self._lock:
             self.running += 1
-            self._outside_s["queue"] += time.perf_counter() - job.queued_at
+            self._outside_s["queue"] += waited_s
+            if job.alarm is not None:
+                self._timer.cancel(job.alarm)
+        self.counters.began(job.tickets[0].account, cost=job.cost if charged else 0.0, waited_s=waited_s)
 
     def _check(self, job: Job) -> None:
         """Raise what keeps a job from the device."""
         if job.cancelled:
             raise TeacherUnavailableError("nobody waits for the features any more")
         if time.monotonic() > job.deadline:
-            raise TeacherTimeoutError("the request's deadline passed while it waited for the teacher")
+            raise TeacherTimeoutError(_LATE)
         if [weight._version for weight in self._weights] != self._versions:
             raise RevisionChangedError(
                 f"the teacher's weights were changed in place after it was served as {self.description.revision}; "
@@ -241,13 +322,21 @@ class Engine:
     def _end(self, job: Job, result: Answer | BaseException) -> None:
         """Answer all who wait for a job."""
         with self._lock:
-            if self._in_flight.get(job.key) is job:
-                del self._in_flight[job.key]  # nobody joins any more
+            self._forget(job)
             self.running -= 1
             self.served += len(job.tickets)
+            for ticket in job.tickets:
+                ticket.job = None
         for ticket in job.tickets:
             if not ticket.cancelled:
                 ticket.done(result)
+
+
+def declare(features: list[Any]) -> Declared:
+    """Features of taps, ready to travel, and how many bytes each takes."""
+    declared = pack(features, opaque=True)
+    sizes = tuple(sum(tensor.nbytes for tensor in tensors_of(value)) for value in features)
+    return dataclasses.replace(declared, item_bytes=sizes)
 
 
 def _is_small(values: Any) -> bool:

@@ -1,62 +1,195 @@
-"""The queue before a device: which requests run next, and together."""
+"""The queue before a device: which requests run next, and together.
 
+It is fair across jobs: deficit round robin (Shreedhar & Varghese, SIGCOMM 1995) in which a job that becomes active is
+served first, until its quantum is used, as in FQ-CoDel (RFC 8290).
+"""
+
+import heapq
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 from schoolhouse.errors import TeacherBusyError
 
-T = TypeVar("T")
+_MAX_OFFERED = 64  # requests that one `take` offers to `fits`
+_MAX_PASSED = 16  # of them that are of one job and do not fit
+_FADE = 0.9  # of the largest cost, with each round
+_MAX_RIDDEN = 8.0  # rounds that a job can owe for what was taken along, since the device had room for it
+
+
+class Queued(Protocol):
+    """What the queue reads of a request. `cost` is above 0; all of a job have its present `weight`."""
+
+    @property
+    def job(self) -> str: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def cost(self) -> float: ...
+    @property
+    def queued_at(self) -> float: ...
+
+
+T = TypeVar("T", bound=Queued)
+
+
+@dataclass(eq=False)
+class _Flow(Generic[T]):
+    """A job's requests that wait, and the cost that it may have served before others have their turn."""
+
+    weight: float
+    deficit: float
+    waiting: deque[T] = field(default_factory=deque)
+    listed: bool = False  # among those to be served next
+
+    @property
+    def served_next(self) -> bool:
+        return bool(self.waiting) and self.deficit > 0
 
 
 class FairQueue(Generic[T]):
-    """Requests that wait for the device. `max_queued` is how many may."""
+    """Requests that wait for the device. `max_queued` is how many may.
+
+    Jobs with a deficit above 0 are served in turn, a request each, and charged; it may fall below 0. When no job that
+    waits has any left, all get as many rounds as the first of them needs, at once; a round is the job's weight times
+    the largest recent cost. So what two jobs that both wait all the time are served, by weight, differs by at most two
+    rounds and a request of each. What a job that does not wait keeps, it loses within two rounds.
+    """
 
     def __init__(self, max_queued: int) -> None:
         self._max_queued = max_queued
         self._changed = threading.Condition()
-        self._waiting: deque[T] = deque()
+        self._flows: dict[str, _Flow[T]] = {}
+        self._new: deque[_Flow[T]] = deque()  # of jobs that became active: they go first
+        self._old: deque[_Flow[T]] = deque()
+        self._largest = 0.0
+        self._count = 0
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._count
+
+    def queued(self) -> dict[str, int]:
+        """How many requests wait, by job."""
+        with self._changed:
+            return {name: len(flow.waiting) for name, flow in self._flows.items() if flow.waiting}
+
+    def oldest(self) -> float | None:
+        """When the request that waits for longest was queued."""
+        with self._changed:
+            return min((flow.waiting[0].queued_at for flow in self._flows.values() if flow.waiting), default=None)
 
     def put(self, request: T) -> None:
         """Add a request; raises `TeacherBusyError` when the queue is full."""
         with self._changed:
-            if len(self._waiting) >= self._max_queued:
+            if self._count >= self._max_queued:
                 raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
-            self._waiting.append(request)
+            self._largest = max(self._largest, request.cost)
+            flow = self._flows.get(request.job)
+            if flow is None:
+                flow = self._flows[request.job] = _Flow(request.weight, request.weight * self._largest)
+                self._list(flow, self._new)
+            flow.weight = request.weight
+            flow.waiting.append(request)
+            self._count += 1
+            if flow.served_next:
+                self._list(flow, self._old)
             self._changed.notify()
 
     def remove(self, request: T) -> bool:
         """Take a request out; False if it is not there, as it runs already."""
         with self._changed:
-            if request not in self._waiting:
+            flow = self._flows.get(request.job)
+            if flow is None or request not in flow.waiting:
                 return False
-            self._waiting.remove(request)
+            flow.waiting.remove(request)
+            self._count -= 1
             return True
 
-    def take(self, fits: Callable[[list[T], T], bool]) -> list[T]:
-        """Wait for a request, and take it with others that `fits(taken, other)` says may run with it; [] at the end."""
+    def take(self, fits: Callable[[list[T], T], bool] | None = None) -> list[T]:
+        """Wait for a request, and take it with others that `fits(taken, other)` says may run with it; [] at the end.
+
+        Those of the job that is owed most are offered first. Each is charged to its own job.
+        """
         with self._changed:
-            while not self._waiting and not self._closed:
+            while not self._count and not self._closed:
                 self._changed.wait()
             if self._closed:
                 return []
-            taken = [self._waiting.popleft()]
-            for other in list(self._waiting):
-                if fits(taken, other):
-                    self._waiting.remove(other)
-                    taken.append(other)
+            flow, turns = self._next()
+            taken = [self._charge(flow, 0)]
+            if fits is not None and self._count:
+                self._take_along(taken, fits)
+            if flow.served_next:
+                self._list(flow, turns)
             return taken
 
     def close(self) -> list[T]:
         """End `take`; returns what still waited."""
         with self._changed:
             self._closed = True
-            left = [*self._waiting]
-            self._waiting.clear()
+            left = [request for flow in self._flows.values() for request in flow.waiting]
+            self._flows.clear()
+            self._count = 0
             self._changed.notify_all()
             return left
+
+    def _list(self, flow: _Flow[T], turns: "deque[_Flow[T]]") -> None:
+        if not flow.listed:
+            flow.listed = True
+            turns.append(flow)
+
+    def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]]]":
+        """The job whose turn it is, off its list, and that list."""
+        while True:
+            for turns in (self._new, self._old):
+                while turns:
+                    flow = turns.popleft()
+                    flow.listed = False
+                    if flow.served_next:  # not removed, nor taken along meanwhile
+                        return flow, turns
+            self._give_rounds()
+
+    def _give_rounds(self) -> None:
+        """Give all jobs what the first that waits needs; forget those that did not wait in the last round."""
+        quantum = self._largest
+        waiting = [flow for flow in self._flows.values() if flow.waiting]
+        rounds = min(math.floor(-flow.deficit / (flow.weight * quantum)) for flow in waiting) + 1
+        for name, flow in list(self._flows.items()):
+            if not flow.waiting and flow.deficit >= 0:
+                del self._flows[name]
+                continue
+            most = flow.weight * quantum
+            flow.deficit = min(flow.deficit + rounds * most, most)
+            if flow.served_next:
+                self._list(flow, self._old)
+        self._largest = max(self._largest * _FADE, *(flow.waiting[0].cost for flow in waiting))
+
+    def _charge(self, flow: _Flow[T], at: int) -> T:
+        request = flow.waiting[at]
+        del flow.waiting[at]
+        self._count -= 1
+        flow.deficit -= request.cost
+        return request
+
+    def _take_along(self, taken: list[T], fits: Callable[[list[T], T], bool]) -> None:
+        flows = [flow for flow in self._flows.values() if flow.waiting]
+        owed = [(-flow.deficit / flow.weight, i, 0) for i, flow in enumerate(flows)]
+        heapq.heapify(owed)
+        for _ in range(_MAX_OFFERED):
+            if not owed:
+                return
+            _, i, at = heapq.heappop(owed)
+            flow = flows[i]
+            if fits(taken, flow.waiting[at]):
+                owing = flow.deficit
+                taken.append(self._charge(flow, at))
+                if owing < -_MAX_RIDDEN * flow.weight * self._largest:
+                    flow.deficit = owing
+            else:
+                at += 1
+            if at < min(len(flow.waiting), _MAX_PASSED):
+                heapq.heappush(owed, (-flow.deficit / flow.weight, i, at))

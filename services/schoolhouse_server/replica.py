@@ -17,7 +17,9 @@ from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.servicer import Teachers
+from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, Sharing
 from schoolhouse_server.standard import add_standard_services
+from schoolhouse_server.timer import Timer
 
 _MERGE = ("never",)
 _MAX_SHARED_BYTES = 1 << 40
@@ -35,11 +37,12 @@ class Replica:
         merge: str = "never",
         early_stop: bool = True,
         max_sessions: int = 64,
-        max_queued: int = 4096,
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
+        **sharing: Any,
     ) -> None:
+        """The settings are those of `serve`; `sharing` are those of `Sharing`."""
         if merge not in _MERGE:
             raise ConfigError(f"merge is {merge!r}; choices: {', '.join(map(repr, _MERGE))}")
         if not modules:
@@ -60,7 +63,7 @@ class Replica:
         self._max_sessions = max_sessions
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._modules = dict(modules)
-        self._max_queued = max_queued
+        self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
         self._directory = Directory(self.load)
         self._server: grpc.Server | None = None
@@ -86,11 +89,14 @@ class Replica:
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
         memory.keep_freed_memory()
+        self._timer = Timer()
         self.engines = {
             name: Engine(
                 LocalTeacher(module, name, early_stop=self._early_stop),
-                max_queued=self._max_queued,
+                max_queued=self._sharing.max_queued,
                 cache_bytes=self._cache_bytes,
+                cost=self._sharing.cost,
+                timer=self._timer,
             )
             for name, module in self._modules.items()
         }
@@ -121,7 +127,7 @@ class Replica:
     def load(self, name: str) -> directory_pb2.Load:
         """What the teacher `name` has to do at present."""
         engine = self.engines[name]
-        return directory_pb2.Load(
+        load = directory_pb2.Load(
             queued=engine.queued,
             in_flight=engine.running,
             served=engine.served,
@@ -132,6 +138,8 @@ class Replica:
             cache_bytes=engine.cache.nbytes if engine.cache else 0,
             stage_s=engine.stage_s(),
         )
+        engine.fill(load, self._teachers.admissions[name].in_flight())
+        return load
 
     def close(self, grace_s: float = 0.5) -> None:
         """Stop listening and end all sessions. A process that ends does it by itself."""
@@ -142,6 +150,8 @@ class Replica:
             self._workers.shutdown()
         for engine in self.engines.values():
             engine.close()
+        if self._server is not None:
+            self._timer.close()
         self._server = None
 
     def __enter__(self) -> "Replica":
@@ -151,7 +161,13 @@ class Replica:
         self.close()
 
     def _add_services(self, server: grpc.Server) -> None:
-        teachers = self._teachers = Teachers(self.engines, self._limits, shared_memory_bytes=self._shared_memory_bytes)
+        teachers = self._teachers = Teachers(
+            self.engines,
+            self._limits,
+            shared_memory_bytes=self._shared_memory_bytes,
+            sharing=self._sharing,
+            timer=self._timer,
+        )
         session = grpc.stream_stream_rpc_method_handler(
             teachers.session,
             request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
@@ -180,6 +196,11 @@ def serve(
     max_request_bytes: int = 2 << 30,
     cache_bytes: int = 0,
     shared_memory_bytes: int = 1 << 30,
+    cost: str = "rows",
+    max_in_flight: int = MAX_IN_FLIGHT,
+    max_job_bytes: int = MAX_JOB_BYTES,
+    max_queued: int = MAX_QUEUED,
+    lease_s: float = LEASE_S,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -191,6 +212,12 @@ def serve(
     Features go to clients of the same machine and user through shared memory: up to `shared_memory_bytes` for each of
     them at once, features that it still holds included, and beyond that over the stream; 0 switches it off. The inputs
     that come have a quarter of it beside that. It counts as memory of this process as it is first used.
+
+    Jobs share each teacher fairly, by the weights that they connect with: each is charged the `cost` of its requests in
+    "rows", the first dimension of the first tensor, or in "tokens", batch times length. A job, over all its sessions,
+    has up to `max_in_flight` requests and `max_job_bytes` of inputs in flight, and all jobs together `max_queued`
+    requests; its clients wait when there is no room. A client that says nothing for `lease_s` loses its session; 0: it
+    may be silent for ever.
     """
     modules = {name: module} if isinstance(module, nn.Module) else module
     return Replica(
@@ -202,4 +229,9 @@ def serve(
         max_request_bytes=max_request_bytes,
         cache_bytes=cache_bytes,
         shared_memory_bytes=shared_memory_bytes,
+        cost=cost,
+        max_in_flight=max_in_flight,
+        max_job_bytes=max_job_bytes,
+        max_queued=max_queued,
+        lease_s=lease_s,
     ).start()

@@ -4,44 +4,51 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import torch
 from google.protobuf.message import Message
 from schoolhouse.errors import (
+    LeaseExpiredError,
     ProtocolError,
-    RevisionChangedError,
     SchoolhouseError,
-    TeacherBusyError,
     TeacherInternalError,
     UnknownTeacherError,
 )
 from schoolhouse.taps import HEAD
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire import channel, framing, pipes, shared_memory, status
-from schoolhouse_wire.codec import Arguments, pack
+from schoolhouse_wire.codec import read_layout
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
+from schoolhouse_server.admission import Admission, FloodError
+from schoolhouse_server.calls import check_revision, head_answer, inputs_of
 from schoolhouse_server.engine import Answer, Engine, Job, Ticket
+from schoolhouse_server.membership import Member
+from schoolhouse_server.sharing import Sharing, rows_of
+from schoolhouse_server.timer import Timer
 
 _log = logging.getLogger(__name__)
-_HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
-MAX_IN_FLIGHT = 64
+_END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
 
 
 class Teachers:
     """TeacherService over the engines of one replica."""
 
-    def __init__(self, engines: Mapping[str, Engine], limits: Limits, *, shared_memory_bytes: int) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], limits: Limits, *, shared_memory_bytes: int, sharing: Sharing, timer: Timer
+    ) -> None:
         self._engines = engines
         self._limits = limits
         self._shared_memory_bytes = shared_memory_bytes
+        self.sharing = sharing
+        self.timer = timer
+        self.admissions = {name: Admission(sharing, timer) for name in engines}
         self.sessions = 0
 
     def find(self, name: str) -> Engine:
@@ -69,12 +76,13 @@ class Teachers:
             device=found.device,
             merge=found.merge,
             max_request_bytes=self._limits.max_payload_bytes,
-            max_in_flight=MAX_IN_FLIGHT,
+            max_in_flight=self.sharing.max_in_flight,
         )
 
     def session(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Message | bytes]:
         """One client's stream: a thread reads requests, this one sends answers."""
         session = ServerSession(self, messages, self._limits, shared_memory_bytes=self._shared_memory_bytes)
+        session.cancel_stream = context.cancel
         context.add_callback(session.close)
         self.sessions += 1
         try:
@@ -84,6 +92,7 @@ class Teachers:
                 status.abort(context, session.error)
         finally:
             self.sessions -= 1
+            session.cancel_stream = None
             session.close()
             session.outbox.clear()
 
@@ -105,13 +114,15 @@ class ServerSession:
     ) -> None:
         self.outbox: Outbox[Message | bytes] = Outbox()
         self.error: SchoolhouseError | None = None
+        self.cancel_stream: Callable[[], object] | None = None
         self._teachers = teachers
         self._messages = messages
         self._limits = limits
         self._partial: dict[int, _Partial] = {}
         self._tickets: dict[int, Ticket] = {}
-        self._replying: set[int] = set()  # whose frames are on their way
         self._engine: Engine | None = None
+        self._member: Member | None = None  # from Open on
+        self._closing = threading.Lock()
         self._closed = False
         self._shared_memory_bytes = shared_memory_bytes
         self._offered: tuple[ReplicaSegment, pipes.Offered] | None = None
@@ -123,13 +134,34 @@ class ServerSession:
         threading.Thread(target=self._read, name="schoolhouse-reader", daemon=True).start()
 
     def close(self) -> None:
-        """Drop what is queued: the client is gone."""
-        self._closed = True
-        for ticket in list(self._tickets.values()):
-            ticket.cancelled = True
+        """Drop what is queued, and free its places: the client is gone."""
+        with self._closing:
+            first, self._closed = not self._closed, True
+        if first and self._member is not None:
+            self._drop()
+            self._member.leave()
         self.outbox.close()
         if self._pipes is not None:
             self._pipes.close()
+
+    def _drop(self) -> None:
+        assert self._engine is not None
+        for request_id in list(self._tickets):
+            ticket = self._tickets.pop(request_id, None)
+            if ticket is not None:
+                self._engine.cancel(ticket)
+
+    def _expire(self) -> None:
+        """The lease has run out. A stream that does not take the reason is cancelled."""
+
+        def cancel() -> None:
+            if self.cancel_stream is not None:
+                self.cancel_stream()
+
+        lease_s = self._teachers.sharing.lease_s
+        self.error = LeaseExpiredError(f"the client said nothing for {lease_s} s, so its session was ended")
+        self.close()
+        self._teachers.timer.at(time.monotonic() + _END_S, cancel)
 
     def answers(self) -> Iterator[Message | bytes]:
         """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
@@ -150,7 +182,11 @@ class ServerSession:
     def _read(self) -> None:
         try:
             for message in self._arrivals():
+                if self._member is not None:
+                    self._member.hear(listening=False)
                 self._receive(message)
+                if self._member is not None:
+                    self._member.hear(listening=True)
         except SchoolhouseError as err:
             self.error = err
         except grpc.RpcError:
@@ -174,11 +210,7 @@ class ServerSession:
         if message.HasField("call"):
             self._on_call(message.call)
         elif message.HasField("cancel"):
-            self._partial.pop(message.cancel.request_id, None)
-            ticket = self._tickets.pop(message.cancel.request_id, None)
-            if ticket is not None:
-                ticket.cancelled = True
-            self._replying.discard(message.cancel.request_id)
+            self._on_cancel(message.cancel.request_id)
         elif message.HasField("attached"):
             self._on_attached(message.attached)
         elif message.HasField("open"):
@@ -189,12 +221,16 @@ class ServerSession:
             raise ProtocolError("Open came twice")
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
+        sharing = self._teachers.sharing
         engine = self._engine = self._teachers.find(message.teacher)
-        _check_revision(message.revision, engine)
+        check_revision(message.revision, engine)
+        self._enter(message, engine)
         opened = teacher_pb2.Opened(
             revision=engine.description.revision,
-            max_in_flight=MAX_IN_FLIGHT,
+            max_in_flight=sharing.max_in_flight,
             max_request_bytes=self._limits.max_payload_bytes,
+            max_bytes_in_flight=sharing.max_job_bytes,
+            lease_s=sharing.lease_s,
         )
         if message.shared_memory and self._shared_memory_bytes:
             with contextlib.suppress(OSError):  # this system has none: the stream does
@@ -204,6 +240,22 @@ class ServerSession:
                 offered_pipes.describe_in(opened.shared_memory)
                 self._offered = offered, offered_pipes
         self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
+
+    def _enter(self, message: teacher_pb2.Open, engine: Engine) -> None:
+        with self._closing:
+            if self._closed:
+                raise ProtocolError("the session was closed")
+            admission = self._teachers.admissions[message.teacher]
+            self._member = Member(message, engine.counters, admission, self.outbox)
+            self._member.start_lease(self._teachers.timer, self._teachers.sharing.lease_s, self._expire)
+
+    def _on_cancel(self, request_id: int) -> None:
+        self._partial.pop(request_id, None)
+        ticket = self._tickets.pop(request_id, None)
+        if self._engine is not None and ticket is not None:
+            self._engine.cancel(ticket)
+        if self._member is not None:
+            self._member.cancelled(request_id)
 
     def _on_attached(self, message: teacher_pb2.Attached) -> None:
         offered, self._offered = self._offered, None
@@ -225,10 +277,16 @@ class ServerSession:
 
     def _on_call(self, call: teacher_pb2.Call) -> None:
         try:
-            if self._engine is None:
+            if self._engine is None or self._member is None:
                 raise ProtocolError("a call came before Open")
-            self._check_room(call.request_id)
-            _check_revision(call.revision, self._engine)
+            if self._member.has(call.request_id):
+                self._refuse_twin(call.request_id)
+                return
+            # Before memory is taken for it; the header is parsed once, if it is short.
+            nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
+            if not self._member.admit(call.request_id, nbytes):
+                return
+            check_revision(call.revision, self._engine)
             began = time.perf_counter()
             incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
             partial = _Partial(call, incoming, began)
@@ -236,18 +294,17 @@ class ServerSession:
                 self._queue(partial)
             else:
                 self._partial[call.request_id] = partial
+        except FloodError:
+            raise
         except Exception as err:
             self._fail(call.request_id, err)
-        if self._segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
-            self._segment.done(call.payload.shared)
+        finally:
+            if self._segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
+                self._segment.done(call.payload.shared)
 
-    def _check_room(self, request_id: int) -> None:
-        computed = len(self._tickets) + len(self._partial)
-        # A client knows that a reply is complete before its sender does.
-        if computed >= MAX_IN_FLIGHT or computed + len(self._replying) >= 2 * MAX_IN_FLIGHT:
-            raise TeacherBusyError(f"{MAX_IN_FLIGHT} requests of this session are in flight, as many as allowed")
-        if request_id in self._tickets or request_id in self._partial or request_id in self._replying:
-            raise ProtocolError(f"a call came with the id {request_id} of one that is in flight")
+    def _refuse_twin(self, request_id: int) -> None:
+        error = ProtocolError(f"a call came with the id {request_id} of one that is in flight")
+        self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
 
     def _on_frame(self, frame: framing.Frame) -> None:
         if frame.request_id not in self._partial:
@@ -265,39 +322,35 @@ class ServerSession:
     def _queue(self, partial: "_Partial") -> None:
         assert self._engine is not None
         call, incoming = partial.call, partial.incoming
-        inputs, mask = _inputs_of(incoming.value())
+        inputs, mask = inputs_of(incoming.value())
         wanted = Wanted.from_wire(call.taps, mask)
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
         if any(tap.side == HEAD for tap in wanted.taps):
-            self._answer(request_id, digest, wanted, self._head(wanted, inputs))
+            self._answer(request_id, digest, wanted, head_answer(self._engine, wanted, inputs))
             return
+
+        rows = rows_of(inputs)
 
         def done(result: Answer | BaseException) -> None:
             if self._tickets.pop(request_id, None) is not None:  # not cancelled
-                self._answer(request_id, digest, wanted, result)
+                self._answer(request_id, digest, wanted, result, rows)
 
-        ticket = self._tickets[request_id] = Ticket(done)
+        assert self._member is not None
+        ticket = self._tickets[request_id] = Ticket(done, self._member.account)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
         try:
             self._engine.submit(Job(inputs, wanted, key, deadline, [ticket]))
         except Exception:
-            del self._tickets[request_id]
+            self._tickets.pop(request_id, None)
             raise
+        if self._closed:  # meanwhile
+            self._drop()
 
-    def _head(self, wanted: Wanted, inputs: Arguments) -> Answer:
-        """A head, or its digest, by which a client tells whether the one that it has is the same."""
-        assert self._engine is not None
-        heads = wanted.heads()
-        if len(wanted.taps) != 1 or len(heads) != 1:
-            raise ProtocolError("a call for a head must name one, as the encoding of its only tap")
-        [(tap, name)] = heads.items()
-        head = self._engine.teacher.head(name, tap.module)
-        value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
-        return Answer(pack([value]), self._engine.description.revision, _HEAD_LIMITS)
-
-    def _answer(self, request_id: int, digest: bytes, wanted: Wanted, result: Answer | BaseException) -> None:
+    def _answer(
+        self, request_id: int, digest: bytes, wanted: Wanted, result: Answer | BaseException, rows: int = 0
+    ) -> None:
         """Declare the features, or the error."""
         assert self._engine is not None
         if isinstance(result, BaseException):
@@ -313,7 +366,8 @@ class ServerSession:
                 features=outgoing.header,
                 queued=self._engine.queued,
             )
-            self._replying.add(request_id)
+            assert self._member is not None
+            self._member.answered(request_id, rows, wanted, result.features)
             self.outbox.put(self._reply(request_id, reply, outgoing))
         except Exception as err:
             self._fail(request_id, err)
@@ -325,37 +379,21 @@ class ServerSession:
             reply.payload.CopyFrom(payload)
             return teacher_pb2.ServerMessage(reply=reply, released=segment.released() if segment is not None else ())
 
-        segment = self._segment
+        segment, member = self._segment, self._member
         assert self._engine is not None
+        assert member is not None
         began = time.perf_counter()
         try:
-            yield from outgoing.messages(request_id, head, segment, lambda: request_id in self._replying)
+            yield from outgoing.messages(request_id, head, segment, lambda: member.wants(request_id))
         except SchoolhouseError as err:
             yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
         finally:
-            self._replying.discard(request_id)
+            member.sent(request_id)
             self._engine.count("send", time.perf_counter() - began)
 
     def _fail(self, request_id: int, error: BaseException) -> None:
         if not isinstance(error, SchoolhouseError):
             _log.error("a request failed", exc_info=error)
+        if self._member is not None:
+            self._member.failed(request_id, error)
         self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
-
-
-def _check_revision(asked: str, engine: Engine) -> None:
-    """Raises `RevisionChangedError` for another one than the engine's."""
-    if asked not in ("", engine.description.revision):
-        raise RevisionChangedError(
-            f"revision {asked} was asked for; this replica has {engine.description.revision}",
-            choices=(engine.description.revision,),
-        )
-
-
-def _inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
-    """The arguments of a forward, and the mask of the positions."""
-    inputs, mask = value if type(value) is tuple and len(value) == 2 else (value, None)
-    if not isinstance(inputs, Arguments):
-        raise ProtocolError("a call's inputs are not the arguments of a forward")
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool):
-        raise ProtocolError("a call's positions are not a bool mask")
-    return inputs, mask

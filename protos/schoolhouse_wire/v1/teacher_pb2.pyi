@@ -311,6 +311,7 @@ class Failure(_message.Message):
         BUSY: _ClassVar[Failure.Code]
         REVISION_CHANGED: _ClassVar[Failure.Code]
         INTERNAL: _ClassVar[Failure.Code]
+        LEASE_EXPIRED: _ClassVar[Failure.Code]
     CODE_UNSPECIFIED: Failure.Code
     UNKNOWN_TEACHER: Failure.Code
     UNKNOWN_TAP: Failure.Code
@@ -324,6 +325,7 @@ class Failure(_message.Message):
     BUSY: Failure.Code
     REVISION_CHANGED: Failure.Code
     INTERNAL: Failure.Code
+    LEASE_EXPIRED: Failure.Code
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]

@@ -1,0 +1,43 @@
+"""What a call asks for: the inputs of a forward, or a head."""
+
+from typing import Any
+
+import torch
+from schoolhouse.errors import ProtocolError, RevisionChangedError
+from schoolhouse.wanted import Wanted
+from schoolhouse_wire.codec import Arguments, pack
+from schoolhouse_wire.limits import Limits
+
+from schoolhouse_server.engine import Answer, Engine
+
+_HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
+
+
+def inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
+    """The arguments of a forward, and the mask of the positions; raises `ProtocolError` for what is neither."""
+    inputs, mask = value if type(value) is tuple and len(value) == 2 else (value, None)
+    if not isinstance(inputs, Arguments):
+        raise ProtocolError("a call's inputs are not the arguments of a forward")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool):
+        raise ProtocolError("a call's positions are not a bool mask")
+    return inputs, mask
+
+
+def head_answer(engine: Engine, wanted: Wanted, inputs: Arguments) -> Answer:
+    """A head, or its digest, by which a client tells whether the one that it has is the same."""
+    heads = wanted.heads()
+    if len(wanted.taps) != 1 or len(heads) != 1:
+        raise ProtocolError("a call for a head must name one, as the encoding of its only tap")
+    [(tap, name)] = heads.items()
+    head = engine.teacher.head(name, tap.module)
+    value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
+    return Answer(pack([value]), engine.description.revision, _HEAD_LIMITS)
+
+
+def check_revision(asked: str, engine: Engine) -> None:
+    """Raises `RevisionChangedError` for another one than the engine's; the empty one stands for any."""
+    if asked not in ("", engine.description.revision):
+        raise RevisionChangedError(
+            f"revision {asked} was asked for; this replica has {engine.description.revision}",
+            choices=(engine.description.revision,),
+        )

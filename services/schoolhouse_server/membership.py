@@ -1,0 +1,102 @@
+"""One session's part in its job: the places that it has, how long it may be silent, and what is counted of it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from schoolhouse.errors import ProtocolError
+from schoolhouse.taps import HEAD
+from schoolhouse.wanted import Wanted
+from schoolhouse_wire.codec import Declared
+from schoolhouse_wire.encodings import name_of
+from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.v1 import teacher_pb2
+
+from schoolhouse_server.admission import Admission, Place
+from schoolhouse_server.counters import Counters
+from schoolhouse_server.lease import Lease
+from schoolhouse_server.timer import Timer
+
+_WEIGHTS = (0.01, 100.0)
+
+
+class Member:
+    """It begins with the session's Open, and ends with `leave`."""
+
+    def __init__(self, opened: teacher_pb2.Open, counters: Counters, admission: Admission, outbox: Outbox[Any]) -> None:
+        """Raises `ProtocolError` for a weight that there is not."""
+        weight = opened.weight or 1.0
+        if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+            raise ProtocolError(f"Open came with the weight {weight}; it must be from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
+        self.account = counters.enter(opened.job, weight)
+        self._counters = counters
+        self._admission = admission
+        self._outbox = outbox
+        self._place = Place(self.account.job, self._tell_wait, self._tell_resume)
+        self._lease: Lease | None = None
+        admission.enter(self._place)
+
+    def start_lease(self, timer: Timer, lease_s: float, expire: Callable[[], None]) -> None:
+        """Call `expire` when the client is silent for that long."""
+        self._lease = Lease(timer, lease_s, expire)
+        self._lease.start()
+
+    def hear(self, *, listening: bool) -> None:
+        """A message came; see `Lease.hear`."""
+        if self._lease is not None:
+            self._lease.hear(listening)
+
+    def leave(self) -> None:
+        """The session ends; called once."""
+        if self._lease is not None:
+            self._lease.end()
+        self._admission.leave(self._place)
+        self._counters.leave(self.account)
+
+    def has(self, request_id: int) -> bool:
+        """Whether a request is in flight, or its reply is on the way."""
+        return request_id in self._place.admitted or request_id in self._place.replying
+
+    def wants(self, request_id: int) -> bool:
+        """Whether a reply that is on its way was not cancelled."""
+        return request_id in self._place.replying
+
+    def admit(self, request_id: int, nbytes: int) -> bool:
+        """Whether there is a place for a request; else the client was told to wait. Errors: see `Admission.admit`."""
+        if not self._admission.admit(self._place, request_id, nbytes):
+            return False
+        self._counters.received(self.account, nbytes)
+        return True
+
+    def answered(self, request_id: int, rows: int, wanted: Wanted, features: Declared) -> None:
+        """A request's features are to be sent."""
+        self._counters.answered(self.account, rows=rows)
+        self._counters.sent(self.account, len(features.header), _by_encoding(wanted, features))
+        self._admission.end(self._place, request_id, replying=True)
+
+    def failed(self, request_id: int, error: BaseException) -> None:
+        """A request is answered with an error."""
+        self._counters.failed(self.account, error)
+        self._admission.end(self._place, request_id)
+
+    def cancelled(self, request_id: int) -> None:
+        """The client wants a request no more."""
+        self._admission.end(self._place, request_id)
+        self._admission.sent(self._place, request_id)
+
+    def sent(self, request_id: int) -> None:
+        """A reply is sent."""
+        self._admission.sent(self._place, request_id)
+
+    def _tell_wait(self, request_id: int) -> None:
+        self._counters.waits(self.account)
+        self._outbox.put(iter([teacher_pb2.ServerMessage(wait=teacher_pb2.Wait(request_id=request_id))]))
+
+    def _tell_resume(self) -> None:
+        self._outbox.put(iter([teacher_pb2.ServerMessage(resume=teacher_pb2.Resume())]))
+
+
+def _by_encoding(wanted: Wanted, features: Declared) -> Iterable[tuple[str, int]]:
+    """Bytes of each tap's feature; of all under the first one's, if nobody counted them one by one."""
+    pairs = zip(wanted.taps, wanted.encodings, strict=True)
+    names = ["head" if tap.side == HEAD else name_of(encoding) for tap, encoding in pairs]
+    return zip(names, features.item_bytes or (features.nbytes,), strict=False)

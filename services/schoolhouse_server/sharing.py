@@ -1,0 +1,53 @@
+"""How jobs share a teacher: what a request costs, how much may be in flight, and how long silence is taken for life."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from schoolhouse.errors import ConfigError
+from schoolhouse.taps import tensors_of
+
+MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
+MAX_LEASE_S = 86_400.0
+
+
+def rows_of(inputs: Any) -> int:
+    """The first dimension of the first tensor; 1 if it has none."""
+    first = next((tensor for tensor in tensors_of(inputs) if tensor.dim()), None)
+    return max(first.shape[0], 1) if first is not None else 1
+
+
+def tokens_of(inputs: Any) -> int:
+    """Batch times length of the first tensor that has both; rows where none has."""
+    first = next((tensor for tensor in tensors_of(inputs) if tensor.dim() > 1), None)
+    return max(first.shape[0] * first.shape[1], 1) if first is not None else rows_of(inputs)
+
+
+COSTS: dict[str, Callable[[Any], int]] = {"rows": rows_of, "tokens": tokens_of}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """Settings; see `serve`.
+
+    Raises:
+        ConfigError: for what is none; the message names it and the choices.
+    """
+
+    cost: str = "rows"
+    max_in_flight: int = MAX_IN_FLIGHT
+    max_job_bytes: int = MAX_JOB_BYTES
+    max_queued: int = MAX_QUEUED
+    lease_s: float = LEASE_S
+
+    def __post_init__(self) -> None:
+        if self.cost not in COSTS:
+            raise ConfigError(f"cost is {self.cost!r}; choices: {', '.join(map(repr, COSTS))}")
+        for name in ("max_in_flight", "max_job_bytes", "max_queued"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
+        if not isinstance(self.lease_s, int | float) or not 0 <= self.lease_s <= MAX_LEASE_S:
+            raise ConfigError(
+                f"lease_s is {self.lease_s!r}; it must be seconds up to {MAX_LEASE_S:.0f}, or 0 for a lease without end"
+            )

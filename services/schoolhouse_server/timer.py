@@ -1,0 +1,87 @@
+"""One thread that does things when their time has come: deadlines of requests, leases of sessions."""
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
+_MANY = 1024  # entries that were cancelled, before they are looked for
+
+
+@dataclass(eq=False)
+class Alarm:
+    """What was asked for; `ring` is None once it was cancelled, or has rung."""
+
+    ring: Callable[[], None] | None
+
+
+class Timer:
+    """Calls back at given times, on time.monotonic's clock. Calls are short: they hold up each other."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._alarms: list[tuple[float, int, Alarm]] = []
+        self._order = itertools.count()
+        self._cancelled = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def at(self, when: float, ring: Callable[[], None]) -> Alarm:
+        """Call `ring` then, in the timer's thread."""
+        alarm = Alarm(ring)
+        with self._changed:
+            heapq.heappush(self._alarms, (when, next(self._order), alarm))
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="schoolhouse-timer", daemon=True)
+                self._thread.start()
+            if self._alarms[0][2] is alarm:
+                self._changed.notify()
+        return alarm
+
+    def cancel(self, alarm: Alarm) -> None:
+        """Do not call it; it may be ringing just now."""
+        with self._changed:
+            if alarm.ring is None:
+                return
+            alarm.ring = None  # and what it refers to is free
+            self._cancelled += 1
+            if self._cancelled > _MANY and 2 * self._cancelled > len(self._alarms):
+                self._alarms = [entry for entry in self._alarms if entry[2].ring is not None]
+                heapq.heapify(self._alarms)
+                self._cancelled = 0
+
+    def close(self) -> None:
+        """Call nothing any more."""
+        with self._changed:
+            self._closed = True
+            self._alarms.clear()
+            self._changed.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5.0)
+
+    def _run(self) -> None:
+        while (ring := self._wait()) is not None:
+            try:
+                ring()
+            except Exception:
+                _log.exception("what was to be done in time failed")
+            del ring
+
+    def _wait(self) -> Callable[[], None] | None:
+        """The next call that is due; None at the end."""
+        with self._changed:
+            while not self._closed:
+                pause = self._alarms[0][0] - time.monotonic() if self._alarms else None
+                if pause is not None and pause <= 0:
+                    alarm = heapq.heappop(self._alarms)[2]
+                    ring, alarm.ring = alarm.ring, None
+                    if ring is not None:
+                        return ring
+                    self._cancelled -= 1
+                else:
+                    self._changed.wait(pause)
+            return None
