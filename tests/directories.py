@@ -1,12 +1,15 @@
 """A directory that is served without Ray, and replicas for it."""
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import grpc
 import torch
+from memfd import soon
 from schoolhouse_server import serve
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.executor import DaemonExecutor
@@ -96,10 +99,25 @@ with serve(Scale(float(sys.argv[1])), port=int(sys.argv[2])) as server, Director
 def elsewhere(factor=1.0, port=0):
     """A process with a replica and a directory: itself, the replica's address and revision, the directory's port."""
     command = [sys.executable, "-c", ELSEWHERE, str(factor), str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
         address, revision, directory_port = process.stdout.readline().split()
         yield process, address, revision, int(directory_port)
         process.kill()
+
+
+@contextlib.contextmanager
+def stopped_in_mid_forward(server, module, teacher):
+    """The server closes while it computes: the sessions are gone, with what they had asked for."""
+    assert module.entered.wait(20)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    assert soon(lambda: not teacher.open_sessions())
+    yield
+    module.gate.set()
+    closing.join(20)
 
 
 def ask(teacher, value=1.0):

@@ -88,7 +88,7 @@ def test_how_far_a_replica_is():
 def test_backoff_doubles_to_its_longest_with_jitter():
     waits = [[backoff_s(failures, random.Random(seed)) for seed in range(50)] for failures in range(1, 40)]
     for i, group in enumerate(waits):
-        whole = min(0.1 * 2**i, 10.0)
+        whole = min(0.1 * 2**i, 5.0)
         assert whole / 2 <= min(group) < max(group) <= whole
     assert len({*waits[0]}) == 50
 

@@ -107,8 +107,10 @@ class Dispatcher:
         """Give the request to a replica, or keep it until there is one; fails it where that would not help."""
         while True:
             with self._lock:
-                link = self._assign(request, parked_at)
-                session = link.session if link is not None else None
+                found = self._assign(request, parked_at)
+                session = found.session if isinstance(found, Link) else None
+            if isinstance(found, SchoolhouseError):
+                request.fail(found)  # without the lock, as callbacks run
             if session is None:
                 break
             if session.send(request):
@@ -118,18 +120,17 @@ class Dispatcher:
         if parked_at is None:
             self.outstanding.stir()
 
-    def _assign(self, request: Request, parked_at: float | None) -> Link | None:
-        """The link for the request, which counts there from now on; None if it is parked, or has ended."""
+    def _assign(self, request: Request, parked_at: float | None) -> Link | SchoolhouseError | None:
+        """The link for the request, which counts there from now on; None if it is parked, or has ended; or why not."""
         now = time.monotonic()
         self._begin()
         self._settle()
         link = None if self.closed else self._links.pick(request.revision, now)
         if link is None:
-            error = self._gone() if self.closed else self._links.hopeless(request.revision, now)
+            error = self._hopeless(request, now)
             if isinstance(error, RevisionChangedError) and self._follow(request):
                 return self._assign(request, parked_at)
-            self._park(request, now if parked_at is None else parked_at, error)
-            return None
+            return error or self._park(request, now if parked_at is None else parked_at)
         self._links.take(link, request.nbytes)
         self._where[request] = link
         if request.future.done():  # before it could be found there
@@ -137,15 +138,20 @@ class Dispatcher:
             return None
         return link
 
-    def _park(self, request: Request, since: float, error: SchoolhouseError | None) -> None:
+    def _hopeless(self, request: Request, now: float) -> SchoolhouseError | None:
+        if self.closed:
+            return self._gone()
+        error = self._links.hopeless(request.revision, now)
         if isinstance(error, RevisionChangedError):
-            error = revision_changed(self._name, self._target, request.revision, error.choices)
-        if error is not None:
-            request.fail(error)
-        elif not request.future.done():
-            self._parked[request] = since
-            if self.closed and self._parked.pop(request, None) is not None:  # meanwhile
-                request.fail(self._gone())
+            return revision_changed(self._name, self._target, request.revision, error.choices)
+        return error
+
+    def _park(self, request: Request, since: float) -> SchoolhouseError | None:
+        if request.future.done():
+            return None
+        self._parked[request] = since
+        closed_meanwhile = self.closed and self._parked.pop(request, None) is not None
+        return self._gone() if closed_meanwhile else None
 
     def _follow(self, request: Request) -> bool:
         """Let the request be of the present revision, if that is what was asked for. Heads are of one revision."""
@@ -231,7 +237,6 @@ class Dispatcher:
         """Send it elsewhere; a replica that refuses a request so is about to stop."""
         session.draining = True
         self.on_draining(session)
-        request.losses += 1
         self._again(request, error)
 
     def on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
@@ -275,6 +280,8 @@ class Dispatcher:
             now = time.monotonic()
             self._known.hear(found, self._revision, now)
             self._links.update(self._known.set, now)
+            if self._directory_error is not None:
+                self._links.try_all_again()
             self._directory_error = None
             self._note()
         self._flush()

@@ -16,6 +16,7 @@ from schoolhouse.replicas import Replica, ReplicaSet, backoff_s, choose
 from schoolhouse.request import Request
 from schoolhouse.session import Session
 
+_LONGEST_BACKOFF_S = 2.0
 _FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
 _PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError)
 
@@ -129,6 +130,12 @@ class Links:
             except Exception as err:  # no thread or descriptor is left, for one
                 self._put_aside(link, TeacherUnavailableError(f"{link.replica.address}: {err}"), now)
 
+    def try_all_again(self) -> None:
+        """Something has answered that did not: others may, too."""
+        self._tiers.clear()
+        for link in self:
+            link.retry_at = 0.0
+
     def take(self, link: Link, nbytes: int) -> None:
         """Count a request that goes there."""
         link.nbytes += nbytes
@@ -164,7 +171,7 @@ class Links:
         self._tiers.clear()
         link.error = error
         link.failures += 1
-        link.retry_at = now + backoff_s(link.failures, self._random)
+        link.retry_at = now + backoff_s(link.failures, self._random, longest_s=_LONGEST_BACKOFF_S)
         self._drop_gone()
 
     def _drop_gone(self) -> None:
@@ -206,11 +213,13 @@ class Links:
 
     def tried(self) -> str:
         """What became of each replica, in words."""
-        told = [f"{link.replica.address}: {link.error.message if link.error else _state(link)}" for link in self]
-        return "; ".join(told) or "the directory lists none"
+        return "; ".join(map(_state, self)) or "the directory lists none"
 
 
 def _state(link: Link) -> str:
+    address = link.replica.address
+    if link.error is not None:
+        return f"{address}: {link.error.message.removeprefix(f'{address}: ')}"
     if link.leaving:
-        return "it is about to stop"
-    return "not open yet" if not link.opened else "open"
+        return f"{address}: it is about to stop"
+    return f"{address}: open" if link.opened else f"{address}: not open yet"

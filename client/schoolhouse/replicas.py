@@ -87,7 +87,7 @@ class Known:
 
     def hear(self, found: ReplicaSet, revision: str, now: float) -> None:
         """Take what the directory says, for a client that asks for `revision`."""
-        if found.serves(revision) or not self.set.serves(revision):
+        if found.of(revision) or not self.set.of(revision):
             self.set, self._doubted = found, None
         else:
             since = now if self._doubted is None else self._doubted[1]
@@ -139,6 +139,6 @@ def _better_of_two(tier: Sequence[T], cost: Callable[[T], float], rng: random.Ra
     return one if cost(one) <= cost(other) else other
 
 
-def backoff_s(failures: int, rng: random.Random, *, first_s: float = 0.1, longest_s: float = 10.0) -> float:
+def backoff_s(failures: int, rng: random.Random, *, first_s: float = 0.1, longest_s: float = 5.0) -> float:
     """How long to wait after that many failures in a row: doubling, with jitter so that clients don't come in step."""
     return min(first_s * 2.0 ** min(failures - 1, 30), longest_s) * (0.5 + rng.random() / 2)
