@@ -1,6 +1,7 @@
-"""One teacher on one device: requests come in, wait, run one after another, and their features go out."""
+"""One teacher on one device: requests come in, wait, run by themselves or merged, and their features go out."""
 
-import queue
+import dataclasses
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -16,17 +17,22 @@ from schoolhouse.errors import (
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.wanted import Wanted
-from schoolhouse_wire.codec import Arguments, Declared, pack
-from schoolhouse_wire.limits import INLINE_BYTES, Limits
+from schoolhouse_wire.codec import Arguments, Declared
+from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.tensors import bytes_of
 
+from schoolhouse_server import self_check
+from schoolhouse_server.batching import Form, MergeSettings, rows_of
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.device import Device, Span
+from schoolhouse_server.merging import Joint, Merger
+from schoolhouse_server.outlet import Landing, Outlet, Part
 from schoolhouse_server.queueing import FairQueue
+from schoolhouse_server.splitting import UnmergeableError
 
 _CLOSED = "the teacher is shutting down"
 _REPLY_LIMITS = Limits()
-_LANDING = 2  # requests whose features are on the way out while the device goes on
+_log = logging.getLogger(__name__)
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
 
 
@@ -58,6 +64,9 @@ class Job:
     tickets: list[Ticket] = field(default_factory=list)
     queued_at: float = 0.0
     cache_key: bytes | None = None
+    source: Hashable = None  # the session that sent it
+    rows: int = 0
+    form: Form | None = None  # what it may be merged with; None: nothing
 
     @property
     def content(self) -> tuple[Any, ...]:
@@ -70,42 +79,55 @@ class Job:
         return all(ticket.cancelled for ticket in self.tickets)
 
 
-@dataclass(eq=False)
-class _Landing:
-    """A job whose forward was started. The inputs are kept until the device is done with them."""
-
-    job: Job
-    inputs: Any
-    values: dict[Tap, Any]
-    spans: list[Span]
-
-
 class Engine:
     """Runs one LocalTeacher. `submit` refuses beyond `max_queued` requests.
 
     Two threads: one brings inputs to the device and starts forwards, one encodes features and brings them to the host.
     Receiving and sending happen in the threads of the sessions. So the next forward follows the last one at once.
+
+    Raises:
+        ConfigError: for a module whose requests cannot be merged as `merge` says.
     """
 
-    def __init__(self, teacher: LocalTeacher, *, max_queued: int, cache_bytes: int = 0) -> None:
-        self.description = teacher.describe()
+    def __init__(
+        self,
+        teacher: LocalTeacher,
+        *,
+        max_queued: int,
+        cache_bytes: int = 0,
+        merge: MergeSettings | None = None,
+        example: Callable[[], Any] | None = None,
+    ) -> None:
+        merge = merge or MergeSettings()
+        self.description = dataclasses.replace(teacher.describe(), merge=merge.mode)
         self.teacher = teacher
         self.served = self.running = self.joined = 0
+        self.forwards = self.rows = 0  # that were run, and that went through them
         self.cache = FeatureCache(cache_bytes) if cache_bytes else None
         self.device = Device(self.description.device)
         # Torch counts no changes of inference tensors. There may be thousands, and each request looks at all of them.
         self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
         self._versions = [weight._version for weight in self._weights]
+        self.merger: Merger[Job] | None = None
+        if merge.mode != "never":
+            self_check.check_modules(teacher.module, self.description, merge)
+            self.merger = Merger(merge, self.description, lambda: self.device.forward.recent_s)
+            self_check.check_example(teacher, self.device, self.merger.former, example)
         self._queue: FairQueue[Job] = FairQueue(max_queued)
-        self._landing: queue.Queue[_Landing | None] = queue.Queue(_LANDING)
+        self._outlet = Outlet(teacher, self.device, self.cache, self._end)
         self._in_flight: dict[Hashable, Job] = {}
         self._lock = threading.Lock()
         self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
         self._threads = [
             threading.Thread(target=target, name=f"schoolhouse-engine-{name}", daemon=True)
-            for name, target in (("in", self._run), ("out", self._run_out))
+            for name, target in (("in", self._run), ("out", self._outlet.run))
         ]
         self._closed = False
+
+    @property
+    def batch_limit_rows(self) -> int:
+        """Rows that a merged forward may hold; 0 if nothing is merged."""
+        return self.merger.settings.max_batch_rows if self.merger is not None else 0
 
     @property
     def queued(self) -> int:
@@ -134,6 +156,9 @@ class Engine:
             TeacherBusyError: when the queue is full.
             TeacherUnavailableError: when it was closed.
         """
+        job.rows = rows_of(job.inputs)
+        if self.merger is not None:
+            self.merger.prepare(job)
         if self.cache is not None:
             job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
@@ -177,49 +202,121 @@ class Engine:
                 thread.join(max(end - time.monotonic(), 0.0))
 
     def _run(self) -> None:
-        while jobs := self._queue.take(lambda _taken, _other: False):
-            for job in jobs:
-                self._compute(job)
-            del jobs, job
-        self._landing.put(None)
+        while jobs := self._take():
+            self._compute(jobs)
+            del jobs
+        self._outlet.finish()
 
-    def _run_out(self) -> None:
-        while (work := self._landing.get()) is not None:
-            self._land(work)
-            del work
+    def _take(self) -> list[Job]:
+        if self.merger is None:
+            return self._queue.take(lambda _taken, _other: False)
+        jobs = self._queue.take(self.merger.fits, self.merger.linger)
+        self.merger.waiting.ended(jobs)
+        return jobs
 
-    def _compute(self, job: Job) -> None:
-        device = self.device
+    def _compute(self, jobs: list[Job]) -> None:
+        ready = [job for job in jobs if self._admit(job)]
+        if self.merger is None or len(ready) == 1:
+            for job in ready:
+                self._alone(job)
+        elif ready:
+            joint = self.merger.join(ready)
+            if self.merger.is_due(joint):
+                self._compared(self.merger, joint)
+            else:
+                self._together(self.merger, joint)
+
+    def _admit(self, job: Job) -> bool:
         self._begin(job)
         try:
             self._check(job)
-            inputs, loaded = device.h2d.run(None, device.load, job.inputs)
-            values, computed = device.forward.run(loaded, self.teacher.forward, inputs, job.wanted)
-            work = _Landing(job, inputs, values, [loaded, computed])
-            at_once = device.is_host and _is_small(values)  # takes less time than handing it over
+        except Exception as err:
+            self._end(job, err)
+            return False
+        return True
+
+    def _alone(self, job: Job) -> bool:
+        """Run a job by itself; False if it failed, and was told so."""
+        try:
+            work = self._forward(job, job.wanted)
+            at_once = self.device.is_host and work.is_small
         except BaseException as err:  # a module may raise anything, and others wait for this thread
             self._end(job, err)
-            return
-        if at_once:
-            self._land(work)
-        else:
-            self._landing.put(work)
+            return False
+        self._hand_over(work, at_once)
+        return True
 
-    def _land(self, work: _Landing) -> None:
-        device, job = self.device, work.job
+    def _forward(self, job: Job, wanted: Wanted) -> Landing:
+        inputs, loaded = self.device.h2d.run(None, self.device.load, job.inputs)
+        values, computed = self.device.forward.run(loaded, self.teacher.forward, inputs, wanted)
+        self.forwards, self.rows = self.forwards + 1, self.rows + job.rows
+        return Landing([Part(job, values)], inputs, [loaded, computed])
+
+    def _hand_over(self, work: Landing, at_once: bool) -> None:
+        if at_once:
+            self._outlet.land(work)
+        else:
+            self._outlet.put(work)
+
+    def _together(self, merger: Merger[Job], joint: Joint[Job]) -> None:
+        """Run jobs as one forward; by themselves if it fails, so that only those fail that are to blame."""
+        work: Landing | None = None
+        raised, at_once = True, False
         try:
-            encoded, made = device.encode.run(work.spans[-1], self.teacher.encode, work.values, job.wanted)
-            here, landed = device.d2h.run(made, device.fetch, encoded)
-            device.wait(landed)
-            for span in (*work.spans, made, landed):
-                span.settle()
-            features = pack([here[tap] for tap in job.wanted.taps], opaque=True)
-            if self.cache is not None and job.cache_key is not None:
-                self.cache.put(job.cache_key, features)
-        except BaseException as err:
-            self._end(job, err)
+            inputs, values, spans = self._merged(joint)
+            parts = zip(joint.jobs, merger.split(joint, values), strict=True)
+            work = Landing([Part(job, part) for job, part in parts], inputs, spans)
+            at_once = self.device.is_host and work.is_small
+        except UnmergeableError as err:
+            raised = False
+            _log.info("a merged forward was run again as single ones: %s", err)
+        except BaseException as err:  # nothing of it is kept: it holds all of the forward
+            _log.info("a merged forward raised %s; its requests are run by themselves", type(err).__name__)
+        if work is not None:
+            self._hand_over(work, at_once)
             return
-        self._end(job, Answer(features, self.description.revision))
+        answered = [self._alone(job) for job in joint.jobs]
+        if raised and all(answered):
+            merger.too_large(joint)
+
+    def _compared(self, merger: Merger[Job], joint: Joint[Job]) -> None:
+        """Answer jobs from single forwards, and see whether a merged one is the same."""
+        before = self_check.traces(self.teacher.module, self.device)
+        works, changes = [], []
+        try:
+            for job in joint.jobs:
+                works.append(self._forward(job, joint.wanted))  # all taps, also those that only others want
+                changes.append(before.changes())
+        except BaseException as err:
+            _log.info("a forward raised %s while merging was checked", type(err).__name__)
+            works = []
+        if not works:
+            for job in joint.jobs:
+                self._alone(job)
+            return
+        singles = [work.parts[0].values for work in works]
+        for job, work in zip(joint.jobs, works, strict=True):
+            work.parts[0].values = {tap: work.parts[0].values[tap] for tap in job.wanted.taps}
+            self._hand_over(work, self.device.is_host and work.is_small)
+        if why := self_check.why_not(changes):
+            merger.refuse(joint, why)
+            return
+        try:
+            _, merged, _ = self._merged(joint)
+            self.device.forward.run(None, merger.learn, joint, merged, singles)
+        except BaseException:
+            merger.too_large(joint)
+
+    def _merged(self, joint: Joint[Job]) -> tuple[Arguments, dict[Tap, Any], list[Span]]:
+        device = self.device
+        inputs, loaded = device.h2d.run(None, self._load, joint)
+        values, computed = device.forward.run(loaded, self.teacher.forward, inputs, joint.wanted, joint.like)
+        self.forwards, self.rows = self.forwards + 1, self.rows + joint.batch.layout.total
+        return inputs, values, [loaded, computed]
+
+    def _load(self, joint: Joint[Job]) -> Arguments:
+        merged: Arguments = self.device.kept(joint.batch.inputs([self.device.load(job.inputs) for job in joint.jobs]))
+        return merged
 
     def _begin(self, job: Job) -> None:
         with self._lock:
@@ -238,8 +335,9 @@ class Engine:
                 "serve it again"
             )
 
-    def _end(self, job: Job, result: Answer | BaseException) -> None:
+    def _end(self, job: Job, result: Declared | BaseException) -> None:
         """Answer all who wait for a job."""
+        answer = Answer(result, self.description.revision) if isinstance(result, Declared) else result
         with self._lock:
             if self._in_flight.get(job.key) is job:
                 del self._in_flight[job.key]  # nobody joins any more
@@ -247,11 +345,7 @@ class Engine:
             self.served += len(job.tickets)
         for ticket in job.tickets:
             if not ticket.cancelled:
-                ticket.done(result)
-
-
-def _is_small(values: Any) -> bool:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors_of(values)) <= INLINE_BYTES
+                ticket.done(answer)
 
 
 def _equal(a: Any, b: Any) -> bool:

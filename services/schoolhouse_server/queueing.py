@@ -38,19 +38,30 @@ class FairQueue(Generic[T]):
             self._waiting.remove(request)
             return True
 
-    def take(self, fits: Callable[[list[T], T], bool]) -> list[T]:
-        """Wait for a request, and take it with others that `fits(taken, other)` says may run with it; [] at the end."""
+    def take(
+        self, fits: Callable[[list[T], T], bool], linger: Callable[[list[T]], float] = lambda _taken: 0.0
+    ) -> list[T]:
+        """Wait for a request, and take it with others that `fits(taken, other)` says may run with it; [] at the end.
+
+        While nothing else waits, `linger(taken)` is asked how many more seconds to wait for one that fits; 0: none.
+        """
         with self._changed:
             while not self._waiting and not self._closed:
                 self._changed.wait()
             if self._closed:
                 return []
             taken = [self._waiting.popleft()]
-            for other in list(self._waiting):
-                if fits(taken, other):
-                    self._waiting.remove(other)
-                    taken.append(other)
+            self._gather(taken, fits)
+            while not self._waiting and not self._closed and (pause_s := linger(taken)) > 0:
+                self._changed.wait(pause_s)
+                self._gather(taken, fits)
             return taken
+
+    def _gather(self, taken: list[T], fits: Callable[[list[T], T], bool]) -> None:
+        for other in list(self._waiting):
+            if fits(taken, other):
+                self._waiting.remove(other)
+                taken.append(other)
 
     def close(self) -> list[T]:
         """End `take`; returns what still waited."""
