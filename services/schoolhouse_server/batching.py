@@ -252,9 +252,11 @@ class Batch:
         self._mask = next((dtype for dtype in given if dtype is not None), torch.int64)
         self._needs_mask = self._padded and (self.layout.ragged or given != {None})
         self.ragged = self._padded and self.layout.ragged
+        # Where all are of one length, which sizes of a feature are the length's cannot be told.
         # A table that is taken for rows does no harm while it is the same in all requests: those are told apart.
         # So are masks that were made from those that came.
-        self.variant: Hashable = (self.ragged, self._needs_mask, None in given, _alike(inputs, self.layout))
+        length = -1 if self.ragged else self.layout.length
+        self.variant: Hashable = (length, self._needs_mask, None in given, _alike(inputs, self.layout))
 
     def inputs(self, loaded: Sequence[Arguments]) -> Arguments:
         """One forward's inputs, of those that were loaded to the device; in memory of their own."""
@@ -277,14 +279,14 @@ class Batch:
         return merged
 
 
-def _alike(inputs: Sequence[Arguments], layout: Layout) -> tuple[bool, ...]:
-    """Of each tensor, whether it holds the same in all requests."""
+def _alike(inputs: Sequence[Arguments], layout: Layout) -> tuple[int, ...]:
+    """Which tensors hold the same in all requests."""
     if len(set(layout.rows)) > 1 or len(set(layout.lengths)) > 1:
         return ()
     if len({sum(1 for _ in tensors_of(one)) for one in inputs}) > 1:  # some have a mask
         return ()
     leaves = zip(*map(tensors_of, inputs), strict=True)
-    return tuple(all(_same(leaf[0], other) for other in leaf[1:]) for leaf in leaves)
+    return tuple(i for i, leaf in enumerate(leaves) if all(_same(leaf[0], other) for other in leaf[1:]))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -282,14 +282,17 @@ class Engine:
     def _compared(self, merger: Merger[Job], joint: Joint[Job]) -> None:
         """Answer jobs from single forwards, and see whether a merged one is the same."""
         before = self_check.traces(self.teacher.module, self.device)
-        works, changes = [], []
+
+        def run(job: Job) -> tuple[Landing, tuple[bool, bool]]:
+            return self._forward(job, joint.wanted), before.changes()  # all taps, also those that only others want
+
+        works: tuple[Landing, ...] = ()
         try:
-            for job in joint.jobs:
-                works.append(self._forward(job, joint.wanted))  # all taps, also those that only others want
-                changes.append(before.changes())
-        except BaseException as err:
+            made, changes = zip(*map(run, joint.jobs), strict=True)
+            why = self_check.why_not(changes, lambda: run(joint.jobs[0])[1])
+            works = made
+        except BaseException as err:  # nothing of it is kept: it holds all of a forward
             _log.info("a forward raised %s while merging was checked", type(err).__name__)
-            works = []
         if not works:
             for job in joint.jobs:
                 self._alone(job)
@@ -298,13 +301,17 @@ class Engine:
         for job, work in zip(joint.jobs, works, strict=True):
             work.parts[0].values = {tap: work.parts[0].values[tap] for tap in job.wanted.taps}
             self._hand_over(work, self.device.is_host and work.is_small)
-        if why := self_check.why_not(changes):
+        if why:
             merger.refuse(joint, why)
-            return
+        else:
+            self._learn(merger, joint, singles)
+
+    def _learn(self, merger: Merger[Job], joint: Joint[Job], singles: list[dict[Tap, Any]]) -> None:
         try:
             _, merged, _ = self._merged(joint)
             self.device.forward.run(None, merger.learn, joint, merged, singles)
-        except BaseException:
+        except BaseException as err:
+            _log.info("a merged forward raised %s, and single ones did not", type(err).__name__)
             merger.too_large(joint)
 
     def _merged(self, joint: Joint[Job]) -> tuple[Arguments, dict[Tap, Any], list[Span]]:

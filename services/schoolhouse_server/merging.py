@@ -115,10 +115,12 @@ class Merger(Generic[R]):
         first, now = taken[0], time.monotonic()
         if first.form is None or other.form is None or first.form.key != other.form.key:
             return False
+        forms = [form for job in (*taken, other) if (form := job.form) is not None]
+        if not self._has_room(forms):
+            return False
         if any(job.cancelled or now > job.deadline or self._is_refused(job) for job in (first, other)):
             return False
-        forms = [form for job in (*taken, other) if (form := job.form) is not None]
-        return self._agree([*taken, other]) and self._has_room(forms)
+        return self._agree([*taken, other])
 
     def is_full(self, taken: list[R]) -> bool:
         """Whether not even one more row has room."""

@@ -20,6 +20,7 @@ from schoolhouse_server.device import Device
 from schoolhouse_server.splitting import UnmergeableError, learn
 
 _log = logging.getLogger(__name__)
+_TRIES = 8
 _INSTEAD = "serve it with merge='never'"
 
 
@@ -74,15 +75,15 @@ def traces(module: nn.Module, device: Device) -> Traces:
     return Traces(random, buffers, [random(), buffers()])
 
 
-def why_not(changes: Sequence[tuple[bool, bool]]) -> str:
-    """Why forwards that left this cannot be merged; "" if they can.
+def why_not(changes: Sequence[tuple[bool, bool]], again: Callable[[], tuple[bool, bool]]) -> str:
+    """Why forwards that left these changes cannot be merged; "" if they can. `again` runs one more.
 
-    Other threads draw random numbers too, so those count only if each forward came with some.
+    Other threads draw random numbers too, so a forward draws some only if each one seems to.
     """
-    if all(random for random, _ in changes):
-        return "the forward draws random numbers"
     if any(buffers for _, buffers in changes):
         return "the forward writes into the module's buffers"
+    if all(random for random, _ in changes) and all(again()[0] for _ in range(_TRIES)):
+        return "the forward draws random numbers"
     return ""
 
 
@@ -134,11 +135,13 @@ def _check(teacher: LocalTeacher, device: Device, former: Former, example: Argum
 
 def _compare(teacher: LocalTeacher, device: Device, batch: Batch, parts: Sequence[Arguments]) -> None:
     whole, wanted = Tap(""), Wanted.of([""])
-    before, changes, singles = traces(teacher.module, device), [], []
-    for part in parts:
-        singles.append(teacher.forward(part, wanted)[whole])
-        changes.append(before.changes())
-    if why := why_not(changes):
+    before = traces(teacher.module, device)
+
+    def run(part: Arguments) -> tuple[Any, tuple[bool, bool]]:
+        return teacher.forward(part, wanted)[whole], before.changes()
+
+    singles, changes = zip(*map(run, parts), strict=True)
+    if why := why_not(changes, lambda: run(parts[0])[1]):
         raise UnmergeableError(why)
     merged = teacher.forward(batch.inputs(parts), wanted, (batch.key, batch.variant))[whole]
     learn(merged, singles, batch.layout)
