@@ -205,18 +205,25 @@ def signature_of(
     `other` stands for an object that may hold anything; the default is equal to nothing else. `layout` adds what else
     counts of a tensor.
     """
+    return structure_of(value, lambda tensor: (tensor.shape, tensor.dtype, layout(tensor)), other)
+
+
+def structure_of(value: Any, plain: Callable[[torch.Tensor], Hashable], other: Callable[[Any], Hashable]) -> Hashable:
+    """As `signature_of`, with `plain` for what counts of a plain tensor."""
     if isinstance(value, torch.Tensor):
-        return (value.shape, value.dtype, layout(value)) if is_plain(value) else other(value)
+        return plain(value) if is_plain(value) else other(value)
+    if isinstance(value, float | complex):
+        return (type(value), repr(value))  # 0.0 is not -0.0, and NaN is NaN
     if value is None or isinstance(value, _PLAIN):
         return (type(value), value)
     if (record := record_of(value)) is not None:
-        return (type(value), signature_of(record.fields, other, layout))
+        return (type(value), structure_of(record.fields, plain, other))
     if isinstance(value, Arguments):
-        return (signature_of(tuple(value), other, layout), signature_of(value.kwargs, other, layout))
+        return (structure_of(tuple(value), plain, other), structure_of(value.kwargs, plain, other))
     if isinstance(value, tuple | list):
-        return (type(value), *(signature_of(item, other, layout) for item in value))
+        return (type(value), *(structure_of(item, plain, other) for item in value))
     if isinstance(value, Mapping):
-        return (type(value), *((key, signature_of(item, other, layout)) for key, item in value.items()))
+        return (type(value), *((key, structure_of(item, plain, other)) for key, item in value.items()))
     return other(value)
 
 

@@ -191,8 +191,11 @@ class LocalTeacher:
         encodings = dict(zip(wanted.taps, wanted.encodings, strict=True))
         return {tap: encode(value, encodings[tap], wanted.mask) for tap, value in values.items()}
 
-    def forward(self, inputs: Arguments, wanted: Wanted) -> dict[Tap, Any]:
+    def forward(self, inputs: Arguments, wanted: Wanted, like: Hashable = None) -> dict[Tap, Any]:
         """Features as plain forward hooks would see them in the end. The inputs stay as they were.
+
+        Inputs that were put together of several batches come with `like`, equal for those that a forward treats alike
+        though each has other shapes. They are nobody else's, so the forward may write into them.
 
         Of logits that travel as hidden states, it is what the head receives. For the first inputs of each signature,
         and ever more rarely for later ones, the head is held against the logits that the module itself returns.
@@ -207,13 +210,13 @@ class LocalTeacher:
         """
         heads = wanted.heads()
         if not heads:
-            return self._captured(inputs, wanted.taps)
+            return self._captured(inputs, wanted.taps, like)
         places = {tap: Tap(heads[tap], "input") if tap in heads else tap for tap in wanted.taps}
         check_modules(heads.values(), self._modules, f"teacher {self._name!r}")
         states = tuple((tap, name, self._heads.state(name)) for tap, name in heads.items())
-        signature = (wanted.taps, states, self._signature(inputs))
+        signature = (wanted.taps, states, self._signature(inputs, like))
         unchecked = [*heads] if self._heads.is_due(signature) else []
-        values = self._captured(inputs, tuple(dict.fromkeys((*places.values(), *unchecked))))
+        values = self._captured(inputs, tuple(dict.fromkeys((*places.values(), *unchecked))), like)
         for tap in unchecked:
             check_head(
                 self.head(heads[tap], tap.module),
@@ -223,29 +226,29 @@ class LocalTeacher:
         self._heads.ran(signature)
         return {tap: values[place] for tap, place in places.items()}
 
-    def _captured(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
+    def _captured(self, inputs: Arguments, taps: tuple[Tap, ...], like: Hashable) -> dict[Tap, Any]:
         check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
         try:
             with self._lock, torch.no_grad():
                 if self.module.training:  # train() on a model that holds this one reaches it too
                     self.module.eval()
-                return self._run(inputs, taps)
+                return self._run(inputs, taps, like)
         except SchoolhouseError:
             raise
         except Exception as err:
             raise TeacherForwardError(f"the teacher's forward raised {type(err).__name__}: {err}") from err
 
-    def _run(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
+    def _run(self, inputs: Arguments, taps: tuple[Tap, ...], like: Hashable) -> dict[Tap, Any]:
         """Run the module, on copies of its inputs until it is known to leave such inputs alone."""
-        key = (taps, self._signature(inputs))
+        key = (taps, self._signature(inputs, like))
         known = self._learned.get(key)
         trusted = known is not None and known.leaves_inputs
-        used = inputs if trusted else map_tensors(inputs, torch.clone)
+        used = inputs if trusted or like is not None else map_tensors(inputs, torch.clone)
         tensors = [*tensors_of(used)]
         before = [version_of(tensor) for tensor in tensors]
         values, may_stop = self._forward(used, taps, known)
         changed = before != [version_of(tensor) for tensor in tensors]
-        if changed and trusted:
+        if changed and trusted and like is None:
             raise TeacherForwardError(
                 "the teacher's forward wrote into its inputs, which it did not do for earlier batches; the batch is "
                 "no longer what it was. Make the forward work on a clone"
@@ -260,9 +263,10 @@ class LocalTeacher:
         result: dict[Tap, Any] = owned(given)
         return result
 
-    def _signature(self, inputs: Arguments) -> Hashable:
+    def _signature(self, inputs: Arguments, like: Hashable) -> Hashable:
         """Equal for inputs that a forward treats alike, unless it decides by the values in tensors."""
-        return signature_of(inputs, layout=layout_of), _autocast(), tuple(weight.dtype for weight in self._weights)
+        shapes = signature_of(inputs, layout=layout_of) if like is None else like
+        return shapes, _autocast(), tuple(weight.dtype for weight in self._weights)
 
     def _forward(
         self, inputs: Arguments, taps: tuple[Tap, ...], known: _Learned | None

@@ -16,7 +16,7 @@ from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 from schoolhouse_server.config import PoolConfig, TeacherSpec
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.executor import DaemonExecutor
-from schoolhouse_server.loading import load_teacher
+from schoolhouse_server.loading import load_example, load_teacher
 from schoolhouse_server.replica import Replica
 from schoolhouse_server.standard import add_standard_services
 
@@ -63,6 +63,8 @@ class TeacherActor:
             max_job_bytes=self._spec.max_job_bytes,
             max_queued=self._spec.max_queued,
             lease_s=self._spec.lease_s,
+            merging=self._spec.merging,
+            example=load_example(self._spec, self._pool.folder),
         ).start()
         self._address = f"{advertised}:{self._replica.port}"
         self._stage = "serving"

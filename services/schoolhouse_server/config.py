@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
 
+from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_LEASE_S, MAX_QUEUED
 
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -23,13 +24,22 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PadSpec:
+    """Arguments that may be padded along dimension 1, with the value for each, and the name of their mask."""
+
+    values: Annotated[dict[str, float], Field(min_length=1)]
+    mask: str
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TeacherSpec:
     """How to build one teacher, and how many replicas of it to keep alive.
 
     Exactly one of `build` (`module:callable`, called with `kwargs`) and `transformers` (a checkpoint folder) is given.
     `weights` is a safetensors file loaded into the model afterwards. `threads` are torch's intra-op threads.
     `early_stop` is that of `schoolhouse.LocalTeacher`, and `shared_memory_bytes` that of `serve`; `cache_bytes` of host
-    memory keep features of each replica. `cost` to `lease_s` are those of `serve` too.
+    memory keep features of each replica. `cost` to `pad` are those of `serve` too; so is `example`, as
+    `module:callable`.
     """
 
     build: str | None = None
@@ -48,6 +58,12 @@ class TeacherSpec:
     max_job_bytes: Annotated[int, Field(ge=1)] = MAX_JOB_BYTES
     max_queued: Annotated[int, Field(ge=1)] = MAX_QUEUED
     lease_s: Annotated[float, Field(ge=0, le=MAX_LEASE_S)] = LEASE_S
+    merge: Literal["never", "same-shape", "pad"] = "never"
+    max_batch_rows: Annotated[int, Field(ge=1)] = 256
+    max_batch_tokens: Annotated[int, Field(ge=1)] = 65_536
+    max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 2.0
+    pad: PadSpec | None = None
+    example: str | None = None
     resources: Resources = Field(default_factory=Resources)
 
     @model_validator(mode="after")
@@ -56,11 +72,26 @@ class TeacherSpec:
             raise ValueError("give either 'build: module:callable' or 'transformers: folder'")
         if self.build is not None and self.build.count(":") != 1:
             raise ValueError(f"build is {self.build!r}; expected 'module:callable'")
+        if self.example is not None and self.example.count(":") != 1:
+            raise ValueError(f"example is {self.example!r}; expected 'module:callable'")
+        if (self.merge == "pad") != (self.pad is not None):
+            raise ValueError("merge: pad goes together with pad: {values: {argument: number}, mask: argument}")
         if self.transformers is not None and self.kwargs:
             raise ValueError("kwargs go with build, not with transformers")
         if self.device.startswith("cuda") and self.resources.num_gpus <= 0:
             raise ValueError("device is cuda, so resources.num_gpus must be above 0")
         return self
+
+    @property
+    def merging(self) -> MergeSettings:
+        """How its requests are merged."""
+        return MergeSettings(
+            mode=self.merge,
+            max_batch_rows=self.max_batch_rows,
+            max_batch_tokens=self.max_batch_tokens,
+            max_wait_ms=self.max_wait_ms,
+            pad=Padding(values=self.pad.values, mask=self.pad.mask) if self.pad is not None else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

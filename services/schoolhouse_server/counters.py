@@ -51,7 +51,7 @@ class Counters:
         self._live: dict[str, JobCounters] = {}
         self._ended: OrderedDict[str, JobCounters] = OrderedDict()
         self._oldest = JobCounters(ENDED)
-        self._forwards = self._rows = 0
+        self.forwards = self.rows = 0
         self._delays = [0] * (len(QUEUE_DELAY_BUCKETS_S) + 1)
         self._delay_s, self._delay_at = 0.0, self._began
         self._errors: Counter[str] = Counter()
@@ -93,8 +93,8 @@ class Counters:
     def forward(self, rows: int) -> None:
         """A forward on so many rows was started."""
         with self._lock:
-            self._forwards += 1
-            self._rows += rows
+            self.forwards += 1
+            self.rows += rows
 
     def received(self, job: JobCounters, nbytes: int) -> None:
         """A request is here."""
@@ -142,7 +142,7 @@ class Counters:
     def fill(self, load: directory_pb2.Load, queued: dict[str, int], in_flight: dict[str, int]) -> None:
         """Write all counts into a message, beside the requests of each job that wait and that are in flight."""
         with self._lock:
-            load.forwards, load.rows = self._forwards, self._rows
+            load.forwards, load.rows = self.forwards, self.rows
             load.queue_delay_counts.extend(self._delays)
             load.errors.update(self._errors)
             load.feature_bytes.update(self._feature_bytes)

@@ -15,6 +15,7 @@ from schoolhouse_wire.nested import map_tensors
 
 T = TypeVar("T")
 _PINNING = ("cuda", "xpu")
+_RECENT = 0.2  # how much the last piece of work counts
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Stage:
 
     def __init__(self, device: "Device") -> None:
         self.seconds = 0.0  # of the pieces that were settled
+        self.recent_s = 0.0  # that one took lately
         self._device = device
         self.stream = device.new_stream()
         self._lock = threading.Lock()
@@ -44,6 +46,7 @@ class Stage:
         """Add the time of a piece of work."""
         with self._lock:
             self.seconds += took_s
+            self.recent_s += (took_s - self.recent_s) * (_RECENT if self.recent_s else 1.0)
 
     def run(self, after: Span | None, work: Callable[..., T], *args: Any) -> tuple[T, Span]:
         """Call `work(*args)` with its kernels on this stage's stream, once those of `after` are done."""
@@ -60,16 +63,16 @@ class Device:
     """Where a teacher runs."""
 
     def __init__(self, name: str) -> None:
-        self._device = torch.device(name)
-        found = torch.get_device_module(self._device)
-        self.is_host = self._device.type == "cpu"
-        self._pins = self._device.type in _PINNING
+        self.name = torch.device(name)
+        found = torch.get_device_module(self.name)
+        self.is_host = self.name.type == "cpu"
+        self._pins = self.name.type in _PINNING
         self.kit: Any = found if self._pins else torch.cpu  # others have no streams
         self.h2d, self.forward, self.encode, self.d2h = (Stage(self) for _ in range(4))
 
     def new_stream(self) -> Any:
         """A stream on this device."""
-        return self.kit.Stream(device=self._device) if self._pins else self.kit.Stream()
+        return self.kit.Stream(device=self.name) if self._pins else self.kit.Stream()
 
     def mark(self, stream: Any) -> Any:
         """The present end of a stream's work."""
@@ -88,10 +91,16 @@ class Device:
         return value if self.is_host else map_tensors(value, self._load)
 
     def _load(self, tensor: torch.Tensor) -> torch.Tensor:
-        there = tensor.to(self._device, non_blocking=self._pins)
+        return self._kept(tensor.to(self.name, non_blocking=self._pins))
+
+    def kept(self, value: Any) -> Any:
+        """Inputs that were made on the device, in memory that stays theirs until the forward has read them."""
+        return map_tensors(value, self._kept)
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._pins:  # kernels of a forward that failed may still read it when it is freed
-            there.record_stream(self.forward.stream)
-        return there
+            tensor.record_stream(self.forward.stream)
+        return tensor
 
     def fetch(self, value: Any) -> Any:
         """Features in host memory; they may be on their way still."""
@@ -100,7 +109,7 @@ class Device:
     def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cpu":
             return tensor
-        if tensor.device != self._device:  # a part of the teacher is elsewhere, and nothing waits for streams there
+        if tensor.device != self.name:  # a part of the teacher is elsewhere, and nothing waits for streams there
             return tensor.cpu()
         plain = tensor.resolve_conj().resolve_neg()  # else torch does that here, before the bytes have come
         here = torch.empty_like(plain, device="cpu", pin_memory=self._pins)

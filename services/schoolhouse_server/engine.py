@@ -1,9 +1,9 @@
-"""One teacher on one device: requests come in, wait, run one after another, and their features go out."""
+"""One teacher on one device: requests come in, wait, run by themselves or merged, and their features go out."""
 
 import dataclasses
 import functools
+import logging
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -19,22 +19,27 @@ from schoolhouse.errors import (
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.wanted import Wanted
-from schoolhouse_wire.codec import Arguments, Declared, pack
-from schoolhouse_wire.limits import INLINE_BYTES, Limits
+from schoolhouse_wire.codec import Arguments, Declared
+from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.tensors import bytes_of
 from schoolhouse_wire.v1 import directory_pb2
 
+from schoolhouse_server import self_check
+from schoolhouse_server.batching import Form, MergeSettings
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.counters import Counters, JobCounters
 from schoolhouse_server.device import Device, Span
+from schoolhouse_server.merging import Joint, Merger
+from schoolhouse_server.outlet import Landing, Outlet, Part
 from schoolhouse_server.queueing import FairQueue
 from schoolhouse_server.sharing import COSTS, rows_of
+from schoolhouse_server.splitting import UnmergeableError
 from schoolhouse_server.timer import Alarm, Timer
 
 _CLOSED = "the teacher is shutting down"
 _LATE = "the request's deadline passed while it waited for the teacher"
 _REPLY_LIMITS = Limits()
-_LANDING = 2  # requests whose features are on the way out while the device goes on
+_log = logging.getLogger(__name__)
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
 
 
@@ -68,6 +73,8 @@ class Job:
     tickets: list[Ticket] = field(default_factory=list)
     queued_at: float = 0.0
     cache_key: bytes | None = None
+    source: Hashable = None  # the session that sent it
+    form: Form | None = None  # what it may be merged with; None: nothing
     cost: float = 1.0  # in the unit that the engine charges
     rows: int = 1
     alarm: Alarm | None = None  # at its deadline
@@ -93,21 +100,14 @@ class Job:
         return all(ticket.cancelled for ticket in self.tickets)
 
 
-@dataclass(eq=False)
-class _Landing:
-    """A job whose forward was started. The inputs are kept until the device is done with them."""
-
-    job: Job
-    inputs: Any
-    values: dict[Tap, Any]
-    spans: list[Span]
-
-
 class Engine:
     """Runs one LocalTeacher. `submit` refuses beyond `max_queued` requests.
 
     Two threads: one brings inputs to the device and starts forwards, one encodes features and brings them to the host.
     Receiving and sending happen in the threads of the sessions. So the next forward follows the last one at once.
+
+    Raises:
+        ConfigError: for a module whose requests cannot be merged as `merge` says.
     """
 
     def __init__(
@@ -118,8 +118,11 @@ class Engine:
         cache_bytes: int = 0,
         cost: str = "rows",
         timer: Timer | None = None,
+        merge: MergeSettings | None = None,
+        example: Callable[[], Any] | None = None,
     ) -> None:
-        self.description = teacher.describe()
+        merge = merge or MergeSettings()
+        self.description = dataclasses.replace(teacher.describe(), merge=merge.mode)
         self.teacher = teacher
         self.served = self.running = self.joined = 0
         self.cache = FeatureCache(cache_bytes) if cache_bytes else None
@@ -131,16 +134,26 @@ class Engine:
         self._cost_of = COSTS[cost]
         self._owns_timer = timer is None
         self._timer = timer or Timer()
+        self.merger: Merger[Job] | None = None
+        if merge.mode != "never":
+            self_check.check_modules(teacher.module, self.description, merge)
+            self.merger = Merger(merge, self.description, lambda: self.device.forward.recent_s)
+            self_check.check_example(teacher, self.device, self.merger.former, example)
         self._queue: FairQueue[Job] = FairQueue(max_queued)
-        self._landing: queue.Queue[_Landing | None] = queue.Queue(_LANDING)
+        self._outlet = Outlet(teacher, self.device, self.cache, self._end)
         self._in_flight: dict[Hashable, Job] = {}
         self._lock = threading.Lock()
         self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
         self._threads = [
             threading.Thread(target=target, name=f"schoolhouse-engine-{name}", daemon=True)
-            for name, target in (("in", self._run), ("out", self._run_out))
+            for name, target in (("in", self._run), ("out", self._outlet.run))
         ]
         self._closed = False
+
+    @property
+    def batch_limit_rows(self) -> int:
+        """Rows that a merged forward may hold; 0 if nothing is merged."""
+        return self.merger.settings.max_batch_rows if self.merger is not None else 0
 
     @property
     def queued(self) -> int:
@@ -175,6 +188,8 @@ class Engine:
             TeacherUnavailableError: when it was closed.
         """
         job.rows, job.cost = rows_of(job.inputs), float(self._cost_of(job.inputs))
+        if self.merger is not None:
+            self.merger.prepare(job)
         if self.cache is not None:
             job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
@@ -252,50 +267,128 @@ class Engine:
             self._timer.close()
 
     def _run(self) -> None:
-        while jobs := self._queue.take():
-            for job in jobs:
-                self._compute(job)
-            del jobs, job
-        self._landing.put(None)
+        while jobs := self._take():
+            self._compute(jobs)
+            del jobs
+        self._outlet.finish()
 
-    def _run_out(self) -> None:
-        while (work := self._landing.get()) is not None:
-            self._land(work)
-            del work
+    def _take(self) -> list[Job]:
+        if self.merger is None:
+            return self._queue.take()
+        jobs = self._queue.take(self.merger.fits, self.merger.linger)
+        self.merger.waiting.ended(jobs)
+        return jobs
 
-    def _compute(self, job: Job) -> None:
-        device = self.device
+    def _compute(self, jobs: list[Job]) -> None:
+        ready = [job for job in jobs if self._admit(job)]
+        if self.merger is None or len(ready) == 1:
+            for job in ready:
+                self._alone(job)
+        elif ready:
+            joint = self.merger.join(ready)
+            if self.merger.is_due(joint):
+                self._compared(self.merger, joint)
+            else:
+                self._together(self.merger, joint)
+
+    def _admit(self, job: Job) -> bool:
         self._begin(job)
         try:
             self._check(job)
-            self.counters.forward(job.rows)
-            inputs, loaded = device.h2d.run(None, device.load, job.inputs)
-            values, computed = device.forward.run(loaded, self.teacher.forward, inputs, job.wanted)
-            work = _Landing(job, inputs, values, [loaded, computed])
-            at_once = device.is_host and _is_small(values)  # takes less time than handing it over
+        except Exception as err:
+            self._end(job, err)
+            return False
+        return True
+
+    def _alone(self, job: Job) -> bool:
+        """Run a job by itself; False if it failed, and was told so."""
+        try:
+            work = self._forward(job, job.wanted)
+            at_once = self.device.is_host and work.is_small
         except BaseException as err:  # a module may raise anything, and others wait for this thread
             self._end(job, err)
-            return
-        if at_once:
-            self._land(work)
-        else:
-            self._landing.put(work)
+            return False
+        self._hand_over(work, at_once)
+        return True
 
-    def _land(self, work: _Landing) -> None:
-        device, job = self.device, work.job
+    def _forward(self, job: Job, wanted: Wanted) -> Landing:
+        inputs, loaded = self.device.h2d.run(None, self.device.load, job.inputs)
+        values, computed = self.device.forward.run(loaded, self.teacher.forward, inputs, wanted)
+        self.counters.forward(job.rows)
+        return Landing([Part(job, values)], inputs, [loaded, computed])
+
+    def _hand_over(self, work: Landing, at_once: bool) -> None:
+        if at_once:
+            self._outlet.land(work)
+        else:
+            self._outlet.put(work)
+
+    def _together(self, merger: Merger[Job], joint: Joint[Job]) -> None:
+        """Run jobs as one forward; by themselves if it fails, so that only those fail that are to blame."""
+        work: Landing | None = None
+        raised, at_once = True, False
         try:
-            encoded, made = device.encode.run(work.spans[-1], self.teacher.encode, work.values, job.wanted)
-            here, landed = device.d2h.run(made, device.fetch, encoded)
-            device.wait(landed)
-            for span in (*work.spans, made, landed):
-                span.settle()
-            features = declare([here[tap] for tap in job.wanted.taps])
-            if self.cache is not None and job.cache_key is not None:
-                self.cache.put(job.cache_key, features)
-        except BaseException as err:
-            self._end(job, err)
+            inputs, values, spans = self._merged(joint)
+            parts = zip(joint.jobs, merger.split(joint, values), strict=True)
+            work = Landing([Part(job, part) for job, part in parts], inputs, spans)
+            at_once = self.device.is_host and work.is_small
+        except UnmergeableError as err:
+            raised = False
+            _log.info("a merged forward was run again as single ones: %s", err)
+        except BaseException as err:  # nothing of it is kept: it holds all of the forward
+            _log.info("a merged forward raised %s; its requests are run by themselves", type(err).__name__)
+        if work is not None:
+            self._hand_over(work, at_once)
             return
-        self._end(job, Answer(features, self.description.revision))
+        answered = [self._alone(job) for job in joint.jobs]
+        if raised and all(answered):
+            merger.too_large(joint)
+
+    def _compared(self, merger: Merger[Job], joint: Joint[Job]) -> None:
+        """Answer jobs from single forwards, and see whether a merged one is the same."""
+        before = self_check.traces(self.teacher.module, self.device)
+
+        def run(job: Job) -> tuple[Landing, tuple[bool, bool]]:
+            return self._forward(job, joint.wanted), before.changes()  # all taps, also those that only others want
+
+        works: tuple[Landing, ...] = ()
+        try:
+            made, changes = zip(*map(run, joint.jobs), strict=True)
+            why = self_check.why_not(changes, lambda: run(joint.jobs[0])[1])
+            works = made
+        except BaseException as err:  # nothing of it is kept: it holds all of a forward
+            _log.info("a forward raised %s while merging was checked", type(err).__name__)
+        if not works:
+            for job in joint.jobs:
+                self._alone(job)
+            return
+        singles = [work.parts[0].values for work in works]
+        for job, work in zip(joint.jobs, works, strict=True):
+            work.parts[0].values = {tap: work.parts[0].values[tap] for tap in job.wanted.taps}
+            self._hand_over(work, self.device.is_host and work.is_small)
+        if why:
+            merger.refuse(joint, why)
+        else:
+            self._learn(merger, joint, singles)
+
+    def _learn(self, merger: Merger[Job], joint: Joint[Job], singles: list[dict[Tap, Any]]) -> None:
+        try:
+            _, merged, _ = self._merged(joint)
+            self.device.forward.run(None, merger.learn, joint, merged, singles)
+        except BaseException as err:
+            _log.info("a merged forward raised %s, and single ones did not", type(err).__name__)
+            merger.too_large(joint)
+
+    def _merged(self, joint: Joint[Job]) -> tuple[Arguments, dict[Tap, Any], list[Span]]:
+        device = self.device
+        inputs, loaded = device.h2d.run(None, self._load, joint)
+        values, computed = device.forward.run(loaded, self.teacher.forward, inputs, joint.wanted, joint.like)
+        self.counters.forward(joint.batch.layout.total)
+        return inputs, values, [loaded, computed]
+
+    def _load(self, joint: Joint[Job]) -> Arguments:
+        merged: Arguments = self.device.kept(joint.batch.inputs([self.device.load(job.inputs) for job in joint.jobs]))
+        return merged
 
     def _begin(self, job: Job, charged: bool = True) -> None:
         """A job has left the queue."""
@@ -319,8 +412,9 @@ class Engine:
                 "serve it again"
             )
 
-    def _end(self, job: Job, result: Answer | BaseException) -> None:
+    def _end(self, job: Job, result: Declared | BaseException) -> None:
         """Answer all who wait for a job."""
+        answer = Answer(result, self.description.revision) if isinstance(result, Declared) else result
         with self._lock:
             self._forget(job)
             self.running -= 1
@@ -329,18 +423,7 @@ class Engine:
                 ticket.job = None
         for ticket in job.tickets:
             if not ticket.cancelled:
-                ticket.done(result)
-
-
-def declare(features: list[Any]) -> Declared:
-    """Features of taps, ready to travel, and how many bytes each takes."""
-    declared = pack(features, opaque=True)
-    sizes = tuple(sum(tensor.nbytes for tensor in tensors_of(value)) for value in features)
-    return dataclasses.replace(declared, item_bytes=sizes)
-
-
-def _is_small(values: Any) -> bool:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors_of(values)) <= INLINE_BYTES
+                ticket.done(answer)
 
 
 def _equal(a: Any, b: Any) -> bool:

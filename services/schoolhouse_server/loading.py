@@ -2,7 +2,9 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_model
@@ -26,19 +28,28 @@ def load_teacher(spec: TeacherSpec, folder: Path) -> nn.Module:
     return module.to(device=spec.device, dtype=getattr(torch, spec.dtype) if spec.dtype else None)
 
 
+def load_example(spec: TeacherSpec, folder: Path) -> Callable[[], Any] | None:
+    """What makes the example that `spec` names, if it names one; raises ConfigError if it is not there."""
+    return _import(spec.example, folder, "example") if spec.example is not None else None
+
+
 def _build(spec: TeacherSpec, folder: Path) -> nn.Module:
     assert spec.build is not None
-    module_name, _, attribute = spec.build.partition(":")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as err:
-        raise ConfigError(f"build: cannot import {spec.build!r}: {err}") from err
-    built = factory(**spec.kwargs)
+    built = _import(spec.build, folder, "build")(**spec.kwargs)
     if not isinstance(built, nn.Module):
         raise ConfigError(f"build: {spec.build!r} returned a {type(built).__name__}; expected an nn.Module")
     return built
+
+
+def _import(path: str, folder: Path, setting: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.partition(":")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as err:
+        raise ConfigError(f"{setting}: cannot import {path!r}: {err}") from err
+    return found
 
 
 def _from_checkpoint(spec: TeacherSpec, folder: Path) -> nn.Module:

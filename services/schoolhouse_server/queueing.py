@@ -109,10 +109,15 @@ class FairQueue(Generic[T]):
             self._count -= 1
             return True
 
-    def take(self, fits: Callable[[list[T], T], bool] | None = None) -> list[T]:
+    def take(
+        self,
+        fits: Callable[[list[T], T], bool] = lambda _taken, _other: False,
+        linger: Callable[[list[T]], float] = lambda _taken: 0.0,
+    ) -> list[T]:
         """Wait for a request, and take it with others that `fits(taken, other)` says may run with it; [] at the end.
 
-        Those of the job that is owed most are offered first. Each is charged to its own job.
+        Those of the job that is owed most are offered first. Each is charged to its own job. While nothing else waits,
+        `linger(taken)` is asked how many more seconds to wait for one that fits; 0: none.
         """
         with self._changed:
             while not self._count and not self._closed:
@@ -121,7 +126,9 @@ class FairQueue(Generic[T]):
                 return []
             flow, turns = self._next()
             taken = [self._charge(flow, 0)]
-            if fits is not None and self._count:
+            self._take_along(taken, fits)
+            while not self._count and not self._closed and (pause_s := linger(taken)) > 0:
+                self._changed.wait(pause_s)
                 self._take_along(taken, fits)
             if flow.served_next:
                 self._list(flow, turns)

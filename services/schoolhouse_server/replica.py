@@ -2,8 +2,8 @@
 
 import atexit
 import socket
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import grpc
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
@@ -13,6 +13,7 @@ from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
+from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.executor import DaemonExecutor
@@ -21,8 +22,8 @@ from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MA
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
 
-_MERGE = ("never",)
 _MAX_SHARED_BYTES = 1 << 40
+Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
 
 
 class Replica:
@@ -34,7 +35,8 @@ class Replica:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
-        merge: str = "never",
+        merging: MergeSettings | None = None,
+        example: Example = None,
         early_stop: bool = True,
         max_sessions: int = 64,
         max_request_bytes: int = 2 << 30,
@@ -43,8 +45,6 @@ class Replica:
         **sharing: Any,
     ) -> None:
         """The settings are those of `serve`; `sharing` are those of `Sharing`."""
-        if merge not in _MERGE:
-            raise ConfigError(f"merge is {merge!r}; choices: {', '.join(map(repr, _MERGE))}")
         if not modules:
             raise ConfigError("there is no teacher to serve; give a module, or a dict of names and modules")
         for name in modules:
@@ -58,11 +58,13 @@ class Replica:
                 f"to {_MAX_SHARED_BYTES}"
             )
         self._shared_memory_bytes = shared_memory_bytes
+        self._modules = dict(modules)
         self._host, self._port = host, port
         self._early_stop = early_stop
+        self._merging = merging or MergeSettings()
+        self._examples = _examples(example, self._merging, self._modules)
         self._max_sessions = max_sessions
         self._limits = Limits(max_payload_bytes=max_request_bytes)
-        self._modules = dict(modules)
         self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
         self._directory = Directory(self.load)
@@ -97,6 +99,8 @@ class Replica:
                 cache_bytes=self._cache_bytes,
                 cost=self._sharing.cost,
                 timer=self._timer,
+                merge=self._merging,
+                example=self._examples.get(name),
             )
             for name, module in self._modules.items()
         }
@@ -137,6 +141,7 @@ class Replica:
             missed=engine.cache.misses if engine.cache else 0,
             cache_bytes=engine.cache.nbytes if engine.cache else 0,
             stage_s=engine.stage_s(),
+            batch_limit_rows=engine.batch_limit_rows,
         )
         engine.fill(load, self._teachers.admissions[name].in_flight())
         return load
@@ -185,6 +190,23 @@ class Replica:
         add_standard_services(server, (*names, *self._modules))
 
 
+def _examples(
+    example: Example, merging: MergeSettings, modules: Mapping[str, nn.Module]
+) -> Mapping[str, Callable[[], Any]]:
+    """What makes the example of each teacher that has one."""
+    if example is None:
+        return {}
+    if merging.mode == "never":
+        raise ConfigError("example is for merging, and merge is 'never'; leave one of them out")
+    given = {next(iter(modules)): example} if callable(example) and len(modules) == 1 else example
+    if not isinstance(given, Mapping) or not given.keys() <= modules.keys() or not all(map(callable, given.values())):
+        raise ConfigError(
+            f"example is {example!r:.80}; expected a callable that returns what forward takes, or, with several "
+            f"teachers, a dict of such by their names: {sorted(modules)}"
+        )
+    return given
+
+
 def serve(
     module: nn.Module | Mapping[str, nn.Module],
     *,
@@ -192,6 +214,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 0,
     merge: str = "never",
+    max_batch_rows: int = 256,
+    max_batch_tokens: int = 65_536,
+    max_wait_ms: float = 2.0,
+    pad: Mapping[str, Any] | Padding | None = None,
+    example: Example = None,
     early_stop: bool = True,
     max_request_bytes: int = 2 << 30,
     cache_bytes: int = 0,
@@ -204,10 +231,9 @@ def serve(
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
-    Use it in a `with`, or call `close()`. `merge="never"` runs each request as a forward of its own, so that remote
-    features are bit-identical to those of the same module on the same device in the student's process. `early_stop` is
-    that of `schoolhouse.LocalTeacher`. `cache_bytes` of host memory keep the features of each teacher, so that inputs
-    that come again, in the next epoch or in another job, are not computed again.
+    Use it in a `with`, or call `close()`. `early_stop` is that of `schoolhouse.LocalTeacher`. `cache_bytes` of host
+    memory keep the features of each teacher, so that inputs that come again, in the next epoch or in another job, are
+    not computed again; they are kept as they were computed, merged or not.
 
     Features go to clients of the same machine and user through shared memory: up to `shared_memory_bytes` for each of
     them at once, features that it still holds included, and beyond that over the stream; 0 switches it off. The inputs
@@ -218,13 +244,45 @@ def serve(
     has up to `max_in_flight` requests and `max_job_bytes` of inputs in flight, and all jobs together `max_queued`
     requests; its clients wait when there is no room. A client that says nothing for `lease_s` loses its session; 0: it
     may be silent for ever.
+    `merge` says which requests may run as one forward, each getting its own rows and taps:
+
+    - `"never"`: each is a forward of its own, so that remote features are bit-identical to those of the same module on
+      the same device in the student's process.
+    - `"same-shape"`: those whose inputs differ in nothing but their rows. Kernels for other shapes add in another
+      order, so features are equal up to rounding: those that differ from a single forward's by more than 1e-4 (float32;
+      5e-3 with TF32), 5e-3 (float16), 2e-2 (bfloat16) or 1e-9 (float64) of the largest number are not merged.
+    - `"pad"`: also those of other lengths. `pad={"values": {"input_ids": 0}, "mask": "attention_mask"}` names the
+      arguments to pad on the right and with what, and the mask, which is made of ones where a request has none. The
+      features are cut back to each request's own length, and the same holds of their numbers.
+
+    A batch has at most `max_batch_rows` rows and `max_batch_tokens` tokens with padding; a request beyond that runs
+    alone. A device that has nothing else to do waits for more requests, up to `max_wait_ms` and half of a forward, and
+    not at all while one session alone is active.
+
+    Merged forwards are held against single ones: at the start where `example` returns what forward takes (at least 2
+    rows that differ, better 5; transformers' models bring their own), and in traffic at the 1st, 2nd, 4th, 8th, ...
+    and each 1024th merged forward of each form of inputs, whose requests then get what single forwards gave. Where they
+    differ, such requests are not merged any more, and the log says why. That finds modules that mix rows, draw random
+    numbers, write into buffers, or use features of padded places. It can miss what happens to some values only, between
+    two checks: experts of a limited capacity that a larger batch fills up, a length that is cut to the longest in the
+    batch, or state that changes no feature so far. Such teachers need `"never"`.
+
+    Raises:
+        ConfigError: for a setting that cannot be, or a module that cannot be merged as it says.
     """
     modules = {name: module} if isinstance(module, nn.Module) else module
     return Replica(
         modules,
         host=host,
         port=port,
-        merge=merge,
+        merging=MergeSettings(
+            mode=merge,
+            max_batch_rows=max_batch_rows,
+            max_batch_tokens=max_batch_tokens,
+            max_wait_ms=max_wait_ms,
+            pad=Padding.of(pad) if pad is not None else None,
+        ),
+        example=example,
         early_stop=early_stop,
         max_request_bytes=max_request_bytes,
         cache_bytes=cache_bytes,

@@ -341,7 +341,7 @@ class ServerSession:
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
         try:
-            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket]))
+            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket], source=id(self)))
         except Exception:
             self._tickets.pop(request_id, None)
             raise

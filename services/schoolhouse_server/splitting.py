@@ -1,0 +1,192 @@
+"""The features of a merged forward, request by request: what is learned from single forwards, and held to."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import xxhash
+from schoolhouse.taps import is_plain, structure_of, tensors_of
+from schoolhouse_wire.memory import memory_of
+from schoolhouse_wire.nested import map_tensors
+from schoolhouse_wire.tensors import bytes_of, on_cpu
+
+from schoolhouse_server.batching import Layout
+
+# How far a merged feature may be from a single one, of its largest number: other shapes use other kernels, which add in
+# another order. What differs by more was mixed, or drawn, or decided by what else is in the batch.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+TOLERANCES |= {torch.complex128: 1e-9, torch.complex64: 1e-4}
+_TF32_TOLERANCE = 5e-3
+_CUT = -1
+
+
+class UnmergeableError(Exception):
+    """Why requests cannot be answered from one forward; seen by nobody outside."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor with `times` rows for each row of the inputs, and sizes of which some are the inputs' length."""
+
+    times: int
+    sizes: tuple[int, ...]  # after the first; _CUT for the length
+    dtype: torch.dtype
+
+    def check(self, tensor: torch.Tensor, layout: Layout) -> None:
+        """Raise UnmergeableError for a tensor of other sizes."""
+        sizes = tuple(layout.length if size == _CUT else size for size in self.sizes)
+        if tensor.shape != (self.times * layout.total, *sizes) or tensor.dtype != self.dtype:
+            raise UnmergeableError(f"a feature of the shape {tuple(tensor.shape)} is not of the sizes that it was of")
+
+    def part(self, tensor: torch.Tensor, layout: Layout, i: int) -> torch.Tensor:
+        """The view of request `i`."""
+        found = tensor.narrow(0, self.times * layout.starts[i], self.times * layout.rows[i])
+        for dim, size in enumerate(self.sizes, 1):
+            if size == _CUT:
+                found = found.narrow(dim, 0, layout.lengths[i])
+        return found
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that is the same for any rows."""
+
+    digest: bytes
+
+    def check(self, tensor: torch.Tensor, _layout: Layout) -> None:
+        """Raise UnmergeableError for another one."""
+        if _digest(tensor) != self.digest:
+            raise UnmergeableError("a feature that did not depend on the inputs has changed")
+
+    def part(self, tensor: torch.Tensor, _layout: Layout, _i: int) -> torch.Tensor:
+        """Itself."""
+        return tensor
+
+
+Rule: TypeAlias = Rows | Constant
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one tap's features are split."""
+
+    structure: Hashable
+    leaves: tuple[Rule, ...]
+
+    def check(self, value: Any, layout: Layout) -> None:
+        """Raise UnmergeableError where a merged feature is not what it was when this was learned."""
+        if _structure(value) != self.structure:
+            raise UnmergeableError("a feature has another structure than it had")
+        for rule, tensor in zip(self.leaves, tensors_of(value), strict=True):
+            rule.check(tensor, layout)
+
+    def part(self, value: Any, layout: Layout, i: int, seen: dict[int, torch.Tensor]) -> Any:
+        """The feature of request `i`, in views; `seen` has those of the same request, by the tensor's id."""
+        rules = iter(self.leaves)
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            made = next(rules).part(tensor, layout, i)
+            return seen.setdefault(id(tensor), made)
+
+        return map_tensors(value, cut)
+
+
+def learn(merged: Any, singles: Sequence[Any], layout: Layout) -> Rules:
+    """How a merged feature is split so that each request gets what it gets by itself.
+
+    Raises:
+        UnmergeableError: if it cannot be, or if the numbers differ.
+    """
+    structure = _structure(merged)
+    if any(_structure(single) != structure for single in singles):
+        raise UnmergeableError("a merged forward returns another structure than a single one")
+    leaves = zip(tensors_of(merged), *map(tensors_of, singles), strict=True)
+    return Rules(structure, tuple(_rule(leaf[0], leaf[1:], layout) for leaf in leaves))
+
+
+def _rule(merged: torch.Tensor, singles: Sequence[torch.Tensor], layout: Layout) -> Rule:
+    if not all(is_plain(t) and t.layout is torch.strided for t in (merged, *singles)):
+        raise UnmergeableError("a feature holds a tensor that is not dense")
+    if any(t.dtype != merged.dtype or t.dim() != merged.dim() for t in singles):
+        raise UnmergeableError("a merged forward returns another dtype, or number of dimensions, than a single one")
+    times = merged.shape[0] // layout.total if merged.dim() else 0
+    sizes = [times * rows for rows in layout.rows]
+    if times and merged.shape[0] == times * layout.total and sizes == [single.shape[0] for single in singles]:
+        dims = range(1, merged.dim())
+        rule = Rows(times, tuple(_size(merged, singles, dim, layout) for dim in dims), merged.dtype)
+        _compare(rule, merged, singles, layout)
+        return rule
+    digest = _digest(merged)
+    if any(single.shape != merged.shape or _digest(single) != digest for single in singles):
+        shapes = [tuple(t.shape) for t in (merged, *singles)]
+        raise UnmergeableError(f"a feature has no rows of its own for each request; merged, and single: {shapes}")
+    return Constant(digest)
+
+
+def _size(merged: torch.Tensor, singles: Sequence[torch.Tensor], dim: int, layout: Layout) -> int:
+    sizes = tuple(single.shape[dim] for single in singles)
+    if set(sizes) == {merged.shape[dim]}:
+        return merged.shape[dim]
+    if layout.ragged and sizes == layout.lengths and merged.shape[dim] == layout.length:
+        return _CUT
+    raise UnmergeableError(f"dimension {dim} has {merged.shape[dim]} places where single forwards have {sizes}")
+
+
+def _compare(rule: Rows, merged: torch.Tensor, singles: Sequence[torch.Tensor], layout: Layout) -> None:
+    """Raise UnmergeableError where a request's part is not the same up to rounding."""
+    tolerance = _tolerance(merged)
+    for i, single in enumerate(singles):
+        part = rule.part(merged, layout, i)
+        difference, largest = _difference(part, single)
+        if difference > tolerance * largest:
+            raise UnmergeableError(
+                f"a merged feature differs from the single one by {difference:.3g}, where its largest number is "
+                f"{largest:.3g} and {tolerance:g} of that is allowed for rounding"
+            )
+
+
+def _tolerance(tensor: torch.Tensor) -> float:
+    """Of the largest number; what is no floating-point number must be equal."""
+    tf32 = tensor.is_cuda and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+    if tensor.dtype in (torch.float32, torch.complex64) and tf32:
+        return _TF32_TOLERANCE
+    return TOLERANCES.get(tensor.dtype, 0.0)
+
+
+def _difference(part: torch.Tensor, single: torch.Tensor) -> tuple[float, float]:
+    """The largest difference, infinity where only one is NaN or infinite; and the largest number."""
+    if not single.numel():
+        return 0.0, 0.0
+    if single.is_complex():
+        part, single = torch.view_as_real(part.resolve_conj()), torch.view_as_real(single.resolve_conj())
+    elif not single.is_floating_point():
+        return (0.0 if torch.equal(part, single) else float("inf")), 0.0
+    mine, own = part.double(), single.double()
+    same = (mine == own) | (mine.isnan() & own.isnan())
+    difference = (mine - own).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf).amax()
+    return difference.item(), own.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax().item()
+
+
+def _structure(value: Any) -> Hashable:
+    """Equal for values that differ in nothing but their tensors, and in objects of one type that cannot travel."""
+    return structure_of(value, lambda _tensor: "tensor", type)
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    plain = on_cpu(tensor)
+    digest = xxhash.xxh3_128(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    raw = bytes_of(plain)  # named, since memory_of does not keep it alive
+    digest.update(memory_of(raw))
+    return digest.digest()
+
+
+def unshared(value: Any) -> Any:
+    """A nested value whose tensors own their memory, so that one request keeps no other's features alive."""
+    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # and the originals, so that their ids stay theirs
+    return map_tensors(value, lambda tensor: copies.setdefault(id(tensor), (tensor, _own(tensor)))[1])
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone()

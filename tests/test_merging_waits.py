@@ -1,0 +1,95 @@
+"""How long a free device waits for more requests: not at all when alone, and no longer than it is worth."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from schoolhouse_server import merging
+from schoolhouse_server.merging import Waiting
+from schoolhouse_server.queueing import FairQueue
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that stands still."""
+    now = SimpleNamespace(s=1000.0)
+    monkeypatch.setattr(merging.time, "monotonic", lambda: now.s)
+    return now
+
+
+def job(source, deadline=float("inf")):
+    return SimpleNamespace(source=source, deadline=deadline)
+
+
+def waits(waiting, taken):
+    pause_s = waiting.pause_s(taken)
+    waiting.ended(taken)
+    return pause_s
+
+
+def test_one_session_alone_never_waits(clock):
+    waiting = Waiting(0.002, lambda: 0.010)
+    for _ in range(3):
+        waiting.seen("a")
+        assert waits(waiting, [job("a")]) == 0
+    waiting.seen("b")
+    assert waits(waiting, [job("a")]) == pytest.approx(0.002)
+    clock.s += 0.2  # b has not been heard of for long
+    waiting.seen("a")
+    assert waits(waiting, [job("a")]) == 0
+
+
+def test_the_wait_ends_with_the_last_session_and_is_bounded_by_a_forward_and_the_deadline(clock):
+    waiting = Waiting(0.1, lambda: 0.010)
+    for source in "abc":
+        waiting.seen(source)
+    assert waits(waiting, [job(source) for source in "abc"]) == 0
+    taken = [job("a")]
+    assert waiting.pause_s(taken) == pytest.approx(0.005)  # half a forward
+    clock.s += 0.002
+    taken.append(job("b"))
+    assert waiting.pause_s(taken) == pytest.approx(0.003)
+    taken.append(job("c"))
+    assert waiting.pause_s(taken) == 0
+    waiting.ended(taken)
+    assert waits(waiting, [job("a", clock.s + 0.012)]) == pytest.approx(0.002)  # so that the forward is in time
+    assert waits(waiting, [job("a", clock.s + 0.001)]) == 0
+    assert waits(Waiting(0.1, lambda: 0.0), [job("a")]) == 0  # nothing is known of forwards yet
+
+
+def test_waiting_that_gains_nothing_backs_off_and_is_tried_now_and_then(clock):
+    waiting = Waiting(0.008, lambda: 1.0)
+    waits_s = []
+    for _ in range(40):
+        waiting.seen("a"), waiting.seen("b")
+        waits_s.append(waits(waiting, [job("a")]))
+    assert waits_s[:5] == pytest.approx([0.008, 0.004, 0.002, 0.001, 0.0])
+    assert sum(s > 0 for s in waits_s) == 5
+    for _ in range(200):  # it is worth it again
+        waiting.seen("a"), waiting.seen("b")
+        taken = [job("a")]
+        if waiting.pause_s(taken):
+            taken.append(job("b"))
+        waiting.ended(taken)
+    waiting.seen("a"), waiting.seen("b")
+    assert waits(waiting, [job("a")]) == pytest.approx(0.008)
+
+
+def test_a_queue_lingers_while_nothing_else_waits():
+    queue = FairQueue(10)
+    queue.put("a1")
+    later = threading.Timer(0.1, queue.put, ["a2"])
+    later.start()
+    taken = queue.take(lambda taken, other: other[0] == taken[0][0], lambda taken: 0.0 if len(taken) > 1 else 20.0)
+    assert taken == ["a1", "a2"]
+    queue.put("a1"), queue.put("b1")
+    began = time.monotonic()
+    taken = queue.take(lambda taken, other: other[0] == taken[0][0], lambda _taken: 20.0)
+    assert taken == ["a1"]  # b1 has waited long enough
+    assert time.monotonic() - began < 10
+    closing = threading.Timer(0.1, queue.close)
+    closing.start()
+    assert queue.take(lambda *_: False, lambda _taken: 20.0) == ["b1"]
+    assert queue.take(lambda *_: False, lambda _taken: 20.0) == []
+    [timer.join() for timer in (later, closing)]
