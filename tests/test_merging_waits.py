@@ -76,20 +76,28 @@ def test_waiting_that_gains_nothing_backs_off_and_is_tried_now_and_then(clock):
     assert waits(waiting, [job("a")]) == pytest.approx(0.008)
 
 
+def waiting_one(name):
+    return SimpleNamespace(name=name, job=name[0], weight=1.0, cost=1.0, queued_at=0.0)
+
+
+def names(taken):
+    return [request.name for request in taken]
+
+
 def test_a_queue_lingers_while_nothing_else_waits():
     queue = FairQueue(10)
-    queue.put("a1")
-    later = threading.Timer(0.1, queue.put, ["a2"])
+    queue.put(waiting_one("a1"))
+    later = threading.Timer(0.1, queue.put, [waiting_one("a2")])
     later.start()
-    taken = queue.take(lambda taken, other: other[0] == taken[0][0], lambda taken: 0.0 if len(taken) > 1 else 20.0)
-    assert taken == ["a1", "a2"]
-    queue.put("a1"), queue.put("b1")
+    taken = queue.take(lambda taken, other: other.job == taken[0].job, lambda taken: 0.0 if len(taken) > 1 else 20.0)
+    assert names(taken) == ["a1", "a2"]
+    queue.put(waiting_one("a1")), queue.put(waiting_one("b1"))
     began = time.monotonic()
-    taken = queue.take(lambda taken, other: other[0] == taken[0][0], lambda _taken: 20.0)
-    assert taken == ["a1"]  # b1 has waited long enough
+    taken = queue.take(lambda taken, other: other.job == taken[0].job, lambda _taken: 20.0)
+    assert names(taken) == ["a1"]  # b1 has waited long enough
     assert time.monotonic() - began < 10
     closing = threading.Timer(0.1, queue.close)
     closing.start()
-    assert queue.take(lambda *_: False, lambda _taken: 20.0) == ["b1"]
+    assert names(queue.take(lambda *_: False, lambda _taken: 20.0)) == ["b1"]
     assert queue.take(lambda *_: False, lambda _taken: 20.0) == []
     [timer.join() for timer in (later, closing)]
