@@ -14,6 +14,7 @@ from schoolhouse_server.queueing import FairQueue
 
 WEIGHTS = st.sampled_from([0.01, 0.5, 1.0, 2.0, 7.3, 100.0])
 COSTS = st.integers(1, 64)
+STEPS = st.one_of(st.tuples(st.sampled_from("abcd"), COSTS, WEIGHTS), st.just("take"), st.just("cancel"))
 
 
 @dataclass(eq=False)
@@ -72,7 +73,10 @@ def test_long_runs_come_to_the_weights_exactly():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.one_of(st.tuples(st.sampled_from("abcd"), COSTS, WEIGHTS), st.just("take"), st.just("cancel"))), st.data())
+@given(
+    st.lists(st.one_of(st.tuples(st.sampled_from("abcd"), COSTS, WEIGHTS), st.just("take"), st.just("cancel"))),
+    st.data(),
+)
 def test_nothing_is_lost_and_each_job_keeps_its_order(steps, data):
     """Against a plain list per job: whatever waits is served, once, unless it was taken out."""
     queue, waiting = FairQueue(1000), {job: deque() for job in "abcd"}

@@ -55,7 +55,11 @@ def answers(futures, numbers):
 
 def test_a_light_job_does_not_wait_for_all_that_a_heavy_one_has_queued():
     gate = Gate()
-    with serve(gate) as server, sh.connect(server.url, job="heavy") as heavy, sh.connect(server.url, job="light") as light:
+    with (
+        serve(gate) as server,
+        sh.connect(server.url, job="heavy") as heavy,
+        sh.connect(server.url, job="light") as light,
+    ):
         many = [ask(heavy, i, rows=8) for i in range(30)]
         assert gate.entered.acquire(timeout=10)
         assert soon(lambda: load_of(server).queued == 29)
@@ -66,6 +70,8 @@ def test_a_light_job_does_not_wait_for_all_that_a_heavy_one_has_queued():
         answers(many, range(30))
         assert gate.seen.index(102) < 8
         assert [n for n in gate.seen if n < 100] == [*range(30)]
+        heavy.close()
+        light.close()
 
 
 def test_weights_and_rows_decide_about_shares():
@@ -260,7 +266,7 @@ def test_a_client_that_ignores_wait_is_ended(shared_memory):
         stub = Stub(server, shared_memory=shared_memory)
         for i in range(30):
             stub.ask(i, outgoing.payload, outgoing.header)
-        with pytest.raises(Exception, match="calls came after the client was told to wait"):  # noqa: B017, PT011
+        with pytest.raises(Exception, match="calls came after the client was told to wait"):
             for _ in stub.answers:
                 pass
         assert soon(lambda: load_of(server).queued == 0)
@@ -282,4 +288,7 @@ def test_weights_and_settings_out_of_bounds():
 def test_clients_without_a_name_are_jobs_of_their_own():
     with serve(nn.Identity()) as server, sh.connect(server.url) as a, sh.connect(server.url) as b:
         ask(a, 1).result(20), ask(b, 1).result(20), ask(b, 2).result(20)
-        assert sorted((job.job, job.requests) for job in load_of(server).jobs) == [("anonymous-1", 1), ("anonymous-2", 2)]
+        assert sorted((job.job, job.requests) for job in load_of(server).jobs) == [
+            ("anonymous-1", 1),
+            ("anonymous-2", 2),
+        ]
