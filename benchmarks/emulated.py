@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,17 +28,36 @@ class EmulatedTeacher(nn.Module):
         return features
 
 
-def _serve(ready: Connection, settings: tuple[float, int, int]) -> None:
-    with serve(EmulatedTeacher(*settings)) as server:
+class RowsTeacher(nn.Module):
+    """Sleeps `s_per_row` for each row of its input, and returns as many rows of `width` float32."""
+
+    def __init__(self, s_per_row: float, width: int) -> None:
+        super().__init__()
+        self.s_per_row, self.width = s_per_row, width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Without using the CPU, but for the memory of the features."""
+        time.sleep(self.s_per_row * x.shape[0])
+        return torch.zeros(x.shape[0], self.width)
+
+
+def _serve(ready: Connection, make: Callable[..., nn.Module], settings: tuple[Any, ...]) -> None:
+    with serve(make(*settings)) as server:
         ready.send(server.url)
         with contextlib.suppress(EOFError):  # the parent is gone, or hangs up
             ready.recv()
 
 
-def start_replica(forward_s: float, features_bytes: int, rows: int) -> tuple[str, Connection]:
-    """Serve the teacher from a process of its own; returns its URL, and what keeps it alive."""
+def start(make: Callable[..., nn.Module], *settings: Any) -> tuple[str, Connection]:
+    """Serve the teacher `make(*settings)` from a process of its own; returns its URL, and what keeps it alive."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    context.Process(target=_serve, args=(theirs, (forward_s, features_bytes, rows)), daemon=True).start()
+    context.Process(target=_serve, args=(theirs, make, settings), daemon=True).start()
+    theirs.close()
     url: Any = ours.recv()
     return url, ours
+
+
+def start_replica(forward_s: float, features_bytes: int, rows: int) -> tuple[str, Connection]:
+    """Serve an `EmulatedTeacher`; see `start`."""
+    return start(EmulatedTeacher, forward_s, features_bytes, rows)

@@ -1,5 +1,6 @@
-"""The peer that a team writes by hand: Ray Serve's gRPC ingress, with `@serve.batch`, serving prepared features."""
+"""The peers that a team writes by hand: Ray Serve's gRPC ingress, with `@serve.batch`."""
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -32,14 +33,8 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def ray_serve(largest: int) -> Iterator[str]:
-    """Run the peer on a local Ray cluster; yields the address of its gRPC ingress."""
-    import ray
+    """Prepared bytes, as many as a request asks for; yields the address of the gRPC ingress."""
     from ray import serve
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    from ray.serve.config import gRPCOptions
-
-    port, http_port = _free_port(), _free_port()
 
     class Features:
         """Prepared bytes, batched as Ray Serve does it."""
@@ -55,11 +50,63 @@ def ray_serve(largest: int) -> Iterator[str]:
             """As many bytes as asked for."""
             return BytesValue(value=await self._batch(request.value))
 
+    with _running(Features, "add_to_server", max_ongoing_requests=64) as address:
+        yield address
+
+
+TEACHER_METHOD = "/peer.Teacher/Get"
+
+
+def add_teacher_to_server(servicer: Any, server: Any) -> None:
+    """Register the service, as generated code would."""
+    handler = grpc.unary_unary_rpc_method_handler(
+        servicer.Get,
+        request_deserializer=BytesValue.FromString,
+        response_serializer=BytesValue.SerializeToString,
+    )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("peer.Teacher", {"Get": handler}),))
+
+
+@contextlib.contextmanager
+def ray_serve_teacher(s_per_row: float, input_bytes: int, feature_bytes: int) -> Iterator[str]:
+    """A teacher on an emulated device, which merges what waits; yields the address of the gRPC ingress.
+
+    Its forward takes `s_per_row`, during which the replica goes on to receive; a row has so many bytes.
+    """
+    from ray import serve
+
+    class Teacher:
+        """Batches as Ray Serve does it: what came first, whoever asked."""
+
+        @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+        async def _batch(self, rows: list[int]) -> list[bytes]:
+            await asyncio.sleep(s_per_row * sum(rows))
+            return [bytes(feature_bytes * count) for count in rows]
+
+        async def Get(self, request: BytesValue) -> BytesValue:  # noqa: N802  # the RPC's name
+            """The features of a batch."""
+            return BytesValue(value=await self._batch(len(request.value) // input_bytes))
+
+    with _running(Teacher, "add_teacher_to_server", max_ongoing_requests=1000) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def _running(servicer: type, add: str, *, max_ongoing_requests: int) -> Iterator[str]:
+    """Serve it on a local Ray cluster."""
+    import ray
+    from ray import serve
+    from ray.serve.config import gRPCOptions
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    port, http_port = _free_port(), _free_port()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        options = gRPCOptions(port=port, grpc_servicer_functions=["ray_serve_peer.add_to_server"])
+        options = gRPCOptions(port=port, grpc_servicer_functions=[f"ray_serve_peer.{add}"])
         serve.start(http_options={"host": "127.0.0.1", "port": http_port}, grpc_options=options)
-        deployment = serve.deployment(Features, max_ongoing_requests=64, ray_actor_options={"num_cpus": 1})
+        deployment = serve.deployment(
+            servicer, max_ongoing_requests=max_ongoing_requests, ray_actor_options={"num_cpus": 1}
+        )
         serve.run(deployment.bind(), name="features", route_prefix="/features")
         yield f"127.0.0.1:{port}"
     finally:

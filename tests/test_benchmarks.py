@@ -39,3 +39,14 @@ def test_scaling():
     assert list(found["clients"]) == ["1", "2", "4", "8"]
     assert list(found["replicas"]) == ["1", "2", "4"]
     assert all(rate > 0 for rate in [*found["clients"].values(), *found["replicas"].values()])
+
+
+@pytest.mark.ray
+def test_sharing():
+    found = figures("sharing", "--seconds", "0.5", "--jobs", "1", "2")
+    for system in ("schoolhouse", "ray_serve"):
+        keys = {"total_vs_single", "jain", "light_p99_ms", "forward_ms", "1", "2"}
+        assert keys <= set(found[system])
+        assert 0.5 <= found[system]["jain"] <= 1
+        assert found[system]["total_vs_single"] > 0
+    assert "emulated" in found["device"]

@@ -14,6 +14,7 @@ from schoolhouse_server.queueing import FairQueue
 
 WEIGHTS = st.sampled_from([0.01, 0.5, 1.0, 2.0, 7.3, 100.0])
 COSTS = st.integers(1, 64)
+STEPS = st.one_of(st.tuples(st.sampled_from("abcd"), COSTS, WEIGHTS), st.just("take"), st.just("cancel"))
 
 
 @dataclass(eq=False)

@@ -1,0 +1,198 @@
+"""How jobs share one replica: 1, 4 and 16 equal jobs of unequal batch sizes, and a light job beside a heavy one.
+
+The device is emulated, since no accelerator may be at hand: a forward sleeps in proportion to its rows. The peer is Ray
+Serve with `@serve.batch`, asked by the same clients, each a process of its own. `python benchmarks/sharing.py --json`
+
+`total_vs_single` is rows/s of all jobs by those of one that saturates the device alone, and `jain` Jain's index of the
+rows that equal jobs were served, both of the largest number of jobs; `light_p99_ms` is of a light job, which asks for
+one small batch at a time, beside a heavy one; `forward_ms` is a forward of the heavy job's.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from statistics import quantiles
+from typing import Any
+
+import grpc
+import schoolhouse as sh
+import torch
+from emulated import RowsTeacher, start
+from google.protobuf.wrappers_pb2 import BytesValue
+from ray_serve_peer import TEACHER_METHOD, ray_serve_teacher
+
+S_PER_ROW = 0.5e-3
+ROWS = (16, 32, 48, 64)  # of the jobs' batches, in turn
+SINGLE_ROWS, HEAVY_ROWS, LIGHT_ROWS = 32, 64, 16
+DEPTH, HEAVY_DEPTH = 4, 16
+WIDTH, FEATURES = 8, 64  # floats of a row
+SETTLE_S = 1.0  # at most
+DEVICE = f"emulated: a forward sleeps {S_PER_ROW * 1e3} ms a row"
+
+
+def schoolhouse_asks(url: str, job: str) -> Callable[[int], Any]:
+    """Sends a batch of so many rows; returns a future."""
+    teacher = sh.connect(url, job=job)
+    return lambda rows: teacher.submit((torch.randn(rows, WIDTH),), {}, [""])
+
+
+def peer_asks(address: str, _job: str) -> Callable[[int], Any]:
+    """The same for Ray Serve's ingress."""
+    call = grpc.insecure_channel(address).unary_unary(
+        TEACHER_METHOD, request_serializer=BytesValue.SerializeToString, response_deserializer=BytesValue.FromString
+    )
+    metadata = (("application", "features"),)
+
+    def ask(rows: int) -> Any:
+        data = torch.randn(rows, WIDTH).numpy().tobytes()
+        return call.future(BytesValue(value=data), metadata=metadata, timeout=60)
+
+    return ask
+
+
+ASKS = {"schoolhouse": schoolhouse_asks, "ray_serve": peer_asks}
+
+
+class Job:
+    """A job in this process: `depth` batches are always in flight."""
+
+    def __init__(self, ask: Callable[[int], Any], rows: int, depth: int) -> None:
+        self._ask, self._rows, self._depth = ask, rows, depth
+
+    def run(self, seconds: float) -> tuple[int, list[float]]:
+        """Rows that were served in that time, after a while to settle; and how long each batch took."""
+        free, ended, latencies = threading.Semaphore(self._depth), [], []
+        begin = time.monotonic() + min(SETTLE_S, seconds)
+        end = begin + seconds
+        while (now := time.monotonic()) < end:
+            if not free.acquire(timeout=end - now):
+                break
+            asked = time.monotonic()
+            future = self._ask(self._rows)
+
+            def done(answer: Any, asked: float = asked) -> None:
+                answer.result()
+                now = time.monotonic()
+                if begin <= now < end:
+                    ended.append(now)
+                    latencies.append(now - asked)
+                free.release()
+
+            future.add_done_callback(done)
+        for _ in range(self._depth):  # what is in flight
+            free.acquire(timeout=30)
+        return self._rows * len(ended), latencies
+
+
+def work(commands: Connection, kind: str, url: str, job: str) -> None:
+    """A process that is one job, of as many rows and as deep as it is told; until its parent hangs up."""
+    torch.set_num_threads(1)
+    ask = ASKS[kind](url, job)
+    ask(1).result()
+    commands.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            rows, depth, seconds = commands.recv()
+            commands.send(Job(ask, rows, depth).run(seconds))
+
+
+@contextlib.contextmanager
+def jobs(kind: str, url: str, count: int) -> Iterator[list[Connection]]:
+    """Processes of jobs; each is ready."""
+    context = multiprocessing.get_context("spawn")
+    made = []
+    for i in range(count):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, kind, url, f"job-{i}"), daemon=True)
+        process.start()
+        theirs.close()
+        made.append((ours, process))
+    try:
+        for connection, _ in made:
+            connection.recv()
+        yield [connection for connection, _ in made]
+    finally:
+        for connection, _ in made:
+            connection.close()
+        for _, process in made:
+            process.join(20)
+
+
+def run(workers: list[Connection], settings: list[tuple[int, int]], seconds: float) -> list[tuple[int, list[float]]]:
+    """One job for each of the settings, rows and depth, all at the same time."""
+    for worker, (rows, depth) in zip(workers, settings, strict=False):
+        worker.send((rows, depth, seconds))
+    return [worker.recv() for worker, _ in zip(workers, settings, strict=False)]
+
+
+def jain(values: list[int]) -> float:
+    """1 where all are equal, 1/n where one has it all (Jain, Chiu & Hawe 1984)."""
+    return sum(values) ** 2 / (len(values) * sum(value**2 for value in values)) if any(values) else 0.0
+
+
+def percentiles_ms(latencies: list[float]) -> tuple[float, float]:
+    """p50 and p99."""
+    cuts = quantiles(latencies, n=100, method="inclusive") if len(latencies) > 1 else [0.0] * 99
+    return round(cuts[49] * 1e3, 1), round(cuts[98] * 1e3, 1)
+
+
+def measure(kind: str, url: str, counts: list[int], seconds: float) -> dict[str, Any]:
+    """All figures of one system."""
+    with jobs(kind, url, max(2, *counts)) as workers:
+        return measure_equal(workers, counts, seconds) | measure_light(workers, seconds)
+
+
+def measure_equal(workers: list[Connection], counts: list[int], seconds: float) -> dict[str, Any]:
+    """Jobs of unequal batches, by their number; those of the largest number at the top."""
+    [(alone, _)] = run(workers, [(SINGLE_ROWS, DEPTH)], seconds)
+    found: dict[str, Any] = {"single_rows_per_s": round(alone / seconds, 1)}
+    for count in sorted(counts):
+        settings = [(rows, DEPTH) for rows in itertools.islice(itertools.cycle(ROWS), count)]
+        served = [rows for rows, _ in run(workers, settings, seconds)]
+        total = sum(served) / alone if alone else 0.0
+        figures = {"total_vs_single": round(total, 3), "jain": round(jain(served), 4)}
+        found[str(count)] = figures | {"rows_per_s": round(sum(served) / seconds, 1)}
+        found |= figures
+    return found
+
+
+def measure_light(workers: list[Connection], seconds: float) -> dict[str, Any]:
+    """A light job alone, and beside a heavy one."""
+    light, heavy = (LIGHT_ROWS, 1), (HEAVY_ROWS, HEAVY_DEPTH)
+    found: dict[str, Any] = {"forward_ms": HEAVY_ROWS * S_PER_ROW * 1e3}
+    for name, settings in {"light_alone": [light], "light": [light, heavy]}.items():
+        _, latencies = run(workers, settings, seconds)[0]
+        found[f"{name}_p50_ms"], found[f"{name}_p99_ms"] = percentiles_ms(latencies)
+    return found
+
+
+def main() -> None:
+    """Measure both and print a table, or JSON with --json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
+    parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="how many equal jobs, in turn")
+    options = parser.parse_args()
+    url, keep = start(RowsTeacher, S_PER_ROW, FEATURES)
+    figures = {"schoolhouse": measure("schoolhouse", url, options.jobs, options.seconds)}
+    keep.close()
+    with ray_serve_teacher(S_PER_ROW, 4 * WIDTH, 4 * FEATURES) as address:
+        figures["ray_serve"] = measure("ray_serve", address, options.jobs, options.seconds)
+    if options.json:
+        sys.stdout.write(json.dumps({**figures, "device": DEVICE}) + "\n")
+        return
+    sys.stdout.write(f"the device is {DEVICE}\n")
+    for name in ("total_vs_single", "jain", "light_p50_ms", "light_p99_ms", "light_alone_p99_ms", "forward_ms"):
+        row = "  ".join(f"{kind}: {found[name]:.3f}" for kind, found in figures.items())
+        sys.stdout.write(f"{name:20} {row}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Leases: a client that stands still loses what it had, and goes on when it wakes; one that lives never does."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+import schoolhouse as sh
+from memfd import memfds, soon
+from schoolhouse_server import serve
+from schoolhouse_server.lease import Lease
+from schoolhouse_server.timer import Timer
+from stub import Stub
+from test_sharing import WAYS, Gate, answers, ask, job_of, load_of
+from torch import nn
+
+STUDENT = """
+import sys, torch, schoolhouse as sh
+teacher = sh.connect(sys.argv[1], job="student", shared_memory=sys.argv[2] == "True")
+futures = [teacher.submit((torch.full((1, 100_000), float(i)),), {}, [""]) for i in range(8)]
+print("asked", flush=True)
+for i, future in enumerate(futures):
+    assert future.result(30)[""].eq(i + 1).all()
+print("done", flush=True)
+teacher.close()
+"""
+
+
+@WAYS
+def test_a_stopped_student_frees_its_places_and_goes_on_when_it_wakes(shared_memory):
+    gate = Gate()
+    with serve(gate, lease_s=0.6, max_in_flight=6) as server, sh.connect(server.url, job="other") as other:
+        command = [sys.executable, "-W", "ignore", "-c", STUDENT, server.url, str(shared_memory)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as student:
+            assert student.stdout.readline() == "asked\n"
+            assert soon(lambda: job_of(server, "student").in_flight == 6)
+            os.kill(student.pid, signal.SIGSTOP)
+            assert soon(lambda: job_of(server, "student").sessions == 0)
+            assert (job_of(server, "student").in_flight, load_of(server).queued) == (0, 0)
+            gate.opened.set()
+            answers([ask(other, 50)], [50])
+            assert soon(lambda: load_of(server).sessions == 1)
+            if shared_memory:
+                assert soon(lambda: memfds()[1] <= 2)  # this process's own two mappings of the other one's
+            os.kill(student.pid, signal.SIGCONT)
+            assert student.stdout.readline() == "done\n"
+            assert student.wait(20) == 0
+
+
+def test_a_stopped_student_that_does_not_read_is_cut_off():
+    class Wide(nn.Module):
+        def forward(self, x):
+            return x.expand(6_000_000).clone()
+
+    with serve(Wide(), lease_s=0.5) as server:
+        code = """
+import sys, torch, schoolhouse as sh, time
+teacher = sh.connect(sys.argv[1], job="student", shared_memory=False)
+futures = [teacher.submit((torch.full((1,), float(i)),), {}, [""]) for i in range(4)]
+futures[0].result(30)
+print("asked", flush=True)
+for i, future in enumerate(futures):
+    assert future.result(60)[""].eq(i).all()
+print("done", flush=True)
+"""
+        command = [sys.executable, "-W", "ignore", "-c", code, server.url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as student:
+            assert student.stdout.readline() == "asked\n"
+            os.kill(student.pid, signal.SIGSTOP)
+            assert soon(lambda: load_of(server).sessions == 0)
+            os.kill(student.pid, signal.SIGCONT)
+            assert student.stdout.readline() == "done\n"
+            assert student.wait(20) == 0
+
+
+@WAYS
+def test_a_client_that_is_idle_or_waits_keeps_its_session(shared_memory):
+    gate = Gate()
+    with serve(gate, lease_s=0.3) as server, sh.connect(server.url, shared_memory=shared_memory) as teacher:
+        future = ask(teacher, 0)
+        [session] = teacher.open_sessions()
+        time.sleep(1.2)
+        gate.opened.set()
+        answers([future], [0])
+        time.sleep(1.2)
+        answers([ask(teacher, 1)], [1])
+        assert teacher.open_sessions() == [session]
+        assert len(load_of(server).jobs) == 1
+
+
+def test_a_session_that_was_only_described_is_renewed_too():
+    with serve(nn.Identity(), lease_s=0.3) as server, sh.connect(server.url) as teacher:
+        teacher.describe()
+        [session] = teacher.open_sessions()
+        time.sleep(1.0)
+        assert teacher.open_sessions() == [session]
+        assert session.alive
+
+
+@pytest.mark.parametrize("lease_s", [0.3, 0])
+def test_a_silent_client_is_told_why_its_session_ends(lease_s):
+    with serve(nn.Identity(), lease_s=lease_s) as server:
+        stub = Stub(server, shared_memory=False)
+        if not lease_s:
+            time.sleep(1.0)
+            assert load_of(server).sessions == 1
+        else:
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stub.answers)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert "said nothing for 0.3 s" in caught.value.details()
+        stub.channel.close()
+
+
+def test_while_it_works_on_a_message_the_silence_is_not_the_clients():
+    timer, expired = Timer(), threading.Event()
+    lease = Lease(timer, 0.2, expired.set)
+    lease.start()
+    lease.hear(listening=False)
+    assert not expired.wait(0.7)
+    lease.hear(listening=True)
+    assert expired.wait(5)
+    timer.close()
+
+
+def test_the_timer_rings_in_order_and_not_what_was_cancelled():
+    timer, rung = Timer(), []
+    now = time.monotonic()
+    alarms = [timer.at(now + 0.05 * i, lambda i=i: rung.append(i)) for i in (3, 1, 2, 4)]
+    timer.at(now + 0.01, lambda: 1 / 0)  # fails, and the others ring
+    timer.cancel(alarms[2])
+    timer.cancel(alarms[2])
+    assert soon(lambda: rung == [1, 3, 4])
+    for _ in range(20_000):
+        timer.cancel(timer.at(now + 1000, lambda: None))
+    assert len(timer._alarms) < 3000
+    timer.close()
