@@ -77,13 +77,20 @@ def _surplus(replicas: Sequence[Seen], count: int) -> list[Seen]:
 def _retired(
     state: TeacherState, current: Sequence[Seen], old: Sequence[Seen], kept: set[int], replicas: Sequence[Seen]
 ) -> list[Seen]:
-    """Old ones that may go, as enough of the others serve."""
+    """Old ones that may go, as enough of the others serve; those that do not serve yet are not needed any more."""
     serving = [r for r in old if r.phase == "serving"]
+    needed = kept - {r.version for r in serving}
+    late = [r for r in old if r.phase == "starting" and r.version not in needed]
     ready = sum(r.phase == "serving" for r in current)
     spare = ready + len(serving) - state.count
-    if spare <= 0 and len(serving) > 1 and _no_room(current) and not any(r.phase == "draining" for r in replicas):
+    if (
+        spare <= 0
+        and ready + len(serving) > 1
+        and _no_room(current)
+        and not any(r.phase == "draining" for r in replicas)
+    ):
         spare = 1
-    return _spare(serving, kept, spare) if ready or len(serving) > 1 else []
+    return [*late, *_spare(serving, kept, spare)]
 
 
 def _spare(serving: Sequence[Seen], kept: set[int], count: int) -> list[Seen]:
