@@ -53,7 +53,7 @@ def schoolhouse(*arguments):
     return done.stdout
 
 
-def until(true, timeout_s=90.0):
+def until(true, timeout_s=120.0):
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, find().status()
