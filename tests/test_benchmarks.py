@@ -50,3 +50,12 @@ def test_sharing():
         assert 0.5 <= found[system]["jain"] <= 1
         assert found[system]["total_vs_single"] > 0
     assert "emulated" in found["device"]
+
+
+@pytest.mark.ray
+def test_pool():
+    found = figures("pool", "--replicas", "1", "--students", "1", "--seconds", "1")
+    assert found["up_s"] > 0
+    assert found["recover_s"] > 0
+    assert found["failed_steps"] == 0
+    assert found["steps"] > 0

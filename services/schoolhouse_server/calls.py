@@ -8,7 +8,8 @@ from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Arguments, pack
 from schoolhouse_wire.limits import Limits
 
-from schoolhouse_server.engine import Answer, Engine
+from schoolhouse_server.engine import Engine
+from schoolhouse_server.jobs import Answer
 
 _HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
 

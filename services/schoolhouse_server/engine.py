@@ -7,7 +7,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,84 +19,26 @@ from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Arguments, Declared
-from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.tensors import bytes_of
 from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server import self_check
-from schoolhouse_server.batching import Form, MergeSettings
+from schoolhouse_server.batching import MergeSettings
 from schoolhouse_server.cache import FeatureCache
-from schoolhouse_server.counters import Counters, JobCounters
+from schoolhouse_server.counters import Counters
 from schoolhouse_server.device import Device, Span
+from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.merging import Joint, Merger
 from schoolhouse_server.outlet import Landing, Outlet, Part
 from schoolhouse_server.queueing import FairQueue
 from schoolhouse_server.sharing import COSTS, rows_of
 from schoolhouse_server.splitting import UnmergeableError
-from schoolhouse_server.timer import Alarm, Timer
+from schoolhouse_server.timer import Timer
 
 _CLOSED = "the teacher is shutting down"
 _LATE = "the request's deadline passed while it waited for the teacher"
-_REPLY_LIMITS = Limits()
 _log = logging.getLogger(__name__)
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A list of features, one of each tap that was wanted, in host memory and declared as they will be sent."""
-
-    features: Declared
-    revision: str
-    limits: Limits = _REPLY_LIMITS
-
-
-@dataclass(eq=False)
-class Ticket:
-    """One client's share in a job; `done` is called once, from a thread of the engine's, unless it was cancelled."""
-
-    done: Callable[[Answer | BaseException], None]
-    account: JobCounters = field(default_factory=lambda: JobCounters(""))  # of whom it is
-    cancelled: bool = False
-    job: "Job | None" = None  # while that is in flight
-
-
-@dataclass(eq=False)
-class Job:
-    """One forward, and who waits for it: several, if they asked for the same while it was in flight."""
-
-    inputs: Arguments
-    wanted: Wanted
-    key: Hashable  # equal for requests of equal structure, digest and wishes
-    deadline: float
-    tickets: list[Ticket] = field(default_factory=list)
-    queued_at: float = 0.0
-    cache_key: bytes | None = None
-    source: Hashable = None  # the session that sent it
-    form: Form | None = None  # what it may be merged with; None: nothing
-    cost: float = 1.0  # in the unit that the engine charges
-    rows: int = 1
-    alarm: Alarm | None = None  # at its deadline
-
-    @property
-    def job(self) -> str:
-        """Whose turn it takes."""
-        return self.tickets[0].account.job
-
-    @property
-    def weight(self) -> float:
-        """Of that job."""
-        return self.tickets[0].account.weight
-
-    @property
-    def content(self) -> tuple[Any, ...]:
-        """What the key has only a digest of."""
-        return (self.inputs, self.wanted.mask)
-
-    @property
-    def cancelled(self) -> bool:
-        """Nobody waits for it any more."""
-        return all(ticket.cancelled for ticket in self.tickets)
 
 
 class Engine:

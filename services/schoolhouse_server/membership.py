@@ -33,6 +33,7 @@ class Member:
         self._outbox = outbox
         self._place = Place(self.account.job, self._tell_wait, self._tell_resume)
         self._lease: Lease | None = None
+        self.calls = 0  # that came so far
         admission.enter(self._place)
 
     def start_lease(self, timer: Timer, lease_s: float, expire: Callable[[], None]) -> None:
@@ -52,6 +53,15 @@ class Member:
         self._admission.leave(self._place)
         self._counters.leave(self.account)
 
+    @property
+    def outstanding(self) -> int:
+        """Requests whose answers are not sent yet."""
+        return len(self._place.admitted) + len(self._place.replying)
+
+    def tell_draining(self) -> None:
+        """Tell the client to take new requests elsewhere."""
+        self._outbox.put(iter([teacher_pb2.ServerMessage(draining=teacher_pb2.Draining())]))
+
     def has(self, request_id: int) -> bool:
         """Whether a request is in flight, or its reply is on the way."""
         return request_id in self._place.admitted or request_id in self._place.replying
@@ -62,6 +72,7 @@ class Member:
 
     def admit(self, request_id: int, nbytes: int) -> bool:
         """Whether there is a place for a request; else the client was told to wait. Errors: see `Admission.admit`."""
+        self.calls += 1
         if not self._admission.admit(self._place, request_id, nbytes):
             return False
         self._counters.received(self.account, nbytes)

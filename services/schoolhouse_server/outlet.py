@@ -4,7 +4,7 @@ import dataclasses
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import LocalTeacher
@@ -13,10 +13,8 @@ from schoolhouse_wire.limits import INLINE_BYTES
 
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.device import Device, Span
+from schoolhouse_server.jobs import Job
 from schoolhouse_server.splitting import unshared
-
-if TYPE_CHECKING:
-    from schoolhouse_server.engine import Job
 
 _WAITING = 2  # forwards whose features are on the way out while the device goes on
 
@@ -54,7 +52,7 @@ class Outlet:
         teacher: LocalTeacher,
         device: Device,
         cache: FeatureCache | None,
-        end: "Callable[[Job, Declared | BaseException], None]",
+        end: Callable[[Job, Declared | BaseException], None],
     ) -> None:
         self._teacher, self._device, self._cache, self._end = teacher, device, cache, end
         self._waiting: queue.Queue[Landing | None] = queue.Queue(_WAITING)

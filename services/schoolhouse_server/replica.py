@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import grpc
-from schoolhouse.errors import ConfigError, TeacherUnavailableError
+from schoolhouse.errors import ConfigError
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse_wire import channel, framing, memory
 from schoolhouse_wire.limits import Limits
@@ -17,6 +17,7 @@ from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.executor import DaemonExecutor
+from schoolhouse_server.ports import listen
 from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, Sharing
 from schoolhouse_server.standard import add_standard_services
@@ -27,14 +28,17 @@ Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
 
 
 class Replica:
-    """Serves frozen modules by name. Start it with `start()` or `with`; `close()` ends it."""
+    """Serves frozen modules by name. Start it with `start()` or `with`; `close()` ends it.
+
+    `port` is one, 0 for any free one, or a range of which it takes a free one.
+    """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
         *,
         host: str = "127.0.0.1",
-        port: int = 0,
+        port: int | range = 0,
         merging: MergeSettings | None = None,
         example: Example = None,
         early_stop: bool = True,
@@ -59,7 +63,8 @@ class Replica:
             )
         self._shared_memory_bytes = shared_memory_bytes
         self._modules = dict(modules)
-        self._host, self._port = host, port
+        self._host, self._ports = host, port if isinstance(port, range) else (port,)
+        self._port = 0 if isinstance(port, range) else port
         self._early_stop = early_stop
         self._merging = merging or MergeSettings()
         self._examples = _examples(example, self._merging, self._modules)
@@ -112,16 +117,11 @@ class Replica:
             maximum_concurrent_rpcs=max_rpcs,
         )
         self._add_services(server)
-        try:
-            self._port = server.add_insecure_port(f"{self._host}:{self._port}")
-        except RuntimeError as err:
-            raise TeacherUnavailableError(
-                f"cannot listen on {self._host}:{self._port}; is the port taken? Port 0 takes a free one"
-            ) from err
+        self._port = listen(server, self._host, self._ports)
         for engine in self.engines.values():
             engine.start()
         for name, engine in self.engines.items():
-            own = directory_pb2.Replica(id=name, revision=engine.description.revision, host=socket.gethostname())
+            own = self._described(name, engine)
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
         server.start()
         self._server = server
@@ -145,6 +145,33 @@ class Replica:
         )
         engine.fill(load, self._teachers.admissions[name].in_flight())
         return load
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no new session, tell those there are that it is about to stop, and answer what they have asked for.
+
+        Returns at once. Poll `drained`, which is true when no session is left or has had anything in flight for a
+        while, and after `timeout_s` at the latest; then `close()`.
+        """
+        for name, engine in self.engines.items():
+            own = self._described(name, engine, directory_pb2.Replica.DRAINING)
+            self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+        self._teachers.drain.begin(timeout_s)
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new sessions."""
+        return self._teachers.drain.began
+
+    @property
+    def drained(self) -> bool:
+        """Whether it may be closed after `drain`."""
+        return self._teachers.drain.over()
+
+    def _described(
+        self, name: str, engine: Engine, state: directory_pb2.Replica.State = directory_pb2.Replica.SERVING
+    ) -> directory_pb2.Replica:
+        host = socket.gethostname()
+        return directory_pb2.Replica(id=name, revision=engine.description.revision, state=state, host=host)
 
     def close(self, grace_s: float = 0.5) -> None:
         """Stop listening and end all sessions. A process that ends does it by itself."""

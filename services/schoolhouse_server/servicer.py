@@ -28,7 +28,9 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import Admission, FloodError
 from schoolhouse_server.calls import check_revision, head_answer, inputs_of
-from schoolhouse_server.engine import Answer, Engine, Job, Ticket
+from schoolhouse_server.draining import Drain
+from schoolhouse_server.engine import Engine
+from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.membership import Member
 from schoolhouse_server.sharing import Sharing, rows_of
 from schoolhouse_server.timer import Timer
@@ -50,6 +52,7 @@ class Teachers:
         self.timer = timer
         self.admissions = {name: Admission(sharing, timer) for name in engines}
         self.sessions = 0
+        self.drain = Drain()
 
     def find(self, name: str) -> Engine:
         """The engine of a teacher; raises `UnknownTeacherError` with those there are."""
@@ -140,6 +143,7 @@ class ServerSession:
         if first and self._member is not None:
             self._drop()
             self._member.leave()
+            self._teachers.drain.leave(self._member)
         self.outbox.close()
         if self._pipes is not None:
             self._pipes.close()
@@ -221,6 +225,7 @@ class ServerSession:
             raise ProtocolError("Open came twice")
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
+        self._teachers.drain.check()
         sharing = self._teachers.sharing
         engine = self._engine = self._teachers.find(message.teacher)
         check_revision(message.revision, engine)
@@ -240,6 +245,10 @@ class ServerSession:
                 offered_pipes.describe_in(opened.shared_memory)
                 self._offered = offered, offered_pipes
         self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
+        assert self._member is not None
+        self._teachers.drain.join(self._member)
+        if self._closed:  # meanwhile, so that nobody takes it out again
+            self._teachers.drain.leave(self._member)
 
     def _enter(self, message: teacher_pb2.Open, engine: Engine) -> None:
         with self._closing:
