@@ -30,6 +30,16 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
                 self._versions[replicas.teacher] = self._versions.get(replicas.teacher, 0) + 1
                 self._changed.notify_all()
 
+    def sets(self) -> list[directory_pb2.ReplicaSet]:
+        """All replica sets with their present loads; they are the caller's."""
+        with self._changed:
+            response = directory_pb2.ListTeachersResponse(teachers=self._sets.values())
+        if self._load is not None:
+            for replicas in response.teachers:
+                for replica in replicas.replicas:
+                    replica.load.CopyFrom(self._load(replicas.teacher))
+        return list(response.teachers)
+
     def close(self) -> None:
         """End all watches."""
         with self._changed:
@@ -40,13 +50,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         self, request: directory_pb2.ListTeachersRequest, context: grpc.ServicerContext
     ) -> directory_pb2.ListTeachersResponse:
         """All teachers and their replicas."""
-        with self._changed:
-            response = directory_pb2.ListTeachersResponse(teachers=self._sets.values())
-        if self._load is not None:
-            for replicas in response.teachers:
-                for replica in replicas.replicas:
-                    replica.load.CopyFrom(self._load(replicas.teacher))
-        return response
+        return directory_pb2.ListTeachersResponse(teachers=self.sets())
 
     def Watch(  # noqa: N802  # the RPC's name
         self, request: directory_pb2.WatchRequest, context: grpc.ServicerContext

@@ -17,6 +17,7 @@ from schoolhouse_server.engine import Engine
 from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.standard import add_standard_services
+from schoolhouse_server.web import WebServer
 
 _MERGE = ("never",)
 _MAX_SHARED_BYTES = 1 << 40
@@ -38,6 +39,7 @@ class Replica:
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
+        http_port: int | None = None,
     ) -> None:
         if merge not in _MERGE:
             raise ConfigError(f"merge is {merge!r}; choices: {', '.join(map(repr, _MERGE))}")
@@ -63,6 +65,7 @@ class Replica:
         self._cache_bytes = cache_bytes
         self._directory = Directory(self.load)
         self._server: grpc.Server | None = None
+        self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
         self.engines: dict[str, Engine] = {}
 
     @property
@@ -111,6 +114,8 @@ class Replica:
         for name, engine in self.engines.items():
             own = directory_pb2.Replica(id=name, revision=engine.description.revision)
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+        if self.web is not None:
+            self.web.start()
         server.start()
         self._server = server
         atexit.register(self.close, 0.0)  # a thread that is within torch when the interpreter ends aborts the process
@@ -135,6 +140,8 @@ class Replica:
         """Stop listening and end all sessions. A process that ends does it by itself."""
         atexit.unregister(self.close)
         self._directory.close()
+        if self.web is not None:
+            self.web.close()
         if self._server is not None:
             self._server.stop(grace_s).wait(grace_s + 5)
             self._workers.shutdown()
@@ -178,6 +185,7 @@ def serve(
     max_request_bytes: int = 2 << 30,
     cache_bytes: int = 0,
     shared_memory_bytes: int = 1 << 30,
+    http_port: int | None = None,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -200,4 +208,5 @@ def serve(
         max_request_bytes=max_request_bytes,
         cache_bytes=cache_bytes,
         shared_memory_bytes=shared_memory_bytes,
+        http_port=http_port,
     ).start()
