@@ -32,6 +32,7 @@ _PAGE = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/rates.js": ("rates.js", "text/javascript; charset=utf-8"),
     "/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
+    "/tables.js": ("tables.js", "text/javascript; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
 _HEADERS = {
@@ -109,13 +110,13 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler]) -> None:
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        super().__init__(address, handler)  # type: ignore[arg-type]  # a partial of a handler makes handlers too
+        super().__init__(address, handler)
 
     def server_bind(self) -> None:
         """Bind; without asking a name server who we are, as HTTPServer does."""
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = "", self.socket.getsockname()[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer in a thread of its own, or turn away at once."""
@@ -170,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
         text = message or self.responses.get(code, ("error",))[0]
         self._send(int(code), f"{text}\n".encode(), "text/plain; charset=utf-8")
 
-    def do_GET(self) -> None:  # noqa: N802  # http.server's name
+    def do_GET(self) -> None:
         """Answer one of the paths."""
         if not self._is_local_name():
             self.send_error(403, "this server answers to localhost alone; open it as http://127.0.0.1")
