@@ -1,7 +1,7 @@
 // A line chart over the last minutes, in SVG. All text goes in as text, never as markup.
 
-import { WINDOW_S } from "./rates.js";
-
+const SPANS_S = [60, 120, 300]; // that the time axis may have: as much as there is news of
+const TICK_S = { 60: 15, 120: 30, 300: 60 };
 const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [400, 190, 44, 10, 12, 34];
 const GAP_S = 6; // without news for this long, the line breaks
 const SVG = "http://www.w3.org/2000/svg";
@@ -38,7 +38,7 @@ function stepTo(top) {
 export class Chart {
   // `least` is the smallest top of the axis, so that noise around nothing does not fill the chart.
   constructor(title, unit, least, most = Infinity) {
-    Object.assign(this, { title, unit, least, most, series: [], now: 0, pointer: null });
+    Object.assign(this, { title, unit, least, most, series: [], now: 0, spanS: SPANS_S[0], pointer: null });
     this.svg = node("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
     this.tip = node("div", { class: "tip", hidden: "" });
     const caption = node("figcaption", {}, title, node("small", {}, unit));
@@ -50,17 +50,19 @@ export class Chart {
   // Shows `series`, each `{name, color, points: [[at, value or null], ...]}`, up to `now`.
   draw(series, now) {
     Object.assign(this, { series, now });
+    const first = Math.min(now, ...series.map(({ points }) => points[0]?.[0] ?? now));
+    this.spanS = SPANS_S.find((span) => span >= now - first) ?? SPANS_S.at(-1);
     const values = series.flatMap(({ points }) => points.map(([, value]) => value ?? 0));
     const step = stepTo(Math.min(Math.max(this.least, ...values), this.most));
     const highest = Math.max(this.least, ...values);
     this.top = Math.min(Math.ceil((highest / step) * 0.9999) * step, this.most);
     this.svg.replaceChildren(...this.#axes(step), ...series.map((one) => this.#line(one)), ...this.#cursor());
     const last = series.map(({ name, points }) => `${name} ${short(points.at(-1)?.[1])}`).join(", ");
-    this.svg.setAttribute("aria-label", `${this.title} in ${this.unit}, last 5 minutes. Now: ${last || "nothing"}`);
+    this.svg.setAttribute("aria-label", `${this.title} in ${this.unit}, last ${this.spanS} s. Now: ${last || "nothing"}`);
   }
 
   #x(at) {
-    return LEFT + (1 - (this.now - at) / WINDOW_S) * (WIDTH - LEFT - RIGHT);
+    return LEFT + (1 - (this.now - at) / this.spanS) * (WIDTH - LEFT - RIGHT);
   }
 
   #y(value) {
@@ -74,13 +76,14 @@ export class Chart {
       made.push(node("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y, class: value ? "grid" : "base" }));
       made.push(node("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, short(value)));
     }
-    for (let minutes = 0; minutes <= WINDOW_S / 60; minutes++) {
-      const label = minutes ? `−${minutes}` : "now";
-      const x = this.#x(this.now - minutes * 60);
-      made.push(node("text", { x, y: HEIGHT - BOTTOM + 15, "text-anchor": minutes ? "middle" : "end" }, label));
+    const unitS = this.spanS > 120 ? 60 : 1;
+    for (let ago = 0; ago <= this.spanS; ago += TICK_S[this.spanS]) {
+      const label = ago ? `−${ago / unitS}` : "now";
+      made.push(node("text", { x: this.#x(this.now - ago), y: HEIGHT - BOTTOM + 15, "text-anchor": ago ? "middle" : "end" }, label));
     }
     const middle = (LEFT + WIDTH - RIGHT) / 2;
-    made.push(node("text", { x: middle, y: HEIGHT - 4, "text-anchor": "middle" }, "minutes"));
+    const unit = unitS === 1 ? "seconds" : "minutes";
+    made.push(node("text", { x: middle, y: HEIGHT - 4, "text-anchor": "middle" }, unit));
     return made;
   }
 
@@ -88,7 +91,7 @@ export class Chart {
     let path = "";
     let before = null;
     for (const [at, value] of points) {
-      if (value === null || at < this.now - WINDOW_S) continue;
+      if (value === null || at < this.now - this.spanS) continue;
       const joins = before !== null && at - before < GAP_S;
       path += `${joins ? "L" : "M"}${this.#x(at).toFixed(1)} ${this.#y(value).toFixed(1)}${joins ? "" : "h.01"}`;
       before = at;
@@ -110,7 +113,7 @@ export class Chart {
   #cursor() {
     this.tip.hidden = true;
     if (this.pointer === null) return [];
-    const wanted = this.now - (1 - this.pointer) * WINDOW_S;
+    const wanted = this.now - (1 - this.pointer) * this.spanS;
     const near = ({ points }) => points.reduce((a, b) => (a && Math.abs(a[0] - wanted) < Math.abs(b[0] - wanted) ? a : b), null);
     const found = this.series.map((one) => [one, near(one)]).filter(([, point]) => point && Math.abs(point[0] - wanted) < GAP_S);
     if (!found.length) return [];

@@ -88,7 +88,7 @@ function drawTiles(teachers) {
     ["Errors", short(sum(rates, (point) => point.errorsPerS)), "per second"],
   ];
   byId("tiles").replaceChildren(
-    ...tiles.map(([name, value, unit]) => node("div", {}, node("dt", {}, name), node("dd", {}, String(value), node("small", {}, unit)))),
+    ...tiles.map(([name, value, unit]) => node("div", {}, node("dt", {}, name), node("dd", {}, `${value} `, node("small", {}, unit)))),
   );
   if (waiting || rates.some((point) => point.requestsPerS > 0)) trafficAt = heardAt;
   const quiet = Math.round(heardAt - trafficAt);

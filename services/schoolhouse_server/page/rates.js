@@ -1,6 +1,6 @@
 // Rates from the differences between reports of a replica, by the replica's own clock.
 
-export const WINDOW_S = 300; // that the charts show
+const WINDOW_S = 300; // that is kept
 const SHARE_S = 30; // that shares of jobs are taken over
 export const SILENT_S = 10; // a replica whose clock stands this long has not been heard of
 
