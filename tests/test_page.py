@@ -1,4 +1,4 @@
-"""The page with live charts, in a real browser: what it shows, that it is safe, and that it says when it knows nothing."""
+"""The page with live charts, in a real browser: what it shows, that it is safe, and that it says what it can't know."""
 
 import contextlib
 import shutil
@@ -12,10 +12,11 @@ from schoolhouse_server import serve, web
 from schoolhouse_server.web import WebServer
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-FLAGS = (
+FLAGS = (  # noqa: SIM905
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+DASH, MINUS = "\u2013", "\u2212"
 VISIBLE = "return document.getElementById('alert').checkVisibility()"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 browser_needed = pytest.mark.skipif(
@@ -75,7 +76,7 @@ def cells(browser, table):
 
 
 def shown(browser):
-    return "rows/s" in text(browser, "#tiles") and cells(browser, "replicas")[0][5] != "–"
+    return "rows/s" in text(browser, "#tiles") and cells(browser, "replicas")[0][5] != DASH
 
 
 @browser_needed
@@ -118,7 +119,7 @@ def test_charts_have_lines_axes_units_and_a_legend(browser, page):
             "return [...document.querySelector('.chart').querySelectorAll('text')].map(one => one.textContent)"
         )
         assert axis[:5] == ["0", "50", "100", "150", "200"]
-        assert {"now", "−15", "seconds"} <= set(axis)
+        assert {"now", MINUS + "15", "seconds"} <= set(axis)
         line = browser.execute_script("return document.querySelector('path.series').getAttribute('d')")
         assert "NaN" not in line
         # 160 of 200 on an axis from 12 to 156
@@ -169,7 +170,7 @@ def test_no_traffic_is_said(browser, page):
 
     with page(idle):
         until(browser, lambda: "No traffic: no request for" in text(browser, "#notice"))
-        assert cells(browser, "jobs")[0][6] == "–"  # a share of nothing
+        assert cells(browser, "jobs")[0][6] == DASH  # a share of nothing
 
 
 @browser_needed
