@@ -87,6 +87,24 @@ def status(address: Address = None) -> None:
 
 
 @app.command()
+def top(
+    url: Annotated[
+        str | None,
+        typer.Argument(help="A directory or replica, as HOST:PORT or grpc://HOST:PORT/NAME. Else: the pool."),
+    ] = None,
+    address: Address = None,
+    interval_s: Annotated[float, typer.Option(min=0.1, max=3600, help="Between looks, in seconds.")] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one table, of the rates of one interval, and end.")
+    ] = False,
+) -> None:
+    """Watch replicas and jobs, live; 'q' ends it."""
+    from schoolhouse_server.top import target_of, watch
+
+    watch(target_of(url or _directory(address)), out, interval_s=interval_s, once=once)
+
+
+@app.command()
 def down(address: Address = None) -> None:
     """Stop the pool, and the local Ray cluster if `up` started it."""
     from schoolhouse_server import local_cluster
@@ -132,6 +150,16 @@ def _connected(address: str | None) -> Iterator[None]:
 
     with ray_cluster(found):
         yield
+
+
+def _directory(address: str | None) -> str:
+    """Where the pool's directory listens."""
+    with _connected(address):
+        from schoolhouse_server.pool import find
+
+        found = find()
+        assert found is not None
+        return found.address
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
