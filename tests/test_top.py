@@ -1,6 +1,7 @@
 """`schoolhouse top`: what it shows, against a real server and in a real terminal."""
 
 import contextlib
+import io
 import os
 import pty
 import select
@@ -40,7 +41,7 @@ def directory(source, port=0):
 
 
 def text(screen, now):
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(screen.render(now))
     return console.export_text()
 
@@ -122,7 +123,7 @@ def test_nobody_there_is_one_sentence():
 
 def test_live_needs_a_terminal():
     with pytest.raises(sh.errors.ConfigError, match="--once"):
-        watch("127.0.0.1:1", Console(file=open(os.devnull, "w")), interval_s=1.0, once=False)
+        watch("127.0.0.1:1", Console(file=io.StringIO()), interval_s=1.0, once=False)
 
 
 def test_live_in_a_terminal_while_the_server_goes_and_comes_until_q():
