@@ -36,7 +36,7 @@ from schoolhouse.losses import (
     SkewedKLLoss,
 )
 from schoolhouse.remote import RemoteTeacher
-from schoolhouse.session import Traffic
+from schoolhouse.request import Traffic
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features, LocalTeacher, Teacher, TeacherDescription
 

@@ -16,6 +16,7 @@ def connect(
     shared_memory: bool = True,
     checksums: bool = False,
     head_folder: str | Path | None = default_cache_folder(),
+    tracing: bool = False,
 ) -> RemoteTeacher:
     """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
 
@@ -33,8 +34,11 @@ def connect(
         checksums: check every byte that comes through shared memory too, as those of the stream always are, which
             is slower; otherwise the first KiB of each 64 KiB.
         head_folder: where teachers' heads are kept, by revision, for `encodings.hidden`; None: in memory alone.
+        tracing: make an OpenTelemetry span of each request, within the current one; the replica's are in the same
+            trace, if it traces too. It needs the extra `otel`, and a tracer provider that the program sets.
 
     Raises:
+        ConfigError: for a setting that is none, or tracing without OpenTelemetry.
         TeacherUnavailableError: no server there within `connect_timeout_s`.
         UnknownTeacherError: no teacher of that name; lists those there are.
     """
@@ -47,6 +51,7 @@ def connect(
         shared_memory=shared_memory,
         checksums=checksums,
         head_folder=head_folder,
+        tracing=tracing,
     )
     teacher.facts()
     return teacher

@@ -31,10 +31,12 @@ from schoolhouse.errors import (
 )
 from schoolhouse.fetched_heads import FetchedHeads
 from schoolhouse.heads import Head
-from schoolhouse.session import Request, Session, Traffic
+from schoolhouse.request import Request, Traffic, gone, traced
+from schoolhouse.session import Session
 from schoolhouse.settings import Settings
 from schoolhouse.taps import Tap, TapLike, check_modules
 from schoolhouse.teachers import Features, TeacherDescription
+from schoolhouse.tracing import tracer
 from schoolhouse.wanted import Wanted
 
 _LIMITS, _HEAD_LIMITS = Limits(), Limits(max_payload_bytes=16 << 30)
@@ -50,6 +52,7 @@ class RemoteTeacher:
         self.url = url
         self._target, self._name = discovery.parse(url)
         self._settings = Settings(**settings)
+        self._tracer = tracer(self._settings.tracing)
         self._closed = False
         self._pinned = ""  # the revision that it began with, also in a copy and after a fork
         self._reset()
@@ -155,7 +158,9 @@ class RemoteTeacher:
     ) -> "Future[Features]":
         outgoing = framing.Outgoing(inputs, limits=self._request_limits, snapshot=True)
         deadline = time.monotonic() + self._settings.timeout_s
-        request = Request(outgoing, wanted, self.facts().revision, deadline, heads, limits)
+        revision = self.facts().revision
+        span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.job)
+        request = Request(outgoing, wanted, revision, deadline, heads, limits, span)
         self._watch(request)
         try:
             self._dispatch(request)
@@ -324,21 +329,17 @@ class RemoteTeacher:
                 self._addresses.remove(session.address)
         for request in lost:
             if self._closed or request.future.done():
-                request.fail(_gone(error))  # not raised: this frame, and so all that was lost, would hang on it
+                request.fail(gone(error))  # not raised: this frame, and so all that was lost, would hang on it
                 continue
             try:
                 self._dispatch(request)
             except SchoolhouseError as err:
-                request.fail(err if isinstance(err, RevisionChangedError) else _gone(error))
+                request.fail(err if isinstance(err, RevisionChangedError) else gone(error))
 
     def _refresh(self, timeout_s: float) -> None:
         """Ask the server at the URL where the replicas are."""
         self._stale = False
         self._addresses = discovery.addresses(self._target, self._name, timeout_s)
-
-
-def _gone(error: SchoolhouseError) -> SchoolhouseError:
-    return TeacherUnavailableError(f"the replica that held the request is gone, and no other could take it: {error}")
 
 
 def _rebuild(url: str, settings: Settings, pinned: str) -> RemoteTeacher:

@@ -4,15 +4,12 @@ import contextlib
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 from schoolhouse_wire import channel, framing, memory, pipes, shared_memory, status
-from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
@@ -23,51 +20,9 @@ from schoolhouse.errors import (
     SchoolhouseError,
     TeacherUnavailableError,
 )
-from schoolhouse.heads import Head
+from schoolhouse.request import Request, Traffic
 from schoolhouse.sparse import decoded
-from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features
-from schoolhouse.wanted import Wanted
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What went over the wire for answered requests, in bytes of headers and payloads."""
-
-    requests: int = 0
-    sent_bytes: int = 0
-    received_bytes: int = 0
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.requests + other.requests,
-            self.sent_bytes + other.sent_bytes,
-            self.received_bytes + other.received_bytes,
-        )
-
-
-@dataclass(eq=False)
-class Request:
-    """One batch on its way to features. It may be sent again to another replica."""
-
-    outgoing: framing.Outgoing
-    wanted: Wanted
-    revision: str
-    deadline: float  # on time.monotonic's clock
-    heads: Mapping[Tap, Head]  # of the taps whose hidden states travel
-    limits: Limits  # of the reply
-    future: "Future[Features]" = field(default_factory=Future)
-    tried: set[str] = field(default_factory=set)
-
-    def resolve(self, features: Features) -> None:
-        """Give the features to who waits, unless it cancelled."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_result(features)
-
-    def fail(self, error: BaseException) -> None:
-        """Give the error to who waits, unless it cancelled."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
 
 
 class Session:
@@ -217,6 +172,7 @@ class Session:
                 timeout_s=max(request.deadline - self._clock(), 0.001),
                 inputs=request.outgoing.header,
                 payload=payload,
+                traceparent=request.sent(),
             )
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
@@ -366,6 +322,7 @@ class Session:
         self._requests += 1
         self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
         self._received_bytes += incoming.nbytes + len(reply.features)
+        request.received(incoming.nbytes + len(reply.features))
         try:
             request.resolve(_features(request, reply, incoming))
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone

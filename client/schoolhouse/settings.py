@@ -23,11 +23,12 @@ class Settings:
     shared_memory: bool = True
     checksums: bool = False
     head_folder: str | Path | None = None
+    tracing: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.job, str):
             raise ConfigError(f"job is {self.job!r}; it must be a string")
-        for name in ("shared_memory", "checksums"):
+        for name in ("shared_memory", "checksums", "tracing"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choices: True, False")
         if not isinstance(self.head_folder, str | Path | None):

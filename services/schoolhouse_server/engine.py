@@ -23,6 +23,7 @@ from schoolhouse_wire.tensors import bytes_of
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.device import Device, Span
 from schoolhouse_server.queueing import FairQueue
+from schoolhouse_server.spans import AnswerSpan, tell_stages
 
 _CLOSED = "the teacher is shutting down"
 _REPLY_LIMITS = Limits()
@@ -45,6 +46,7 @@ class Ticket:
 
     done: Callable[[Answer | BaseException], None]
     cancelled: bool = False
+    trace: AnswerSpan | None = None
 
 
 @dataclass(eq=False)
@@ -213,6 +215,7 @@ class Engine:
             device.wait(landed)
             for span in (*work.spans, made, landed):
                 span.settle()
+            tell_stages(job.tickets, job.queued_at, (*work.spans, made, landed))
             features = pack([here[tap] for tap in job.wanted.taps], opaque=True)
             if self.cache is not None and job.cache_key is not None:
                 self.cache.put(job.cache_key, features)

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
 from schoolhouse.teachers import LocalTeacher
+from schoolhouse.tracing import tracer
 from schoolhouse_wire import channel, framing, memory
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
@@ -40,6 +41,7 @@ class Replica:
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
         http_port: int | None = None,
+        tracing: bool = False,
     ) -> None:
         if merge not in _MERGE:
             raise ConfigError(f"merge is {merge!r}; choices: {', '.join(map(repr, _MERGE))}")
@@ -64,6 +66,8 @@ class Replica:
         self._max_queued = max_queued
         self._cache_bytes = cache_bytes
         self._directory = Directory(self.load)
+        self._tracing = tracing
+        tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
         self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
         self.engines: dict[str, Engine] = {}
@@ -156,7 +160,9 @@ class Replica:
         self.close()
 
     def _add_services(self, server: grpc.Server) -> None:
-        teachers = self._teachers = Teachers(self.engines, self._limits, shared_memory_bytes=self._shared_memory_bytes)
+        teachers = self._teachers = Teachers(
+            self.engines, self._limits, shared_memory_bytes=self._shared_memory_bytes, tracing=self._tracing
+        )
         session = grpc.stream_stream_rpc_method_handler(
             teachers.session,
             request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
@@ -186,6 +192,7 @@ def serve(
     cache_bytes: int = 0,
     shared_memory_bytes: int = 1 << 30,
     http_port: int | None = None,
+    tracing: bool = False,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -197,6 +204,11 @@ def serve(
     Features go to clients of the same machine and user through shared memory: up to `shared_memory_bytes` for each of
     them at once, features that it still holds included, and beyond that over the stream; 0 switches it off. The inputs
     that come have a quarter of it beside that. It counts as memory of this process as it is first used.
+
+    With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
+    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs.
+    `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
+    extra `otel`, and a tracer provider that the program sets.
     """
     modules = {name: module} if isinstance(module, nn.Module) else module
     return Replica(
@@ -209,4 +221,5 @@ def serve(
         cache_bytes=cache_bytes,
         shared_memory_bytes=shared_memory_bytes,
         http_port=http_port,
+        tracing=tracing,
     ).start()

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from schoolhouse.errors import (
     UnknownTeacherError,
 )
 from schoolhouse.taps import HEAD
+from schoolhouse.tracing import tracer
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire import channel, framing, pipes, shared_memory, status
 from schoolhouse_wire.codec import Arguments, pack
@@ -29,6 +31,8 @@ from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.engine import Answer, Engine, Job, Ticket
+from schoolhouse_server.logs import SessionLog
+from schoolhouse_server.spans import SessionSpans
 
 _log = logging.getLogger(__name__)
 _HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
@@ -38,10 +42,13 @@ MAX_IN_FLIGHT = 64
 class Teachers:
     """TeacherService over the engines of one replica."""
 
-    def __init__(self, engines: Mapping[str, Engine], limits: Limits, *, shared_memory_bytes: int) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], limits: Limits, *, shared_memory_bytes: int, tracing: bool = False
+    ) -> None:
         self._engines = engines
         self._limits = limits
         self._shared_memory_bytes = shared_memory_bytes
+        self.tracer = tracer(tracing)
         self.sessions = 0
 
     def find(self, name: str) -> Engine:
@@ -85,6 +92,7 @@ class Teachers:
         finally:
             self.sessions -= 1
             session.close()
+            session.log.info("a session ended")
             session.outbox.clear()
 
 
@@ -106,6 +114,9 @@ class ServerSession:
         self.outbox: Outbox[Message | bytes] = Outbox()
         self.error: SchoolhouseError | None = None
         self._teachers = teachers
+        self._spans = SessionSpans(teachers.tracer)
+        self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
+        self._job = ""
         self._messages = messages
         self._limits = limits
         self._partial: dict[int, _Partial] = {}
@@ -127,6 +138,7 @@ class ServerSession:
         self._closed = True
         for ticket in list(self._tickets.values()):
             ticket.cancelled = True
+        self._spans.dropped()
         self.outbox.close()
         if self._pipes is not None:
             self._pipes.close()
@@ -157,7 +169,7 @@ class ServerSession:
             pass  # the client went away
         except Exception as err:
             if type(err) is not Exception:  # grpc says "the client went away" with a bare one
-                _log.exception("a session failed")
+                self.log.exception("a session failed")
                 self.error = TeacherInternalError("the session failed; the server's log says why")
         self.close()  # and with it the pipes
         # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
@@ -179,6 +191,7 @@ class ServerSession:
             if ticket is not None:
                 ticket.cancelled = True
             self._replying.discard(message.cancel.request_id)
+            self._spans.dropped(message.cancel.request_id)
         elif message.HasField("attached"):
             self._on_attached(message.attached)
         elif message.HasField("open"):
@@ -190,6 +203,9 @@ class ServerSession:
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
         self._engine = self._teachers.find(message.teacher)
+        self._job = message.job
+        self.log = self.log.of(job=message.job, teacher=message.teacher)
+        self.log.info("a session began")
         opened = teacher_pb2.Opened(
             revision=self._engine.description.revision,
             max_in_flight=MAX_IN_FLIGHT,
@@ -227,6 +243,7 @@ class ServerSession:
             if self._engine is None:
                 raise ProtocolError("a call came before Open")
             self._check_room(call.request_id)
+            self._spans.begin(call, self._engine.description.name, self._job)
             if call.revision not in ("", self._engine.description.revision):
                 raise RevisionChangedError(
                     f"revision {call.revision} was asked for; this replica has {self._engine.description.revision}"
@@ -279,7 +296,7 @@ class ServerSession:
             if self._tickets.pop(request_id, None) is not None:  # not cancelled
                 self._answer(request_id, digest, wanted, result)
 
-        ticket = self._tickets[request_id] = Ticket(done)
+        ticket = self._tickets[request_id] = Ticket(done, trace=self._spans.of(request_id))
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
         try:
@@ -331,14 +348,19 @@ class ServerSession:
         try:
             yield from outgoing.messages(request_id, head, segment, lambda: request_id in self._replying)
         except SchoolhouseError as err:
+            self._spans.failed(request_id, err)
             yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
         finally:
             self._replying.discard(request_id)
             self._engine.count("send", time.perf_counter() - began)
+            self._spans.sent(request_id, began)
 
     def _fail(self, request_id: int, error: BaseException) -> None:
-        if not isinstance(error, SchoolhouseError):
-            _log.error("a request failed", exc_info=error)
+        self._spans.failed(request_id, error)
+        if isinstance(error, SchoolhouseError):
+            self.log.info("a request failed: %s", type(error).__name__, request=request_id)
+        else:
+            self.log.error("a request failed", exc_info=error, request=request_id)
         self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
 
 
