@@ -296,7 +296,8 @@ class ServerSession:
             if self._tickets.pop(request_id, None) is not None:  # not cancelled
                 self._answer(request_id, digest, wanted, result)
 
-        ticket = self._tickets[request_id] = Ticket(done, trace=self._spans.of(request_id))
+        ticket = self._tickets[request_id] = Ticket(done)
+        ticket.trace = self._spans.of(request_id)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
         try:
