@@ -5,7 +5,6 @@ import json
 import re
 import socket
 import time
-from pathlib import Path
 
 import pytest
 import schoolhouse as sh
@@ -18,8 +17,6 @@ from schoolhouse_server.counters import QUEUE_DELAY_BUCKETS_S
 from schoolhouse_server.web import WebServer
 from schoolhouse_wire.v1.directory_pb2 import JobLoad, Replica, ReplicaSet
 
-ROOT = Path(__file__).parent.parent
-DASHBOARD = ROOT / "deploy/grafana/schoolhouse.json"
 A1 = {"teacher": "resnet", "replica": "a1"}
 
 
@@ -85,7 +82,7 @@ def test_each_number_of_a_replica(value, name):
 
 @pytest.mark.parametrize("name", EXPECTED_OF_JOB)
 def test_each_number_of_a_job(value, name):
-    assert value(name, job="exp-42") == EXPECTED_OF_JOB[name]
+    assert value(name, job_name="exp-42") == EXPECTED_OF_JOB[name]
 
 
 def test_maps_have_a_label(value):
@@ -126,7 +123,7 @@ def test_a_jobs_name_cannot_break_out_of_its_label_or_fill_memory():
     jobs = [JobLoad(job=name, rows=1) for name in (hostile, long + "1", long + "2")]
     found = [ReplicaSet(teacher="t", replicas=[Replica(id="r", load=load(jobs=jobs))])]
     samples, _ = scraped(lambda: found)
-    names = {dict(labels)["job"] for name, labels in samples if name == "schoolhouse_job_rows_total"}
+    names = {dict(labels)["job_name"] for name, labels in samples if name == "schoolhouse_job_rows_total"}
     assert hostile in names
     assert max(map(len, names)) <= 128
     assert len(names) == 2  # those that are equal when cut are one

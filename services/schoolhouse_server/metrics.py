@@ -1,7 +1,7 @@
 """Replica sets as Prometheus metrics. Sums are since a replica's start; rates are for PromQL to take.
 
 Labels are bounded: teachers and replicas are the pool's own, stages, encodings and errors have fixed names, and a
-replica keeps a bounded number of jobs. Nothing of a request is a label.
+replica keeps a bounded number of jobs. Nothing of a request is a label. A job is `job_name`: `job` is Prometheus's own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "schoolhouse_"
 _MAX_LABEL = 128  # characters of a label's value; a job's name is whatever its client said
 _REPLICA = ("teacher", "replica")
-_JOB = (*_REPLICA, "job")
+_JOB = (*_REPLICA, "job_name")
 
 
 @dataclass(frozen=True)
