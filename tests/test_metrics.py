@@ -251,3 +251,13 @@ def test_a_server_shows_its_own_numbers(x):
 def test_without_a_port_nothing_listens():
     with serve(torch.nn.Linear(2, 2)) as server:
         assert server.web is None
+
+
+def test_who_does_not_know_the_replicas_says_so():
+    def unknown():
+        raise sh.errors.TeacherUnavailableError("the directory has just started")
+
+    with WebServer(unknown) as server:
+        for path in ("/metrics", "/api/state"):
+            status, _, body = fetch(server.url + path)
+            assert (status, body) == (503, b"the directory has just started\n")

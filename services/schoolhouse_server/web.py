@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
-from schoolhouse.errors import ConfigError, TeacherUnavailableError
+from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherUnavailableError
 from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
 
 from schoolhouse_server import metrics
@@ -177,7 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_local_name():
             self.send_error(403, "this server answers to localhost alone; open it as http://127.0.0.1")
             return
-        found = self._content(self.path.split("?")[0])
+        try:
+            found = self._content(self.path.split("?")[0])
+        except SchoolhouseError as err:  # a directory that has just started, say
+            self.send_error(503, err.message)
+            return
         if found is None:
             self.send_error(404, f"not found; there are: {', '.join(('/metrics', '/api/state', *_PAGE))}")
             return
