@@ -261,3 +261,11 @@ def test_who_does_not_know_the_replicas_says_so():
         for path in ("/metrics", "/api/state"):
             status, _, body = fetch(server.url + path)
             assert (status, body) == (503, b"the directory has just started\n")
+
+
+def test_the_first_free_port_of_a_range():
+    with WebServer(sets) as first:
+        ports = range(first.port, first.port + 20)
+        with WebServer(sets, port=ports) as second:
+            assert second.port in ports[1:]
+            assert fetch(second.url + "/metrics")[0] == 200

@@ -5,14 +5,18 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from schoolhouse.errors import ConfigError, SchoolhouseError
+
+if TYPE_CHECKING:  # it imports Ray, which takes seconds
+    from schoolhouse_server.pool import Pool
 
 app = typer.Typer(
     help=(
@@ -68,6 +72,8 @@ def up(
                 raise
             for name in config.teachers:
                 out.print(f"students connect to  {launched.url(name)}", soft_wrap=True)
+            if launched.page:
+                out.print(f"watch it at          {launched.page}", soft_wrap=True)
     except BaseException:
         if started:
             local_cluster.stop()
@@ -77,13 +83,87 @@ def up(
 @app.command()
 def status(address: Address = None) -> None:
     """Show the pool: its teachers, revisions, replicas and load."""
-    with _connected(address):
-        from schoolhouse_server.pool import find
-
-        found = find()
-        assert found is not None
+    with _pool(address) as found:
         out.print(_table(found.status()))
         out.print(f"directory at {found.address}", soft_wrap=True)
+        if found.page:
+            out.print(f"charts at {found.page}", soft_wrap=True)
+
+
+@app.command()
+def scale(
+    teacher: Annotated[str, typer.Argument(help="The teacher's name.")],
+    replicas: Annotated[str, typer.Argument(help="How many replicas: N, or MIN-MAX to scale by load between them.")],
+    address: Address = None,
+) -> None:
+    """Give a teacher more or fewer replicas; those that go answer what they have first."""
+    from schoolhouse_server.config import Bounds
+
+    bounds = Bounds.parse(replicas)
+    with _pool(address) as found:
+        found.scale(teacher, bounds)
+    out.print(f"{teacher}: {replicas} replicas; `schoolhouse status` shows them")
+
+
+@app.command()
+def roll(
+    pool: Annotated[Path, typer.Argument(help="The pool's YAML file, read again.")],
+    teachers: Annotated[list[str] | None, typer.Argument(help="Which teachers; all of the file without it.")] = None,
+    address: Address = None,
+    linger_s: Annotated[
+        float | None,
+        typer.Option(min=0, help="How long old revisions stay for jobs that began with them; in place of the file's."),
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(help="How long to wait for the new replicas, in seconds.")] = 900.0,
+) -> None:
+    """Replace teachers by what the file now says, one replica after the other, without stopping a student.
+
+    Jobs that begin from now on get the new revision. Those that run keep the one that they began with: a replica of it
+    stays until they end, or `linger_s` has passed. If the new replicas cannot start, the old ones serve on.
+    """
+    from dataclasses import replace
+
+    from schoolhouse_server.config import load_pool
+
+    config = load_pool(pool)
+    if linger_s is not None:
+        config = replace(config, linger_s=linger_s)
+    names = teachers or list(config.teachers)
+    with _pool(address) as found:
+        with Live(console=out, refresh_per_second=4) as live:
+            found.roll(config, names, timeout_s, lambda rows: live.update(_table(rows)))
+        for name, one in found.teachers().items():
+            if name in names:
+                left = f"; {one['old']} replicas stay for jobs that began before" if one["old"] else ""
+                out.print(f"{name} serves revision {one['revision']}{left}", soft_wrap=True)
+
+
+@app.command()
+def jobs(address: Address = None) -> None:
+    """Show the jobs that use the pool, and what each of them got."""
+    titles = ("teacher", "job", "weight", "sessions", "in_flight", "requests", "rows", "waits", "errors", "revision")
+    with _pool(address) as found:
+        rows = found.jobs()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for title in titles:
+        table.add_column(title.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(row[title])) for title in titles))
+    out.print(table if rows else "no job has asked for anything yet")
+
+
+@app.command()
+def logs(
+    replica: Annotated[str, typer.Argument(help="TEACHER or TEACHER/ID; all actors of the pool without it.")] = "",
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=2000, help="Of each actor.")] = 200,
+    address: Address = None,
+) -> None:
+    """Show the last log records of the pool's actors; Ray's dashboard need not run."""
+    teacher, _, replica_id = replica.partition("/")
+    with _pool(address) as found:
+        for name, records in found.logs(teacher, replica_id, lines).items():
+            for record in records:
+                out.print(f"{name}  {record}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -101,7 +181,10 @@ def top(
     """Watch replicas and jobs, live; 'q' ends it."""
     from schoolhouse_server.top import target_of, watch
 
-    watch(target_of(url or _directory(address)), out, interval_s=interval_s, once=once)
+    if url is None:
+        with _pool(address) as found:
+            url = found.address
+    watch(target_of(url), out, interval_s=interval_s, once=once)
 
 
 @app.command()
@@ -152,14 +235,15 @@ def _connected(address: str | None) -> Iterator[None]:
         yield
 
 
-def _directory(address: str | None) -> str:
-    """Where the pool's directory listens."""
+@contextlib.contextmanager
+def _pool(address: str | None) -> Iterator["Pool"]:
+    """The pool at `address`, or the local one."""
     with _connected(address):
         from schoolhouse_server.pool import find
 
         found = find()
         assert found is not None
-        return found.address
+        yield found
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -8,6 +8,11 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
 
+from schoolhouse_server.logs import LogFormat
+
+_MAX_REPLICAS = 1024
+_NODE_ID = "ray.io/node-id"
+Placement = Literal["DEFAULT", "SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"]
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
@@ -21,13 +26,66 @@ class Resources:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Bounds:
+    """How many replicas a teacher may have at once: between `min` and `max`, whichever its load asks for."""
+
+    min: Annotated[int, Field(ge=1, le=_MAX_REPLICAS)] = 1
+    max: Annotated[int, Field(ge=1, le=_MAX_REPLICAS)] = 1
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Bounds":
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max is {self.max}; min must not be above max")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> "Bounds":
+        """`3`, or `2-5` for min and max.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        low, dash, high = text.partition("-")
+        try:
+            return cls(min=int(low), max=int(high) if dash else int(low))
+        except ValueError as err:
+            raise ConfigError(
+                f"{text!r} is no number of replicas; give one from 1 to {_MAX_REPLICAS}, or MIN-MAX, as in 2-5"
+            ) from err
+
+    def clamp(self, count: int) -> int:
+        """The nearest number that is allowed."""
+        return min(max(count, self.min), self.max)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Autoscale:
+    """When a teacher gets more replicas, and when fewer; `scaling.Scaler` follows it.
+
+    More, at most twice as many, as requests have waited longer than `target_delay_s` for `up_after_s` on end. One
+    fewer, as they have waited less than a quarter of that for `down_after_s`, and the replicas that stay would be busy
+    for no more than `max_busy` of the time.
+    """
+
+    target_delay_s: Annotated[float, Field(gt=0, le=600)] = 0.1
+    up_after_s: Annotated[float, Field(ge=0, le=3600)] = 3.0
+    down_after_s: Annotated[float, Field(ge=0, le=86400)] = 120.0
+    max_busy: Annotated[float, Field(gt=0, le=1)] = 0.7
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TeacherSpec:
-    """How to build one teacher, and how many replicas of it to keep alive.
+    """How to build one teacher, how many replicas of it to keep alive, and where.
 
     Exactly one of `build` (`module:callable`, called with `kwargs`) and `transformers` (a checkpoint folder) is given.
     `weights` is a safetensors file loaded into the model afterwards. `threads` are torch's intra-op threads.
     `early_stop` is that of `schoolhouse.LocalTeacher`, and `shared_memory_bytes` that of `serve`; `cache_bytes` of host
     memory keep features of each replica.
+
+    `replicas` is a number, or bounds, `{min: 1, max: 4}`, between which `autoscale` chooses. `placement` says on which
+    nodes they run: Ray's own choice (DEFAULT); spread where possible (SPREAD) or no two on a node (STRICT_SPREAD); on
+    as few nodes as possible (PACK) or all on one (STRICT_PACK). `labels` are those that a node must have, in the form
+    of Ray's label selectors, as in `{accelerator-type: "in(H100,H200)"}`.
     """
 
     build: str | None = None
@@ -36,7 +94,10 @@ class TeacherSpec:
     weights: Path | None = None
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     device: str = "cpu"
-    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    replicas: Annotated[int, Field(ge=1, le=_MAX_REPLICAS)] | Bounds = 1
+    autoscale: Autoscale = Field(default_factory=Autoscale)
+    placement: Placement = "DEFAULT"
+    labels: dict[str, str] = Field(default_factory=dict)
     threads: Annotated[int, Field(ge=1)] | None = None
     early_stop: bool = True
     cache_bytes: Annotated[int, Field(ge=0)] = 0
@@ -53,17 +114,77 @@ class TeacherSpec:
             raise ValueError("kwargs go with build, not with transformers")
         if self.device.startswith("cuda") and self.resources.num_gpus <= 0:
             raise ValueError("device is cuda, so resources.num_gpus must be above 0")
+        if _NODE_ID in self.labels:
+            raise ValueError(f"labels: {_NODE_ID} is what placement works with; give a label of your own")
         return self
+
+    @property
+    def bounds(self) -> Bounds:
+        """The least and the most replicas; equal where `replicas` is a number."""
+        if isinstance(self.replicas, Bounds):
+            return self.replicas
+        return Bounds(min=self.replicas, max=self.replicas)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PoolConfig:
-    """A pool: its teachers by name, and where its directory listens (port 0: any free one)."""
+    """A pool: its teachers by name, and where its directory listens (port 0: any free one).
+
+    Replicas listen on a free port of the range `ports` (`"7100-7199"`; without it, on any). With `host` of 127.0.0.1
+    only this machine is served; with any other, each server listens on all interfaces and is known by the address that
+    Ray gives its node. Behind NAT or a load balancer `advertise` says what students connect to in its place: one name
+    for all, or a mapping from a node's address to the one outside. A replica's zone is its node's label `zone_label`.
+
+    A replica that must go answers what it has for up to `drain_timeout_s`. Replicas of a revision that was rolled over
+    stay until the jobs that began with it have ended, `linger_s` at most.
+
+    With an `http_port` (0: any free one) the directory has a page with charts of the whole pool, and Prometheus metrics
+    at `/metrics`; with `metrics_ports`, a range, each replica has its own, for a Prometheus that asks each by itself.
+    `log_format` is that of the actors, on stderr and in `schoolhouse logs`: "text", or "json", one object a line.
+    `tracing` makes OpenTelemetry spans, for the tracer provider that the teacher's module sets as it is imported.
+    """
 
     teachers: Annotated[dict[Annotated[str, Field(pattern=r"^[^/\s]+$")], TeacherSpec], Field(min_length=1)]
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7070
+    ports: str | None = None
+    advertise: str | dict[str, str] | None = None
+    zone_label: str = "ray.io/availability-zone"
+    drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 120.0
+    linger_s: Annotated[float, Field(ge=0)] = 86400.0
+    http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    metrics_ports: str | None = None
+    log_format: LogFormat = "text"
+    tracing: bool = False
     folder: Path = Path()
+
+    @model_validator(mode="after")
+    def _port_range(self) -> "PoolConfig":
+        for given in (self.ports, self.metrics_ports):
+            if given is not None:
+                parse_ports(given)
+        return self
+
+    @property
+    def replica_ports(self) -> range:
+        """Where replicas may listen; just 0, for any free port, without `ports`."""
+        return range(1) if self.ports is None else parse_ports(self.ports)
+
+    @property
+    def metrics_port_range(self) -> range | None:
+        """Where replicas may serve their metrics; None: they don't."""
+        return None if self.metrics_ports is None else parse_ports(self.metrics_ports)
+
+
+def parse_ports(text: str) -> range:
+    """`7100-7199` as the ports of it; raises `ValueError` for anything else."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.strip().isdecimal() and last.strip().isdecimal()):
+        raise ValueError(f"ports is {text!r}; expected FIRST-LAST, as in 7100-7199")
+    found = range(int(first), int(last) + 1)
+    if not found or found[0] < 1 or found[-1] > 65535:
+        raise ValueError(f"ports is {text!r}; expected two ports from 1 to 65535, the smaller one first")
+    return found
 
 
 def load_pool(path: Path) -> PoolConfig:

@@ -4,19 +4,23 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherTimeoutError, TeacherUnavailableError
 
-from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE, DirectoryActor, KeeperActor
-from schoolhouse_server.config import PoolConfig
+from schoolhouse_server import members
+from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE, DirectoryActor
+from schoolhouse_server.config import Bounds, PoolConfig
+from schoolhouse_server.keeper import KeeperActor
 
 _CALL_TIMEOUT_S = 30.0
+_LOGS_TIMEOUT_S = 5.0
+_HEAD_NODE = {"node:__internal_head__": 0.001}  # where students find the directory again when it was restarted
 _STARTS = 3
 _STOP_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
@@ -33,31 +37,98 @@ class Pool:
         self._directory = directory
         self._keeper = keeper
         self.address: str = ray.get(directory.address.remote(), timeout=_CALL_TIMEOUT_S)
+        self.page: str = ray.get(directory.page.remote(), timeout=_CALL_TIMEOUT_S)  # empty: it has none
 
     def url(self, teacher: str) -> str:
         """What a student connects to."""
         return f"grpc://{self.address}/{teacher}"
 
     def status(self) -> list[dict[str, Any]]:
-        """A row for each replica: teacher, wanted, id, stage, address, revision and load."""
-        rows: list[dict[str, Any]] = ray.get(self._keeper.status.remote(), timeout=_CALL_TIMEOUT_S)
+        """A row for each replica: teacher, wanted, id, stage, address, revision, host and load."""
+        rows: list[dict[str, Any]] = self._ask("status")
         return rows
 
-    def wait(self, timeout_s: float, on_progress: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> None:
-        """Return when every replica serves.
+    def jobs(self) -> list[dict[str, Any]]:
+        """A row for each job of each teacher and revision: weight, sessions, and what it asked for."""
+        rows: list[dict[str, Any]] = self._ask("jobs")
+        return rows
+
+    def teachers(self) -> dict[str, dict[str, Any]]:
+        """By teacher: min, max, wanted and serving replicas, revision, whether it is ready, and what failed."""
+        found: dict[str, dict[str, Any]] = self._ask("teachers")
+        return found
+
+    def logs(self, teacher: str = "", replica: str = "", lines: int = 200) -> dict[str, list[str]]:
+        """The last log records by TEACHER/ID; without a teacher also those of the keeper and the directory.
 
         Raises:
-            PoolFailedError: a teacher could not be started.
+            ConfigError: there is no such replica.
+        """
+        actors = members.actors(teacher, replica)
+        if not teacher:
+            actors = {KEEPER: self._keeper, DIRECTORY: self._directory, **actors}
+        if not actors:
+            choices = ", ".join(sorted(members.actors())) or "none"
+            raise ConfigError(f"there is no replica {f'{teacher}/{replica}'.rstrip('/')}; there are: {choices}")
+        calls = {name: actor.logs.remote(lines) for name, actor in actors.items()}
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=_LOGS_TIMEOUT_S)
+        return {name: _lines(call) for name, call in calls.items()}
+
+    def scale(self, teacher: str, bounds: Bounds) -> None:
+        """Give a teacher other bounds; returns at once.
+
+        Raises:
+            UnknownTeacherError: there is no such teacher; lists those there are.
+        """
+        self._ask("scale", teacher, bounds)
+
+    def roll(
+        self,
+        config: PoolConfig,
+        names: list[str],
+        timeout_s: float,
+        on_progress: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    ) -> None:
+        """Replace the replicas of these teachers by those of `config`, while the others serve.
+
+        Returns when all new ones serve. Old ones may stay longer, for the jobs that began with them.
+
+        Raises:
+            ConfigError: `config` takes a new pool, or has no such teacher.
+            PoolFailedError: new replicas cannot start; the old ones serve on.
+            TeacherTimeoutError: it took longer than `timeout_s`.
+        """
+        self._ask("roll", config, names)
+        try:
+            self.wait(timeout_s, on_progress, names)
+        except TeacherTimeoutError as err:
+            back = [name for name in names if self._ask("take_back", name, "it took too long")]
+            if back:
+                text = f"{err.message} The roll of {', '.join(back)} is taken back; the old revision serves on"
+                raise TeacherTimeoutError(text) from err
+            raise
+
+    def wait(
+        self,
+        timeout_s: float,
+        on_progress: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+        names: Collection[str] = (),
+    ) -> None:
+        """Return when every replica of these teachers, or of all, serves.
+
+        Raises:
+            PoolFailedError: a teacher could not be started, or a roll of it was taken back.
             TeacherTimeoutError: it took longer than `timeout_s`; the message says what each replica is doing.
         """
         deadline = time.monotonic() + timeout_s
         while True:
             rows = self.status()
             on_progress(rows)
-            errors = ray.get(self._keeper.errors.remote(), timeout=_CALL_TIMEOUT_S)
-            if errors:
-                raise PoolFailedError("; ".join(f"teacher {name!r}: {why}" for name, why in errors.items()))
-            if ray.get(self._keeper.ready.remote(), timeout=_CALL_TIMEOUT_S):
+            found = {name: one for name, one in self.teachers().items() if name in names or not names}
+            errors = {name: one["error"] or one["failed_roll"] for name, one in found.items()}
+            if any(errors.values()):
+                raise PoolFailedError("; ".join(f"teacher {name!r}: {why}" for name, why in errors.items() if why))
+            if all(one["ready"] for one in found.values()):
                 on_progress(self.status())
                 return
             if time.monotonic() > deadline:
@@ -66,6 +137,15 @@ class Pool:
                     f"the pool is not ready after {timeout_s} s ({doing}); has Ray the resources?"
                 )
             time.sleep(0.2)
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        """Call the keeper; what it raises of ours is raised here."""
+        try:
+            return ray.get(getattr(self._keeper, method).remote(*args), timeout=_CALL_TIMEOUT_S)
+        except RayTaskError as err:
+            if isinstance(err.cause, SchoolhouseError):
+                raise err.cause from err
+            raise
 
     def down(self) -> None:
         """Stop all replicas, the directory and the keeper."""
@@ -87,22 +167,25 @@ def launch(config: PoolConfig) -> Pool:
         raise ConfigError("this Ray cluster has a pool already; stop it with `schoolhouse down`")
     if config.port == 0:
         config = replace(config, port=_free_port())  # fixed, so that a restarted directory is found again
+    if config.http_port == 0:
+        config = replace(config, http_port=_free_port())
     detached = {
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "max_restarts": -1,
         "num_cpus": 0,
+        "resources": _HEAD_NODE,
         "get_if_exists": False,
     }
-    directory = ray.remote(DirectoryActor).options(name=DIRECTORY, **detached).remote(config.host, config.port)
+    directory = ray.remote(DirectoryActor).options(name=DIRECTORY, max_concurrency=4, **detached).remote(config)
     try:
         ray.get(directory.address.remote(), timeout=_CALL_TIMEOUT_S)
     except RayError as err:
         ray.kill(directory)
         raise TeacherUnavailableError(
-            f"the directory cannot listen on {config.host}:{config.port}; is it taken?"
+            f"the directory cannot listen on {config.host}:{config.port}; is it taken? {_reason(err)}"
         ) from err
-    keeper = ray.remote(KeeperActor).options(name=KEEPER, max_concurrency=4, **detached).remote(config, directory)
+    keeper = ray.remote(KeeperActor).options(name=KEEPER, max_concurrency=16, **detached).remote(config, directory)
     return Pool(directory, keeper)
 
 
@@ -120,6 +203,18 @@ def find(*, required: bool = True) -> Pool | None:
                 "there is no pool on this Ray cluster; start one with `schoolhouse up pool.yaml`"
             ) from err
         return None
+
+
+def _lines(call: Any) -> list[str]:
+    try:
+        found: list[str] = ray.get(call, timeout=0)
+    except (RayError, GetTimeoutError) as err:
+        return [f"(no answer: {type(err).__name__})"]
+    return found
+
+
+def _reason(err: RayError) -> str:
+    return str(err).strip().splitlines()[-1].strip()
 
 
 def _free_port() -> int:

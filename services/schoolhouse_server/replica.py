@@ -1,11 +1,12 @@
 """A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
 
 import atexit
+import socket
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
-from schoolhouse.errors import ConfigError, TeacherUnavailableError
+from schoolhouse.errors import ConfigError
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.tracing import tracer
 from schoolhouse_wire import channel, framing, memory
@@ -16,6 +17,7 @@ from torch import nn
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.executor import DaemonExecutor
+from schoolhouse_server.ports import listen
 from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.web import WebServer
@@ -25,14 +27,17 @@ _MAX_SHARED_BYTES = 1 << 40
 
 
 class Replica:
-    """Serves frozen modules by name. Start it with `start()` or `with`; `close()` ends it."""
+    """Serves frozen modules by name. Start it with `start()` or `with`; `close()` ends it.
+
+    `port` is one, 0 for any free one, or a range of which it takes a free one.
+    """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
         *,
         host: str = "127.0.0.1",
-        port: int = 0,
+        port: int | range = 0,
         merge: str = "never",
         early_stop: bool = True,
         max_sessions: int = 64,
@@ -40,8 +45,9 @@ class Replica:
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
-        http_port: int | None = None,
+        http_port: int | range | None = None,
         tracing: bool = False,
+        replica_id: str = "",
     ) -> None:
         if merge not in _MERGE:
             raise ConfigError(f"merge is {merge!r}; choices: {', '.join(map(repr, _MERGE))}")
@@ -58,7 +64,8 @@ class Replica:
                 f"to {_MAX_SHARED_BYTES}"
             )
         self._shared_memory_bytes = shared_memory_bytes
-        self._host, self._port = host, port
+        self._host, self._ports = host, port if isinstance(port, range) else (port,)
+        self._port = 0 if isinstance(port, range) else port
         self._early_stop = early_stop
         self._max_sessions = max_sessions
         self._limits = Limits(max_payload_bytes=max_request_bytes)
@@ -66,7 +73,7 @@ class Replica:
         self._max_queued = max_queued
         self._cache_bytes = cache_bytes
         self._directory = Directory(self.load)
-        self._tracing = tracing
+        self._tracing, self._id = tracing, replica_id
         tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
         self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
@@ -100,23 +107,19 @@ class Replica:
             )
             for name, module in self._modules.items()
         }
-        self._workers = DaemonExecutor(self._max_sessions + 16, "schoolhouse-rpc")
+        rpcs = 2 * self._max_sessions + 16  # each client may watch the directory beside its session
+        self._workers = DaemonExecutor(rpcs, "schoolhouse-rpc")
         server = grpc.server(
             self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
             options=channel.SERVER_OPTIONS,
-            maximum_concurrent_rpcs=self._max_sessions + 16,
+            maximum_concurrent_rpcs=rpcs,
         )
         self._add_services(server)
-        try:
-            self._port = server.add_insecure_port(f"{self._host}:{self._port}")
-        except RuntimeError as err:
-            raise TeacherUnavailableError(
-                f"cannot listen on {self._host}:{self._port}; is the port taken? Port 0 takes a free one"
-            ) from err
+        self._port = listen(server, self._host, self._ports)
         for engine in self.engines.values():
             engine.start()
         for name, engine in self.engines.items():
-            own = directory_pb2.Replica(id=name, revision=engine.description.revision)
+            own = self._described(name, engine)
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
         if self.web is not None:
             self.web.start()
@@ -139,6 +142,33 @@ class Replica:
             cache_bytes=engine.cache.nbytes if engine.cache else 0,
             stage_s=engine.stage_s(),
         )
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no new session, tell those there are that it is about to stop, and answer what they have asked for.
+
+        Returns at once. Poll `drained`, which is true when no session is left or has had anything in flight for a
+        while, and after `timeout_s` at the latest; then `close()`.
+        """
+        for name, engine in self.engines.items():
+            own = self._described(name, engine, directory_pb2.Replica.DRAINING)
+            self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+        self._teachers.drain.begin(timeout_s)
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new sessions."""
+        return self._teachers.drain.began
+
+    @property
+    def drained(self) -> bool:
+        """Whether it may be closed after `drain`."""
+        return self._teachers.drain.over()
+
+    def _described(
+        self, name: str, engine: Engine, state: directory_pb2.Replica.State = directory_pb2.Replica.SERVING
+    ) -> directory_pb2.Replica:
+        host = socket.gethostname()
+        return directory_pb2.Replica(id=self._id or name, revision=engine.description.revision, state=state, host=host)
 
     def close(self, grace_s: float = 0.5) -> None:
         """Stop listening and end all sessions. A process that ends does it by itself."""

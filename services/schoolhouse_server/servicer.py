@@ -30,6 +30,7 @@ from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
+from schoolhouse_server.draining import Drain
 from schoolhouse_server.engine import Answer, Engine, Job, Ticket
 from schoolhouse_server.logs import SessionLog
 from schoolhouse_server.spans import SessionSpans
@@ -50,6 +51,7 @@ class Teachers:
         self._shared_memory_bytes = shared_memory_bytes
         self.tracer = tracer(tracing)
         self.sessions = 0
+        self.drain = Drain()
 
     def find(self, name: str) -> Engine:
         """The engine of a teacher; raises `UnknownTeacherError` with those there are."""
@@ -91,6 +93,7 @@ class Teachers:
                 status.abort(context, session.error)
         finally:
             self.sessions -= 1
+            self.drain.leave(session)
             session.close()
             session.log.info("a session ended")
             session.outbox.clear()
@@ -142,6 +145,15 @@ class ServerSession:
         self.outbox.close()
         if self._pipes is not None:
             self._pipes.close()
+
+    @property
+    def outstanding(self) -> int:
+        """Requests whose answers are not sent yet."""
+        return len(self._tickets) + len(self._partial) + len(self._replying)
+
+    def tell_draining(self) -> None:
+        """Tell the client to take new requests elsewhere."""
+        self.outbox.put(iter([teacher_pb2.ServerMessage(draining=teacher_pb2.Draining())]))
 
     def answers(self) -> Iterator[Message | bytes]:
         """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
@@ -202,6 +214,7 @@ class ServerSession:
             raise ProtocolError("Open came twice")
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
+        self._teachers.drain.check()
         self._engine = self._teachers.find(message.teacher)
         self._job = message.job
         self.log = self.log.of(job=message.job, teacher=message.teacher)
@@ -219,6 +232,9 @@ class ServerSession:
                 offered_pipes.describe_in(opened.shared_memory)
                 self._offered = offered, offered_pipes
         self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
+        self._teachers.drain.join(self)
+        if self._closed:  # meanwhile, so that nobody takes it out again
+            self._teachers.drain.leave(self)
 
     def _on_attached(self, message: teacher_pb2.Attached) -> None:
         offered, self._offered = self._offered, None

@@ -49,16 +49,17 @@ _log = logging.getLogger(__name__)
 class WebServer:
     """Serves what `source()` gives at each request. `start()` listens; `close()` ends it."""
 
-    def __init__(self, source: Source, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Without listening yet.
+    def __init__(self, source: Source, *, host: str = "127.0.0.1", port: int | range = 0) -> None:
+        """Without listening yet. Of a range of ports it takes the first that is free.
 
         Raises:
             ConfigError: for what is no port.
         """
-        if not isinstance(port, int) or not 0 <= port <= 65535:
+        self._ports = port if isinstance(port, range) else (port,)
+        if not all(isinstance(one, int) and 0 <= one <= 65535 for one in self._ports):
             raise ConfigError(f"the HTTP port is {port!r}; it must be from 0, for any free one, to 65535")
         self._source = source
-        self._host, self._port = host, port
+        self._host, self._port = host, 0
         self._server: _Server | None = None
 
     @property
@@ -75,17 +76,23 @@ class WebServer:
         """Listen.
 
         Raises:
-            TeacherUnavailableError: the port is taken.
+            TeacherUnavailableError: the port is taken, or all of them.
         """
-        try:
-            self._server = _Server((self._host, self._port), functools.partial(_Handler, self._source))
-        except OSError as err:
-            raise TeacherUnavailableError(
-                f"cannot listen on {self._host}:{self._port} for HTTP; is the port taken? Port 0 takes a free one"
-            ) from err
-        self._port = self._server.server_address[1]
+        self._server = self._listen()
+        self._port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="schoolhouse-http", daemon=True).start()
         return self
+
+    def _listen(self) -> "_Server":
+        for port in self._ports:
+            try:
+                return _Server((self._host, port), functools.partial(_Handler, self._source))
+            except OSError as err:
+                failed = err
+        ports = "-".join(map(str, sorted({self._ports[0], self._ports[-1]})))
+        raise TeacherUnavailableError(
+            f"cannot listen on {self._host}:{ports} for HTTP; is the port taken? Port 0 takes a free one"
+        ) from failed
 
     def close(self) -> None:
         """Stop listening. Answers that are on their way end with their threads."""

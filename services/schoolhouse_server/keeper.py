@@ -1,0 +1,301 @@
+"""The keeper: holds every teacher of a pool at its replicas, scales and rolls it, and tells the directory."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from schoolhouse_wire.v1 import directory_pb2
+
+from schoolhouse_server import members, shown
+from schoolhouse_server.actors import PoolActor
+from schoolhouse_server.config import Bounds, PoolConfig
+from schoolhouse_server.desired import Desired, TeacherState, Version
+from schoolhouse_server.members import Member, ReplicaFailedError
+from schoolhouse_server.planning import plan
+from schoolhouse_server.scaling import Meter, Scaler
+
+_LOOP_S = 0.5
+_SCALE_S = 2.0  # between two looks at how long requests wait
+_ADOPT_TIMEOUT_S = 10.0
+_HOLD_TIMEOUT_S = 5.0
+_MAX_FAILURES = 3  # starts in a row that may fail before a teacher counts as failed
+_MAX_BACKOFF_S = 300.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Teacher:
+    """What the keeper knows of one teacher's replicas, beside what they should be."""
+
+    members: list[Member] = field(default_factory=list)
+    failures: int = 0  # starts in a row
+    error: str = ""
+    not_before: float = 0.0  # of the next start, after failures
+    used_at: dict[int, float] = field(default_factory=dict)  # by version, on time.time()'s clock
+    scaler: Scaler = field(default_factory=Scaler)
+    meter: Meter = field(default_factory=Meter)
+    measured_at: float = 0.0
+
+
+class KeeperActor(PoolActor):
+    """Keeps a pool as it should be. Restarted, it takes over the replicas and the newest desired state that is held.
+
+    What must survive is held by all the pool's actors, which are named and detached: keeper, directory and replicas may
+    die in any order, as long as one lives on. The cluster's own memory of which actors there are is that of Ray's GCS;
+    where the head node may be lost, give Ray an external Redis (GCS fault tolerance).
+    """
+
+    def __init__(self, pool: PoolConfig, directory: Any) -> None:
+        super().__init__(pool.log_format)
+        self._directory = directory
+        self._now = Desired.of(pool)
+        self._teachers: dict[str, Teacher] = {name: Teacher() for name in self._now.teachers}
+        self._lock = threading.RLock()
+        self._stopping = threading.Event()
+        self._adopted = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="schoolhouse-keeper", daemon=True)
+        self._thread.start()
+
+    def status(self) -> list[dict[str, Any]]:
+        """A row for each replica."""
+        with self._locked():
+            found = [(name, list(teacher.members)) for name, teacher in self._teachers.items()]
+        return [shown.replica(name, self._now.teachers[name], member) for name, ones in found for member in ones]
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """A row for each job of each teacher and revision."""
+        with self._locked():
+            return shown.jobs({name: teacher.members for name, teacher in self._teachers.items()})
+
+    def teachers(self) -> dict[str, dict[str, Any]]:
+        """By teacher: its bounds, wanted and serving replicas, revision, whether it is all there, and what failed."""
+        with self._locked():
+            return {
+                name: shown.teacher(self._now.teachers[name], teacher.members, teacher.error)
+                for name, teacher in self._teachers.items()
+            }
+
+    def scale(self, name: str, bounds: Bounds) -> None:
+        """Give a teacher other bounds."""
+        with self._locked():
+            self._change(self._now.scaled(name, bounds))
+            self._teachers[name].not_before = 0.0
+
+    def roll(self, config: PoolConfig, names: list[str]) -> None:
+        """Begin to replace these teachers' replicas by those of new specs."""
+        with self._locked():
+            self._change(self._now.rolled(config, names))
+            for name in names:
+                teacher = self._teachers.setdefault(name, Teacher())
+                teacher.failures, teacher.error, teacher.not_before = 0, "", 0.0
+
+    def take_back(self, name: str, why: str) -> bool:
+        """End a roll of which no replica serves yet; False if one does."""
+        with self._locked():
+            state = self._now.teacher(name)
+            if state.current.revision or not state.old:
+                return False
+            self._change(self._now.with_teacher(name, state.taken_back(why)))
+            return True
+
+    def stop(self) -> None:
+        """Stop all replicas of the pool."""
+        self._stopping.set()
+        self._thread.join()
+        everyone = [member for teacher in self._teachers.values() for member in teacher.members]
+        stops = [member.actor.stop.remote() for member in everyone if member.phase != "starting"]
+        if stops:
+            ray.wait(stops, num_returns=len(stops), timeout=10)
+        for member in everyone:
+            member.kill()
+
+    def _locked(self) -> threading.RLock:
+        """The lock, once what another keeper left has been taken over."""
+        self._adopted.wait(2 * _ADOPT_TIMEOUT_S)
+        return self._lock
+
+    def _change(self, desired: Desired) -> None:
+        """What should be from now on. Returns once someone else holds it, too."""
+        self._now = desired
+        self.hold(desired)
+        holders = [self._directory, *(m.actor for t in self._teachers.values() for m in t.members)]
+        calls = [holder.hold.remote(desired) for holder in holders]
+        ready, _ = ray.wait(calls, num_returns=1, timeout=_HOLD_TIMEOUT_S)
+        if not ready:
+            _log.warning("no other actor holds the pool's new state yet")
+
+    def _adopt(self) -> None:
+        """Take over the replicas and the desired state of a keeper that died."""
+        found = members.adopt()
+        everyone = [member for ones in found.values() for member in ones]
+        calls = [holder.held.remote() for holder in (self._directory, *(member.actor for member in everyone))]
+        ray.wait(calls, num_returns=len(calls), timeout=_ADOPT_TIMEOUT_S)
+        for state in _answers(calls):
+            if state is not None and state.generation > self._now.generation:
+                self._now = state
+        self.hold(self._now)
+        for name in self._now.teachers:
+            ones = found.get(name, [])
+            self._teachers[name] = Teacher(ones, used_at=dict.fromkeys((m.version for m in ones), time.time()))
+        self._adopted.set()
+
+    def _keep(self) -> None:
+        self._adopt()
+        while not self._stopping.is_set():
+            try:
+                with self._lock:
+                    for name in self._now.teachers:
+                        self._keep_teacher(name)
+                    serving, table = self._table()
+                ray.get(self._directory.publish.remote(table), timeout=10)
+                for member in serving:
+                    member.listed = True
+            except (RayError, GetTimeoutError):
+                _log.warning("the directory is away", exc_info=True)  # it restarts by itself
+            except Exception:
+                _log.exception("the keeper goes on")
+            self._stopping.wait(_LOOP_S)
+
+    def _keep_teacher(self, name: str) -> None:
+        teacher = self._teachers[name]
+        for member in list(teacher.members):
+            self._look_at(name, teacher, member)
+        self._scale_by_load(name, teacher)
+        self._follow_plan(name, teacher)
+
+    def _look_at(self, name: str, teacher: Teacher, member: Member) -> None:
+        """Hear what a replica says, and take those out that are at their end."""
+        was = member.phase
+        try:
+            member.poll()
+            if was == "starting" and member.phase == "serving":
+                self._has_started(name, teacher, member)
+        except ReplicaFailedError as err:
+            self._remove(teacher, member)
+            if not member.stopping:
+                _log.warning("%s/%s is gone: %s", name, member.id, err)
+                if err.starting:
+                    self._start_failed(name, teacher, member, str(err))
+            return
+        if member.load.sessions:
+            teacher.used_at[member.version] = time.time()
+        if member.phase == "draining" and member.report.drained:
+            member.stop()
+        if member.ended():
+            _log.info("%s/%s has stopped", name, member.id)
+            self._remove(teacher, member)
+
+    def _remove(self, teacher: Teacher, member: Member) -> None:
+        member.kill()
+        teacher.members.remove(member)
+
+    def _has_started(self, name: str, teacher: Teacher, member: Member) -> None:
+        """Check that it is what the others of its version are, and note that it serves."""
+        state, found = self._now.teachers[name], member.report.revision
+        version = state.version(member.version)
+        if version is None:
+            return
+        others = any(m.phase == "serving" and m.version == member.version and m is not member for m in teacher.members)
+        if version.revision and version.revision != found and (others or version is not state.current):
+            raise ReplicaFailedError(
+                f"it has revision {found}, and others of the same spec have {version.revision}: the replicas of a "
+                "teacher must be equal. Give it weights or a seed; `schoolhouse roll` takes over changed weights",
+                starting=True,
+            )
+        teacher.used_at[member.version] = time.time()
+        if version.revision != found:
+            state = state.with_version(replace(version, revision=found))
+        if version.number == state.current.number:
+            teacher.failures, teacher.error, teacher.not_before = 0, "", 0.0
+            state = replace(state, old=tuple(_superseded(old) for old in state.old))
+        if state != self._now.teachers[name]:
+            self._change(self._now.with_teacher(name, state))
+
+    def _start_failed(self, name: str, teacher: Teacher, member: Member, why: str) -> None:
+        state = self._now.teachers[name]
+        if member.version != state.current.number:
+            self._change(self._now.with_teacher(name, state.without(member.version)))
+            return
+        teacher.failures += 1
+        if teacher.failures < _MAX_FAILURES:
+            return
+        if state.old and not state.current.revision:
+            _log.error("%s: the roll is taken back: %s", name, why)
+            self._change(self._now.with_teacher(name, state.taken_back(why)))
+            teacher.failures = 0
+        else:
+            teacher.error = why
+            backoff_s = min(10.0 * 2 ** (teacher.failures - _MAX_FAILURES), _MAX_BACKOFF_S)
+            teacher.not_before = time.monotonic() + backoff_s
+
+    def _scale_by_load(self, name: str, teacher: Teacher) -> None:
+        state, now = self._now.teachers[name], time.monotonic()
+        current = [m for m in teacher.members if m.version == state.current.number and m.phase != "draining"]
+        settled = current and all(m.phase == "serving" for m in current) and len(current) == state.count
+        if state.bounds.min == state.bounds.max or not settled or now - teacher.measured_at < _SCALE_S:
+            return
+        teacher.measured_at = now
+        pressure = teacher.meter.read([(member.id, member.load) for member in current], now)
+        count = teacher.scaler.decide(state.current.spec.autoscale, state.bounds, state.count, pressure, now)
+        if count != state.count:
+            _log.info("%s: %d -> %d replicas, %s", name, state.count, count, pressure)
+            self._change(self._now.with_teacher(name, replace(state, count=count)))
+
+    def _follow_plan(self, name: str, teacher: Teacher) -> None:
+        state = self._now.teachers[name]
+        planned = plan(state, [m.seen() for m in teacher.members], teacher.used_at, time.time())
+        for version in planned.start:
+            if time.monotonic() >= teacher.not_before or version != state.current:
+                self._start(name, teacher, version)
+        for member in teacher.members:
+            if member.id in planned.drain:
+                _log.info("%s/%s drains", name, member.id)
+                member.drain(state.current.pool.drain_timeout_s)
+        left = {m.version for m in teacher.members} | {v.number for v in planned.start}
+        for version in state.old:
+            if version.superseded_at and version.number not in left:
+                self._change(self._now.with_teacher(name, self._now.teachers[name].without(version.number)))
+
+    def _start(self, name: str, teacher: Teacher, version: Version) -> None:
+        others = [m for m in teacher.members if m.version == version.number and m.phase != "draining"]
+        if members.one_at_a_time(version.spec) and any(m.where is None for m in others):
+            return  # the next turn knows where that one went
+        teacher.members.append(members.start(name, version, others, self._now))
+
+    def _table(self) -> tuple[list[Member], list[bytes]]:
+        """The members that the directory is told of, and what it is told."""
+        listed, table = [], []
+        for name, state in self._now.teachers.items():
+            serving = [m for m in self._teachers[name].members if m.phase != "starting" and not m.stopping]
+            serving = [m for m in serving if m.report.address]
+            listed += serving
+            replicas = [member.described() for member in serving]
+            revision = _revision_of(state, replicas)
+            found = directory_pb2.ReplicaSet(teacher=name, replicas=replicas, wanted=state.count, revision=revision)
+            table.append(found.SerializeToString())
+        return listed, table
+
+
+def _superseded(version: Version) -> Version:
+    return version if version.superseded_at else replace(version, superseded_at=time.time())
+
+
+def _revision_of(state: TeacherState, replicas: list[directory_pb2.Replica]) -> str:
+    """What a job that begins now gets: the newest that serves; that of a roll as soon as one of its replicas does."""
+    serving = {r.revision for r in replicas if r.state == directory_pb2.Replica.SERVING}
+    return next((v.revision for v in reversed(state.versions) if v.revision in serving), "")
+
+
+def _answers(calls: list[Any]) -> Iterator[Any]:
+    """What the calls that have ended by now returned; those that failed are left out."""
+    for call in calls:
+        try:
+            yield ray.get(call, timeout=0)
+        except (RayError, GetTimeoutError):
+            continue

@@ -1,0 +1,226 @@
+"""A replica as the keeper sees it: starts its actor, asks it how it is, and ends it. Never waits for an answer."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from schoolhouse_wire.v1 import directory_pb2
+
+from schoolhouse_server.actors import NAMESPACE, Report, TeacherActor, Where
+from schoolhouse_server.config import TeacherSpec
+from schoolhouse_server.desired import Desired, Version
+from schoolhouse_server.planning import Seen
+
+_HUNG_S = 60.0  # a replica that answers nothing for this long is replaced
+_LOAD_TIMEOUT_S = 1800.0
+_STOP_TIMEOUT_S = 10.0
+_PREFIX = "teacher"
+_NODE_ID = "ray.io/node-id"
+
+
+class ReplicaFailedError(Exception):
+    """A replica is gone. `starting`: it never served."""
+
+    def __init__(self, why: str, *, starting: bool) -> None:
+        super().__init__(why)
+        self.starting = starting
+
+
+@dataclass(eq=False)
+class Member:
+    """One replica's actor, and what it last said."""
+
+    id: str
+    version: int
+    actor: Any
+    pending: Any  # the call whose answer shows that it lives: a Report
+    pending_where: Any
+    began: float = field(default_factory=time.monotonic)
+    asked_at: float = field(default_factory=time.monotonic)
+    phase: Literal["starting", "serving", "draining"] = "starting"
+    listed: bool = False  # in the directory
+    where: Where | None = None
+    report: Report = field(default_factory=lambda: Report("starting", 0))
+    load: directory_pb2.Load = field(default_factory=directory_pb2.Load)
+    _stopping: Any = None
+    _stop_by: float = 0.0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it has been told to stop."""
+        return self._stopping is not None
+
+    def seen(self) -> Seen:
+        """What a plan is made from."""
+        return Seen(
+            id=self.id,
+            version=self.version,
+            phase=self.phase,
+            revision=self.report.revision,
+            placed=self.where is not None,
+            age_s=time.monotonic() - self.began,
+            sessions=self.load.sessions,
+        )
+
+    def described(self) -> directory_pb2.Replica:
+        """What the directory says of it."""
+        state = directory_pb2.Replica.DRAINING if self.phase == "draining" else directory_pb2.Replica.SERVING
+        where = self.where or Where("", "", "")
+        return directory_pb2.Replica(
+            id=self.id,
+            address=self.report.address,
+            revision=self.report.revision,
+            load=self.load,
+            state=state,
+            host=where.host,
+            zone=where.zone,
+        )
+
+    def poll(self) -> None:
+        """Take its answer if there is one, and ask again; raises `ReplicaFailedError` if it is gone or hangs."""
+        try:
+            self._take_where()
+            ready, _ = ray.wait([self.pending], timeout=0)
+            if ready:
+                self._take(ray.get(self.pending))
+            elif time.monotonic() - self.asked_at > (_LOAD_TIMEOUT_S if self.phase == "starting" else _HUNG_S):
+                raise ReplicaFailedError("it did not answer for too long", starting=self.phase == "starting")
+        except ActorUnavailableError:
+            self._ask(again=True)  # the network may return, and `asked_at` holds on
+        except RayActorError as err:
+            raise ReplicaFailedError("its process or its node died", starting=self.phase == "starting") from err
+        except RayError as err:  # start() raised
+            raise ReplicaFailedError(str(getattr(err, "cause", err)), starting=True) from err
+
+    def stage(self) -> str:
+        """What it is doing, for an operator to read."""
+        if self.phase != "starting":
+            return self.phase if self.listed else "registering"
+        if self.where is None:
+            return "waiting for resources"
+        try:
+            return str(ray.get(self.actor.report.remote(), timeout=0.2).stage)
+        except (RayError, GetTimeoutError):
+            return self.report.stage
+
+    def drain(self, timeout_s: float) -> None:
+        """Let it end what it has; one that does not serve yet has nothing."""
+        if self.phase == "starting":
+            self.stop()
+        else:
+            self.actor.drain.remote(timeout_s)
+        self.phase = "draining"
+
+    def stop(self) -> None:
+        """Tell it to stop; `ended` says when it may be killed."""
+        if self._stopping is None:
+            self._stopping = self.actor.stop.remote()
+            self._stop_by = time.monotonic() + (_STOP_TIMEOUT_S if self.phase != "starting" else 0.0)
+
+    def ended(self) -> bool:
+        """Whether it has stopped, or has had the time to."""
+        return self._stopping is not None and (
+            time.monotonic() >= self._stop_by or bool(ray.wait([self._stopping], timeout=0)[0])
+        )
+
+    def kill(self) -> None:
+        """End its process, also if it is on a node that cannot be reached at present."""
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(self.actor)
+
+    def _take_where(self) -> None:
+        if self.where is None and ray.wait([self.pending_where], timeout=0)[0]:
+            try:
+                self.where = ray.get(self.pending_where)
+            except ActorUnavailableError:
+                self.pending_where = self.actor.where.remote()
+
+    def _take(self, report: Report) -> None:
+        self.report = report
+        self.load = directory_pb2.Load.FromString(report.load)
+        if self.phase != "draining" and report.address:
+            self.phase = "draining" if report.draining else "serving"
+        self._ask(again=False)
+
+    def _ask(self, *, again: bool) -> None:
+        if not again:
+            self.asked_at = time.monotonic()
+        starting = self.phase == "starting"  # start() waits for one that is under way
+        self.pending = self.actor.start.remote() if starting else self.actor.report.remote()
+
+
+def start(teacher: str, version: Version, others: Iterable[Member], desired: Desired) -> Member:
+    """A new replica of a version, placed as its spec says beside the `others` of that version."""
+    member_id = uuid.uuid4().hex[:8]
+    spec = version.spec
+    actor = (
+        ray.remote(TeacherActor)
+        .options(
+            name=f"{_PREFIX}/{teacher}/{version.number}/{member_id}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_concurrency=8,
+            num_cpus=spec.resources.num_cpus,
+            num_gpus=spec.resources.num_gpus,
+            resources=spec.resources.custom or None,
+            **_placement(spec, [member.where.node_id for member in others if member.where is not None]),
+        )
+        .remote(teacher, spec, version.pool, version.number)
+    )
+    actor.hold.remote(desired)
+    return Member(member_id, version.number, actor, actor.start.remote(), actor.where.remote())
+
+
+def one_at_a_time(spec: TeacherSpec) -> bool:
+    """Whether the next replica's place depends on where the one before it went."""
+    return spec.placement in ("STRICT_SPREAD", "PACK", "STRICT_PACK")
+
+
+def adopt() -> dict[str, list[Member]]:
+    """The replicas that a keeper which died has left, by teacher."""
+    found: dict[str, list[Member]] = {}
+    for name in ray.util.list_named_actors():
+        kind, _, rest = name.partition("/")
+        teacher, _, numbers = rest.partition("/")
+        version, _, member_id = numbers.partition("/")
+        if kind == _PREFIX and member_id:
+            with contextlib.suppress(ValueError):  # it has died meanwhile
+                actor = ray.get_actor(name, namespace=NAMESPACE)
+                member = Member(member_id, int(version), actor, actor.report.remote(), actor.where.remote())
+                found.setdefault(teacher, []).append(member)
+    return found
+
+
+def actors(teacher: str = "", member_id: str = "") -> dict[str, Any]:
+    """The actors of replicas by TEACHER/ID: all, those of a teacher, or one."""
+    found = {}
+    for name in ray.util.list_named_actors():
+        kind, *rest = name.split("/")
+        if kind == _PREFIX and rest[0] == (teacher or rest[0]) and rest[-1] == (member_id or rest[-1]):
+            with contextlib.suppress(ValueError):
+                found[f"{rest[0]}/{rest[-1]}"] = ray.get_actor(name, namespace=NAMESPACE)
+    return found
+
+
+def _placement(spec: TeacherSpec, nodes: list[str]) -> dict[str, Any]:
+    """Ray's options for a replica beside others on `nodes`. With a selector Ray itself waits for a node that fits."""
+    labels = dict(spec.labels)
+    options: dict[str, Any] = {}
+    if spec.placement == "SPREAD":
+        options["scheduling_strategy"] = "SPREAD"
+    elif spec.placement == "STRICT_SPREAD" and nodes:
+        labels[_NODE_ID] = f"!in({','.join(sorted(set(nodes)))})"
+    elif spec.placement == "STRICT_PACK" and nodes:
+        labels[_NODE_ID] = nodes[0]
+    elif spec.placement == "PACK" and nodes and not labels:
+        fullest = max(nodes, key=nodes.count)
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(fullest, soft=True, _spill_on_unavailable=True)
+    if labels:
+        options["label_selector"] = labels
+    return options
