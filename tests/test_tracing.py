@@ -106,6 +106,23 @@ def test_the_second_waits_in_the_queue(x):
     assert second - first > 0.15
 
 
+def test_who_joins_another_ones_forward_has_only_its_own_part_of_it(x):
+    with serve(Sleepy(0.4), tracing=True) as server, sh.connect(server.url) as first, sh.connect(server.url) as second:
+        one = first.submit((x,), {}, [""])
+        time.sleep(0.15)
+        other = second.submit((x,), {}, [""])
+        assert torch.equal(one.result()[""], other.result()[""])
+        assert server.engines["teacher"].joined == 1
+    spans = EXPORTER.get_finished_spans()
+    answers = {span.context.span_id: span for span in spans if span.name == "schoolhouse.answer"}
+    forwards = [span for span in spans if span.name == "schoolhouse.forward"]
+    assert len(answers) == len(forwards) == 2
+    for forward in forwards:
+        assert forward.start_time >= answers[forward.parent.span_id].start_time
+    shorter, longer = sorted((span.end_time - span.start_time) / 1e9 for span in forwards)
+    assert longer - shorter > 0.1
+
+
 def test_an_error_is_its_type_alone(x):
     with serve(Wrong(), tracing=True) as server, sh.connect(server.url, tracing=True) as teacher:
         with pytest.raises(sh.errors.TeacherForwardError):
@@ -132,6 +149,8 @@ def test_cancelled_on_both_sides(x):
         time.sleep(0.1)
         assert future.cancel()
         running.result()
+        while sum(span.name == "schoolhouse.answer" for span in EXPORTER.get_finished_spans()) < 2:
+            time.sleep(0.01)  # both end while the session goes on
     spans = EXPORTER.get_finished_spans()
     for name in ("schoolhouse.features", "schoolhouse.answer"):
         assert sum(span.attributes.get("schoolhouse.cancelled", False) for span in spans if span.name == name) == 1
