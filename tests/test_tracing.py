@@ -149,8 +149,10 @@ def test_cancelled_on_both_sides(x):
         time.sleep(0.1)
         assert future.cancel()
         running.result()
+        end = time.monotonic() + 10
         while sum(span.name == "schoolhouse.answer" for span in EXPORTER.get_finished_spans()) < 2:
-            time.sleep(0.01)  # both end while the session goes on
+            assert time.monotonic() < end, "both end while the session goes on"
+            time.sleep(0.01)
     spans = EXPORTER.get_finished_spans()
     for name in ("schoolhouse.features", "schoolhouse.answer"):
         assert sum(span.attributes.get("schoolhouse.cancelled", False) for span in spans if span.name == name) == 1
