@@ -33,7 +33,7 @@ def browser(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    found.set_page_load_timeout(30)
+    found.set_page_load_timeout(90)
     yield found
     found.quit()
 
@@ -58,7 +58,7 @@ def text(browser, selector):
     return browser.execute_script("return document.querySelector(arguments[0]).innerText", selector)
 
 
-def until(browser, condition, *, within_s=20.0):
+def until(browser, condition, *, within_s=60.0):
     end = time.monotonic() + within_s
     while not (found := condition()):
         assert time.monotonic() < end, browser.execute_script("return document.body.innerText")
