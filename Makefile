@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test parity lint protos bench clean
+.PHONY: install demo test cluster parity lint protos bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test: $(STAMP)  ## the page's tests want a browser: as root on Debian it is inst
 		(timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq \
 			--no-install-recommends chromium chromium-driver) >/dev/null 2>&1 || true; fi
 	$(BIN)/python -m pytest
+
+cluster: $(STAMP)  ## takes a node of a Ray cluster off its network, in network namespaces; needs root
+	$(BIN)/python -m pytest -m cluster tests/test_nodes.py
 
 parity:  ## the same scripts with nvidia-modelopt, in an environment of its own (it imports what it does not require)
 	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
@@ -43,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/pool.py
 	$(BIN)/python benchmarks/bytes_per_token.py
 	$(BIN)/python benchmarks/checksum.py
 

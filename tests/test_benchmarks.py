@@ -39,3 +39,12 @@ def test_scaling():
     assert list(found["clients"]) == ["1", "2", "4", "8"]
     assert list(found["replicas"]) == ["1", "2", "4"]
     assert all(rate > 0 for rate in [*found["clients"].values(), *found["replicas"].values()])
+
+
+@pytest.mark.ray
+def test_pool():
+    found = figures("pool", "--replicas", "1", "--students", "1", "--seconds", "1")
+    assert found["up_s"] > 0
+    assert found["recover_s"] > 0
+    assert found["failed_steps"] == 0
+    assert found["steps"] > 0

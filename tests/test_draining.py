@@ -78,7 +78,7 @@ def test_a_drain_without_sessions_is_over_at_once():
 
 class Session:
     def __init__(self):
-        self.outstanding, self.told = 1, 0
+        self.outstanding, self.calls, self.told = 1, 1, 0
 
     def tell_draining(self):
         self.told += 1
@@ -102,6 +102,9 @@ def test_when_a_drain_is_over():
     one.outstanding = 1  # a call that was on its way
     assert not drain.over()
     one.outstanding = 0
+    now[0] += draining.IDLE_S - 0.1
+    one.calls += 1  # one that has come and gone meanwhile
+    assert not drain.over()
     now[0] += draining.IDLE_S - 0.1
     assert not drain.over()
     now[0] += 0.2

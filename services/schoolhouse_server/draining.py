@@ -18,6 +18,11 @@ class Leaving(Protocol):
         """Requests whose answers are not sent yet."""
         ...
 
+    @property
+    def calls(self) -> int:
+        """Requests that came so far."""
+        ...
+
     def tell_draining(self) -> None:
         """Say so to the client."""
         ...
@@ -32,6 +37,7 @@ class Drain:
         self._sessions: set[Leaving] = set()
         self._deadline: float | None = None
         self._busy_at = 0.0
+        self._calls = 0  # that had come when somebody looked last
 
     @property
     def began(self) -> bool:
@@ -71,6 +77,7 @@ class Drain:
             if self._deadline is None:
                 return False
             now = self._clock()
-            if any(session.outstanding for session in self._sessions):
-                self._busy_at = now
+            calls = sum(session.calls for session in self._sessions)
+            if calls != self._calls or any(session.outstanding for session in self._sessions):
+                self._busy_at, self._calls = now, calls
             return not self._sessions or now - self._busy_at >= IDLE_S or now >= self._deadline

@@ -116,6 +116,7 @@ class ServerSession:
     ) -> None:
         self.outbox: Outbox[Message | bytes] = Outbox()
         self.error: SchoolhouseError | None = None
+        self.calls = 0  # that came so far
         self._teachers = teachers
         self._spans = SessionSpans(teachers.tracer)
         self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
@@ -255,6 +256,7 @@ class ServerSession:
                 self._segment.free(offset)
 
     def _on_call(self, call: teacher_pb2.Call) -> None:
+        self.calls += 1
         try:
             if self._engine is None:
                 raise ProtocolError("a call came before Open")

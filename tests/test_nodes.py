@@ -1,0 +1,67 @@
+"""A pool on a cluster whose nodes go away: a raylet that is killed, and one whose network link is down."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.ray
+
+SCRIPT = str(Path(__file__).parent / "two_nodes.py")
+OWN, OTHER = "10.213.77.1", "10.213.77.2"
+
+
+def run(command, timeout_s=170):
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, out[-2000:] + err[-4000:]
+    assert out.splitlines()[-1] == "done"
+
+
+def test_a_raylet_is_killed():
+    run([sys.executable, SCRIPT, "kill"])
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+@pytest.fixture
+def namespaces():
+    """Two network namespaces and the link between them; nothing in them can be reached from elsewhere."""
+    first, second = (f"schoolhouse-{os.getpid()}-{i}" for i in (1, 2))
+    links = [f"sh{os.getpid()}a", f"sh{os.getpid()}b"]
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the command `ip` of iproute2")
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in (first, second):
+                ip("netns", "add", name)
+                stack.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
+                ip("-n", name, "link", "set", "lo", "up")
+            ip("link", "add", links[0], "netns", first, "type", "veth", "peer", "name", links[1], "netns", second)
+            for name, link, address in ((first, links[0], OWN), (second, links[1], OTHER)):
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+                ip("-n", name, "link", "set", link, "up")
+        except subprocess.CalledProcessError as err:
+            pytest.skip(f"network namespaces are not permitted here: {err.stderr.decode().strip()}")
+        yield first, second, links[0]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(400)
+def test_a_link_goes_down(namespaces):
+    first, second, link = namespaces
+    run(["ip", "netns", "exec", first, sys.executable, SCRIPT, "unplug", second, link, OTHER, OWN], 380)

@@ -1,0 +1,160 @@
+"""A pool on a Ray cluster of two nodes, one of which goes away while a student trains; run in a process of its own.
+
+`two_nodes.py kill` ends a raylet of this machine. `two_nodes.py unplug NAMESPACE LINK ADDRESS OWN_ADDRESS` has the
+second raylet in a network namespace, and takes its link down: nobody is told, packets just get lost. Prints "done".
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import ray
+import schoolhouse as sh
+import torch
+from models import Net
+from ray.cluster_utils import Cluster
+from schoolhouse_server.actors import NAMESPACE
+from schoolhouse_server.pool import find, ray_cluster
+
+HERE = Path(__file__).parent
+POOL = """
+host: {host}
+port: 0
+drain_timeout_s: 2
+teachers:
+  net:
+    build: models:Net
+    kwargs: {{width: 32, seed: 1}}
+    threads: 1
+    replicas: 2
+    placement: STRICT_SPREAD
+    resources: {{num_cpus: 0.5}}
+  elsewhere:
+    build: models:Net
+    threads: 1
+    labels: {{kind: big}}
+    resources: {{num_cpus: 0.5}}
+"""
+LABELS = {"ray.io/availability-zone": "b", "kind": "big"}
+HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+X = torch.randn(4, 8)
+
+
+def schoolhouse(*arguments):
+    code = "from schoolhouse_server.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def until(true, timeout_s=120.0):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, find().status()
+        time.sleep(0.2)
+
+
+def train(url, steps, ended):
+    model = Net(32, seed=1)
+    with sh.connect(url) as teacher:
+        while not ended.is_set():
+            assert torch.equal(teacher.submit((X,), {}, [""]).result(100)[""], model(X))
+            steps.append(1)
+            time.sleep(0.01)
+    steps.append("ended well")
+
+
+def nodes(rows):
+    """Where replicas run, by TEACHER/ID."""
+    from schoolhouse_server.members import actors
+
+    wheres = {name: ray.get(actor.where.remote(), timeout=20) for name, actor in actors().items()}
+    return {f"{row['teacher']}/{row['id']}": wheres[f"{row['teacher']}/{row['id']}"] for row in rows}
+
+
+def serving(teacher="net"):
+    return [row for row in find().status() if row["teacher"] == teacher and row["stage"] == "serving"]
+
+
+def check(cluster, address, host, second_node, lose):
+    head = ray.get_runtime_context().get_node_id()
+    file = Path(tempfile.mkdtemp()) / "pool.yaml"
+    file.write_text(POOL.format(host=host))
+    url = re.search(r"grpc://\S+/net", schoolhouse("up", str(file), "--address", address)).group()
+    placed = nodes(find().status())
+    assert {name.split("/")[0]: where.zone for name, where in placed.items() if where.node_id != head} == {
+        "net": "b",
+        "elsewhere": "b",
+    }
+    assert sorted(name.split("/")[0] for name, where in placed.items() if where.node_id == head) == ["net"]
+    steps, ended = [], threading.Event()
+    student = threading.Thread(target=train, args=(url, steps, ended), daemon=True)
+    student.start()
+    until(lambda: len(steps) > 20)
+    lose()
+    until(lambda: len(serving()) == 1 and not serving("elsewhere"))
+    assert any(row["stage"] == "waiting for resources" for row in find().status())  # not beside the one that is left
+    seen = len(steps)
+    until(lambda: len(steps) > seen + 20)
+    second_node()
+    until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
+    ended.set()
+    student.join(60)
+    assert steps[-1] == "ended well"
+    schoolhouse("down", "--address", address)
+
+
+def main(how, namespace="", link="", address="", own=""):
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    started = []
+
+    def start_second():
+        if how == "kill":
+            started.append(cluster.add_node(num_cpus=1, labels=LABELS))
+            return
+        if started:
+            subprocess.run(["ip", "link", "set", link, "up"], check=True)
+        labels = ",".join(f"{name}={value}" for name, value in LABELS.items())
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", cluster.address, "--block"]
+        command += ["--node-ip-address", address, "--num-cpus", "1", "--labels", labels]
+        started.append(subprocess.Popen(["ip", "netns", "exec", namespace, *command], stdout=subprocess.DEVNULL))
+
+    def lose():
+        if how == "kill":
+            cluster.remove_node(started[0], allow_graceful=False)
+        else:
+            subprocess.run(["ip", "link", "set", link, "down"], check=True)
+
+    cluster = Cluster()
+    try:
+        where = {"node_ip_address": own} if own else {}
+        cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=HEALTH, **where)
+        start_second()
+        with ray_cluster(cluster.address):
+            assert ray.get_runtime_context().namespace == NAMESPACE
+            until_nodes(2)
+            check(cluster, cluster.address, "0.0.0.0" if own else "127.0.0.1", start_second, lose)
+    finally:
+        cluster.shutdown()
+        for process in started if how != "kill" else []:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.terminate()
+                process.wait(10)
+    sys.stdout.write("done\n")
+
+
+def until_nodes(count):
+    deadline = time.monotonic() + 60
+    while sum(node["Alive"] for node in ray.nodes()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
