@@ -21,6 +21,7 @@ def connect(
     zone: str = "",
     revision: str = "",
     follow_revisions: bool = False,
+    tracing: bool = False,
 ) -> RemoteTeacher:
     """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
 
@@ -47,8 +48,11 @@ def connect(
         revision: of the teacher, as `describe()` says it; empty: the present one. Features are of this revision alone.
         follow_revisions: ask each request of the revision that is present when it is submitted, in place of keeping
             to the first; `Features.revision` says which it was.
+        tracing: make an OpenTelemetry span of each request, within the current one; the replica's are in the same
+            trace, if it traces too. It needs the extra `otel`, and a tracer provider that the program sets.
 
     Raises:
+        ConfigError: for a setting that is none, or tracing without OpenTelemetry.
         TeacherUnavailableError: no server there within `connect_timeout_s`.
         UnknownTeacherError: no teacher of that name; lists those there are.
         RevisionChangedError: no replica of `revision`; lists those there are.
@@ -67,6 +71,7 @@ def connect(
         zone=zone,
         revision=revision,
         follow_revisions=follow_revisions,
+        tracing=tracing,
     )
     teacher.facts()
     return teacher

@@ -24,11 +24,12 @@ from schoolhouse.facts import Facts
 from schoolhouse.fetched_heads import FetchedHeads
 from schoolhouse.heads import Head
 from schoolhouse.replicas import ReplicaSet
-from schoolhouse.request import Request, Traffic
+from schoolhouse.request import Request, Traffic, traced
 from schoolhouse.session import Session
 from schoolhouse.settings import Settings
 from schoolhouse.taps import Tap, TapLike
 from schoolhouse.teachers import Features, TeacherDescription
+from schoolhouse.tracing import tracer
 from schoolhouse.wanted import Wanted
 
 _LIMITS, _HEAD_LIMITS = Limits(), Limits(max_payload_bytes=16 << 30)
@@ -44,6 +45,7 @@ class RemoteTeacher:
         self.url = url
         self._target, self._name = discovery.parse(url)
         self._settings = Settings(**settings)
+        self._tracer = tracer(self._settings.tracing)
         self._closed = False
         self._pinned = self._settings.revision  # the one that it began with, also in a copy and after a fork
         self._inherited: ReplicaSet | None = None  # what the process knew that this one was forked from
@@ -181,7 +183,8 @@ class RemoteTeacher:
         limits: Limits = _LIMITS,
     ) -> "Future[Features]":
         deadline = time.monotonic() + self._settings.timeout_s
-        request = Request(outgoing, wanted, revision, deadline, heads, limits)
+        span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.job)
+        request = Request(outgoing, wanted, revision, deadline, heads, limits, span)
         request_id = dispatcher.outstanding.add(request)
         # The future must not refer to the request: in a cycle, its features would outlive their use.
         request.future.add_done_callback(lambda future: self._done(dispatcher, request_id, future))

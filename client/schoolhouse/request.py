@@ -14,6 +14,7 @@ from schoolhouse.heads import Head
 from schoolhouse.sparse import decoded
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features
+from schoolhouse.tracing import RequestSpan, Tracer
 from schoolhouse.wanted import Wanted
 
 
@@ -43,9 +44,14 @@ class Request:
     deadline: float  # on time.monotonic's clock
     heads: Mapping[Tap, Head]  # of the taps whose hidden states travel
     limits: Limits  # of the reply
+    span: RequestSpan | None = None  # where it is traced
     future: "Future[Features]" = field(default_factory=Future)
     losses: int = 0  # replicas that were lost while they had it
     told_to_wait: bool = False  # a replica had no room for it
+
+    def __post_init__(self) -> None:
+        if self.span is not None:
+            self.future.add_done_callback(self.span.done)
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +63,15 @@ class Request:
         """Answered, failed or cancelled."""
         return self.future.done()
 
+    def sent(self) -> str:
+        """Note that a replica is asked; the trace context for its call."""
+        return self.span.sent() if self.span is not None else ""
+
+    def received(self, nbytes: int) -> None:
+        """Note how much came."""
+        if self.span is not None:
+            self.span.received(nbytes)
+
     def resolve(self, features: Features) -> None:
         """Give the features to who waits, unless it cancelled."""
         with contextlib.suppress(InvalidStateError):
@@ -66,6 +81,17 @@ class Request:
         """Give the error to who waits, unless it cancelled."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
+
+
+def traced(
+    tracer: Tracer | None, outgoing: framing.Outgoing, wanted: Wanted, teacher: str, revision: str, job: str
+) -> RequestSpan | None:
+    """The span of a request that begins, where there is a tracer."""
+    if tracer is None:
+        return None
+    taps = [f"{tap.module}:{tap.side}" for tap in wanted.taps]
+    nbytes = outgoing.nbytes + len(outgoing.header)
+    return tracer.request(teacher=teacher, revision=revision, job=job, taps=taps, sent_bytes=nbytes)
 
 
 def features_of(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:

@@ -183,6 +183,7 @@ class Session:
                 timeout_s=max(request.deadline - self._clock(), 0.001),
                 inputs=request.outgoing.header,
                 payload=payload,
+                traceparent=request.sent(),
             )
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
@@ -343,6 +344,7 @@ class Session:
         self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
         self._received_bytes += incoming.nbytes + len(reply.features)
         self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
+        request.received(incoming.nbytes + len(reply.features))
         try:
             request.resolve(features_of(request, reply, incoming))
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone

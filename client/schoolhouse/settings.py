@@ -29,6 +29,7 @@ class Settings:
     zone: str = ""
     revision: str = ""
     follow_revisions: bool = False
+    tracing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("job", "zone", "revision"):
@@ -36,7 +37,7 @@ class Settings:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a string")
         if not isinstance(self.weight, int | float) or not _WEIGHTS[0] <= self.weight <= _WEIGHTS[1]:
             raise ConfigError(f"weight is {self.weight!r}; it must be a number from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
-        for name in ("shared_memory", "checksums", "follow_revisions"):
+        for name in ("shared_memory", "checksums", "follow_revisions", "tracing"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choices: True, False")
         if not isinstance(self.head_folder, str | Path | None):

@@ -17,10 +17,11 @@ from schoolhouse_server.desired import Desired
 from schoolhouse_server.directory import MAX_WATCHERS, Directory
 from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.loading import load_example, load_teacher
+from schoolhouse_server.logs import RingHandler, set_up
 from schoolhouse_server.ports import listen
 from schoolhouse_server.replica import Replica
-from schoolhouse_server.ring import RingHandler
 from schoolhouse_server.standard import add_standard_services
+from schoolhouse_server.web import WebServer
 
 NAMESPACE = "schoolhouse"
 KEEPER, DIRECTORY = "keeper", "directory"
@@ -55,12 +56,12 @@ class Report:
 class PoolActor:
     """What every actor of a pool has: its last log records, and the desired state, so that no one alone holds it."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_format: str, **about: str) -> None:
+        """Log in that format, each line with what this actor is `about`."""
         self._desired: Desired | None = None
         self._ring = RingHandler(_LOG_LINES)
-        root = logging.getLogger()
-        root.addHandler(self._ring)
-        root.setLevel(min(root.level, logging.INFO) or logging.INFO)
+        set_up(log_format, self._ring, **about)
+        logging.getLogger().addHandler(self._ring)  # of a teacher's code, too
 
     def hold(self, desired: Desired) -> None:
         """Keep the desired state, if it is newer than the one that is held."""
@@ -80,7 +81,8 @@ class TeacherActor(PoolActor):
     """One replica: builds its teacher, serves it, reports its load. It owns the device that Ray gave it."""
 
     def __init__(self, name: str, spec: TeacherSpec, pool: PoolConfig, version: int = 0) -> None:
-        super().__init__()
+        self._id = (ray.get_runtime_context().get_actor_name() or name).rpartition("/")[2]
+        super().__init__(pool.log_format, teacher=name, replica=self._id)
         self._name, self._spec, self._pool, self._version = name, spec, pool, version
         self._stage = "starting"
         self._replica: Replica | None = None
@@ -152,6 +154,9 @@ class TeacherActor(PoolActor):
             lease_s=self._spec.lease_s,
             merging=self._spec.merging,
             example=load_example(self._spec, self._pool.folder),
+            http_port=self._pool.metrics_port_range,
+            tracing=self._pool.tracing,
+            replica_id=self._id,
         )
 
 
@@ -159,7 +164,7 @@ class DirectoryActor(PoolActor):
     """The gRPC server that tells students where the replicas are. Its table is published by the keeper."""
 
     def __init__(self, pool: PoolConfig) -> None:
-        super().__init__()
+        super().__init__(pool.log_format)
         self._directory = Directory(ready=False)
         server = grpc.server(
             DaemonExecutor(_DIRECTORY_RPCS, "schoolhouse-directory"),  # type: ignore[arg-type]  # it uses what every Executor has
@@ -173,10 +178,18 @@ class DirectoryActor(PoolActor):
         server.start()
         self._address = f"{host}:{port}"
         self._server = server
+        self._page = ""
+        if pool.http_port is not None:
+            web = WebServer(self._directory.sets, host=bound(pool), port=pool.http_port).start()
+            self._page = f"http://{host}:{web.port}"
 
     def address(self) -> str:
         """host:port that students connect to."""
         return self._address
+
+    def page(self) -> str:
+        """URL of the page with charts; empty without one."""
+        return self._page
 
     def publish(self, table: list[bytes]) -> None:
         """Replace the replica sets of all teachers."""

@@ -72,6 +72,8 @@ def up(
                 raise
             for name in config.teachers:
                 out.print(f"students connect to  {launched.url(name)}", soft_wrap=True)
+            if launched.page:
+                out.print(f"watch it at          {launched.page}", soft_wrap=True)
     except BaseException:
         if started:
             local_cluster.stop()
@@ -84,6 +86,8 @@ def status(address: Address = None) -> None:
     with _pool(address) as found:
         out.print(_table(found.status()))
         out.print(f"directory at {found.address}", soft_wrap=True)
+        if found.page:
+            out.print(f"charts at {found.page}", soft_wrap=True)
 
 
 @app.command()
@@ -160,6 +164,27 @@ def logs(
         for name, records in found.logs(teacher, replica_id, lines).items():
             for record in records:
                 out.print(f"{name}  {record}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def top(
+    url: Annotated[
+        str | None,
+        typer.Argument(help="A directory or replica, as HOST:PORT or grpc://HOST:PORT/NAME. Else: the pool."),
+    ] = None,
+    address: Address = None,
+    interval_s: Annotated[float, typer.Option(min=0.1, max=3600, help="Between looks, in seconds.")] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one table, of the rates of one interval, and end.")
+    ] = False,
+) -> None:
+    """Watch replicas and jobs, live; 'q' ends it."""
+    from schoolhouse_server.top import target_of, watch
+
+    if url is None:
+        with _pool(address) as found:
+            url = found.address
+    watch(target_of(url), out, interval_s=interval_s, once=once)
 
 
 @app.command()

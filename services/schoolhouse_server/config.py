@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
 
 from schoolhouse_server.batching import MergeSettings, Padding
+from schoolhouse_server.logs import LogFormat
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_LEASE_S, MAX_QUEUED
 
 _MAX_REPLICAS = 1024
@@ -173,6 +174,11 @@ class PoolConfig:
 
     A replica that must go answers what it has for up to `drain_timeout_s`. Replicas of a revision that was rolled over
     stay until the jobs that began with it have ended, `linger_s` at most.
+
+    With an `http_port` (0: any free one) the directory has a page with charts of the whole pool, and Prometheus metrics
+    at `/metrics`; with `metrics_ports`, a range, each replica has its own, for a Prometheus that asks each by itself.
+    `log_format` is that of the actors, on stderr and in `schoolhouse logs`: "text", or "json", one object a line.
+    `tracing` makes OpenTelemetry spans, for the tracer provider that the teacher's module sets as it is imported.
     """
 
     teachers: Annotated[dict[Annotated[str, Field(pattern=r"^[^/\s]+$")], TeacherSpec], Field(min_length=1)]
@@ -183,18 +189,28 @@ class PoolConfig:
     zone_label: str = "ray.io/availability-zone"
     drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 120.0
     linger_s: Annotated[float, Field(ge=0)] = 86400.0
+    http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    metrics_ports: str | None = None
+    log_format: LogFormat = "text"
+    tracing: bool = False
     folder: Path = Path()
 
     @model_validator(mode="after")
     def _port_range(self) -> "PoolConfig":
-        if self.ports is not None:
-            parse_ports(self.ports)
+        for given in (self.ports, self.metrics_ports):
+            if given is not None:
+                parse_ports(given)
         return self
 
     @property
     def replica_ports(self) -> range:
         """Where replicas may listen; just 0, for any free port, without `ports`."""
         return range(1) if self.ports is None else parse_ports(self.ports)
+
+    @property
+    def metrics_port_range(self) -> range | None:
+        """Where replicas may serve their metrics; None: they don't."""
+        return None if self.metrics_ports is None else parse_ports(self.metrics_ports)
 
 
 def parse_ports(text: str) -> range:

@@ -28,8 +28,12 @@ class Span:
 
     def settle(self) -> None:
         """Count how long it took; the device has finished it."""
-        took_s = self.end - self.begin if isinstance(self.end, float) else self.begin.elapsed_time(self.end) / 1e3
-        self.stage.count(took_s)
+        self.stage.count(self.seconds_to(self))
+
+    def seconds_to(self, other: "Span") -> float:
+        """From its begin to the end of another, or of its own."""
+        end = other.end
+        return float(end - self.begin if isinstance(end, float) else self.begin.elapsed_time(end) / 1e3)
 
 
 class Stage:

@@ -10,6 +10,7 @@ from schoolhouse_wire import status
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 MAX_WATCHERS = 1024
+_NOT_READY = "the directory has just started and does not know the replicas yet"
 _LOADS_S = 2.0  # how often a watcher hears of loads that have changed
 _UNBALANCED = ("jobs", "stage_s", "queue_delay_counts", "errors", "feature_bytes")  # not for a choice among replicas
 
@@ -52,7 +53,13 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         self._ready = True
 
     def sets(self) -> list[directory_pb2.ReplicaSet]:
-        """All replica sets with their present loads; they are the caller's."""
+        """All replica sets with their present loads; they are the caller's.
+
+        Raises:
+            TeacherUnavailableError: it is not ready.
+        """
+        if not self._ready:
+            raise TeacherUnavailableError(_NOT_READY)
         with self._changed:
             response = directory_pb2.ListTeachersResponse(teachers=[e.replicas for e in self._entries.values()])
         for replicas in response.teachers:
@@ -123,8 +130,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
 
     def _check_ready(self, context: grpc.ServicerContext) -> None:
         if not self._ready:
-            error = TeacherUnavailableError("the directory has just started and does not know the replicas yet")
-            status.abort(context, error)
+            status.abort(context, TeacherUnavailableError(_NOT_READY))
 
     def _check_known(self, name: str, context: grpc.ServicerContext) -> None:
         with self._changed:

@@ -10,6 +10,7 @@ from schoolhouse_wire.limits import Limits
 
 from schoolhouse_server.batching import Form
 from schoolhouse_server.counters import JobCounters
+from schoolhouse_server.spans import AnswerSpan
 from schoolhouse_server.timer import Alarm
 
 _REPLY_LIMITS = Limits()
@@ -31,6 +32,7 @@ class Ticket:
     done: Callable[[Answer | BaseException], None]
     account: JobCounters = field(default_factory=lambda: JobCounters(""))  # of whom it is
     cancelled: bool = False
+    trace: AnswerSpan | None = None
     job: "Job | None" = None  # while that is in flight
 
 

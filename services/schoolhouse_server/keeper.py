@@ -52,7 +52,7 @@ class KeeperActor(PoolActor):
     """
 
     def __init__(self, pool: PoolConfig, directory: Any) -> None:
-        super().__init__()
+        super().__init__(pool.log_format)
         self._directory = directory
         self._now = Desired.of(pool)
         self._teachers: dict[str, Teacher] = {name: Teacher() for name in self._now.teachers}

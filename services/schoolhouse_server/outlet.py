@@ -14,6 +14,7 @@ from schoolhouse_wire.limits import INLINE_BYTES
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.device import Device, Span
 from schoolhouse_server.jobs import Job
+from schoolhouse_server.spans import tell_stages
 from schoolhouse_server.splitting import unshared
 
 _WAITING = 2  # forwards whose features are on the way out while the device goes on
@@ -36,6 +37,7 @@ class Landing:
     parts: list[Part]
     inputs: Any
     spans: list[Span]
+    settled: bool = False  # the spans are counted
 
     @property
     def is_small(self) -> bool:
@@ -91,9 +93,10 @@ class Outlet:
         job = part.job
         try:
             self._device.wait(part.spans[-1])
-            for span in (*work.spans, *part.spans):
+            for span in part.spans if work.settled else (*work.spans, *part.spans):
                 span.settle()
-            work.spans = []  # counted once
+            work.settled = True
+            tell_stages(job.tickets, job.queued_at, (*work.spans, *part.spans))
             here = unshared(part.here) if len(work.parts) > 1 else part.here
             features = declare([here[tap] for tap in job.wanted.taps])
             if self._cache is not None and job.cache_key is not None:

@@ -37,6 +37,7 @@ class Pool:
         self._directory = directory
         self._keeper = keeper
         self.address: str = ray.get(directory.address.remote(), timeout=_CALL_TIMEOUT_S)
+        self.page: str = ray.get(directory.page.remote(), timeout=_CALL_TIMEOUT_S)  # empty: it has none
 
     def url(self, teacher: str) -> str:
         """What a student connects to."""
@@ -166,6 +167,8 @@ def launch(config: PoolConfig) -> Pool:
         raise ConfigError("this Ray cluster has a pool already; stop it with `schoolhouse down`")
     if config.port == 0:
         config = replace(config, port=_free_port())  # fixed, so that a restarted directory is found again
+    if config.http_port == 0:
+        config = replace(config, http_port=_free_port())
     detached = {
         "namespace": NAMESPACE,
         "lifetime": "detached",

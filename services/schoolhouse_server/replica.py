@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import grpc
 from schoolhouse.errors import ConfigError
 from schoolhouse.teachers import LocalTeacher
+from schoolhouse.tracing import tracer
 from schoolhouse_wire import channel, framing, memory
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
@@ -22,6 +23,7 @@ from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, Sharing
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.web import WebServer
 
 _MAX_SHARED_BYTES = 1 << 40
 Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
@@ -46,6 +48,9 @@ class Replica:
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
+        http_port: int | range | None = None,
+        tracing: bool = False,
+        replica_id: str = "",
         **sharing: Any,
     ) -> None:
         """The settings are those of `serve`; `sharing` are those of `Sharing`."""
@@ -73,7 +78,10 @@ class Replica:
         self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
         self._directory = Directory(self.load)
+        self._tracing, self._id = tracing, replica_id
+        tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
+        self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
         self.engines: dict[str, Engine] = {}
 
     @property
@@ -123,6 +131,8 @@ class Replica:
         for name, engine in self.engines.items():
             own = self._described(name, engine)
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+        if self.web is not None:
+            self.web.start()
         server.start()
         self._server = server
         atexit.register(self.close, 0.0)  # a thread that is within torch when the interpreter ends aborts the process
@@ -171,12 +181,14 @@ class Replica:
         self, name: str, engine: Engine, state: directory_pb2.Replica.State = directory_pb2.Replica.SERVING
     ) -> directory_pb2.Replica:
         host = socket.gethostname()
-        return directory_pb2.Replica(id=name, revision=engine.description.revision, state=state, host=host)
+        return directory_pb2.Replica(id=self._id or name, revision=engine.description.revision, state=state, host=host)
 
     def close(self, grace_s: float = 0.5) -> None:
         """Stop listening and end all sessions. A process that ends does it by itself."""
         atexit.unregister(self.close)
         self._directory.close()
+        if self.web is not None:
+            self.web.close()
         if self._server is not None:
             self._server.stop(grace_s).wait(grace_s + 5)
             self._workers.shutdown()
@@ -199,6 +211,7 @@ class Replica:
             shared_memory_bytes=self._shared_memory_bytes,
             sharing=self._sharing,
             timer=self._timer,
+            tracing=self._tracing,
         )
         session = grpc.stream_stream_rpc_method_handler(
             teachers.session,
@@ -255,6 +268,8 @@ def serve(
     max_job_bytes: int = MAX_JOB_BYTES,
     max_queued: int = MAX_QUEUED,
     lease_s: float = LEASE_S,
+    http_port: int | None = None,
+    tracing: bool = False,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -271,6 +286,7 @@ def serve(
     has up to `max_in_flight` requests and `max_job_bytes` of inputs in flight, and all jobs together `max_queued`
     requests; its clients wait when there is no room. A client that says nothing for `lease_s` loses its session; 0: it
     may be silent for ever.
+
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 
     - `"never"`: each is a forward of its own, so that remote features are bit-identical to those of the same module on
@@ -293,6 +309,11 @@ def serve(
     numbers, write into buffers, or use features of padded places. It can miss what happens to some values only, between
     two checks: experts of a limited capacity that a larger batch fills up, a length that is cut to the longest in the
     batch, or state that changes no feature so far. Such teachers need `"never"`.
+
+    With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
+    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs.
+    `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
+    extra `otel`, and a tracer provider that the program sets.
 
     Raises:
         ConfigError: for a setting that cannot be, or a module that cannot be merged as it says.
@@ -319,4 +340,6 @@ def serve(
         max_job_bytes=max_job_bytes,
         max_queued=max_queued,
         lease_s=lease_s,
+        http_port=http_port,
+        tracing=tracing,
     ).start()

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from schoolhouse.errors import (
     UnknownTeacherError,
 )
 from schoolhouse.taps import HEAD
+from schoolhouse.tracing import tracer
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire import channel, framing, pipes, shared_memory, status
 from schoolhouse_wire.codec import read_layout
@@ -31,8 +33,10 @@ from schoolhouse_server.calls import check_revision, head_answer, inputs_of
 from schoolhouse_server.draining import Drain
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.jobs import Answer, Job, Ticket
+from schoolhouse_server.logs import SessionLog
 from schoolhouse_server.membership import Member
 from schoolhouse_server.sharing import Sharing, rows_of
+from schoolhouse_server.spans import SessionSpans
 from schoolhouse_server.timer import Timer
 
 _log = logging.getLogger(__name__)
@@ -43,7 +47,14 @@ class Teachers:
     """TeacherService over the engines of one replica."""
 
     def __init__(
-        self, engines: Mapping[str, Engine], limits: Limits, *, shared_memory_bytes: int, sharing: Sharing, timer: Timer
+        self,
+        engines: Mapping[str, Engine],
+        limits: Limits,
+        *,
+        shared_memory_bytes: int,
+        sharing: Sharing,
+        timer: Timer,
+        tracing: bool = False,
     ) -> None:
         self._engines = engines
         self._limits = limits
@@ -51,6 +62,7 @@ class Teachers:
         self.sharing = sharing
         self.timer = timer
         self.admissions = {name: Admission(sharing, timer) for name in engines}
+        self.tracer = tracer(tracing)
         self.sessions = 0
         self.drain = Drain()
 
@@ -97,6 +109,7 @@ class Teachers:
             self.sessions -= 1
             session.cancel_stream = None
             session.close()
+            session.log.info("a session ended")
             session.outbox.clear()
 
 
@@ -119,6 +132,8 @@ class ServerSession:
         self.error: SchoolhouseError | None = None
         self.cancel_stream: Callable[[], object] | None = None
         self._teachers = teachers
+        self._spans = SessionSpans(teachers.tracer)
+        self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
         self._messages = messages
         self._limits = limits
         self._partial: dict[int, _Partial] = {}
@@ -144,6 +159,7 @@ class ServerSession:
             self._drop()
             self._member.leave()
             self._teachers.drain.leave(self._member)
+        self._spans.dropped()
         self.outbox.close()
         if self._pipes is not None:
             self._pipes.close()
@@ -197,7 +213,7 @@ class ServerSession:
             pass  # the client went away
         except Exception as err:
             if type(err) is not Exception:  # grpc says "the client went away" with a bare one
-                _log.exception("a session failed")
+                self.log.exception("a session failed")
                 self.error = TeacherInternalError("the session failed; the server's log says why")
         self.close()  # and with it the pipes
         # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
@@ -230,6 +246,7 @@ class ServerSession:
         engine = self._engine = self._teachers.find(message.teacher)
         check_revision(message.revision, engine)
         self._enter(message, engine)
+        self.log.info("a session began")
         opened = teacher_pb2.Opened(
             revision=engine.description.revision,
             max_in_flight=sharing.max_in_flight,
@@ -256,6 +273,7 @@ class ServerSession:
                 raise ProtocolError("the session was closed")
             admission = self._teachers.admissions[message.teacher]
             self._member = Member(message, engine.counters, admission, self.outbox)
+            self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
             self._member.start_lease(self._teachers.timer, self._teachers.sharing.lease_s, self._expire)
 
     def _on_cancel(self, request_id: int) -> None:
@@ -265,6 +283,7 @@ class ServerSession:
             self._engine.cancel(ticket)
         if self._member is not None:
             self._member.cancelled(request_id)
+        self._spans.dropped(request_id)
 
     def _on_attached(self, message: teacher_pb2.Attached) -> None:
         offered, self._offered = self._offered, None
@@ -295,6 +314,7 @@ class ServerSession:
             nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
             if not self._member.admit(call.request_id, nbytes):
                 return
+            self._spans.begin(call, self._engine.description.name, self._member.account.job)
             check_revision(call.revision, self._engine)
             began = time.perf_counter()
             incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
@@ -347,6 +367,7 @@ class ServerSession:
 
         assert self._member is not None
         ticket = self._tickets[request_id] = Ticket(done, self._member.account)
+        ticket.trace = self._spans.of(request_id)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
         try:
@@ -395,14 +416,19 @@ class ServerSession:
         try:
             yield from outgoing.messages(request_id, head, segment, lambda: member.wants(request_id))
         except SchoolhouseError as err:
+            self._spans.failed(request_id, err)
             yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
         finally:
             member.sent(request_id)
             self._engine.count("send", time.perf_counter() - began)
+            self._spans.sent(request_id, began)
 
     def _fail(self, request_id: int, error: BaseException) -> None:
-        if not isinstance(error, SchoolhouseError):
-            _log.error("a request failed", exc_info=error)
+        self._spans.failed(request_id, error)
+        if isinstance(error, SchoolhouseError):
+            self.log.info("a request failed: %s", type(error).__name__, request=request_id)
+        else:
+            self.log.error("a request failed", exc_info=error, request=request_id)
         if self._member is not None:
             self._member.failed(request_id, error)
         self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))

@@ -1,0 +1,160 @@
+"""Logs that machines read: one JSON object a line, with the job, session and request that a record is about.
+
+A library does not configure logging, so `serve` does not; the actors of a pool do, by `set_up`. No record holds inputs,
+features or what a teacher's own code said of them: of its errors only the type and where they were raised.
+"""
+
+import json
+import logging
+import traceback
+from collections import deque
+from collections.abc import Mapping, MutableMapping
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+from schoolhouse.errors import ConfigError, TeacherForwardError
+
+LogFormat = Literal["text", "json"]
+FORMATS: tuple[LogFormat, ...] = ("text", "json")
+_LOGGERS = ("schoolhouse", "schoolhouse_server", "schoolhouse_wire")
+_ABOUT = ("teacher", "replica", "job", "session", "request")  # what a record may carry, by `extra`
+_MAX_TEXT = 1000  # characters of an error's text
+_MAX_FRAMES = 50
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line.
+
+    `time` (ISO 8601, UTC), `level`, `logger`, `message`; of `teacher`, `replica`, `job`, `session` and `request` those
+    that are known, where `about` stands in every line; with an error its type, `error`, the types that caused it,
+    `causes`, its `error_message`, unless that is of a teacher's code, and `stack`, a list of "file:line function".
+    """
+
+    def __init__(self, **about: str) -> None:
+        super().__init__()
+        self._about = about
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line = {"time": moment, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        found = line | _about(record, self._about) | _error_of(record)
+        return json.dumps(found, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """The same for people: a line, what it is about in brackets, and the stack of an error below."""
+
+    def __init__(self, **about: str) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._about = about
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and those of the stack."""
+        record.message, record.asctime = _printable(record.getMessage()), self.formatTime(record)
+        about = " ".join(f"{name}={json.dumps(value)}" for name, value in _about(record, self._about).items())
+        line = self.formatMessage(record) + (f" [{about}]" if about else "")
+        error = _error_of(record)
+        if not error:
+            return line
+        text = ": ".join(_printable(error[key]) for key in ("error", "error_message") if key in error)
+        return "\n".join([line, *(f"  at {frame}" for frame in error["stack"]), f"  {text}"])
+
+
+class SessionLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic for type checkers alone before Python 3.11
+    """A logger whose records carry a session and its job; `request=` adds the request."""
+
+    def __init__(self, logger: logging.Logger, **about: str) -> None:
+        super().__init__(logger, about)
+
+    def of(self, **about: str) -> "SessionLog":
+        """The same, about more."""
+        return SessionLog(self.logger, **{**(self.extra or {}), **about})  # type: ignore[arg-type]  # they are strings
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Put what the record is about where formatters find it."""
+        request = kwargs.pop("request", None)
+        about = {**(self.extra or {}), **({"request": request} if request is not None else {})}
+        return msg, {**kwargs, "extra": about}
+
+
+class RingHandler(logging.Handler):
+    """Keeps the last `capacity` records, as lines of its formatter's, for `schoolhouse logs`."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._lines: deque[str] = deque(maxlen=capacity)
+        self.setFormatter(TextFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record."""
+        try:
+            self._lines.append(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+    def lines(self, n: int) -> list[str]:
+        """The last `n`, the oldest first."""
+        kept = list(self._lines)
+        return kept[max(len(kept) - n, 0) :]
+
+
+def formatter(log_format: str, **about: str) -> logging.Formatter:
+    """The formatter of that name, whose lines say what process they are `about`.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if log_format not in FORMATS:
+        raise ConfigError(f"log_format is {log_format!r}; choices: {', '.join(map(repr, FORMATS))}")
+    return JsonFormatter(**about) if log_format == "json" else TextFormatter(**about)
+
+
+def set_up(log_format: str, *handlers: logging.Handler, **about: str) -> None:
+    """Have this process log what is ours, from INFO on, to stderr and to `handlers`, and nowhere else.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    chosen = formatter(log_format, **about)
+    handlers = (logging.StreamHandler(), *handlers)
+    for handler in handlers:
+        handler.setFormatter(chosen)
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = handlers
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _about(record: logging.LogRecord, always: Mapping[str, str]) -> dict[str, Any]:
+    own = {name: getattr(record, name) for name in _ABOUT if hasattr(record, name)}
+    found = {**always, **own}
+    return {name: found[name] for name in _ABOUT if name in found}
+
+
+def _error_of(record: logging.LogRecord) -> dict[str, Any]:
+    if not record.exc_info or record.exc_info[1] is None:
+        return {}
+    error = record.exc_info[1]
+    frames = traceback.extract_tb(error.__traceback__)[-_MAX_FRAMES:]
+    found = {
+        "error": type(error).__name__,
+        "causes": _causes(error),
+        "stack": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+    }
+    return found if isinstance(error, TeacherForwardError) else found | {"error_message": str(error)[:_MAX_TEXT]}
+
+
+def _causes(error: BaseException) -> list[str]:
+    found: list[str] = []
+    cause = error.__cause__
+    while cause is not None and len(found) < _MAX_FRAMES:
+        found.append(type(cause).__name__)
+        cause = cause.__cause__
+    return found
+
+
+def _printable(text: str) -> str:
+    """Without what would begin another line, or steer a terminal."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

@@ -1,0 +1,257 @@
+"""A small HTTP server that shows replica sets: /metrics for Prometheus, /api/state as JSON, and the page at /.
+
+It only reads, answers GET and HEAD of the paths that it knows, and takes no more of the process than a few threads.
+"""
+
+import contextlib
+import functools
+import io
+import ipaddress
+import logging
+import socket
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from typing import Any
+
+from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherUnavailableError
+from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
+
+from schoolhouse_server import metrics
+from schoolhouse_server.state import state_json
+
+Source = Callable[[], Iterable[ReplicaSet]]
+
+_MAX_CONNECTIONS = 16
+_TIMEOUT_S = 10.0  # for a request to come in, and for its answer to be taken
+_PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/rates.js": ("rates.js", "text/javascript; charset=utf-8"),
+    "/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
+    "/tables.js": ("tables.js", "text/javascript; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Connection": "close",
+}
+_log = logging.getLogger(__name__)
+
+
+class WebServer:
+    """Serves what `source()` gives at each request. `start()` listens; `close()` ends it."""
+
+    def __init__(self, source: Source, *, host: str = "127.0.0.1", port: int | range = 0) -> None:
+        """Without listening yet. Of a range of ports it takes the first that is free.
+
+        Raises:
+            ConfigError: for what is no port.
+        """
+        self._ports = port if isinstance(port, range) else (port,)
+        if not all(isinstance(one, int) and 0 <= one <= 65535 for one in self._ports):
+            raise ConfigError(f"the HTTP port is {port!r}; it must be from 0, for any free one, to 65535")
+        self._source = source
+        self._host, self._port = host, 0
+        self._server: _Server | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """`http://HOST:PORT`, where the page is."""
+        return f"http://{self._host}:{self._port}"
+
+    def start(self) -> "WebServer":
+        """Listen.
+
+        Raises:
+            TeacherUnavailableError: the port is taken, or all of them.
+        """
+        self._server = self._listen()
+        self._port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, name="schoolhouse-http", daemon=True).start()
+        return self
+
+    def _listen(self) -> "_Server":
+        for port in self._ports:
+            try:
+                return _Server((self._host, port), functools.partial(_Handler, self._source))
+            except OSError as err:
+                failed = err
+        ports = "-".join(map(str, sorted({self._ports[0], self._ports[-1]})))
+        raise TeacherUnavailableError(
+            f"cannot listen on {self._host}:{ports} for HTTP; is the port taken? Port 0 takes a free one"
+        ) from failed
+
+    def close(self) -> None:
+        """Stop listening. Answers that are on their way end with their threads."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+    def __enter__(self) -> "WebServer":
+        return self if self._server is not None else self.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each connection, of which there are few at once."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler]) -> None:
+        self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        """Bind; without asking a name server who we are, as HTTPServer does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was restarted is found again
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = "", self.socket.getsockname()[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, or turn away at once."""
+        if self._slots.acquire(blocking=False):
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # there was no thread to be had
+                self._slots.release()
+                raise
+            return
+        request.setblocking(False)
+        with contextlib.suppress(OSError):
+            request.send(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer one connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away, or was too slow, is no error of ours."""
+        _log.debug("an HTTP connection ended early", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection with one request."""
+
+    timeout = _TIMEOUT_S  # of sending, which Python's sendall keeps as a whole
+
+    def __init__(self, source: Source, *args: Any) -> None:
+        self._source = source
+        super().__init__(*args)
+
+    def setup(self) -> None:
+        """Hold the whole request to one deadline: a client that sends a byte now and then stays no longer."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_UntilDeadline(self.connection, time.monotonic() + _TIMEOUT_S))
+
+    def version_string(self) -> str:
+        """Whom the answer is from."""
+        return "schoolhouse"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: scrapes come every few seconds."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer with a line of text."""
+        text = message or self.responses.get(code, ("error",))[0]
+        self._send(int(code), f"{text}\n".encode(), "text/plain; charset=utf-8")
+
+    def do_GET(self) -> None:
+        """Answer one of the paths."""
+        if not self._is_local_name():
+            self.send_error(403, "this server answers to localhost alone; open it as http://127.0.0.1")
+            return
+        try:
+            found = self._content(self.path.split("?")[0])
+        except SchoolhouseError as err:  # a directory that has just started, say
+            self.send_error(503, err.message)
+            return
+        if found is None:
+            self.send_error(404, f"not found; there are: {', '.join(('/metrics', '/api/state', *_PAGE))}")
+            return
+        self._send(200, *found)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _refuse(self) -> None:
+        self.send_error(405, "this server only answers GET and HEAD")
+
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
+
+    def _is_local_name(self) -> bool:
+        """Whether a server of this machine alone was asked by a name of it: else a foreign page could read it, by a
+        name of its own that it lets point here.
+        """
+        if not self.connection.getsockname()[0].startswith("127."):
+            return True
+        try:
+            name = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
+            return name == "localhost" or ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+    def _content(self, path: str) -> tuple[bytes, str] | None:
+        if path == "/metrics":
+            return metrics.exposition(self._source), metrics.CONTENT_TYPE
+        if path == "/api/state":
+            return state_json(self._source()), "application/json"
+        if path in _PAGE:
+            name, content_type = _PAGE[path]
+            return _file(name), content_type
+        return None
+
+    def _send(self, code: int, body: bytes, content_type: str) -> None:
+        self.send_response(code)
+        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **_HEADERS}
+        for name, value in (headers | ({"Allow": "GET, HEAD"} if code == 405 else {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+class _UntilDeadline(io.RawIOBase):
+    """What comes from a socket until a deadline on time.monotonic's clock."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection, self._deadline = connection, deadline
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for bytes no longer than there is time; raises `TimeoutError` then."""
+        self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(_TIMEOUT_S)
+
+
+@functools.cache
+def _file(name: str) -> bytes:
+    return resources.files("schoolhouse_server").joinpath("page", name).read_bytes()
