@@ -1,0 +1,70 @@
+"""Renders the Helm chart with Helm's own engine into deploy/kuberay, for clusters that are used without Helm.
+
+`python deploy/render.py` writes the manifests; with `--check` it only says whether they are what the chart makes.
+Helm comes with the package helm-python-sdk, which is part of the extra `dev`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEPLOY = Path(__file__).parent
+CHART = DEPLOY / "helm/schoolhouse"
+VARIANTS = ("cpu", "gpu")
+_HEAD = """\
+# The chart of deploy/helm, rendered with values-{variant}.yaml; `python deploy/render.py` makes it anew.
+#
+#   kubectl apply -f deploy/kuberay/{variant}.yaml
+#
+# needs the KubeRay operator, 1.3 or newer, in the namespace kuberay-operator, and the image of deploy/docker.
+# Traffic is plaintext without authentication; the NetworkPolicy admits pods of this namespace that have the label
+# schoolhouse.student=true, if your cluster's network enforces such policies.
+"""
+
+
+def values(variant: str) -> dict[str, Any]:
+    """The values file of a variant: "cpu" or "gpu"."""
+    loaded: dict[str, Any] = yaml.safe_load((CHART / f"values-{variant}.yaml").read_text())
+    return loaded
+
+
+def render(given: dict[str, Any]) -> dict[str, str]:
+    """What the chart makes of these values, by the names of its templates.
+
+    Raises:
+        helm_python.HelmError: the values don't fit values.schema.json, or a template fails.
+    """
+    import helm_python
+
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(given)
+        rendered = chart.render(given, name="schoolhouse", namespace="default")
+    return {Path(name).stem: text.strip() for name, text in sorted(rendered.items()) if text.strip()}
+
+
+def manifest(variant: str) -> str:
+    """The one file that holds all objects of a variant."""
+    parts = {name: text for name, text in render(values(variant)).items() if name != "NOTES"}
+    return _HEAD.format(variant=variant) + "".join(f"---\n{text}\n" for text in parts.values())
+
+
+def main() -> int:
+    """Write the manifests, or with `--check` compare them; returns the exit status."""
+    stale = []
+    for variant in VARIANTS:
+        path, text = DEPLOY / f"kuberay/{variant}.yaml", manifest(variant)
+        if path.exists() and path.read_text() == text:
+            continue
+        stale.append(path.name)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text)
+    if "--check" in sys.argv[1:] and stale:
+        sys.stderr.write(f"deploy/kuberay is not what the chart makes: {', '.join(stale)}; run deploy/render.py\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
