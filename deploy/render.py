@@ -1,6 +1,9 @@
-"""Renders the Helm chart with Helm's own engine into deploy/kuberay, for clusters that are used without Helm.
+"""Renders the Helm chart with Helm's own engine, for clusters that are used without Helm.
 
-`python deploy/render.py` writes the manifests; with `--check` it only says whether they are what the chart makes.
+    python deploy/render.py                    # writes deploy/kuberay/*.yaml anew
+    python deploy/render.py --check            # says whether they are what the chart makes
+    python deploy/render.py my-values.yaml     # prints the manifests for your values
+
 Helm comes with the package helm-python-sdk, which is part of the extra `dev`.
 """
 
@@ -44,27 +47,35 @@ def render(given: dict[str, Any]) -> dict[str, str]:
     return {Path(name).stem: text.strip() for name, text in sorted(rendered.items()) if text.strip()}
 
 
-def manifest(variant: str) -> str:
-    """The one file that holds all objects of a variant."""
-    parts = {name: text for name, text in render(values(variant)).items() if name != "NOTES"}
-    return _HEAD.format(variant=variant) + "".join(f"---\n{text}\n" for text in parts.values())
+def manifest(given: dict[str, Any]) -> str:
+    """All objects for these values, as one file."""
+    parts = {name: text for name, text in render(given).items() if name != "NOTES"}
+    return "".join(f"---\n{text}\n" for text in parts.values())
 
 
-def main() -> int:
-    """Write the manifests, or with `--check` compare them; returns the exit status."""
-    stale = []
+def stale(*, write: bool) -> list[str]:
+    """The committed manifests that are not what the chart makes now; with `write`, they are written."""
+    found = []
     for variant in VARIANTS:
-        path, text = DEPLOY / f"kuberay/{variant}.yaml", manifest(variant)
-        if path.exists() and path.read_text() == text:
-            continue
-        stale.append(path.name)
-        if "--check" not in sys.argv[1:]:
-            path.write_text(text)
-    if "--check" in sys.argv[1:] and stale:
-        sys.stderr.write(f"deploy/kuberay is not what the chart makes: {', '.join(stale)}; run deploy/render.py\n")
+        path, text = DEPLOY / f"kuberay/{variant}.yaml", _HEAD.format(variant=variant) + manifest(values(variant))
+        if not path.exists() or path.read_text() != text:
+            found.append(path.name)
+            if write:
+                path.write_text(text)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status for these arguments, as above."""
+    if arguments and arguments != ["--check"]:
+        sys.stdout.write(manifest(yaml.safe_load(Path(arguments[0]).read_text())))
+        return 0
+    found = stale(write=not arguments)
+    if arguments and found:
+        sys.stderr.write(f"deploy/kuberay is not what the chart makes: {', '.join(found)}; run deploy/render.py\n")
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -105,7 +105,9 @@ def test_a_job_serves_its_command_and_cleans_up(slurm, tmp_path):
 STOPS = """#!/bin/sh
 case "$*" in
     *start*) trap 'echo "$* stopped" >> "$CALLS"; kill $!; exit 0' TERM; sleep 60 & touch "$CALLS.$$"; wait ;;
-    *up*) while [ "$(ls "$CALLS".* | wc -l)" -lt 2 ]; do sleep 0.1; done; echo "students connect to  grpc://127.0.0.1:7070/net" ;;
+    *up*)
+        while [ "$(ls "$CALLS".* 2>/dev/null | wc -l)" -lt 2 ]; do sleep 0.1; done
+        echo "students connect to  grpc://127.0.0.1:7070/net" ;;
     *down*) echo "$*" >> "$CALLS" ;;
 esac
 """
