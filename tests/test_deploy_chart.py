@@ -38,7 +38,8 @@ ALL_ON = {
         "externalStorageNamespace": "schoolhouse",
     },
     "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
-    "metrics": {"port": 9090, "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+    "pool": {"http_port": 9090},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "networkPolicy": {
         "from": [{"namespaceSelector": {"matchLabels": {"team": "vision"}}}],
         "metricsFrom": [{"namespaceSelector": {}}],
@@ -114,7 +115,8 @@ def test_a_misspelt_field_is_an_error(kind, path, right, wrong):
         ({"pool": {"host": "127.0.0.1"}}, "host"),
         ({"pool": {"teachers": None}}, "teachers"),
         ({"gcsFaultTolerance": {"enabled": True}}, "redisAddress"),
-        ({"metrics": {"port": 70000}}, "port"),
+        ({"pool": {"http_port": 70000}}, "http_port"),
+        ({"serviceMonitor": {"enabled": True}}, "http_port"),
         ({"objectStore": {"bytes": 1}}, "bytes"),
         ({"networkPolicy": {"studentLabels": {"schoolhouse.student": None}}}, "studentLabels"),
     ],
@@ -170,7 +172,7 @@ def admitted(items, peer):
 def test_students_reach_the_pool_and_not_ray(tmp_path):
     student = {"podSelector": {"matchLabels": {"schoolhouse.student": "true"}}}
     assert admitted(committed("cpu"), student) == [(7070, 7070), (32768, 60999)]
-    items = rendered(merged(values("cpu"), {"pool": {"ports": "7100-7199"}, "metrics": {"port": 9090}}), tmp_path)
+    items = rendered(merged(values("cpu"), {"pool": {"ports": "7100-7199", "http_port": 9090}}), tmp_path)
     assert admitted(items, student) == [(7070, 7070), (7100, 7199), (9090, 9090)]
     launcher = one(items, "Job")["spec"]["template"]["metadata"]["labels"]
     labels = {key: launcher[key] for key in ("app.kubernetes.io/instance", "app.kubernetes.io/component")}
