@@ -5,6 +5,9 @@ from copy import deepcopy
 
 import jsonschema
 import pytest
+import torch
+import yaml
+from schoolhouse_server.loading import load_teacher
 
 pytest.importorskip("kubernetes_validate")
 from manifests import (
@@ -122,8 +125,6 @@ def test_a_misspelt_field_is_an_error(kind, path, right, wrong):
     ],
 )
 def test_wrong_values_are_refused(changes, said, tmp_path):
-    import yaml
-
     (tmp_path / "values.yaml").write_text(yaml.safe_dump(merged(values("cpu"), changes)))
     done = helm(tmp_path / "values.yaml")
     assert done.returncode != 0
@@ -149,6 +150,15 @@ def test_the_pool_fits_its_workers(variant, tmp_path):
         assert wanted <= group["replicas"] * each
         assert all(getattr(spec.resources, resource) <= each for spec in pool.teachers.values())
     assert one(items, "RayCluster")["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_the_replicas_of_the_cpu_pool_are_one_model(tmp_path):
+    pool = settings(committed("cpu"), tmp_path)
+    (spec,) = pool.teachers.values()
+    assert spec.replicas == 2  # students refuse one that differs from the other
+    first, second = (load_teacher(spec, pool.folder).state_dict() for _ in range(spec.replicas))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -223,8 +233,6 @@ def test_a_changed_pool_is_a_new_job(tmp_path):
 
 
 def test_versions_agree():
-    import yaml
-
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert f'version = "{chart["appVersion"]}"' in (ROOT / "pyproject.toml").read_text()
     version = yaml.safe_load((CHART / "values.yaml").read_text())["rayVersion"]
