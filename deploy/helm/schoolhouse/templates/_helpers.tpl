@@ -43,7 +43,7 @@ lifecycle:
 volumeMounts:
   - {name: pool, mountPath: /etc/schoolhouse, readOnly: true}
   - {name: shm, mountPath: /dev/shm}
-  - {name: ray, mountPath: /tmp/ray}
+  - {name: ray-logs, mountPath: /tmp/ray}
   {{- if .Values.models.existingClaim }}
   - {name: models, mountPath: {{ .Values.models.mountPath | quote }}, readOnly: true}
   {{- end }}
@@ -75,7 +75,7 @@ volumes:
     configMap: {name: {{ include "schoolhouse.fullname" .root }}-pool}
   - name: shm
     emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.objectStore.shmSize }}}
-  - name: ray
+  - name: ray-logs  # by this name KubeRay shares it with its autoscaler
     emptyDir: {}
   {{- with .root.Values.models.existingClaim }}
   - name: models
