@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("sklearn")
 FOLDER = Path(__file__).parent.parent / "examples"
-EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+ALONE = ("common", "shared_teacher")  # run on its own below: it measures, and has no local form
+EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ALONE)
 EXPECTED_WARNINGS = ("ignore:kd_loss_weight sums to less than 1",)  # as the seed's; the examples heed it
 
 
@@ -97,3 +98,21 @@ def test_example(name):
     same = [line for line in remote.splitlines() if not line.startswith("over the wire:")]
     assert local.splitlines() == same
     globals()[name](same)
+
+
+def test_shared_teacher():
+    done = subprocess.run(
+        [sys.executable, FOLDER / "shared_teacher.py", "--seconds", "2"], capture_output=True, text=True, timeout=80
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    rates, shares = zip(
+        *(
+            (number(rf"^{job} batches of .*: (\d+) rows/s", lines), number(rf"^{job} .*, (\d+)% of all", lines))
+            for job in ("small", "large")
+        ),
+        strict=True,
+    )
+    assert min(rates) > 0
+    assert abs(sum(rates) - number(r"^together: (\d+) rows/s", lines)) <= 2
+    assert abs(sum(shares) - 100) <= 1

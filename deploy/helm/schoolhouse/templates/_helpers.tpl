@@ -1,0 +1,119 @@
+{{/* Names end before 40 characters: KubeRay makes longer ones of them, and 63 is the limit. */}}
+{{- define "schoolhouse.fullname" -}}
+{{- default .Release.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "schoolhouse.labels" -}}
+app.kubernetes.io/name: schoolhouse
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end -}}
+
+{{- define "schoolhouse.image" -}}
+{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{- end -}}
+
+{{/* What all files of the pool are together; it changes when one of them does. */}}
+{{- define "schoolhouse.digest" -}}
+{{- list (toYaml .Values.pool) (toYaml .Values.files) (include "schoolhouse.image" .) | join "\n" | sha256sum | trunc 10 -}}
+{{- end -}}
+
+{{/* First and last port that a replica may listen on: pool.ports ("7100-7199"), or else any that Linux hands out. */}}
+{{- define "schoolhouse.replicaPorts" -}}
+{{- $ports := default "32768-60999" .Values.pool.ports | toString | splitList "-" -}}
+port: {{ first $ports }}
+endPort: {{ last $ports }}
+{{- end -}}
+
+{{/* Environment, mounts and security that the head and the workers have in common. */}}
+{{- define "schoolhouse.rayContainer" -}}
+image: {{ include "schoolhouse.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  {{- toYaml .Values.securityContext | nindent 2 }}
+env:
+  - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+  {{- with .Values.env }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+lifecycle:
+  preStop:
+    exec:
+      command: [ray, stop, "--grace-period={{ .Values.shutdown.rayStopSeconds }}"]
+volumeMounts:
+  - {name: pool, mountPath: /etc/schoolhouse, readOnly: true}
+  - {name: shm, mountPath: /dev/shm}
+  - {name: ray-logs, mountPath: /tmp/ray}
+  {{- if .Values.models.existingClaim }}
+  - {name: models, mountPath: {{ .Values.models.mountPath | quote }}, readOnly: true}
+  {{- end }}
+{{- end -}}
+
+{{- define "schoolhouse.pod" -}}
+automountServiceAccountToken: {{ and .head .root.Values.autoscaling.enabled }}
+terminationGracePeriodSeconds: {{ .root.Values.shutdown.terminationGracePeriodSeconds }}
+securityContext:
+  {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .group.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .group.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .group.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+volumes:
+  - name: pool
+    configMap: {name: {{ include "schoolhouse.fullname" .root }}-pool}
+  - name: shm
+    emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.objectStore.shmSize }}}
+  - name: ray-logs  # by this name KubeRay shares it with its autoscaler
+    emptyDir: {}
+  {{- with .root.Values.models.existingClaim }}
+  - name: models
+    persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
+  {{- end }}
+{{- end -}}
+
+{{/* The pod that runs `schoolhouse up` as a job on the head: drivers must run on a node of the cluster. */}}
+{{- define "schoolhouse.launcher" -}}
+metadata:
+  labels:
+    {{- include "schoolhouse.labels" . | nindent 4 }}
+    app.kubernetes.io/component: launcher
+spec:
+  restartPolicy: Never
+  automountServiceAccountToken: false
+  securityContext:
+    {{- toYaml .Values.podSecurityContext | nindent 4 }}
+  {{- with .Values.image.pullSecrets }}
+  imagePullSecrets:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: launcher
+      image: {{ include "schoolhouse.image" . }}
+      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      command: [ray, job, submit, "--address=http://{{ include "schoolhouse.fullname" . }}-head-svc:8265", --]
+      # A pool that runs already is left alone: `status` says so, and then there is nothing to do.
+      args:
+        - sh
+        - -c
+        - >-
+          schoolhouse status --address auto ||
+          schoolhouse up /etc/schoolhouse/pool.yaml --address auto --timeout-s {{ .Values.launcher.timeoutSeconds }}
+      env:
+        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+      securityContext:
+        {{- toYaml .Values.securityContext | nindent 8 }}
+      resources:
+        {{- toYaml .Values.launcher.resources | nindent 8 }}
+{{- end -}}

@@ -1,0 +1,81 @@
+"""Renders the Helm chart with Helm's own engine, for clusters that are used without Helm.
+
+    python deploy/render.py                    # writes deploy/kuberay/*.yaml anew
+    python deploy/render.py --check            # says whether they are what the chart makes
+    python deploy/render.py my-values.yaml     # prints the manifests for your values
+
+Helm comes with the package helm-python-sdk, which is part of the extra `dev`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEPLOY = Path(__file__).parent
+CHART = DEPLOY / "helm/schoolhouse"
+VARIANTS = ("cpu", "gpu")
+_HEAD = """\
+# The chart of deploy/helm, rendered with values-{variant}.yaml; `python deploy/render.py` makes it anew.
+#
+#   kubectl apply -f deploy/kuberay/{variant}.yaml
+#
+# needs the KubeRay operator, 1.3 or newer, in the namespace kuberay-operator, and the image of deploy/docker.
+# Traffic is plaintext without authentication; the NetworkPolicy admits pods of this namespace that have the label
+# schoolhouse.student=true, if your cluster's network enforces such policies.
+"""
+
+
+def values(variant: str) -> dict[str, Any]:
+    """The values file of a variant: "cpu" or "gpu"."""
+    loaded: dict[str, Any] = yaml.safe_load((CHART / f"values-{variant}.yaml").read_text())
+    return loaded
+
+
+def render(given: dict[str, Any]) -> dict[str, str]:
+    """What the chart makes of these values, by the names of its templates.
+
+    Raises:
+        helm_python.HelmError: the values don't fit values.schema.json, or a template fails.
+    """
+    import helm_python
+
+    with helm_python.Chart.load(CHART) as chart:
+        chart.validate_schema(given)
+        rendered = chart.render(given, name="schoolhouse", namespace="default")
+    return {Path(name).stem: text.strip() for name, text in sorted(rendered.items()) if text.strip()}
+
+
+def manifest(given: dict[str, Any]) -> str:
+    """All objects for these values, as one file."""
+    parts = {name: text for name, text in render(given).items() if name != "NOTES"}
+    return "".join(f"---\n{text}\n" for text in parts.values())
+
+
+def stale(*, write: bool) -> list[str]:
+    """The committed manifests that are not what the chart makes now; with `write`, they are written."""
+    found = []
+    for variant in VARIANTS:
+        path, text = DEPLOY / f"kuberay/{variant}.yaml", _HEAD.format(variant=variant) + manifest(values(variant))
+        if not path.exists() or path.read_text() != text:
+            found.append(path.name)
+            if write:
+                path.write_text(text)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status for these arguments, as above."""
+    if arguments and arguments != ["--check"]:
+        sys.stdout.write(manifest(yaml.safe_load(Path(arguments[0]).read_text())))
+        return 0
+    found = stale(write=not arguments)
+    if arguments and found:
+        sys.stderr.write(f"deploy/kuberay is not what the chart makes: {', '.join(found)}; run deploy/render.py\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
