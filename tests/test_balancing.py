@@ -13,7 +13,7 @@ from directories import DRAINING, DirectoryServer, Scale, answer, ask, entry, re
 from memfd import soon
 from schoolhouse import errors
 from schoolhouse.replicas import ELSEWHERE, SAME_HOST, SAME_ZONE, ReplicaSet, backoff_s, choose
-from schoolhouse_server.servicer import ServerSession
+from schoolhouse_server.server_session import ServerSession
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 
 # The choice, as a function.

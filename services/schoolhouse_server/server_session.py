@@ -1,0 +1,363 @@
+"""One client's session on a replica: its requests come in, are queued, and are answered in any order."""
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import Message
+from schoolhouse.errors import (
+    LeaseExpiredError,
+    ProtocolError,
+    SchoolhouseError,
+    TeacherInternalError,
+)
+from schoolhouse.taps import HEAD
+from schoolhouse.wanted import Wanted
+from schoolhouse_wire import channel, framing, pipes, shared_memory, status
+from schoolhouse_wire.codec import read_layout
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.shared_memory import ReplicaSegment
+from schoolhouse_wire.v1 import teacher_pb2
+
+from schoolhouse_server.admission import FloodError
+from schoolhouse_server.calls import check_revision, head_answer, inputs_of
+from schoolhouse_server.engine import Engine
+from schoolhouse_server.jobs import Answer, Job, Ticket
+from schoolhouse_server.logs import SessionLog
+from schoolhouse_server.membership import Member
+from schoolhouse_server.sharing import rows_of
+from schoolhouse_server.spans import SessionSpans
+
+if TYPE_CHECKING:
+    from schoolhouse_server.servicer import Teachers
+
+_log = logging.getLogger(__name__)
+_END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """A call whose payload is coming."""
+
+    call: teacher_pb2.Call
+    incoming: framing.Incoming
+    began: float  # on time.perf_counter's clock
+
+
+class ServerSession:
+    """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
+
+    def __init__(
+        self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, *, shared_memory_bytes: int
+    ) -> None:
+        self.outbox: Outbox[Message | bytes] = Outbox()
+        self.error: SchoolhouseError | None = None
+        self.cancel_stream: Callable[[], object] | None = None
+        self._teachers = teachers
+        self._spans = SessionSpans(teachers.tracer)
+        self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
+        self._messages = messages
+        self._limits = limits
+        self._partial: dict[int, _Partial] = {}
+        self._tickets: dict[int, Ticket] = {}
+        self._engine: Engine | None = None
+        self._member: Member | None = None  # from Open on
+        self._closing = threading.Lock()
+        self._closed = False
+        self._shared_memory_bytes = shared_memory_bytes
+        self._offered: tuple[ReplicaSegment, pipes.Offered] | None = None
+        self._segment: ReplicaSegment | None = None  # once the client has attached it
+        self._pipes: pipes.Pipes | None = None  # in the place of the stream, once the client uses them
+
+    def start(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._read, name="schoolhouse-reader", daemon=True).start()
+
+    def close(self) -> None:
+        """Drop what is queued, and free its places: the client is gone."""
+        with self._closing:
+            first, self._closed = not self._closed, True
+        if first and self._member is not None:
+            self._drop()
+            self._member.leave()
+            self._teachers.drain.leave(self._member)
+        self._spans.dropped()
+        self.outbox.close()
+        if self._pipes is not None:
+            self._pipes.close()
+
+    def _drop(self) -> None:
+        assert self._engine is not None
+        for request_id in list(self._tickets):
+            ticket = self._tickets.pop(request_id, None)
+            if ticket is not None:
+                self._engine.cancel(ticket)
+
+    def _expire(self) -> None:
+        """The lease has run out. A stream that does not take the reason is cancelled."""
+
+        def cancel() -> None:
+            if self.cancel_stream is not None:
+                self.cancel_stream()
+
+        lease_s = self._teachers.sharing.lease_s
+        self.error = LeaseExpiredError(f"the client said nothing for {lease_s} s, so its session was ended")
+        self.close()
+        self._teachers.timer.at(time.monotonic() + _END_S, cancel)
+
+    def answers(self) -> Iterator[Message | bytes]:
+        """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
+        for message in self.outbox:
+            if self._pipes is None:
+                yield message
+            elif not self._pipes.send(framing.write_message(message)):
+                return
+
+    def _arrivals(self) -> Iterator[Any]:
+        for message in self._messages:
+            yield message
+            if self._pipes is not None:
+                break
+        for data in self._pipes or ():
+            yield framing.read_message(teacher_pb2.ClientMessage, data)
+
+    def _read(self) -> None:
+        try:
+            for message in self._arrivals():
+                if self._member is not None:
+                    self._member.hear(listening=False)
+                self._receive(message)
+                if self._member is not None:
+                    self._member.hear(listening=True)
+        except SchoolhouseError as err:
+            self.error = err
+        except grpc.RpcError:
+            pass  # the client went away
+        except Exception as err:
+            if type(err) is not Exception:  # grpc says "the client went away" with a bare one
+                self.log.exception("a session failed")
+                self.error = TeacherInternalError("the session failed; the server's log says why")
+        self.close()  # and with it the pipes
+        # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
+        self.outbox.clear()
+        self._partial.clear()
+        self._offered = self._segment = None
+
+    def _receive(self, message: Any) -> None:
+        if isinstance(message, framing.Frame):
+            self._on_frame(message)
+            return
+        if message.released:
+            self._free(message.released)
+        if message.HasField("call"):
+            self._on_call(message.call)
+        elif message.HasField("cancel"):
+            self._on_cancel(message.cancel.request_id)
+        elif message.HasField("attached"):
+            self._on_attached(message.attached)
+        elif message.HasField("open"):
+            self._on_open(message.open)
+
+    def _on_open(self, message: teacher_pb2.Open) -> None:
+        if self._engine is not None:
+            raise ProtocolError("Open came twice")
+        if message.protocol != channel.PROTOCOL:
+            raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
+        self._teachers.drain.check()
+        sharing = self._teachers.sharing
+        engine = self._engine = self._teachers.find(message.teacher)
+        check_revision(message.revision, engine)
+        self._enter(message, engine)
+        self.log.info("a session began")
+        opened = teacher_pb2.Opened(
+            revision=engine.description.revision,
+            max_in_flight=sharing.max_in_flight,
+            max_request_bytes=self._limits.max_payload_bytes,
+            max_bytes_in_flight=sharing.max_job_bytes,
+            lease_s=sharing.lease_s,
+        )
+        if message.shared_memory and self._shared_memory_bytes:
+            with contextlib.suppress(OSError):  # this system has none: the stream does
+                offered_pipes = pipes.Offered()
+                offered = shared_memory.create(self._shared_memory_bytes, self.outbox, checksums=message.checksums)
+                opened.shared_memory.CopyFrom(offered.offer)
+                offered_pipes.describe_in(opened.shared_memory)
+                self._offered = offered, offered_pipes
+        self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
+        assert self._member is not None
+        self._teachers.drain.join(self._member)
+        if self._closed:  # meanwhile, so that nobody takes it out again
+            self._teachers.drain.leave(self._member)
+
+    def _enter(self, message: teacher_pb2.Open, engine: Engine) -> None:
+        with self._closing:
+            if self._closed:
+                raise ProtocolError("the session was closed")
+            admission = self._teachers.admissions[message.teacher]
+            self._member = Member(message, engine.counters, admission, self.outbox)
+            self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
+            self._member.start_lease(self._teachers.timer, self._teachers.sharing.lease_s, self._expire)
+
+    def _on_cancel(self, request_id: int) -> None:
+        self._partial.pop(request_id, None)
+        ticket = self._tickets.pop(request_id, None)
+        if self._engine is not None and ticket is not None:
+            self._engine.cancel(ticket)
+        if self._member is not None:
+            self._member.cancelled(request_id)
+        self._spans.dropped(request_id)
+
+    def _on_attached(self, message: teacher_pb2.Attached) -> None:
+        offered, self._offered = self._offered, None
+        if offered is None:
+            return
+        segment, offered_pipes = offered
+        segment.withdraw()
+        offered_pipes.withdraw()
+        if message.attached:
+            self._segment = segment
+            self._pipes = offered_pipes.pipes if message.pipes else None
+        if self._closed and self._pipes is not None:
+            self._pipes.close()
+
+    def _free(self, offsets: Iterable[int]) -> None:
+        if self._segment is not None:
+            for offset in offsets:
+                self._segment.free(offset)
+
+    def _on_call(self, call: teacher_pb2.Call) -> None:
+        try:
+            if self._engine is None or self._member is None:
+                raise ProtocolError("a call came before Open")
+            if self._member.has(call.request_id):
+                self._refuse_twin(call.request_id)
+                return
+            # Before memory is taken for it; the header is parsed once, if it is short.
+            nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
+            if not self._member.admit(call.request_id, nbytes):
+                return
+            self._spans.begin(call, self._engine.description.name, self._member.account.job)
+            check_revision(call.revision, self._engine)
+            began = time.perf_counter()
+            incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
+            partial = _Partial(call, incoming, began)
+            if partial.incoming.complete:
+                self._queue(partial)
+            else:
+                self._partial[call.request_id] = partial
+        except FloodError:
+            raise
+        except Exception as err:
+            self._fail(call.request_id, err)
+        finally:
+            if self._segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
+                self._segment.done(call.payload.shared)
+
+    def _refuse_twin(self, request_id: int) -> None:
+        error = ProtocolError(f"a call came with the id {request_id} of one that is in flight")
+        self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
+
+    def _on_frame(self, frame: framing.Frame) -> None:
+        if frame.request_id not in self._partial:
+            return  # refused or cancelled
+        partial = self._partial[frame.request_id]
+        try:
+            partial.incoming.add(frame.offset, frame.data, frame.digest)
+            if partial.incoming.complete:
+                del self._partial[frame.request_id]
+                self._queue(partial)
+        except Exception as err:
+            self._partial.pop(frame.request_id, None)
+            self._fail(frame.request_id, err)
+
+    def _queue(self, partial: "_Partial") -> None:
+        assert self._engine is not None
+        call, incoming = partial.call, partial.incoming
+        inputs, mask = inputs_of(incoming.value())
+        wanted = Wanted.from_wire(call.taps, mask)
+        request_id, digest = call.request_id, incoming.digest
+        self._engine.count("receive", time.perf_counter() - partial.began)
+        if any(tap.side == HEAD for tap in wanted.taps):
+            self._answer(request_id, digest, wanted, head_answer(self._engine, wanted, inputs))
+            return
+
+        rows = rows_of(inputs)
+
+        def done(result: Answer | BaseException) -> None:
+            if self._tickets.pop(request_id, None) is not None:  # not cancelled
+                self._answer(request_id, digest, wanted, result, rows)
+
+        assert self._member is not None
+        ticket = self._tickets[request_id] = Ticket(done, self._member.account)
+        ticket.trace = self._spans.of(request_id)
+        deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
+        key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
+        try:
+            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket], source=id(self)))
+        except Exception:
+            self._tickets.pop(request_id, None)
+            raise
+        if self._closed:  # meanwhile
+            self._drop()
+
+    def _answer(
+        self, request_id: int, digest: bytes, wanted: Wanted, result: Answer | BaseException, rows: int = 0
+    ) -> None:
+        """Declare the features, or the error."""
+        assert self._engine is not None
+        if isinstance(result, BaseException):
+            self._fail(request_id, result)  # not raised: its traceback, which holds all of a forward, would hold itself
+            return
+        try:
+            outgoing = framing.Outgoing(result.features, limits=result.limits, snapshot=False)
+            reply = teacher_pb2.Reply(
+                request_id=request_id,
+                revision=result.revision,
+                taps=wanted.to_wire(),
+                input_digest=digest,
+                features=outgoing.header,
+                queued=self._engine.queued,
+            )
+            assert self._member is not None
+            self._member.answered(request_id, rows, wanted, result.features)
+            self.outbox.put(self._reply(request_id, reply, outgoing))
+        except Exception as err:
+            self._fail(request_id, err)
+
+    def _reply(
+        self, request_id: int, reply: teacher_pb2.Reply, outgoing: framing.Outgoing
+    ) -> Iterator[Message | bytes]:
+        def head(payload: teacher_pb2.Payload) -> Message:
+            reply.payload.CopyFrom(payload)
+            return teacher_pb2.ServerMessage(reply=reply, released=segment.released() if segment is not None else ())
+
+        segment, member = self._segment, self._member
+        assert self._engine is not None
+        assert member is not None
+        began = time.perf_counter()
+        try:
+            yield from outgoing.messages(request_id, head, segment, lambda: member.wants(request_id))
+        except SchoolhouseError as err:
+            self._spans.failed(request_id, err)
+            yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
+        finally:
+            member.sent(request_id)
+            self._engine.count("send", time.perf_counter() - began)
+            self._spans.sent(request_id, began)
+
+    def _fail(self, request_id: int, error: BaseException) -> None:
+        self._spans.failed(request_id, error)
+        if isinstance(error, SchoolhouseError):
+            self.log.info("a request failed: %s", type(error).__name__, request=request_id)
+        else:
+            self.log.error("a request failed", exc_info=error, request=request_id)
+        if self._member is not None:
+            self._member.failed(request_id, error)
+        self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
