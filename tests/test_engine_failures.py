@@ -94,7 +94,7 @@ def test_an_answered_request_leaves_nothing_to_the_garbage_collector(value, monk
             super().__init__(*args)
             tickets.append(weakref.ref(self))
 
-    monkeypatch.setattr("schoolhouse_server.servicer.Ticket", Watched)
+    monkeypatch.setattr("schoolhouse_server.server_session.Ticket", Watched)
     module = Leaky()
     encodings = {"": sh.encodings.at_positions()}
     with serve(module) as server, sh.connect(server.url) as teacher, no_collector():
