@@ -13,11 +13,13 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
@@ -183,6 +185,8 @@ def main() -> None:
     url, keep = start(RowsTeacher, S_PER_ROW, FEATURES)
     figures = {"schoolhouse": measure("schoolhouse", url, options.jobs, options.seconds)}
     keep.close()
+    # Ray Serve's proxy imports the peer's service.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with ray_serve_teacher(S_PER_ROW, 4 * WIDTH, 4 * FEATURES) as address:
         figures["ray_serve"] = measure("ray_serve", address, options.jobs, options.seconds)
     if options.json:

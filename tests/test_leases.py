@@ -1,5 +1,6 @@
 """Leases: a client that stands still loses what it had, and goes on when it wakes; one that lives never does."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -30,13 +31,37 @@ teacher.close()
 """
 
 
+READER = """
+import sys, torch, schoolhouse as sh
+teacher = sh.connect(sys.argv[1], job="student", shared_memory=False)
+futures = [teacher.submit((torch.full((1,), float(i)),), {}, [""]) for i in range(4)]
+futures[0].result(30)
+print("asked", flush=True)
+for i, future in enumerate(futures):
+    assert future.result(60)[""].eq(i).all()
+print("done", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def student_of(server, code, *arguments):
+    """A student that has asked; it ends with the test, also when it was stopped."""
+    command = [sys.executable, "-W", "ignore", "-c", code, server.url, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as student:
+        try:
+            assert student.stdout.readline() == "asked\n"
+            yield student
+            assert student.stdout.readline() == "done\n"
+            assert student.wait(20) == 0
+        finally:
+            student.kill()
+
+
 @WAYS
 def test_a_stopped_student_frees_its_places_and_goes_on_when_it_wakes(shared_memory):
     gate = Gate()
     with serve(gate, lease_s=0.6, max_in_flight=6) as server, sh.connect(server.url, job="other") as other:
-        command = [sys.executable, "-W", "ignore", "-c", STUDENT, server.url, str(shared_memory)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as student:
-            assert student.stdout.readline() == "asked\n"
+        with student_of(server, STUDENT, str(shared_memory)) as student:
             assert soon(lambda: job_of(server, "student").in_flight == 6)
             os.kill(student.pid, signal.SIGSTOP)
             assert soon(lambda: job_of(server, "student").sessions == 0)
@@ -47,8 +72,6 @@ def test_a_stopped_student_frees_its_places_and_goes_on_when_it_wakes(shared_mem
             if shared_memory:
                 assert soon(lambda: memfds()[1] <= 2)  # this process's own two mappings of the other one's
             os.kill(student.pid, signal.SIGCONT)
-            assert student.stdout.readline() == "done\n"
-            assert student.wait(20) == 0
 
 
 def test_a_stopped_student_that_does_not_read_is_cut_off():
@@ -57,24 +80,10 @@ def test_a_stopped_student_that_does_not_read_is_cut_off():
             return x.expand(6_000_000).clone()
 
     with serve(Wide(), lease_s=0.5) as server:
-        code = """
-import sys, torch, schoolhouse as sh, time
-teacher = sh.connect(sys.argv[1], job="student", shared_memory=False)
-futures = [teacher.submit((torch.full((1,), float(i)),), {}, [""]) for i in range(4)]
-futures[0].result(30)
-print("asked", flush=True)
-for i, future in enumerate(futures):
-    assert future.result(60)[""].eq(i).all()
-print("done", flush=True)
-"""
-        command = [sys.executable, "-W", "ignore", "-c", code, server.url]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as student:
-            assert student.stdout.readline() == "asked\n"
+        with student_of(server, READER) as student:
             os.kill(student.pid, signal.SIGSTOP)
             assert soon(lambda: load_of(server).sessions == 0)
             os.kill(student.pid, signal.SIGCONT)
-            assert student.stdout.readline() == "done\n"
-            assert student.wait(20) == 0
 
 
 @WAYS

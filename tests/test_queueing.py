@@ -229,3 +229,19 @@ def test_who_waits_for_work_gets_it():
     queue.put(Request("a"))
     thread.join(10)
     assert [one.job for one in found] == ["a"]
+
+
+def test_a_job_that_owes_does_not_go_first_when_it_comes_back():
+    queue = FairQueue(100)
+    requests = [Request("visitor", cost) for cost in (64, 40, 64)]
+    for request in requests:
+        queue.put(request)
+    queue.remove(requests[0])
+    assert [take_one(queue).job for _ in range(2)] == ["visitor"] * 2  # a quantum of 64, and 40 beyond
+    for i in range(5):
+        for _ in range(3):
+            queue.put(Request(f"other-{i}", 64))
+    for _ in range(6):  # a round of each, and the first of the next one
+        assert take_one(queue).job != "visitor"
+    queue.put(Request("visitor", 1))
+    assert take_one(queue).job != "visitor"

@@ -120,11 +120,10 @@ class Admission:
         if place.reserved is not None:
             quota = self._jobs[place.job]
             return quota.requests == 1 or quota.nbytes - place.reserved + nbytes <= self._sharing.max_job_bytes
-        return self._has_room(place, nbytes) and not any(self._is_before(other, place) for other in self._waiting)
-
-    def _is_before(self, other: Place, place: Place) -> bool:
-        """Whether a session that waits is first to get a place that another one could take."""
-        return self._reads(other) and (other.job == place.job or self._has_place_in_job(other, other.wanted))
+        # Those of other jobs wait for what is full, or it was kept for them.
+        return self._has_room(place, nbytes) and not any(
+            other.job == place.job and self._reads(other) for other in self._waiting
+        )
 
     def _has_room(self, place: Place, nbytes: int) -> bool:
         free = self._requests < self._sharing.max_queued

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from schoolhouse.errors import ConfigError
 from schoolhouse.taps import tensors_of
 
@@ -13,14 +14,21 @@ MAX_LEASE_S = 86_400.0
 
 def rows_of(inputs: Any) -> int:
     """The first dimension of the first tensor; 1 if it has none."""
-    first = next((tensor for tensor in tensors_of(inputs) if tensor.dim()), None)
+    first = _first(inputs, 1)
     return max(first.shape[0], 1) if first is not None else 1
 
 
 def tokens_of(inputs: Any) -> int:
     """Batch times length of the first tensor that has both; rows where none has."""
-    first = next((tensor for tensor in tensors_of(inputs) if tensor.dim() > 1), None)
+    first = _first(inputs, 2)
     return max(first.shape[0] * first.shape[1], 1) if first is not None else rows_of(inputs)
+
+
+def _first(inputs: Any, dims: int) -> torch.Tensor | None:
+    """The first tensor that has as many dimensions; in the usual case, without a walk through all of them."""
+    if isinstance(inputs, tuple) and inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].dim() >= dims:
+        return inputs[0]
+    return next((tensor for tensor in tensors_of(inputs) if tensor.dim() >= dims), None)
 
 
 COSTS: dict[str, Callable[[Any], int]] = {"rows": rows_of, "tokens": tokens_of}
