@@ -54,6 +54,18 @@ def test_what_waits_together_runs_together_once_single_forwards_have_shown_that_
         assert engine.description.merge == "same-shape"
 
 
+def test_of_many_small_requests_some_are_held_against_single_forwards():
+    with engine_of(Net()) as engine:
+        ran = []
+        for _ in range(3):
+            xs = [randn(1, 8, seed=i) for i in range(40)]
+            asked = [Asked(x) for x in xs]
+            ran.append([rows for rows, _ in at_once(engine, *asked)])
+            for one, x in zip(asked, xs, strict=True):
+                close(one.features[""], Net().eval()(x))
+    assert ran == [[*[1] * 16, 16, *[1] * 16, 16, 8], [*[1] * 16, 16, 24], [40]]
+
+
 TAPS = ["", "inner.fc", "inner.body", ("inner.fc", "input")]
 KINDS = {"plain": None, "bf16": encodings.bf16, "int8": encodings.int8}
 
