@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 PAD = Padding(values={"ids": 9, "kinds": 0}, mask="mask")
 SAME = Former(("x", "y"), None)
-PADDED = Former(("ids", "kinds", "mask", "scale"), PAD)
+PADDED = Former(("ids", "kinds", "mask", "scale", "weight"), PAD)
 
 
 def batch_of(former, *inputs):
@@ -96,7 +96,7 @@ def test_lengths_that_may_be_padded_are_and_the_mask_says_so(shapes, masked):
     scale = torch.tensor(3.0)
     requests = []
     for i, (rows, length) in enumerate(shapes):
-        kwargs = {"scale": scale, "kinds": ids(rows, length, i + 9)}
+        kwargs = {"scale": scale, "kinds": ids(rows, length, i + 9), "weight": torch.full((rows,), float(i))}
         if masked[i]:
             kwargs["mask"] = ids(rows, length, i + 20) % 2
         requests.append(Arguments((ids(rows, length, i),), dict(sorted(kwargs.items()))))
@@ -115,6 +115,7 @@ def test_lengths_that_may_be_padded_are_and_the_mask_says_so(shapes, masked):
             expected = torch.cat([F.pad(part, (0, longest - part.shape[1]), value=value) for part in parts])
             assert torch.equal(got, expected)
     assert torch.equal(merged.kwargs["scale"], scale)
+    assert merged.kwargs["weight"].tolist() == [float(i) for i, (rows, _) in enumerate(shapes) for _ in range(rows)]
     assert len(merged) == 1
 
 

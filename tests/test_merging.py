@@ -15,6 +15,7 @@ from models import Net
 from schoolhouse import encodings, errors
 from schoolhouse_server import serve
 from schoolhouse_server.batching import MergeSettings, Padding
+from schoolhouse_server.engine import Engine
 from schoolhouse_wire.encoder import encode
 from torch import nn
 from torch.nn import functional as F
@@ -51,6 +52,18 @@ def test_what_waits_together_runs_together_once_single_forwards_have_shown_that_
         checked, merged = (2 + 3 + 1, 2 + 9 + 9), (2 + 1, 2 + 9)
         assert runs == [checked, merged, checked, *[merged] * 3, checked, *[merged] * 5]
         assert engine.description.merge == "same-shape"
+
+
+def test_of_many_small_requests_some_are_held_against_single_forwards():
+    with engine_of(Net()) as engine:
+        ran = []
+        for _ in range(3):
+            xs = [randn(1, 8, seed=i) for i in range(40)]
+            asked = [Asked(x) for x in xs]
+            ran.append([rows for rows, _ in at_once(engine, *asked)])
+            for one, x in zip(asked, xs, strict=True):
+                close(one.features[""], Net().eval()(x))
+    assert ran == [[*[1] * 16, 16, *[1] * 16, 16, 8], [*[1] * 16, 16, 24], [40]]
 
 
 TAPS = ["", "inner.fc", "inner.body", ("inner.fc", "input")]
@@ -180,6 +193,19 @@ def test_other_lengths_are_padded_and_cut_back(shapes, seed, words_server):
             close(features["inner.head"], Words()(**batch))
 
 
+def test_requests_of_one_length_merge_whatever_that_is():
+    settings = MergeSettings(mode="pad", pad=Padding(values={"ids": 0}, mask="mask"))
+    engine = Engine(sh.LocalTeacher(Held(Words())), max_queued=9, merge=settings)
+    for length in (3, 4, 5, 6, 3, 3, 3):
+        jobs = [Asked(ids=ids(2, length, i)).job for i in range(2)]
+        [engine.merger.prepare(job) for job in jobs]
+        assert engine.merger.fits(jobs[:1], jobs[1])
+        engine._compute(jobs)
+    assert engine.merger.refusals == 0
+    assert engine.teacher.module.shapes[-1] == (4, 3)
+    assert engine.teacher.module.shapes[:3] == [(2, 3), (2, 3), (4, 3)]
+
+
 @pytest.fixture(scope="module")
 def words_server():
     module = Held(Words())
@@ -268,7 +294,8 @@ def test_a_poisoned_request_fails_alone():
         close(asked[1].features[""], expected[1])
         assert isinstance(bad.result(), errors.TeacherForwardError)
         close(asked[0].features[""], expected[0])
-        assert [shape[0] for shape in ran] in ([6, 2, 1, 3], [2, 1])  # together, and then one by one
+        assert [shape[0] for shape in ran] == [6, 2, 1, 3]  # together, and then one by one
+        assert [shape[0] for shape in at_once(engine, *pair(2, 3)[0])] == [5]  # the others go on together
 
 
 def test_a_batch_too_large_for_the_device_is_run_singly_and_later_ones_are_smaller():
@@ -325,8 +352,6 @@ def test_a_batch_is_bounded_in_rows(settings):
 def test_padding_is_bounded_in_tokens_and_in_waste():
     pad = Padding(values={"ids": 0}, mask="mask")
     engine = sh.LocalTeacher(Words())
-    from schoolhouse_server.engine import Engine
-
     tokens = MergeSettings(mode="pad", pad=pad, max_batch_tokens=40)
     merger = Engine(engine, max_queued=9, merge=tokens).merger
     made = [Asked(ids=ids(2, n)).job for n in (8, 8, 6, 20, 1)]
@@ -474,15 +499,16 @@ def test_a_feature_that_did_not_depend_on_rows_and_then_does():
             return super().forward(x), (x > 50).any()
 
     with engine_of(Flagged()) as engine:
-        for _ in range(3):
+        for _ in range(4):
             asked, _ = pair(2, 3)
             at_once(engine, *asked)
             assert [one.features[""][1].item() for one in asked] == [False, False]
-        for _ in range(5):
+        for turn in range(5):
             asked, _ = pair(2, 3)
             odd = Asked(torch.full((1, 8), 51.0))
             at_once(engine, *asked, odd)
             assert [one.features[""][1].item() for one in (*asked, odd)] == [False, False, True]
+            assert turn or engine.merger.refusals == 0  # it is learned anew
 
 
 def test_what_was_learned_of_a_merged_forward_counts_for_other_numbers_of_rows():

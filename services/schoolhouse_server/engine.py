@@ -1,11 +1,13 @@
 """One teacher on one device: requests come in, wait, run by themselves or merged, and their features go out."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -37,6 +39,7 @@ from schoolhouse_server.timer import Timer
 
 _CLOSED = "the teacher is shutting down"
 _LATE = "the request's deadline passed while it waited for the teacher"
+_AHEAD = 4
 _log = logging.getLogger(__name__)
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
 
@@ -81,6 +84,7 @@ class Engine:
             self.merger = Merger(merge, self.description, lambda: self.device.forward.recent_s)
             self_check.check_example(teacher, self.device, self.merger.former, example)
         self._queue: FairQueue[Job] = FairQueue(max_queued)
+        self._ahead: deque[Span] = deque(maxlen=_AHEAD)  # forwards that the device may be at still
         self._outlet = Outlet(teacher, self.device, self.cache, self._end)
         self._in_flight: dict[Hashable, Job] = {}
         self._lock = threading.Lock()
@@ -216,21 +220,25 @@ class Engine:
     def _take(self) -> list[Job]:
         if self.merger is None:
             return self._queue.take()
+        with contextlib.suppress(Exception):  # a forward that failed on its device tells its own jobs
+            while len(self._ahead) > 1:  # the longer others may come, the fewer forwards there are
+                self.device.wait(self._ahead.popleft())
         jobs = self._queue.take(self.merger.fits, self.merger.linger)
         self.merger.waiting.ended(jobs)
         return jobs
 
     def _compute(self, jobs: list[Job]) -> None:
         ready = [job for job in jobs if self._admit(job)]
-        if self.merger is None or len(ready) == 1:
-            for job in ready:
-                self._alone(job)
-        elif ready:
+        while ready and self.merger is not None and self.merger.fit(ready):
             joint = self.merger.join(ready)
-            if self.merger.is_due(joint):
-                self._compared(self.merger, joint)
-            else:
+            checked = self.merger.to_check(joint)
+            if checked is None:
                 self._together(self.merger, joint)
+                return
+            self._compared(self.merger, checked)
+            ready = ready[len(checked.jobs) :]
+        for job in ready:
+            self._alone(job)
 
     def _admit(self, job: Job) -> bool:
         self._begin(job)
@@ -255,8 +263,12 @@ class Engine:
     def _forward(self, job: Job, wanted: Wanted) -> Landing:
         inputs, loaded = self.device.h2d.run(None, self.device.load, job.inputs)
         values, computed = self.device.forward.run(loaded, self.teacher.forward, inputs, wanted)
-        self.counters.forward(job.rows)
+        self._ran(job.rows, computed)
         return Landing([Part(job, values)], inputs, [loaded, computed])
+
+    def _ran(self, rows: int, computed: Span) -> None:
+        self.counters.forward(rows)
+        self._ahead.append(computed)
 
     def _hand_over(self, work: Landing, at_once: bool) -> None:
         if at_once:
@@ -324,7 +336,7 @@ class Engine:
         device = self.device
         inputs, loaded = device.h2d.run(None, self._load, joint)
         values, computed = device.forward.run(loaded, self.teacher.forward, inputs, joint.wanted, joint.like)
-        self.counters.forward(joint.batch.layout.total)
+        self._ran(joint.batch.layout.total, computed)
         return inputs, values, [loaded, computed]
 
     def _load(self, joint: Joint[Job]) -> Arguments:

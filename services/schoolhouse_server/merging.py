@@ -21,6 +21,7 @@ _MAX_KNOWN = 4096  # of each kind of thing that is remembered
 _MAX_PADDED = 2.0  # tokens of a merged batch for each that was asked for
 _MAX_DOUBTS = 3
 _CHECK_AT_LEAST_EVERY = 1024
+_MAX_CHECKED = 16
 _MAX_WARNINGS = 20
 _WINDOW_FORWARDS, _WINDOW_S = 10, 0.1  # a session is active for so long after a request, whichever is longer
 _LEAST_PATIENCE, _PROBE_EVERY = 1 / 16, 32
@@ -140,9 +141,19 @@ class Merger(Generic[R]):
         batch = Batch(self.former, [job.inputs for job in jobs], forms)
         return Joint(jobs, batch, sorted(places, key=str))
 
-    def is_due(self, joint: Joint[R]) -> bool:
-        """Whether the batch has to be held against single forwards."""
-        return any(self._record(joint, place).due for place in joint.places)
+    def fit(self, jobs: Sequence[R]) -> bool:
+        """Whether several jobs that were taken together still may be merged."""
+        return len(jobs) > 1 and not any(self._is_refused(job) for job in jobs)
+
+    def to_check(self, joint: Joint[R]) -> Joint[R] | None:
+        """What of the batch has to be held against single forwards; None for nothing.
+
+        Some of its jobs do, if they are alike to it: many small ones would take long one by one.
+        """
+        if not any(self._record(joint, place).due for place in joint.places):
+            return None
+        some = self.join(joint.jobs[:_MAX_CHECKED])
+        return some if some.like == joint.like and some.places == joint.places else joint
 
     def learn(self, joint: Joint[R], merged: dict[Tap, Any], singles: Sequence[dict[Tap, Any]]) -> None:
         """Compare a merged forward with single ones; taps in which they differ are not merged from here on."""
