@@ -58,9 +58,8 @@ class PoolActor:
     def __init__(self) -> None:
         self._desired: Desired | None = None
         self._ring = RingHandler(_LOG_LINES)
-        root = logging.getLogger()
-        root.addHandler(self._ring)
-        root.setLevel(min(root.level, logging.INFO) or logging.INFO)
+        logging.basicConfig(level=logging.INFO)  # to stderr, which Ray keeps in a file of the node
+        logging.getLogger().addHandler(self._ring)
 
     def hold(self, desired: Desired) -> None:
         """Keep the desired state, if it is newer than the one that is held."""
