@@ -12,12 +12,13 @@ import torch
 from models import Net
 
 pytest.importorskip("ray")
+PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 SCHOOLHOUSE = [sys.executable, "-c", "from schoolhouse_server.cli import main; main()"]
 
 
 @pytest.fixture
 def run(tmp_path):
-    environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "PYTHONPATH": PATHS}
     environment |= {"COLUMNS": "120"}
 
     def call(*args):
@@ -48,6 +49,11 @@ def test_up_status_down(run, tmp_path):
             shown = run("status")
             assert teacher.describe().revision in shown.stdout
             assert "serving" in shown.stdout
+            assert "serving at 127.0.0.1:" in run("logs", "net").stdout
+            assert "it has: net" in run("scale", "nets", "2").stderr
+            rolled = run("roll", "pool.yaml", "--linger-s", "0")
+            assert rolled.returncode == 0, rolled.stderr
+            assert f"net serves revision {teacher.describe().revision}" in rolled.stdout
         assert "already" in run("up", "pool.yaml").stderr
     finally:
         assert run("down").returncode == 0

@@ -20,7 +20,7 @@ class World:
     def __init__(self, config, room=99):
         self.desired = Desired.of(config)
         self.replicas, self.jobs, self.used, self.now, self.room, self.made = [], set(), {}, 1000.0, room, 0
-        self.fewest = {}
+        self.fewest, self.ends = {}, {}
 
     @property
     def state(self):
@@ -40,7 +40,8 @@ class World:
             for i, v in enumerate(planned.start)
         ]
         self.made += len(planned.start)
-        self.replicas = [r for r in self.replicas if r.phase != "draining" or r.age_s < 1]
+        self.ends |= dict.fromkeys(planned.drain, self.now + 3)
+        self.replicas = [r for r in self.replicas if self.now < self.ends.get(r.id, self.now + 1)]
         for i, replica in enumerate(self.replicas):
             self.replicas[i] = self.older(replica)
         return planned
@@ -50,8 +51,7 @@ class World:
         if seen.phase == "starting" and seen.placed and seen.age_s >= 2:
             self.has_started(seen.version)
             return replace(seen, phase="serving", placed=True, revision=f"r{seen.version}", age_s=seen.age_s + 1)
-        age_s = 0.0 if seen.phase == "draining" and seen.age_s > 1 else seen.age_s + 1
-        return replace(seen, placed=placed, age_s=age_s)
+        return replace(seen, placed=placed, age_s=seen.age_s + 1)
 
     def has_started(self, number):
         state = self.state.with_version(replace(self.state.version(number), revision=f"r{number}"))
@@ -124,12 +124,13 @@ def test_a_job_that_does_not_end_loses_its_revision_after_the_linger_time():
     assert world.serving(old) == []
 
 
-def test_without_room_for_one_more_an_old_one_goes_first():
-    world = begun(replicas=2, room=2)
-    new = rolled(world, replicas=2)
-    world.run(int(ROOM_S) * 4)
-    assert world.fewest["all"] == 1
-    assert [r.version for r in world.serving()] == [new, new]
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_without_room_for_one_more_one_old_one_goes_first(replicas):
+    world = begun(replicas=replicas, room=replicas)
+    new = rolled(world, replicas=replicas)
+    world.run(int(ROOM_S) * 3 * replicas)
+    assert world.fewest["all"] == replicas - 1
+    assert [r.version for r in world.serving()] == [new] * replicas
 
 
 def test_the_last_one_never_goes_first():

@@ -183,3 +183,30 @@ def test_a_revision_whose_time_is_up_ends_in_a_typed_error(pool, folder):
         pool.roll(read(folder, seed=3, more="linger_s: 1"), ["net"], 120)
         assert eventually(lambda: student.failed)
     assert isinstance(student.failed[0], RevisionChangedError)
+
+
+def test_replicas_follow_the_load(pool, folder):
+    path = folder / "slow.yaml"
+    path.write_text(
+        "port: 0\ndrain_timeout_s: 4\n"
+        "teachers: {slow: {build: 'slow_model:Slow', kwargs: {forward_s: 0.05}, threads: 1, "
+        "resources: {num_cpus: 0.3}, replicas: {min: 1, max: 2}, "
+        "autoscale: {target_delay_s: 0.1, up_after_s: 1, down_after_s: 3}}}\n"
+    )
+    pool.roll(load_pool(path), ["slow"], 120)  # a teacher that the pool did not have yet
+
+    def count():
+        return pool.teachers()["slow"]["wanted"]
+
+    with sh.connect(pool.url("slow")) as teacher:
+        asked = []
+        while count() == 1 and len(asked) < 1000:
+            asked += [teacher.submit((torch.tensor([float(i)]),), {}, [""]) for i in range(len(asked), len(asked) + 10)]
+            time.sleep(0.2)
+        assert count() == 2
+        for i, future in enumerate(asked):
+            assert future.result(60)[""].item() == i
+        assert eventually(lambda: [r["stage"] for r in pool.status() if r["teacher"] == "slow"] == ["serving"])
+        assert count() == 1
+        assert teacher.submit((torch.ones(1),), {}, [""]).result(30)[""].item() == 1
+    assert {"net", "slow"} == set(pool.teachers())

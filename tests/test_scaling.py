@@ -69,6 +69,16 @@ def test_a_short_burst_changes_nothing():
     assert set(counts) == {2}
 
 
+def test_between_the_thresholds_nothing_moves():
+    scaler = Scaler()
+    half = Pressure(SETTINGS.target_delay_s / 2, busy=0.1)
+    assert {scaler.decide(SETTINGS, BOUNDS, 3, half, float(now)) for now in range(0, 2000, 2)} == {3}
+    quiet = Pressure(SETTINGS.target_delay_s / 5, busy=0.1)
+    assert {scaler.decide(SETTINGS, BOUNDS, 3, quiet, float(now)) for now in range(2000, 2100, 2)} == {2, 3}
+    busy = Pressure(0.0, busy=1.9)  # two would be busy for more than 0.7 of the time
+    assert {scaler.decide(SETTINGS, BOUNDS, 3, busy, float(now)) for now in range(3000, 5000, 2)} == {3}
+
+
 def test_bounds_hold():
     scaler = Scaler()
     assert scaler.decide(SETTINGS, BOUNDS, 12, Pressure(0.0, 0.0), 0.0) == 8

@@ -184,7 +184,7 @@ class PoolConfig:
     teachers: Annotated[dict[Annotated[str, Field(pattern=r"^[^/\s]+$")], TeacherSpec], Field(min_length=1)]
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 7070
-    ports: str | None = None
+    ports: int | str | None = None
     advertise: str | dict[str, str] | None = None
     zone_label: str = "ray.io/availability-zone"
     drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 120.0
@@ -199,13 +199,13 @@ class PoolConfig:
     def _port_range(self) -> "PoolConfig":
         for given in (self.ports, self.metrics_ports):
             if given is not None:
-                parse_ports(given)
+                parse_ports(str(given))
         return self
 
     @property
     def replica_ports(self) -> range:
         """Where replicas may listen; just 0, for any free port, without `ports`."""
-        return range(1) if self.ports is None else parse_ports(self.ports)
+        return range(1) if self.ports is None else parse_ports(str(self.ports))
 
     @property
     def metrics_port_range(self) -> range | None:
@@ -214,10 +214,11 @@ class PoolConfig:
 
 
 def parse_ports(text: str) -> range:
-    """`7100-7199` as the ports of it; raises `ValueError` for anything else."""
+    """`7100-7199`, or one port, as a range; raises `ValueError` for anything else."""
     first, dash, last = text.partition("-")
-    if not (dash and first.strip().isdecimal() and last.strip().isdecimal()):
-        raise ValueError(f"ports is {text!r}; expected FIRST-LAST, as in 7100-7199")
+    last = last if dash else first
+    if not (first.strip().isdecimal() and last.strip().isdecimal()):
+        raise ValueError(f"ports is {text!r}; expected FIRST-LAST, as in 7100-7199, or one port")
     found = range(int(first), int(last) + 1)
     if not found or found[0] < 1 or found[-1] > 65535:
         raise ValueError(f"ports is {text!r}; expected two ports from 1 to 65535, the smaller one first")
