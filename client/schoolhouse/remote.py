@@ -163,25 +163,21 @@ class RemoteTeacher:
         """
         if self._closed:
             raise ConfigError(f"{self!r} is closed; connect again")
-        facts, dispatcher = self._connected()
+        facts, _ = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
         heads = {tap: self._heads.get(facts.revision, name, tap.module) for tap, name in wanted.heads().items()}
         inputs = Arguments(args, kwargs)
-        travelling = inputs if wanted.mask is None else (inputs, wanted.mask)
-        outgoing = framing.Outgoing(travelling, limits=facts.limits, snapshot=True)
-        return self._send(dispatcher, outgoing, wanted, facts.revision, heads)
+        return self._send(
+            inputs if wanted.mask is None else (inputs, wanted.mask), wanted, heads, revision=facts.revision
+        )
 
     def _send(
-        self,
-        dispatcher: Dispatcher,
-        outgoing: framing.Outgoing,
-        wanted: Wanted,
-        revision: str,
-        heads: Mapping[Tap, Head],
-        limits: Limits = _LIMITS,
+        self, inputs: Any, wanted: Wanted, heads: Mapping[Tap, Head], limits: Limits = _LIMITS, *, revision: str = ""
     ) -> "Future[Features]":
+        facts, dispatcher = self._connected()
+        outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
         deadline = time.monotonic() + self._settings.timeout_s
-        request = Request(outgoing, wanted, revision, deadline, heads, limits)
+        request = Request(outgoing, wanted, revision or facts.revision, deadline, heads, limits)
         request_id = dispatcher.outstanding.add(request)
         # The future must not refer to the request: in a cycle, its features would outlive their use.
         request.future.add_done_callback(lambda future: self._done(dispatcher, request_id, future))
@@ -226,11 +222,9 @@ def _rebuild(url: str, settings: Settings, pinned: str) -> RemoteTeacher:
 def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments, wanted: Wanted) -> Features:
     found = teacher()
     assert found is not None
-    facts, dispatcher = found._connected()
-    if dispatcher.answers_here():
+    if found._connected()[1].answers_here():
         raise ConfigError(
             f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
             "it: answers come in its thread. Submit one such request elsewhere first"
         )
-    outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
-    return found._send(dispatcher, outgoing, wanted, revision, {}, _HEAD_LIMITS).result()
+    return found._send(inputs, wanted, {}, _HEAD_LIMITS, revision=revision).result()
