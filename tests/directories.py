@@ -40,7 +40,8 @@ class DirectoryServer:
 
     def __init__(self, port=0):
         self.directory = Directory()
-        self.server = grpc.server(DaemonExecutor(32, "test-directory"), options=channel.SERVER_OPTIONS)
+        self.workers = DaemonExecutor(32, "test-directory")
+        self.server = grpc.server(self.workers, options=channel.SERVER_OPTIONS)
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self.directory, self.server)
         self.port = self.server.add_insecure_port(f"127.0.0.1:{port}")
         self.server.start()
@@ -55,6 +56,7 @@ class DirectoryServer:
     def close(self):
         self.directory.close()
         self.server.stop(0).wait(10)
+        self.workers.shutdown()
 
     def __enter__(self):
         return self

@@ -183,6 +183,7 @@ def pair():
             held = []
             while not modules[0].entered.is_set() or len(held) < 8:
                 held.append(ask(teacher, len(held)))
+                time.sleep(0.02)
             yield modules, servers, directory, teacher, held
 
 
@@ -235,6 +236,7 @@ def test_a_replica_that_says_itself_that_it_is_draining(monkeypatch):
             held = []
             while not modules[0].entered.is_set() or len(held) < 8:
                 held.append(ask(teacher, len(held)))
+                time.sleep(0.02)
             engine = servers[0].engines["teacher"]
             [session] = [session for session in started if session._engine is engine]
             session.outbox.put(iter([teacher_pb2.ServerMessage(draining=teacher_pb2.Draining())]))

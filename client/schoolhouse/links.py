@@ -1,6 +1,5 @@
 """What a client knows of each replica: the session with it, what is outstanding there, and when to try it again."""
 
-import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from schoolhouse.request import Request
 from schoolhouse.session import Session
 
 _LONGEST_BACKOFF_S = 2.0
+_NEXT_OPENING_S = 0.25
 _FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
 _PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError)
 
@@ -36,6 +36,15 @@ class Link:
     failures: int = 0  # in a row
     retry_at: float = 0.0
     error: SchoolhouseError | None = None  # that the last session ended with
+
+    @property
+    def revision(self) -> str:
+        """As the replica says, or else the directory; empty: not known."""
+        return self.session.revision if self.session is not None and self.opened else self.replica.revision
+
+    def may_serve(self, revision: str) -> bool:
+        """Whether it is of that revision, as far as is known; the empty one stands for any."""
+        return not revision or self.revision in ("", revision)
 
     @property
     def leaving(self) -> bool:
@@ -65,7 +74,8 @@ class Links:
         self._random = rng
         self._by_address: dict[str, Link] = {}
         self._tiers: dict[str, tuple[float, list[list[Link]]]] = {}  # by revision, and until when
-        self._unit = 1.0  # bytes of a usual request
+        self._unit = 0.0  # bytes of a usual request
+        self._next_opening_at = 0.0  # while nothing is open
         self.current = ""  # revision of requests that may be of any
 
     def __iter__(self) -> Iterator[Link]:
@@ -90,7 +100,7 @@ class Links:
         self._drop_gone()
 
     def _settle_current(self, wanted: str) -> None:
-        there = [link.replica.revision for link in self if not link.leaving and link.replica.revision]
+        there = [link.revision for link in self if not link.leaving and link.revision]
         self.current = next((r for r in (wanted, self.current, *there) if r in there), self.current)
 
     def pick(self, revision: str, now: float) -> Link | None:
@@ -103,9 +113,19 @@ class Links:
         link = self._choose(tiers, now)
         if link.opened:
             return link
+        ready = _those(tiers, lambda link: link.opened)
+        if not ready:
+            self._open_another(tiers, now)
+            return None
         self._open(link, now)
-        ready = [found for tier in tiers if (found := [link for link in tier if link.opened])]
-        return self._choose(ready, now) if ready else None
+        return self._choose(ready, now)
+
+    def _open_another(self, tiers: list[list[Link]], now: float) -> None:
+        """Nothing is open yet: begin with the best one, and a little later with the next, as the first may hang."""
+        fresh = _those(tiers, lambda link: link.session is None)
+        if fresh and now >= self._next_opening_at:
+            self._next_opening_at = now + _NEXT_OPENING_S
+            self._open(self._choose(fresh, now), now)
 
     def _choose(self, tiers: list[list[Link]], now: float) -> Link:
         if len(tiers) == len(tiers[0]) == 1:
@@ -113,7 +133,7 @@ class Links:
         return choose(tiers, lambda link: link.nbytes + link.others(now) * self._unit, self._unit, self._random)
 
     def _usable(self, revision: str, now: float) -> tuple[float, list[list[Link]]]:
-        mine = [link for link in self if link.replica.may_serve(revision) and not link.leaving]
+        mine = [link for link in self if link.may_serve(revision) and not link.leaving]
         until = min((link.retry_at for link in mine if link.retry_at > now), default=float("inf"))
         tiers: dict[int, list[Link]] = {}
         for link in mine:
@@ -140,7 +160,7 @@ class Links:
         """Count a request that goes there."""
         link.nbytes += nbytes
         link.requests += 1
-        self._unit += (nbytes - self._unit) / 16
+        self._unit += (nbytes - self._unit) / (16 if self._unit else 1)
 
     def give_back(self, link: Link, nbytes: int) -> None:
         """Count a request that has ended."""
@@ -149,10 +169,8 @@ class Links:
 
     def opened(self, link: Link) -> None:
         """Its session said hello."""
-        assert link.session is not None
         self._tiers.clear()
         link.opened, link.error = True, None
-        link.replica = dataclasses.replace(link.replica, revision=link.session.revision)
         self._settle_current(self.current)
 
     def draining(self) -> None:
@@ -169,6 +187,7 @@ class Links:
 
     def _put_aside(self, link: Link, error: SchoolhouseError, now: float) -> None:
         self._tiers.clear()
+        self._next_opening_at = 0.0
         link.error = error
         link.failures += 1
         link.retry_at = now + backoff_s(link.failures, self._random, longest_s=_LONGEST_BACKOFF_S)
@@ -196,24 +215,29 @@ class Links:
         """When there may be something to do: an opening takes too long, or, if `wanted`, one is to be tried again."""
         times = [link.give_up_at for link in self if link.session is not None and not link.opened]
         if wanted:
-            times += [link.retry_at for link in self if link.session is None and not link.leaving]
+            fresh = [link for link in self if link.session is None and not link.leaving]
+            times += [max(link.retry_at, self._next_opening_at) for link in fresh]
         return min((at for at in times if at > now), default=None)
 
     def hopeless(self, revision: str, now: float) -> SchoolhouseError | None:
         """Why waiting would not help a request of that revision, if so."""
         listed = [link for link in self if link.listed]
-        mine = [link for link in listed if link.replica.may_serve(revision)]
+        mine = [link for link in listed if link.may_serve(revision)]
         if mine and not all(link.refuses(now) for link in mine):
             return None
         if mine and not isinstance(mine[0].error, RevisionChangedError):
             return mine[0].error
-        others = {link.replica.revision for link in listed if link.replica.revision not in ("", revision)}
+        others = {link.revision for link in listed if link.revision not in ("", revision)}
         others |= {choice for link in mine if link.error is not None for choice in link.error.choices}
         return RevisionChangedError("", choices=sorted(others)) if listed else None
 
     def tried(self) -> str:
         """What became of each replica, in words."""
         return "; ".join(map(_state, self)) or "the directory lists none"
+
+
+def _those(tiers: list[list[Link]], wanted: Callable[[Link], bool]) -> list[list[Link]]:
+    return [found for tier in tiers if (found := [link for link in tier if wanted(link)])]
 
 
 def _state(link: Link) -> str:

@@ -165,24 +165,21 @@ class RemoteTeacher:
         """
         if self._closed:
             raise ConfigError(f"{self!r} is closed; connect again")
-        facts, dispatcher = self._connected()
+        facts, _ = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
         heads = {tap: self._heads.get(facts.revision, name, tap.module) for tap, name in wanted.heads().items()}
         inputs = Arguments(args, kwargs)
-        travelling = inputs if wanted.mask is None else (inputs, wanted.mask)
-        outgoing = framing.Outgoing(travelling, limits=facts.limits, snapshot=True)
-        return self._send(dispatcher, outgoing, wanted, facts.revision, heads)
+        return self._send(
+            inputs if wanted.mask is None else (inputs, wanted.mask), wanted, heads, revision=facts.revision
+        )
 
     def _send(
-        self,
-        dispatcher: Dispatcher,
-        outgoing: framing.Outgoing,
-        wanted: Wanted,
-        revision: str,
-        heads: Mapping[Tap, Head],
-        limits: Limits = _LIMITS,
+        self, inputs: Any, wanted: Wanted, heads: Mapping[Tap, Head], limits: Limits = _LIMITS, *, revision: str = ""
     ) -> "Future[Features]":
+        facts, dispatcher = self._connected()
+        outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
         deadline = time.monotonic() + self._settings.timeout_s
+        revision = revision or facts.revision
         span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.job)
         request = Request(outgoing, wanted, revision, deadline, heads, limits, span)
         request_id = dispatcher.outstanding.add(request)
@@ -229,11 +226,9 @@ def _rebuild(url: str, settings: Settings, pinned: str) -> RemoteTeacher:
 def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments, wanted: Wanted) -> Features:
     found = teacher()
     assert found is not None
-    facts, dispatcher = found._connected()
-    if dispatcher.answers_here():
+    if found._connected()[1].answers_here():
         raise ConfigError(
             f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
             "it: answers come in its thread. Submit one such request elsewhere first"
         )
-    outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
-    return found._send(dispatcher, outgoing, wanted, revision, {}, _HEAD_LIMITS).result()
+    return found._send(inputs, wanted, {}, _HEAD_LIMITS, revision=revision).result()
