@@ -91,6 +91,7 @@ def test_a_client_that_is_idle_or_waits_keeps_its_session(shared_memory):
     gate = Gate()
     with serve(gate, lease_s=0.3) as server, sh.connect(server.url, shared_memory=shared_memory) as teacher:
         future = ask(teacher, 0)
+        assert soon(lambda: len(teacher.open_sessions()) == 1)
         [session] = teacher.open_sessions()
         time.sleep(1.2)
         gate.opened.set()
