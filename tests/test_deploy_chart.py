@@ -1,5 +1,6 @@
 """The Helm chart: what it makes is valid, fits together, and is what deploy/kuberay has."""
 
+import re
 import subprocess
 from copy import deepcopy
 
@@ -41,7 +42,6 @@ ALL_ON = {
         "externalStorageNamespace": "schoolhouse",
     },
     "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
-    "pool": {"http_port": 9090},
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "networkPolicy": {
         "from": [{"namespaceSelector": {"matchLabels": {"team": "vision"}}}],
@@ -119,7 +119,7 @@ def test_a_misspelt_field_is_an_error(kind, path, right, wrong):
         ({"pool": {"teachers": None}}, "teachers"),
         ({"gcsFaultTolerance": {"enabled": True}}, "redisAddress"),
         ({"pool": {"http_port": 70000}}, "http_port"),
-        ({"serviceMonitor": {"enabled": True}}, "http_port"),
+        ({"serviceMonitor": {"enabled": True}, "pool": {"http_port": None}}, "http_port"),
         ({"objectStore": {"bytes": 1}}, "bytes"),
         ({"networkPolicy": {"studentLabels": {"schoolhouse.student": None}}}, "studentLabels"),
     ],
@@ -164,12 +164,12 @@ def test_the_replicas_of_the_cpu_pool_are_one_model(tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_service_leads_to_the_directory(variant, tmp_path):
     items = committed(variant)
-    port = settings(items, tmp_path).port
+    pool = settings(items, tmp_path)
+    ports = [pool.port, pool.http_port]
     spec = one(items, "Service")["spec"]
     assert spec["selector"] == {"ray.io/cluster": "schoolhouse", "ray.io/node-type": "head"}  # KubeRay's labels
-    (offered,) = spec["ports"]
     opened = {p["name"]: p["containerPort"] for p in pods(items)["head"]["spec"]["containers"][0]["ports"]}
-    assert offered["port"] == opened[offered["targetPort"]] == port
+    assert [(p["port"], opened[p["targetPort"]]) for p in spec["ports"]] == [(port, port) for port in ports]
 
 
 def admitted(items, peer):
@@ -181,9 +181,13 @@ def admitted(items, peer):
 
 def test_students_reach_the_pool_and_not_ray(tmp_path):
     student = {"podSelector": {"matchLabels": {"schoolhouse.student": "true"}}}
-    assert admitted(committed("cpu"), student) == [(7070, 7070), (32768, 60999)]
-    items = rendered(merged(values("cpu"), {"pool": {"ports": "7100-7199", "http_port": 9090}}), tmp_path)
-    assert admitted(items, student) == [(7070, 7070), (7100, 7199), (9090, 9090)]
+    items = committed("cpu")
+    pool = settings(items, tmp_path)
+    replicas = (pool.replica_ports[0], pool.replica_ports[-1])
+    assert admitted(items, student) == [(7070, 7070), replicas, (pool.http_port, pool.http_port)]
+    anywhere = merged(values("cpu"), {"pool": {"ports": None, "http_port": None}})  # as Linux hands them out
+    del anywhere["pool"]["ports"], anywhere["pool"]["http_port"]
+    assert admitted(rendered(anywhere, tmp_path), student) == [(7070, 7070), (32768, 60999)]
     launcher = one(items, "Job")["spec"]["template"]["metadata"]["labels"]
     labels = {key: launcher[key] for key in ("app.kubernetes.io/instance", "app.kubernetes.io/component")}
     assert admitted(items, {"podSelector": {"matchLabels": labels}}) == [(8265, 8265)]
@@ -218,8 +222,10 @@ def test_the_launcher_names_what_there_is(variant):
     mounts = pods(items)["head"]["spec"]["containers"][0]["volumeMounts"]
     assert "/etc/schoolhouse/pool.yaml" in script
     assert {"name": "pool", "mountPath": "/etc/schoolhouse", "readOnly": True} in mounts
-    if "keep" in pods(items):
-        assert pods(items)["keep"]["spec"] == pods(items)["launcher"]["spec"]
+    assert one(items, "ConfigMap")["data"]["digest"] in script
+    kept = pods(items)["keep"]["spec"]["containers"][0]
+    roll = re.search(r"schoolhouse roll /etc/schoolhouse/pool.yaml [^;]*", script).group()
+    assert kept == {**container, "args": [shell, flag, script.replace(roll, "true")]}
 
 
 def test_a_changed_pool_is_a_new_job(tmp_path):

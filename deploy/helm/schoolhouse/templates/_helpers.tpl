@@ -83,37 +83,42 @@ volumes:
   {{- end }}
 {{- end -}}
 
-{{/* The pod that runs `schoolhouse up` as a job on the head: drivers must run on a node of the cluster. */}}
+{{/*
+The pod that runs `schoolhouse` as a job on the head: drivers must run on a node of the cluster. Takes `root` and `running`,
+what is done where the pool runs already.
+*/}}
 {{- define "schoolhouse.launcher" -}}
+{{- $values := .root.Values -}}
 metadata:
   labels:
-    {{- include "schoolhouse.labels" . | nindent 4 }}
+    {{- include "schoolhouse.labels" .root | nindent 4 }}
     app.kubernetes.io/component: launcher
 spec:
   restartPolicy: Never
   automountServiceAccountToken: false
   securityContext:
-    {{- toYaml .Values.podSecurityContext | nindent 4 }}
-  {{- with .Values.image.pullSecrets }}
+    {{- toYaml $values.podSecurityContext | nindent 4 }}
+  {{- with $values.image.pullSecrets }}
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   containers:
     - name: launcher
-      image: {{ include "schoolhouse.image" . }}
-      imagePullPolicy: {{ .Values.image.pullPolicy }}
-      command: [ray, job, submit, "--address=http://{{ include "schoolhouse.fullname" . }}-head-svc:8265", --]
-      # A pool that runs already is left alone: `status` says so, and then there is nothing to do.
+      image: {{ include "schoolhouse.image" .root }}
+      imagePullPolicy: {{ $values.image.pullPolicy }}
+      command: [ray, job, submit, "--address=http://{{ include "schoolhouse.fullname" .root }}-head-svc:8265", --]
       args:
         - sh
         - -c
         - >-
-          schoolhouse status --address auto ||
-          schoolhouse up /etc/schoolhouse/pool.yaml --address auto --timeout-s {{ .Values.launcher.timeoutSeconds }}
+          for _ in $(seq 180); do grep -q {{ include "schoolhouse.digest" .root }} /etc/schoolhouse/digest && break; sleep 1; done;
+          if schoolhouse status --address auto; then {{ .running }};
+          else schoolhouse up /etc/schoolhouse/pool.yaml --address auto
+          --timeout-s {{ $values.launcher.timeoutSeconds }}; fi
       env:
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
       securityContext:
-        {{- toYaml .Values.securityContext | nindent 8 }}
+        {{- toYaml $values.securityContext | nindent 8 }}
       resources:
-        {{- toYaml .Values.launcher.resources | nindent 8 }}
+        {{- toYaml $values.launcher.resources | nindent 8 }}
 {{- end -}}
