@@ -150,7 +150,7 @@ def test_what_the_server_did_wrong_is_logged_with_its_stack(lines, monkeypatch, 
         "exp",
         1,
     )
-    assert any("_alone" in frame for frame in failed["stack"])
+    assert any("_admit" in frame for frame in failed["stack"])
 
 
 def test_set_up_is_for_programs_and_serve_configures_nothing(x):
