@@ -9,8 +9,8 @@ import pytest
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
 from schoolhouse_server import shown
 from schoolhouse_server.config import Bounds, TeacherSpec, load_pool
+from schoolhouse_server.logs import RingHandler
 from schoolhouse_server.ports import listen
-from schoolhouse_server.ring import RingHandler
 from schoolhouse_wire.v1 import directory_pb2
 
 
