@@ -190,7 +190,7 @@ class PoolConfig:
     drain_timeout_s: Annotated[float, Field(ge=0, le=86400)] = 120.0
     linger_s: Annotated[float, Field(ge=0)] = 86400.0
     http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    metrics_ports: str | None = None
+    metrics_ports: int | str | None = None
     log_format: LogFormat = "text"
     tracing: bool = False
     folder: Path = Path()
@@ -210,7 +210,7 @@ class PoolConfig:
     @property
     def metrics_port_range(self) -> range | None:
         """Where replicas may serve their metrics; None: they don't."""
-        return None if self.metrics_ports is None else parse_ports(self.metrics_ports)
+        return None if self.metrics_ports is None else parse_ports(str(self.metrics_ports))
 
 
 def parse_ports(text: str) -> range:
