@@ -89,14 +89,14 @@ def test_a_stopped_student_that_does_not_read_is_cut_off():
 @WAYS
 def test_a_client_that_is_idle_or_waits_keeps_its_session(shared_memory):
     gate = Gate()
-    with serve(gate, lease_s=0.3) as server, sh.connect(server.url, shared_memory=shared_memory) as teacher:
+    with serve(gate, lease_s=1.0) as server, sh.connect(server.url, shared_memory=shared_memory) as teacher:
         future = ask(teacher, 0)
         assert soon(lambda: len(teacher.open_sessions()) == 1)
         [session] = teacher.open_sessions()
-        time.sleep(1.2)
+        time.sleep(1.6)
         gate.opened.set()
         answers([future], [0])
-        time.sleep(1.2)
+        time.sleep(1.6)
         answers([ask(teacher, 1)], [1])
         assert teacher.open_sessions() == [session]
         assert len(load_of(server).jobs) == 1

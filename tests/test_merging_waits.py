@@ -94,10 +94,10 @@ def test_a_queue_lingers_while_nothing_else_waits():
     queue.put(waiting_one("a1")), queue.put(waiting_one("b1"))
     began = time.monotonic()
     taken = queue.take(lambda taken, other: other.job == taken[0].job, lambda _taken: 20.0)
-    assert names(taken) == ["a1"]  # b1 has waited long enough
+    assert names(taken) == ["b1"]  # a1 has waited long enough
     assert time.monotonic() - began < 10
     closing = threading.Timer(0.1, queue.close)
     closing.start()
-    assert names(queue.take(lambda *_: False, lambda _taken: 20.0)) == ["b1"]
+    assert names(queue.take(lambda *_: False, lambda _taken: 20.0)) == ["a1"]
     assert queue.take(lambda *_: False, lambda _taken: 20.0) == []
     [timer.join() for timer in (later, closing)]

@@ -125,7 +125,7 @@ def test_every_descriptor_is_closed():
         del replica, client
     made = pipes.Offered()  # never opened, never withdrawn
     del made
-    assert soon(lambda: fds() == before), (before, fds())
+    assert soon(lambda: fds() <= before), (before, fds())  # those of earlier tests may be closed meanwhile
 
 
 def test_what_is_not_the_offered_pipe_is_not_opened(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from looking_ahead import Asked, batches, distilled, expected_loss, train
+from memfd import soon
 from models import Net, converted
 from schoolhouse.batches import Inputs
 from schoolhouse.errors import FeatureMismatchError, TeacherBusyError, TeacherForwardError, TeacherUnavailableError
@@ -304,19 +305,23 @@ def test_the_collector_ends_a_loop_in_a_thread_that_holds_a_lock():
         model = converted(Net(seed=1), teacher)
         loop = iter(model.prefetch(batches(3)))
         next(loop)
+        assert soon(lambda: len(teacher.open_sessions()) == 1)
         (session,) = teacher.open_sessions()
         cyclic(loop)
         del loop
 
         def collect():
-            with session._lock:  # as when it runs in the middle of the session's work
-                gc.collect()
+            # As when it runs in the middle of the session's work.
+            with session._window._lock, teacher._dispatcher.outstanding._wake:
+                collected.append(gc.collect())
 
+        collected = []
         thread = threading.Thread(target=collect, daemon=True)
         thread.start()
         thread.join(10)
         stuck = thread.is_alive()
         gate.set()
+        assert collected
         assert not stuck
         model(torch.ones(2, 8))
         model.compute_kd_loss()
