@@ -29,30 +29,30 @@ class EmulatedTeacher(nn.Module):
 
 
 class RowsTeacher(nn.Module):
-    """Sleeps `s_per_row` for each row of its input, and returns as many rows of `width` float32."""
+    """Sleeps `forward_s`, and `s_per_row` for each row of its input; returns as many rows of `width` float32."""
 
-    def __init__(self, s_per_row: float, width: int) -> None:
+    def __init__(self, forward_s: float, s_per_row: float, width: int) -> None:
         super().__init__()
-        self.s_per_row, self.width = s_per_row, width
+        self.forward_s, self.s_per_row, self.width = forward_s, s_per_row, width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Without using the CPU, but for the memory of the features."""
-        time.sleep(self.s_per_row * x.shape[0])
+        time.sleep(self.forward_s + self.s_per_row * x.shape[0])
         return torch.zeros(x.shape[0], self.width)
 
 
-def _serve(ready: Connection, make: Callable[..., nn.Module], settings: tuple[Any, ...]) -> None:
-    with serve(make(*settings)) as server:
+def _serve(ready: Connection, make: Callable[..., nn.Module], settings: tuple[Any, ...], serving: Any) -> None:
+    with serve(make(*settings), **serving) as server:
         ready.send(server.url)
         with contextlib.suppress(EOFError):  # the parent is gone, or hangs up
             ready.recv()
 
 
-def start(make: Callable[..., nn.Module], *settings: Any) -> tuple[str, Connection]:
-    """Serve the teacher `make(*settings)` from a process of its own; returns its URL, and what keeps it alive."""
+def start(make: Callable[..., nn.Module], *settings: Any, **serving: Any) -> tuple[str, Connection]:
+    """`serve(make(*settings), **serving)` in a process of its own; returns its URL, and what keeps it alive."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    context.Process(target=_serve, args=(theirs, make, settings), daemon=True).start()
+    context.Process(target=_serve, args=(theirs, make, settings, serving), daemon=True).start()
     theirs.close()
     url: Any = ours.recv()
     return url, ours

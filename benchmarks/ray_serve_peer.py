@@ -68,10 +68,10 @@ def add_teacher_to_server(servicer: Any, server: Any) -> None:
 
 
 @contextlib.contextmanager
-def ray_serve_teacher(s_per_row: float, input_bytes: int, feature_bytes: int) -> Iterator[str]:
+def ray_serve_teacher(forward_s: float, s_per_row: float, input_bytes: int, feature_bytes: int) -> Iterator[str]:
     """A teacher on an emulated device, which merges what waits; yields the address of the gRPC ingress.
 
-    Its forward takes `s_per_row`, during which the replica goes on to receive; a row has so many bytes.
+    Its forward takes `forward_s` and `s_per_row`, during which the replica goes on to receive; a row has so many bytes.
     """
     from ray import serve
 
@@ -80,7 +80,7 @@ def ray_serve_teacher(s_per_row: float, input_bytes: int, feature_bytes: int) ->
 
         @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
         async def _batch(self, rows: list[int]) -> list[bytes]:
-            await asyncio.sleep(s_per_row * sum(rows))
+            await asyncio.sleep(forward_s + s_per_row * sum(rows))
             return [bytes(feature_bytes * count) for count in rows]
 
         async def Get(self, request: BytesValue) -> BytesValue:  # noqa: N802  # the RPC's name

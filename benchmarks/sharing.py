@@ -6,6 +6,9 @@ Serve with `@serve.batch`, asked by the same clients, each a process of its own.
 `total_vs_single` is rows/s of all jobs by those of one that saturates the device alone, and `jain` Jain's index of the
 rows that equal jobs were served, both of the largest number of jobs; `light_p99_ms` is of a light job, which asks for
 one small batch at a time, beside a heavy one; `forward_ms` is a forward of the heavy job's.
+
+`small_batches` is rows/s of 16 jobs with small batches, by those of one with large ones, on a device whose forward also
+takes a time of its own: there merging helps.
 """
 
 import argparse
@@ -35,8 +38,9 @@ ROWS = (16, 32, 48, 64)  # of the jobs' batches, in turn
 SINGLE_ROWS, HEAVY_ROWS, LIGHT_ROWS = 32, 64, 16
 DEPTH, HEAVY_DEPTH = 4, 16
 WIDTH, FEATURES = 8, 64  # floats of a row
+SMALL, LARGE_ROWS, FORWARD_S = [(8, 2)] * 16, 64, 8e-3  # rows and depth of each; a forward's own time
 SETTLE_S = 1.0  # at most
-DEVICE = f"emulated: a forward sleeps {S_PER_ROW * 1e3} ms a row"
+DEVICE = f"emulated: a forward sleeps {S_PER_ROW * 1e3} ms a row, and {FORWARD_S * 1e3} ms of its own for small batches"
 
 
 def schoolhouse_asks(url: str, job: str) -> Callable[[int], Any]:
@@ -175,6 +179,37 @@ def measure_light(workers: list[Connection], seconds: float) -> dict[str, Any]:
     return found
 
 
+def measure_small(kind: str, url: str, seconds: float) -> float:
+    """Many jobs with small batches, relative to one with large ones."""
+    with jobs(kind, url, len(SMALL)) as workers:
+        [(alone, _)] = run(workers, [(LARGE_ROWS, DEPTH)], seconds)
+        total = sum(rows for rows, _ in run(workers, SMALL, seconds))
+        return round(total / alone, 3) if alone else 0.0
+
+
+def ray_serve(forward_s: float) -> contextlib.AbstractContextManager[str]:
+    """The peer."""
+    return ray_serve_teacher(forward_s, S_PER_ROW, 4 * WIDTH, 4 * FEATURES)
+
+
+def measure_all(counts: list[int], seconds: float) -> dict[str, dict[str, Any]]:
+    """Both systems, one after the other."""
+    url, keep = start(RowsTeacher, 0.0, S_PER_ROW, FEATURES)
+    figures = {"schoolhouse": measure("schoolhouse", url, counts, seconds)}
+    keep.close()
+    for name, merge in (("small_batches", "same-shape"), ("small_batches_unmerged", "never")):
+        url, keep = start(RowsTeacher, FORWARD_S, S_PER_ROW, FEATURES, merge=merge, max_batch_rows=LARGE_ROWS)
+        figures["schoolhouse"][name] = measure_small("schoolhouse", url, seconds)
+        keep.close()
+    # Ray Serve's proxy imports the peer's service.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with ray_serve(0.0) as address:
+        figures["ray_serve"] = measure("ray_serve", address, counts, seconds)
+    with ray_serve(FORWARD_S) as address:
+        figures["ray_serve"]["small_batches"] = measure_small("ray_serve", address, seconds)
+    return figures
+
+
 def main() -> None:
     """Measure both and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -182,18 +217,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="how many equal jobs, in turn")
     options = parser.parse_args()
-    url, keep = start(RowsTeacher, S_PER_ROW, FEATURES)
-    figures = {"schoolhouse": measure("schoolhouse", url, options.jobs, options.seconds)}
-    keep.close()
-    # Ray Serve's proxy imports the peer's service.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with ray_serve_teacher(S_PER_ROW, 4 * WIDTH, 4 * FEATURES) as address:
-        figures["ray_serve"] = measure("ray_serve", address, options.jobs, options.seconds)
+    figures = measure_all(options.jobs, options.seconds)
     if options.json:
         sys.stdout.write(json.dumps({**figures, "device": DEVICE}) + "\n")
         return
     sys.stdout.write(f"the device is {DEVICE}\n")
-    for name in ("total_vs_single", "jain", "light_p50_ms", "light_p99_ms", "light_alone_p99_ms", "forward_ms"):
+    light = ("light_p50_ms", "light_p99_ms", "light_alone_p99_ms", "forward_ms")
+    for name in ("total_vs_single", "jain", *light, "small_batches"):
         row = "  ".join(f"{kind}: {found[name]:.3f}" for kind, found in figures.items())
         sys.stdout.write(f"{name:20} {row}\n")
 
