@@ -7,6 +7,7 @@ when it raises, or when its features are not those of the revision that the stud
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -122,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(__file__).resolve().parent
     began = time.perf_counter()
-    with ray_cluster(num_cpus=2):
+    with contextlib.redirect_stdout(sys.stderr), ray_cluster(num_cpus=2):  # Ray's own messages go elsewhere
         pool = launch(config(1, options.replicas, folder))
         try:
             pool.wait(TIMEOUT_S)

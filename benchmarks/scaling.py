@@ -150,10 +150,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     options = parser.parse_args()
-    figures = {
-        "clients": measure_clients(options.seconds, options.rounds),
-        "replicas": measure_replicas(options.seconds, options.rounds),
-    }
+    with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
+        figures = {
+            "clients": measure_clients(options.seconds, options.rounds),
+            "replicas": measure_replicas(options.seconds, options.rounds),
+        }
     if options.json:
         sys.stdout.write(json.dumps({**figures, "device": DEVICE}) + "\n")
         return

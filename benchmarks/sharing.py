@@ -217,7 +217,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="how many equal jobs, in turn")
     options = parser.parse_args()
-    figures = measure_all(options.jobs, options.seconds)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
+        figures = measure_all(options.jobs, options.seconds)
     if options.json:
         sys.stdout.write(json.dumps({**figures, "device": DEVICE}) + "\n")
         return

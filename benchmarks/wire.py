@@ -203,6 +203,7 @@ def main() -> None:
     raw_port, _keep_raw = start(raw_server)
     tcp_port, _keep_tcp = start(tcp_server)
     with (
+        contextlib.redirect_stdout(sys.stderr),  # Ray's own messages
         sh.connect(url, shared_memory=False) as streamed,
         sh.connect(url, checksums=True) as checked,
         sh.connect(url) as shared,

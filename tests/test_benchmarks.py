@@ -14,7 +14,7 @@ def figures(name, *options):
     command = [sys.executable, FOLDER / f"{name}.py", "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout)  # and nothing else
 
 
 def test_overlap():
