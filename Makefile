@@ -46,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/pool.py
 	$(BIN)/python benchmarks/bytes_per_token.py
 	$(BIN)/python benchmarks/checksum.py
