@@ -100,3 +100,16 @@ def test_of_ended_jobs_the_last_are_kept_and_the_others_summed():
 )
 def test_what_a_request_costs(inputs, rows, tokens):
     assert (rows_of(inputs), tokens_of(inputs)) == (rows, tokens)
+
+
+def test_sessions_are_those_of_the_teacher():
+    modules = {"one": nn.Linear(8, 4), "two": nn.Linear(8, 4), "none": nn.Linear(8, 4)}
+    with serve(modules) as server:
+        names = ["one", "two", "two"]
+        teachers = [sh.connect(server.urls[name]) for name in names]
+        for teacher in teachers:
+            teacher.submit((torch.ones(1, 8),), {}, [""]).result(20)
+        assert [server.load(name).sessions for name in modules] == [1, 2, 0]
+        for teacher in teachers:
+            teacher.close()
+        assert soon(lambda: [server.load(name).sessions for name in modules] == [0, 0, 0])

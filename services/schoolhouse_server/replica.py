@@ -145,7 +145,6 @@ class Replica:
             queued=engine.queued,
             in_flight=engine.running,
             served=engine.served,
-            sessions=self._teachers.sessions,
             joined=engine.joined,
             cached=engine.cache.hits if engine.cache else 0,
             missed=engine.cache.misses if engine.cache else 0,
@@ -154,6 +153,7 @@ class Replica:
             batch_limit_rows=engine.batch_limit_rows,
         )
         engine.fill(load, self._teachers.admissions[name].in_flight())
+        load.sessions = sum(job.sessions for job in load.jobs)
         return load
 
     def drain(self, timeout_s: float) -> None:
