@@ -130,6 +130,15 @@ def answer(teacher, value=1.0, timeout_s=20):
     return ask(teacher, value).result(timeout_s)[""][0].item()
 
 
+def sessions(teacher):
+    """Addresses of the replicas that it has sessions with."""
+    return {session.address for session in teacher.open_sessions()}
+
+
+def addresses(*servers):
+    return {f"127.0.0.1:{server.port}" for server in servers}
+
+
 def threads():
     """Names of the threads that a client runs."""
     ours = ("schoolhouse-watch", "schoolhouse-deadlines", "schoolhouse-session")

@@ -1,0 +1,188 @@
+"""A request whose replica is lost is sent again, and waits for one to its deadline."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import schoolhouse as sh
+from directories import (
+    DirectoryServer,
+    Scale,
+    addresses,
+    answer,
+    ask,
+    elsewhere,
+    replicas,
+    sessions,
+    stopped_in_mid_forward,
+)
+from memfd import soon
+from schoolhouse import errors
+from schoolhouse_server import serve
+from schoolhouse_wire import channel, framing
+from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+
+
+def test_a_replica_that_restarts_loses_no_request():
+    module = Scale(2)
+    with serve(module) as server:
+        with sh.connect(server.url) as teacher:
+            assert answer(teacher) == 2
+            module.gate.clear()
+            module.entered.clear()
+            futures = [ask(teacher, i) for i in range(100)]  # more than are sent at once
+            with stopped_in_mid_forward(server, module, teacher):
+                futures += [ask(teacher, i) for i in range(100, 110)]
+            time.sleep(0.3)
+            assert not any(future.done() for future in futures)
+            with serve(Scale(2), port=server.port):
+                assert [future.result(20)[""][0].item() for future in futures] == [2 * i for i in range(110)]
+
+
+def test_a_killed_replica_loses_no_request():
+    with (
+        elsewhere(2) as (process, address, revision, _),
+        replicas(Scale(2)) as (other,),
+        DirectoryServer() as directory,
+    ):
+        directory.publish(directory_pb2.Replica(id="a", address=address, revision=revision), other)
+        with sh.connect(directory.url) as teacher:
+            assert soon(lambda: answer(teacher) == 2 and len(sessions(teacher)) == 2)
+            futures = [ask(teacher, i) for i in range(300)]
+            process.kill()
+            futures += [ask(teacher, i) for i in range(300, 400)]
+            assert [future.result(20)[""][0].item() for future in futures] == [2 * i for i in range(400)]
+            assert sessions(teacher) == addresses(other)
+
+
+def test_a_session_that_the_server_ends_is_opened_again():
+    with serve(Scale(2)) as server, sh.connect(server.url) as teacher:
+        for i in range(5):
+            assert answer(teacher, i) == 2 * i
+            [session] = teacher.open_sessions()
+            session.close()
+        assert answer(teacher, 7) == 14
+        assert teacher.traffic().requests == 6
+
+
+def test_requests_wait_for_a_replica_as_long_as_the_directory_answers():
+    with DirectoryServer() as directory, replicas(Scale(2)) as (server,):
+        directory.publish(server)
+        with sh.connect(directory.url, retry_s=0, timeout_s=20) as teacher, serve(Scale(2)) as other:
+            assert answer(teacher) == 2
+            server.close()
+            futures = [ask(teacher, i) for i in range(5)]
+            time.sleep(0.5)
+            assert not any(future.done() for future in futures)
+            assert not futures[0].cancel() or futures[0].cancelled()
+            directory.publish(other)
+            assert [future.result(20)[""][0].item() for future in futures[1:]] == [2 * i for i in range(1, 5)]
+
+
+def test_what_was_tried_is_told_at_the_deadline():
+    with DirectoryServer() as directory, replicas(Scale(2)) as (server,):
+        directory.publish(server)
+        with sh.connect(directory.url, timeout_s=1) as teacher:
+            server.close()
+            error = ask(teacher).exception(20)
+            assert isinstance(error, errors.TeacherUnavailableError)
+            for words in ("within 1 s", f"127.0.0.1:{server.port}: ", "efused", "the directory", "answers"):
+                assert words in str(error)
+            assert not teacher._dispatcher._parked
+
+
+@pytest.mark.parametrize("retry_s", [0, 1.0])
+def test_how_long_a_request_waits_when_nothing_answers(retry_s):
+    server = serve(Scale(2))
+    with sh.connect(server.url, retry_s=retry_s) as teacher:
+        assert answer(teacher) == 2
+        server.close()
+        assert soon(lambda: teacher._dispatcher._dark_since is not None)
+        began = time.monotonic()
+        with pytest.raises(errors.TeacherUnavailableError, match="retry_s.*tried: .*the directory.*is away"):
+            answer(teacher)
+        assert time.monotonic() - began >= retry_s
+
+
+def test_waiting_requests_are_bounded_and_end_with_the_teacher():
+    server = serve(Scale(2))
+    teacher = sh.connect(server.url, max_pending=3)
+    server.close()
+    futures = [ask(teacher, i) for i in range(3)]
+    with pytest.raises(errors.TeacherBusyError, match="max_pending"):
+        ask(teacher)
+    assert futures[0].cancel()
+    futures.append(ask(teacher))
+    teacher.close()
+    for future in futures[1:]:
+        with pytest.raises(errors.TeacherUnavailableError, match="was closed"):
+            future.result(10)
+
+
+def test_answers_that_are_errors_are_not_asked_for_again():
+    with replicas(Scale(2), Scale(2)) as servers, DirectoryServer() as directory:
+        directory.publish(*servers)
+        with sh.connect(directory.url) as teacher:
+            entered = []
+            for server in servers:
+                teacher_module = server.engines["teacher"].teacher.module
+                teacher_module.register_forward_pre_hook(lambda *_: entered.append(1))
+            with pytest.raises(errors.TeacherForwardError):
+                teacher.submit((None,), {}, [""]).result(20)
+            assert len(entered) == 1
+
+
+def ending_server():
+    """A replica that ends its session at the first call; it counts them."""
+    calls = []
+
+    def session(messages, _context):
+        for message in messages:
+            if message.HasField("open"):
+                yield teacher_pb2.ServerMessage(opened={"revision": "r1", "max_in_flight": 8})
+            elif message.HasField("call"):
+                calls.append(message.call.request_id)
+                return
+
+    found = directory_pb2.ReplicaSet(teacher="t", replicas=[directory_pb2.Replica()])
+    described = teacher_pb2.DescribeResponse(teacher="t", revision="r1", modules=[""], max_request_bytes=1 << 20)
+    handlers = {
+        "TeacherService": {
+            "Session": grpc.stream_stream_rpc_method_handler(
+                session,
+                request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
+                response_serializer=framing.write_message,
+            ),
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                lambda *_: described, response_serializer=teacher_pb2.DescribeResponse.SerializeToString
+            ),
+        },
+        "DirectoryService": {
+            "ListTeachers": grpc.unary_unary_rpc_method_handler(
+                lambda *_: directory_pb2.ListTeachersResponse(teachers=[found]),
+                response_serializer=directory_pb2.ListTeachersResponse.SerializeToString,
+            )
+        },
+    }
+    server = grpc.server(ThreadPoolExecutor(8), options=channel.SERVER_OPTIONS)
+    server.add_generic_rpc_handlers(
+        tuple(
+            grpc.method_handlers_generic_handler(f"schoolhouse.v1.{name}", methods)
+            for name, methods in handlers.items()
+        )
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    return server, f"grpc://127.0.0.1:{port}/t", calls
+
+
+def test_a_request_that_ends_every_replica_is_given_up():
+    server, url, calls = ending_server()
+    try:
+        with sh.connect(url) as teacher:
+            with pytest.raises(errors.TeacherUnavailableError, match="4 replicas were lost"):
+                ask(teacher).result(20)
+            assert len(calls) == 4
+    finally:
+        server.stop(0).wait(10)
