@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+from models import Net
 from schoolhouse.teachers import Features, LocalTeacher
 from schoolhouse.wanted import Wanted
 from schoolhouse_server.batching import MergeSettings
@@ -91,3 +92,40 @@ def at_once(engine, *asked):
     assert gate.began.acquire(timeout=20)
     first.result(), last.result()  # after the last, nothing of those before it goes on
     return [*gate.batches]
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(*rows):
+    """Requests of those rows, and what a forward of each alone gives."""
+    xs = [randn(n, 8, seed=i) for i, n in enumerate(rows)]
+    return [Asked(x) for x in xs], [Net().eval()(x) for x in xs]
+
+
+class Words(nn.Module):
+    """Attends over the tokens that count, of ids `[rows, length]`."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.register_buffer("table", torch.randn(10, 6, generator=generator))
+        self.head = nn.Linear(6, 11, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(11, 6, generator=generator))
+
+    def forward(self, ids, mask=None):
+        x = self.table[ids]
+        scores = x @ x.mT
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None] == 0, -torch.inf)
+        return self.head(scores.softmax(-1) @ x)
+
+
+def ids(rows, length, seed=0):
+    return torch.randint(0, 10, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from schoolhouse_server import serve
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.config import TeacherSpec, load_pool
 from schoolhouse_server.loading import load_example
-from test_merging import Mixing, Words, ids
+from test_merging_apart import Mixing
 from torch import nn
 
 PAD = {"values": {"ids": 0}, "mask": "mask"}
