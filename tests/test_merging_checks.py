@@ -6,6 +6,7 @@ import random
 import pytest
 import schoolhouse as sh
 import torch
+from merging import Words, ids
 from models import Net
 from schoolhouse.errors import ConfigError
 from schoolhouse_server import serve
