@@ -216,8 +216,17 @@ def demo(
         raise ConfigError(f"the demo needs the extra 'demo': pip install 'schoolhouse[demo]' ({error})") from error
     from schoolhouse_server.demo import run
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleaned up after, as after Ctrl-C
+    interrupted = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # cleaned up after, either way
+        signal.signal(number, interrupt)
     run(plot.resolve(), seeds, out)
+    if interrupted:  # in a destructor, or within Ray, which ignore what is raised there
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
