@@ -9,7 +9,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 class Stub:
     """A client that says what it likes."""
 
-    def __init__(self, server, shared_memory=True):
+    def __init__(self, server, shared_memory=True, **opening):
         self.outbox = Outbox()
         self.channel = grpc.insecure_channel(f"127.0.0.1:{server.port}", options=channel.CLIENT_OPTIONS)
         call = self.channel.stream_stream(
@@ -18,7 +18,8 @@ class Stub:
             response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
         )
         self.answers = call(self.outbox, timeout=30)
-        self.say(open=teacher_pb2.Open(protocol=channel.PROTOCOL, teacher="teacher", shared_memory=shared_memory))
+        opening = {"protocol": channel.PROTOCOL, "teacher": "teacher", "shared_memory": shared_memory} | opening
+        self.say(open=teacher_pb2.Open(**opening))
         self.offer = next(self.answers).opened.shared_memory
 
     def say(self, **message):

@@ -245,3 +245,13 @@ def test_a_job_that_owes_does_not_go_first_when_it_comes_back():
         assert take_one(queue).job != "visitor"
     queue.put(Request("visitor", 1))
     assert take_one(queue).job != "visitor"
+
+
+def test_jobs_that_come_and_go_are_forgotten():
+    queue = FairQueue(100)
+    queue.put(Request("stays"))
+    for i in range(5000):
+        queue.put(Request(f"job-{i}"))
+        assert len(queue.take()) == 1
+    assert len(queue) == 1
+    assert len(queue._flows) <= 1024 + 1

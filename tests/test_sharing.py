@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import wait
 
+import grpc
 import pytest
 import schoolhouse as sh
 import torch
@@ -280,6 +281,11 @@ def test_weights_and_settings_out_of_bounds():
         for weight in (0, 0.001, 101, "1"):
             with pytest.raises(errors.ConfigError, match="weight is"):
                 sh.connect(server.url, weight=weight)
+        with pytest.raises(errors.ConfigError, match="257 characters"):
+            sh.connect(server.url, job=257 * "x")
+        for wrong in ({"weight": float("nan")}, {"weight": -1.0}, {"job": 257 * "x"}):
+            with pytest.raises(grpc.RpcError, match="Open came with"):
+                Stub(server, **wrong)
     for wrong in ({"cost": "bytes"}, {"max_in_flight": 0}, {"max_job_bytes": 0}, {"max_queued": 0}, {"lease_s": -1}):
         with pytest.raises(errors.ConfigError, match=next(iter(wrong))):
             serve(nn.Identity(), **wrong)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from schoolhouse_wire.limits import MAX_JOB_NAME
+
 from schoolhouse.errors import ConfigError
 
 _WEIGHTS = (0.01, 100)
@@ -35,6 +37,8 @@ class Settings:
         for name in ("job", "zone", "revision"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a string")
+        if len(self.job) > MAX_JOB_NAME:
+            raise ConfigError(f"job has {len(self.job)} characters; {MAX_JOB_NAME} are allowed")
         if not isinstance(self.weight, int | float) or not _WEIGHTS[0] <= self.weight <= _WEIGHTS[1]:
             raise ConfigError(f"weight is {self.weight!r}; it must be a number from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
         for name in ("shared_memory", "checksums", "follow_revisions", "tracing"):

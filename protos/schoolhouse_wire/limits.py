@@ -5,6 +5,7 @@ from dataclasses import dataclass
 FRAME_BYTES = 2 << 20  # of 1 MiB take a tenth more of a CPU, of 4 hold up what is small no longer than they must
 INLINE_BYTES = 64 << 10  # a payload up to this size stands in its header message
 ALIGNMENT = 64  # of each tensor in a payload
+MAX_JOB_NAME = 256  # characters
 
 
 @dataclass(frozen=True, kw_only=True)

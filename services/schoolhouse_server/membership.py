@@ -8,6 +8,7 @@ from schoolhouse.taps import HEAD
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Declared
 from schoolhouse_wire.encodings import name_of
+from schoolhouse_wire.limits import MAX_JOB_NAME
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -23,7 +24,11 @@ class Member:
     """It begins with the session's Open, and ends with `leave`."""
 
     def __init__(self, opened: teacher_pb2.Open, counters: Counters, admission: Admission, outbox: Outbox[Any]) -> None:
-        """Raises `ProtocolError` for a weight that there is not."""
+        """Raises `ProtocolError` for a weight that there is not, or a name that is too long."""
+        if len(opened.job) > MAX_JOB_NAME:
+            raise ProtocolError(
+                f"Open came with a job's name of {len(opened.job)} characters; {MAX_JOB_NAME} are allowed"
+            )
         weight = opened.weight or 1.0
         if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
             raise ProtocolError(f"Open came with the weight {weight}; it must be from {_WEIGHTS[0]} to {_WEIGHTS[1]}")

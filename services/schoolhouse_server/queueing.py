@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from schoolhouse.errors import TeacherBusyError
 
+_MAX_FLOWS = 1024  # jobs that are remembered, unless more wait
 _MAX_OFFERED = 64  # requests that one `take` offers to `fits`
 _MAX_PASSED = 16  # of them that are of one job and do not fit
 _FADE = 0.9  # of the largest cost, with each round
@@ -90,6 +91,7 @@ class FairQueue(Generic[T]):
             self._largest = max(self._largest, request.cost)
             flow = self._flows.get(request.job)
             if flow is None:
+                self._forget_idle()
                 flow = self._flows[request.job] = _Flow(request.weight, request.weight * self._largest)
                 self._list(flow, self._new)
             flow.weight = request.weight
@@ -174,6 +176,11 @@ class FairQueue(Generic[T]):
             if flow.served_next:
                 self._list(flow, self._old)
         self._largest = max(self._largest * _FADE, *(flow.waiting[0].cost for flow in waiting))
+
+    def _forget_idle(self) -> None:
+        """Where many jobs came and went without a round: one that comes again is as a new one."""
+        if len(self._flows) >= _MAX_FLOWS:
+            self._flows = {name: flow for name, flow in self._flows.items() if flow.waiting}
 
     def _charge(self, flow: _Flow[T], at: int) -> T:
         request = flow.waiting[at]
