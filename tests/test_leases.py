@@ -11,7 +11,11 @@ import time
 import grpc
 import pytest
 import schoolhouse as sh
+import torch
 from memfd import memfds, soon
+from merging import Asked, engine_of, randn
+from models import Net
+from schoolhouse.errors import TeacherTimeoutError
 from schoolhouse_server import serve
 from schoolhouse_server.lease import Lease
 from schoolhouse_server.timer import Timer
@@ -149,3 +153,33 @@ def test_the_timer_rings_in_order_and_not_what_was_cancelled():
         timer.cancel(timer.at(now + 1000, lambda: None))
     assert len(timer._alarms) < 3000
     timer.close()
+
+
+@pytest.mark.parametrize("never", [float("inf"), 1e12])
+def test_an_alarm_in_centuries_does_not_end_the_timer(never):
+    timer, rung = Timer(), threading.Event()
+    timer.at(never, lambda: None)
+    time.sleep(0.05)  # it waits for that one alone
+    timer.at(time.monotonic(), rung.set)
+    assert rung.wait(5)
+    timer.close()
+
+
+def test_a_request_without_deadline_that_joins_one_with_leaves_the_deadlines_of_others():
+    with engine_of(Net()) as engine:
+        gate, x = engine.teacher.module, randn(1, 8)
+        held = Asked(torch.ones(1), timeout_s=float("inf"), hold=True)
+        engine.submit(held.job)
+        assert gate.began.acquire(timeout=20)
+        first, second = Asked(x, timeout_s=0.2), Asked(x, timeout_s=float("inf"))
+        first.job.key = second.job.key = "one"
+        engine.submit(first.job)
+        engine.submit(second.job)
+        assert engine.joined == 1
+        time.sleep(0.4)  # the first one's deadline is over, and the second has none
+        late = Asked(randn(2, 8), timeout_s=0.1)
+        engine.submit(late.job)
+        assert isinstance(late.answers.get(timeout=5), TeacherTimeoutError)  # while the device is at the one held
+        gate.go.release()
+        held.result()
+        assert torch.equal(second.features[""], Net().eval()(x))

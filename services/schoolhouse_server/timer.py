@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _log = logging.getLogger(__name__)
 _MANY = 1024  # entries that were cancelled, before they are looked for
+_LONGEST_S = 3600.0  # that it sleeps at once: a lock takes no infinite time, nor one of centuries
 
 
 @dataclass(eq=False)
@@ -75,7 +76,7 @@ class Timer:
         """The next call that is due; None at the end."""
         with self._changed:
             while not self._closed:
-                pause = self._alarms[0][0] - time.monotonic() if self._alarms else None
+                pause = min(self._alarms[0][0] - time.monotonic(), _LONGEST_S) if self._alarms else None
                 if pause is not None and pause <= 0:
                     alarm = heapq.heappop(self._alarms)[2]
                     ring, alarm.ring = alarm.ring, None
