@@ -15,13 +15,14 @@ from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encodings import Hidden
 
 from schoolhouse_server.batching import Batch, Form, Former, MergeSettings, in_order
-from schoolhouse_server.splitting import Rules, UnmergeableError, learn
+from schoolhouse_server.splitting import Rules, UnmergeableError, VaryingError, learn
 
 _MAX_KNOWN = 4096  # of each kind of thing that is remembered
 _MAX_PADDED = 2.0  # tokens of a merged batch for each that was asked for
 _MAX_DOUBTS = 3
 _CHECK_AT_LEAST_EVERY = 1024
 _MAX_CHECKED = 16
+_MIN_SINGLES = 16  # requests, where one has the expected number of rows by chance
 _MAX_WARNINGS = 20
 _WINDOW_FORWARDS, _WINDOW_S = 10, 0.1  # a session is active for so long after a request, whichever is longer
 _LEAST_PATIENCE, _PROBE_EVERY = 1 / 16, 32
@@ -77,11 +78,17 @@ class _Record:
 
     rules: Rules | None = None
     runs: int = 0
+    singles: int = 0  # forwards that it was held against
 
     @property
     def due(self) -> bool:
-        """Whether the next run is to be held against single ones: the 1st, 2nd, 4th, 8th, ..., and each 1024th."""
-        return self.rules is None or self.runs & (self.runs + 1) == 0 or self.runs % _CHECK_AT_LEAST_EVERY == 0
+        """Whether the next run is to be held against single ones: the 1st, 2nd, 4th, 8th, ..., and each 1024th.
+
+        And the first ones, until so many requests had the rows that they may have by chance that it is none.
+        """
+        if self.rules is None or (self.rules.doubtful and self.singles < _MIN_SINGLES):
+            return True
+        return self.runs & (self.runs + 1) == 0 or self.runs % _CHECK_AT_LEAST_EVERY == 0
 
 
 class Merger(Generic[R]):
@@ -160,8 +167,12 @@ class Merger(Generic[R]):
         for place in joint.places:
             record, tap = self._record(joint, place), place[0]
             try:
-                record.rules = learn(merged[tap], [single[tap] for single in singles], joint.batch.layout)
+                rules = learn(merged[tap], [single[tap] for single in singles], joint.batch.layout)
+                if record.rules is not None:
+                    rules.agree(record.rules)
+                record.rules = rules
                 record.runs += 1
+                record.singles += len(singles)
             except UnmergeableError as err:
                 self._refuse(joint, place, str(err))
 
@@ -196,7 +207,7 @@ class Merger(Generic[R]):
         _remember(self._max_rows, joint.batch.key, rows // 2)
 
     def _hold(self, joint: Joint[R], place: Place, record: _Record, value: Any) -> None:
-        """Raise if a value is not as learned: once it is learned anew, and the third time it is refused."""
+        """Raise if a value is not as learned: it is learned anew, and the third time refused; sizes at once."""
         try:
             assert record.rules is not None
             record.rules.check(value, joint.batch.layout)
@@ -205,7 +216,7 @@ class Merger(Generic[R]):
             key = (joint.batch.key, place)
             _remember(self._doubts, key, self._doubts.get(key, 0) + 1)
             record.rules = None
-            if self._doubts[key] >= _MAX_DOUBTS:
+            if self._doubts[key] >= _MAX_DOUBTS or isinstance(err, VaryingError):
                 self._refuse(joint, place, str(err))
             raise
 

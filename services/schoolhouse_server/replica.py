@@ -304,11 +304,13 @@ def serve(
 
     Merged forwards are held against single ones: at the start where `example` returns what forward takes (at least 2
     rows that differ, better 5; transformers' models bring their own), and in traffic at the 1st, 2nd, 4th, 8th, ... and
-    each 1024th merged forward of each form of inputs, of which up to 16 requests then get what single forwards gave.
-    Where they differ, such requests are not merged any more, and the log says why. That finds modules that mix rows,
-    draw random numbers, write into buffers, or use features of padded places. It can miss what happens to some values
-    only, between two checks: experts of a limited capacity that a larger batch fills up, a length that is cut to the
-    longest in the batch, or state that changes no feature so far. Such teachers need `"never"`.
+    each 1024th merged forward of each form of inputs, of which 16 requests, or all if those differ in kind from the
+    rest, then get what single forwards gave. Features that may have as many rows by chance, as the tokens that an
+    expert gets, are held against 16 single forwards before they are split. Where they differ, such requests are not
+    merged any more, and the log says why. That finds modules that mix rows, draw random numbers, write into buffers, or
+    use features of padded places. It can miss what happens to some values only, between two checks: experts of a
+    limited capacity that a larger batch fills up, or whose tokens were as many in all that was checked, a length that
+    is cut to the longest in the batch, or state that changes no feature so far. Such teachers need `"never"`.
 
     With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
     at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs.

@@ -1,7 +1,7 @@
 """The features of a merged forward, request by request: what is learned from single forwards, and held to."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +25,10 @@ class UnmergeableError(Exception):
     """Why requests cannot be answered from one forward; seen by nobody outside."""
 
 
+class VaryingError(UnmergeableError):
+    """Sizes depend on the values of the inputs, so that equal sizes are luck."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """A tensor with `times` rows for each row of the inputs, and sizes of which some are the inputs' length."""
@@ -32,12 +36,13 @@ class Rows:
     times: int
     sizes: tuple[int, ...]  # after the first; _CUT for the length
     dtype: torch.dtype
+    doubtful: bool = field(default=False, compare=False)  # as many by chance, as an expert's tokens
 
     def check(self, tensor: torch.Tensor, layout: Layout) -> None:
-        """Raise UnmergeableError for a tensor of other sizes."""
+        """Raise VaryingError for a tensor of other sizes."""
         sizes = tuple(layout.length if size == _CUT else size for size in self.sizes)
         if tensor.shape != (self.times * layout.total, *sizes) or tensor.dtype != self.dtype:
-            raise UnmergeableError(f"a feature of the shape {tuple(tensor.shape)} is not of the sizes that it was of")
+            raise VaryingError(f"a feature of the shape {tuple(tensor.shape)} is not of the sizes that it was of")
 
     def part(self, tensor: torch.Tensor, layout: Layout, i: int) -> torch.Tensor:
         """The view of request `i`."""
@@ -53,6 +58,7 @@ class Constant:
     """A tensor that is the same for any rows."""
 
     digest: bytes
+    doubtful = False
 
     def check(self, tensor: torch.Tensor, _layout: Layout) -> None:
         """Raise UnmergeableError for another one."""
@@ -73,6 +79,18 @@ class Rules:
 
     structure: Hashable
     leaves: tuple[Rule, ...]
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether one or two batches are too few to tell sizes from chance."""
+        return any(rule.doubtful for rule in self.leaves)
+
+    def agree(self, before: "Rules") -> None:
+        """Raise VaryingError where tensors are of other sizes than the same batches gave before."""
+        pairs = zip(self.leaves, before.leaves, strict=True) if self.structure == before.structure else ()
+        for rule, old in pairs:
+            if rule != old and not (isinstance(rule, Constant) and isinstance(old, Constant)):
+                raise VaryingError("a feature has not the sizes, by rows, that it had before")
 
     def check(self, value: Any, layout: Layout) -> None:
         """Raise UnmergeableError where a merged feature is not what it was when this was learned."""
@@ -114,7 +132,8 @@ def _rule(merged: torch.Tensor, singles: Sequence[torch.Tensor], layout: Layout)
     sizes = [times * rows for rows in layout.rows]
     if times and merged.shape[0] == times * layout.total and sizes == [single.shape[0] for single in singles]:
         dims = range(1, merged.dim())
-        rule = Rows(times, tuple(_size(merged, singles, dim, layout) for dim in dims), merged.dtype)
+        after = tuple(_size(merged, singles, dim, layout) for dim in dims)
+        rule = Rows(times, after, merged.dtype, _is_doubtful(merged, times, layout))
         _compare(rule, merged, singles, layout)
         return rule
     digest = _digest(merged)
@@ -122,6 +141,11 @@ def _rule(merged: torch.Tensor, singles: Sequence[torch.Tensor], layout: Layout)
         shapes = [tuple(t.shape) for t in (merged, *singles)]
         raise UnmergeableError(f"a feature has no rows of its own for each request; merged, and single: {shapes}")
     return Constant(digest)
+
+
+def _is_doubtful(merged: torch.Tensor, times: int, layout: Layout) -> bool:
+    """Rows may be those of the requests; or tokens, or boxes, of which there were as many by chance."""
+    return times > 1 or max(layout.rows) == 1 or (merged.dim() < 3 and layout.length > 1)
 
 
 def _size(merged: torch.Tensor, singles: Sequence[torch.Tensor], dim: int, layout: Layout) -> int:
