@@ -6,7 +6,7 @@ import random
 import pytest
 import schoolhouse as sh
 import torch
-from merging import Words, ids
+from merging import Words, at_once, engine_of, ids, pair
 from models import Net
 from schoolhouse.errors import ConfigError
 from schoolhouse_server import serve
@@ -192,3 +192,18 @@ def test_an_encoder_of_transformers_is_padded_and_each_gets_its_own_length():
 
 def near(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["fits", "linger", "join", "to_check"])
+def test_an_error_in_the_policy_costs_the_merging_and_no_request(part, monkeypatch, caplog):
+    def fail(*_args):
+        raise MemoryError("no room to compare inputs")
+
+    with engine_of(Net()) as engine:
+        monkeypatch.setattr(engine.merger, part, fail)
+        for _ in range(2):
+            asked, expected = pair(2, 3)
+            at_once(engine, *asked)
+            for one, e in zip(asked, expected, strict=True):
+                assert torch.equal(one.features[""], e)
+        assert any("could not be told" in record.getMessage() for record in caplog.records)

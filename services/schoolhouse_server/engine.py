@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from schoolhouse.errors import (
@@ -41,6 +41,7 @@ _CLOSED = "the teacher is shutting down"
 _LATE = "the request's deadline passed while it waited for the teacher"
 _AHEAD = 4
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
 
 
@@ -223,15 +224,15 @@ class Engine:
         with contextlib.suppress(Exception):  # a forward that failed on its device tells its own jobs
             while len(self._ahead) > 1:  # the longer others may come, the fewer forwards there are
                 self.device.wait(self._ahead.popleft())
-        jobs = self._queue.take(self.merger.fits, self.merger.linger)
+        ask = functools.partial
+        jobs = self._queue.take(ask(_else, False, self.merger.fits), ask(_else, 0.0, self.merger.linger))
         self.merger.waiting.ended(jobs)
         return jobs
 
     def _compute(self, jobs: list[Job]) -> None:
         ready = [job for job in jobs if self._admit(job)]
-        while ready and self.merger is not None and self.merger.fit(ready):
-            joint = self.merger.join(ready)
-            checked = self.merger.to_check(joint)
+        while ready and self.merger is not None and (plan := _else(None, self.merger.plan, ready)) is not None:
+            joint, checked = plan
             if checked is None:
                 self._together(self.merger, joint)
                 return
@@ -377,6 +378,15 @@ class Engine:
         for ticket in job.tickets:
             if not ticket.cancelled:
                 ticket.done(answer)
+
+
+def _else(default: T, ask: Callable[..., T], *args: Any) -> T:
+    """What is asked, or, if that fails, the default: requests that were taken already must not end with the thread."""
+    try:
+        return ask(*args)
+    except Exception:
+        _log.exception("whether requests may be merged could not be told; they run by themselves")
+        return default
 
 
 def _equal(a: Any, b: Any) -> bool:

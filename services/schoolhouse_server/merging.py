@@ -152,6 +152,13 @@ class Merger(Generic[R]):
         """Whether several jobs that were taken together still may be merged."""
         return len(jobs) > 1 and not any(self._is_refused(job) for job in jobs)
 
+    def plan(self, jobs: Sequence[R]) -> tuple[Joint[R], Joint[R] | None] | None:
+        """Requests that were taken together as one, and what of them has to be checked first; None: run them singly."""
+        if not self.fit(jobs):
+            return None
+        joint = self.join(jobs)
+        return joint, self.to_check(joint)
+
     def to_check(self, joint: Joint[R]) -> Joint[R] | None:
         """What of the batch has to be held against single forwards; None for nothing.
 
