@@ -1,4 +1,4 @@
-"""How many rows a feature has, where that is by chance what it would be if they were the requests' own."""
+"""What is by chance as it would be if rows were the requests' own: numbers of rows, and rows that are all the same."""
 
 import pytest
 import torch
@@ -84,3 +84,22 @@ def test_other_sizes_than_those_that_were_learned_are_by_chance():
         rules.check(torch.cat(threes), layout)
     plain = [randn(2, 4, 3), randn(3, 4, 3)]
     assert not learn(torch.cat(plain), plain, Layout((2, 3), (4, 4))).doubtful
+
+
+class Timed(nn.Module):
+    """Takes a time for each row, and reads the first: callers give one for all."""
+
+    def forward(self, x, times):
+        return x * times[0]
+
+
+@pytest.mark.parametrize("rows", [(2, 3), (2, 2), (1, 1)])
+def test_one_row_that_stands_for_all_is_told_from_rows_that_differ(rows):
+    with engine_of(Timed()) as engine:
+        for turn, times in enumerate([(1, 1), (1, 1), (1, 5), (5, 1)]):
+            xs = [randn(n, 8, seed=2 * turn + i) for i, n in enumerate(rows)]
+            asked = [Asked(x, times=torch.full((len(x),), t)) for x, t in zip(xs, times, strict=True)]
+            at_once(engine, *asked)
+            for one, x, t in zip(asked, xs, times, strict=True):
+                close(one.features[""], x * t)
+        assert engine.merger.refusals == 1

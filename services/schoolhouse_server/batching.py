@@ -253,10 +253,10 @@ class Batch:
         self._needs_mask = self._padded and (self.layout.ragged or given != {None})
         self.ragged = self._padded and self.layout.ragged
         # Where all are of one length, which sizes of a feature are the length's cannot be told.
-        # A table that is taken for rows does no harm while it is the same in all requests: those are told apart.
-        # So are masks that were made from those that came.
+        # A table that is taken for rows does no harm while it is the same in all requests, nor does one row that stands
+        # for all while these are the same: those are told apart. So are masks that were made from those that came.
         length = -1 if self.ragged else self.layout.length
-        self.variant: Hashable = (length, self._needs_mask, None in given, _alike(inputs, self.layout))
+        self.variant: Hashable = (length, self._needs_mask, None in given, _alike(inputs))
 
     def inputs(self, loaded: Sequence[Arguments]) -> Arguments:
         """One forward's inputs, of those that were loaded to the device; in memory of their own."""
@@ -279,20 +279,26 @@ class Batch:
         return merged
 
 
-def _alike(inputs: Sequence[Arguments], layout: Layout) -> tuple[int, ...]:
-    """Which tensors hold the same in all requests."""
-    if len(set(layout.rows)) > 1 or len(set(layout.lengths)) > 1:
-        return ()
+def _alike(inputs: Sequence[Arguments]) -> tuple[tuple[int, str], ...]:
+    """Which tensors hold the same in all requests, and which the same in all rows."""
     if len({sum(1 for _ in tensors_of(one)) for one in inputs}) > 1:  # some have a mask
         return ()
-    leaves = zip(*map(tensors_of, inputs), strict=True)
-    return tuple(i for i, leaf in enumerate(leaves) if all(_same(leaf[0], other) for other in leaf[1:]))
+    found = enumerate(map(_likeness, zip(*map(tensors_of, inputs), strict=True)))
+    return tuple((i, likeness) for i, likeness in found if likeness)
+
+
+def _likeness(leaf: Sequence[torch.Tensor]) -> str:
+    first = leaf[0]
+    if first.dim() and all(t.shape[1:] == first.shape[1:] and len(t) for t in leaf):
+        if not all(_same_bytes(first[0], t[0]) for t in leaf[1:]):
+            return ""  # mostly
+        if all(_same_bytes(t[1:], t[:1].expand(len(t) - 1, *t.shape[1:])) for t in leaf):
+            return "rows"
+    return "requests" if all(_same(first, other) for other in leaf[1:]) else ""
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or (a.dim() and len(a) and not _same_bytes(a[0], b[0])):
-        return False  # told by the first row, mostly
-    return _same_bytes(a, b)
+    return a.shape == b.shape and _same_bytes(a, b)
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
