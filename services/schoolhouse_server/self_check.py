@@ -49,7 +49,7 @@ class Traces(NamedTuple):
     """What a forward may leave: random numbers drawn, and buffers written into."""
 
     random: Callable[[], list[bytes]]
-    buffers: Callable[[], list[int]]
+    buffers: Callable[[], list[tuple[int, int]]]
     state: list[Any]
 
     def changes(self) -> tuple[bool, bool]:
@@ -69,8 +69,8 @@ def traces(module: nn.Module, device: Device) -> Traces:
             states.append(torch.cuda.get_rng_state(device.name))
         return [state.numpy().tobytes() for state in states]
 
-    def buffers() -> list[int]:
-        return [version_of(buffer) for buffer in module.buffers()]
+    def buffers() -> list[tuple[int, int]]:  # one may also be replaced, by one that is made while the old one lives
+        return [(id(buffer), version_of(buffer)) for buffer in module.buffers()]
 
     return Traces(random, buffers, [random(), buffers()])
 
@@ -81,7 +81,7 @@ def why_not(changes: Sequence[tuple[bool, bool]], again: Callable[[], tuple[bool
     Other threads draw random numbers too, so a forward draws some only if each one seems to.
     """
     if any(buffers for _, buffers in changes):
-        return "the forward writes into the module's buffers"
+        return "the forward writes into the module's buffers, or replaces them"
     if all(random for random, _ in changes) and all(again()[0] for _ in range(_TRIES)):
         return "the forward draws random numbers"
     return ""
