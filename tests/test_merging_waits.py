@@ -58,6 +58,18 @@ def test_the_wait_ends_with_the_last_session_and_is_bounded_by_a_forward_and_the
     assert waits(Waiting(0.1, lambda: 0.0), [job("a")]) == 0  # nothing is known of forwards yet
 
 
+def test_one_that_comes_during_the_wait_shortens_it_to_its_own_deadline(clock):
+    waiting = Waiting(1.0, lambda: 0.4)
+    for source in "abc":
+        waiting.seen(source)
+    taken = [job("a")]
+    assert waiting.pause_s(taken) == pytest.approx(0.2)
+    taken.append(job("b", clock.s + 0.45))
+    assert waiting.pause_s(taken) == pytest.approx(0.05)
+    taken[1].deadline = clock.s + 0.1
+    assert waiting.pause_s(taken) == 0
+
+
 def test_waiting_that_gains_nothing_backs_off_and_is_tried_now_and_then(clock):
     waiting = Waiting(0.008, lambda: 1.0)
     waits_s = []

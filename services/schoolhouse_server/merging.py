@@ -294,7 +294,7 @@ class Waiting:
         if not self._first:
             self._first, self._until = len(taken), now + self._budget_s(taken, now)
         missing = self._active(now) - {job.source for job in taken}
-        pause_s = max(self._until - now, 0.0) if missing else 0.0
+        pause_s = max(min(self._until - now, self._spare_s(taken, now)), 0.0) if missing else 0.0
         self._paused |= pause_s > 0
         return pause_s
 
@@ -310,8 +310,11 @@ class Waiting:
             self._skipped += 1
             if self._skipped % _PROBE_EVERY:
                 return 0.0
-        left = min(job.deadline for job in taken) - now - self._forward_s()
-        return max(min(self._max_s, self._forward_s() / 2, left) * self._patience, 0.0)
+        return max(min(self._max_s, self._forward_s() / 2, self._spare_s(taken, now)) * self._patience, 0.0)
+
+    def _spare_s(self, taken: Sequence[Request], now: float) -> float:
+        """That all of them can wait, also those that came during the wait, so that the forward is in time."""
+        return min(job.deadline for job in taken) - now - self._forward_s()
 
     def _active(self, now: float) -> set[Hashable]:
         """The sessions that sent requests lately."""
