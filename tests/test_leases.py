@@ -11,10 +11,15 @@ import time
 import grpc
 import pytest
 import schoolhouse as sh
+import torch
 from memfd import memfds, soon
 from schoolhouse_server import serve
 from schoolhouse_server.lease import Lease
 from schoolhouse_server.timer import Timer
+from schoolhouse_wire import framing
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import teacher_pb2
 from stub import Stub
 from test_sharing import WAYS, Gate, answers, ask, job_of, load_of
 from torch import nn
@@ -149,3 +154,32 @@ def test_the_timer_rings_in_order_and_not_what_was_cancelled():
         timer.cancel(timer.at(now + 1000, lambda: None))
     assert len(timer._alarms) < 3000
     timer.close()
+
+
+@pytest.mark.parametrize("far", [1e12, 1e300, float("inf")])
+def test_a_deadline_that_is_far_away_does_not_end_the_timer(far):
+    timer, rung = Timer(), threading.Event()
+    timer.cancel(timer.at(far, lambda: None))
+    timer.at(far, lambda: None)
+    time.sleep(0.1)  # it sleeps until then
+    timer.at(time.monotonic() + 0.1, rung.set)
+    assert rung.wait(5)
+    timer.close()
+
+
+def test_a_client_that_names_a_deadline_far_away_leaves_the_leases_of_others_alone():
+    gate = Gate()
+    outgoing = framing.Outgoing(Arguments([torch.ones(1, 1)]), limits=Limits(), snapshot=True)
+    tap = teacher_pb2.Tap(module="", side=teacher_pb2.Tap.OUTPUT)
+    with serve(gate, lease_s=0.5) as server:
+        stub = Stub(server, shared_memory=False)
+        call = {"taps": [tap], "timeout_s": 1e300, "inputs": outgoing.header, "payload": outgoing.payload}
+        stub.say(call=teacher_pb2.Call(request_id=1, **call))
+        assert gate.entered.acquire(timeout=10)
+        assert soon(lambda: load_of(server).sessions == 0)
+        time.sleep(1.5)  # nothing else is left to ring
+        silent = Stub(server, shared_memory=False)
+        assert soon(lambda: load_of(server).sessions == 0)
+        gate.opened.set()
+        stub.channel.close()
+        silent.channel.close()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 _log = logging.getLogger(__name__)
 _MANY = 1024  # entries that were cancelled, before they are looked for
+_LONGEST_S = 3600.0  # that it sleeps at once: a client may name any deadline, and the system takes not all of them
 
 
 @dataclass(eq=False)
@@ -83,5 +84,5 @@ class Timer:
                         return ring
                     self._cancelled -= 1
                 else:
-                    self._changed.wait(pause)
+                    self._changed.wait(_LONGEST_S if pause is None else min(pause, _LONGEST_S))
             return None
