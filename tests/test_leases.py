@@ -17,6 +17,7 @@ from schoolhouse_server import serve
 from schoolhouse_server.lease import Lease
 from schoolhouse_server.timer import Timer
 from schoolhouse_wire import framing
+from schoolhouse_wire.channel import SESSION_METHOD
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
@@ -183,3 +184,13 @@ def test_a_client_that_names_a_deadline_far_away_leaves_the_leases_of_others_alo
         gate.opened.set()
         stub.channel.close()
         silent.channel.close()
+
+
+def test_a_client_that_never_opens_its_session_is_ended():
+    with serve(nn.Identity(), lease_s=0.5) as server:
+        never = threading.Event()
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            answers = channel.stream_stream(SESSION_METHOD)((never.wait() and b"" for _ in range(1)), timeout=10)
+            with pytest.raises(grpc.RpcError, match=r"said nothing for 0\.5 s"):
+                next(answers)
+            never.set()
