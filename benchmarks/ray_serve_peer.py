@@ -68,17 +68,21 @@ def add_teacher_to_server(servicer: Any, server: Any) -> None:
 
 
 @contextlib.contextmanager
-def ray_serve_teacher(forward_s: float, s_per_row: float, input_bytes: int, feature_bytes: int) -> Iterator[str]:
-    """A teacher on an emulated device, which merges what waits; yields the address of the gRPC ingress.
+def ray_serve_teacher(
+    forward_s: float, s_per_row: float, input_bytes: int, feature_bytes: int, wait_s: float
+) -> Iterator[str]:
+    """A teacher on an emulated device; yields the address of the gRPC ingress.
 
     Its forward takes `forward_s` and `s_per_row`, during which the replica goes on to receive; a row has so many bytes.
+    `wait_s` is how long a batch is open. It merges nothing else: what waits for the device is in its batches by then.
+    With 0, most batches are of one request; Ray Serve's own default is 0.01.
     """
     from ray import serve
 
     class Teacher:
         """Batches as Ray Serve does it: what came first, whoever asked."""
 
-        @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
+        @serve.batch(max_batch_size=8, batch_wait_timeout_s=wait_s)  # type: ignore[untyped-decorator]
         async def _batch(self, rows: list[int]) -> list[bytes]:
             await asyncio.sleep(forward_s + s_per_row * sum(rows))
             return [bytes(feature_bytes * count) for count in rows]

@@ -108,3 +108,16 @@ def test_who_goes_on_although_told_to_wait_is_ended(timer):
     among.leave(session)
     assert among.in_flight() == {}
     assert not among.admit(session, 9, 1)
+
+
+def test_what_was_cancelled_is_not_held_against_a_client_that_has_not_heard_yet(timer):
+    among = Admission(Sharing(max_in_flight=2), timer)
+    session = Session(among, "j")
+    assert [among.admit(session, i, 1) for i in range(2)] == [True, True]
+    for i in range(2, 100):  # it has two in flight at most, as far as it knows
+        assert not among.admit(session, i, 1)
+        among.cancelled(session, i)
+    assert not among.admit(session, 100, 1)
+    among.end(session, 0)
+    assert session.told[-1] == "go on"
+    assert among.admit(session, 101, 1)

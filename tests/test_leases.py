@@ -19,6 +19,11 @@ from schoolhouse.errors import TeacherTimeoutError
 from schoolhouse_server import serve
 from schoolhouse_server.lease import Lease
 from schoolhouse_server.timer import Timer
+from schoolhouse_wire import framing
+from schoolhouse_wire.channel import SESSION_METHOD
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import teacher_pb2
 from stub import Stub
 from test_sharing import WAYS, Gate, answers, ask, job_of, load_of
 from torch import nn
@@ -155,12 +160,13 @@ def test_the_timer_rings_in_order_and_not_what_was_cancelled():
     timer.close()
 
 
-@pytest.mark.parametrize("never", [float("inf"), 1e12])
-def test_an_alarm_in_centuries_does_not_end_the_timer(never):
+@pytest.mark.parametrize("far", [1e12, 1e300, float("inf")])
+def test_a_deadline_that_is_far_away_does_not_end_the_timer(far):
     timer, rung = Timer(), threading.Event()
-    timer.at(never, lambda: None)
-    time.sleep(0.05)  # it waits for that one alone
-    timer.at(time.monotonic(), rung.set)
+    timer.cancel(timer.at(far, lambda: None))
+    timer.at(far, lambda: None)
+    time.sleep(0.1)  # it sleeps until then
+    timer.at(time.monotonic() + 0.1, rung.set)
     assert rung.wait(5)
     timer.close()
 
@@ -183,3 +189,31 @@ def test_a_request_without_deadline_that_joins_one_with_leaves_the_deadlines_of_
         gate.go.release()
         held.result()
         assert torch.equal(second.features[""], Net().eval()(x))
+
+
+def test_a_client_that_names_a_deadline_far_away_leaves_the_leases_of_others_alone():
+    gate = Gate()
+    outgoing = framing.Outgoing(Arguments([torch.ones(1, 1)]), limits=Limits(), snapshot=True)
+    tap = teacher_pb2.Tap(module="", side=teacher_pb2.Tap.OUTPUT)
+    with serve(gate, lease_s=0.5) as server:
+        stub = Stub(server, shared_memory=False)
+        call = {"taps": [tap], "timeout_s": 1e300, "inputs": outgoing.header, "payload": outgoing.payload}
+        stub.say(call=teacher_pb2.Call(request_id=1, **call))
+        assert gate.entered.acquire(timeout=10)
+        assert soon(lambda: load_of(server).sessions == 0)
+        time.sleep(1.5)  # nothing else is left to ring
+        silent = Stub(server, shared_memory=False)
+        assert soon(lambda: load_of(server).sessions == 0)
+        gate.opened.set()
+        stub.channel.close()
+        silent.channel.close()
+
+
+def test_a_client_that_never_opens_its_session_is_ended():
+    with serve(nn.Identity(), lease_s=0.5) as server:
+        never = threading.Event()
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            answers = channel.stream_stream(SESSION_METHOD)((never.wait() and b"" for _ in range(1)), timeout=10)
+            with pytest.raises(grpc.RpcError, match=r"said nothing for 0\.5 s"):
+                next(answers)
+            never.set()

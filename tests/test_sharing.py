@@ -194,6 +194,27 @@ def test_cancelled_while_it_waits(shared_memory):
             rank.close()
 
 
+@WAYS
+def test_many_that_are_cancelled_over_quota_do_not_cost_the_session(shared_memory):
+    gate = Gate()
+    with serve(gate, max_in_flight=1) as server:
+        one, other = (sh.connect(server.url, job="ddp", shared_memory=shared_memory) for _ in range(2))
+        first = ask(one, 0)
+        assert gate.entered.acquire(timeout=10)
+        other.describe()
+        [session] = other.open_sessions()
+        kept = []
+        for i in range(10):
+            for j in range(100):
+                ask(other, 100 * i + j, width=30_000).cancel()
+            kept.append(ask(other, 5000 + i))
+        gate.opened.set()
+        answers([first, *kept], [0, *range(5000, 5010)])
+        assert other.open_sessions() == [session]
+        one.close()
+        other.close()
+
+
 def test_a_deadline_that_passes_over_quota_says_so():
     gate = Gate()
     with serve(gate, max_in_flight=1) as server:

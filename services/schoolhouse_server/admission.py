@@ -15,7 +15,7 @@ _UNSENT = 2  # times `max_in_flight` that a session may have in flight or unsent
 
 
 class FloodError(ProtocolError):
-    """A client goes on and on although it was told to wait. It ends the session."""
+    """A client goes on and on although it was told to wait, or does not read what it is told. It ends the session."""
 
 
 @dataclass(eq=False)
@@ -37,7 +37,7 @@ class Place:
     admitted: dict[int, int] = field(default_factory=dict)  # bytes, by request
     replying: set[int] = field(default_factory=set)  # answered, and not sent yet
     wanted: int = 0  # bytes of the first request that was refused
-    refused: int = 0  # requests, since it was told to go on
+    refused: set[int] = field(default_factory=set)  # since it was told to go on, and not cancelled
     reserved: int | None = None  # bytes, kept with a place
     reserved_until: float = 0.0
     ended: bool = False
@@ -109,6 +109,13 @@ class Admission:
                 self._free(place, nbytes)
                 self._resume()
 
+    def cancelled(self, place: Place, request_id: int) -> None:
+        """The client wants a request no more, and may have sent another one in its place."""
+        with self._lock:
+            place.refused.discard(request_id)
+        self.end(place, request_id)
+        self.sent(place, request_id)
+
     def sent(self, place: Place, request_id: int) -> None:
         """All of a reply is sent, or nobody wants it."""
         with self._lock:
@@ -155,10 +162,10 @@ class Admission:
         if place not in self._waiting:
             self._drop_reservation(place)
             self._waiting[place] = None
-            place.wanted, place.refused = nbytes, 0
-        place.refused += 1
-        if place.refused > self._sharing.max_in_flight:  # more than can have been on their way
-            raise FloodError(f"{place.refused} calls came after the client was told to wait")
+            place.wanted, place.refused = nbytes, set()
+        place.refused.add(request_id)
+        if len(place.refused) > self._sharing.max_in_flight:  # more than can have been on their way
+            raise FloodError(f"{len(place.refused)} calls came after the client was told to wait")
         place.tell_wait(request_id)
         self._resume()  # what was reserved for it may be of use for others
 

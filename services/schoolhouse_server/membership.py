@@ -96,8 +96,7 @@ class Member:
 
     def cancelled(self, request_id: int) -> None:
         """The client wants a request no more."""
-        self._admission.end(self._place, request_id)
-        self._admission.sent(self._place, request_id)
+        self._admission.cancelled(self._place, request_id)
 
     def sent(self, request_id: int) -> None:
         """A reply is sent."""

@@ -34,6 +34,7 @@ from schoolhouse_server.logs import SessionLog
 from schoolhouse_server.membership import Member
 from schoolhouse_server.sharing import rows_of
 from schoolhouse_server.spans import SessionSpans
+from schoolhouse_server.timer import Alarm
 
 if TYPE_CHECKING:
     from schoolhouse_server.servicer import Teachers
@@ -69,6 +70,7 @@ class ServerSession:
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
         self._member: Member | None = None  # from Open on
+        self._unopened: Alarm | None = None  # until then
         self._closing = threading.Lock()
         self._closed = False
         self._shared_memory_bytes = shared_memory_bytes
@@ -77,13 +79,16 @@ class ServerSession:
         self._pipes: pipes.Pipes | None = None  # in the place of the stream, once the client uses them
 
     def start(self) -> None:
-        """Begin to read."""
+        """Begin to read; a client that says nothing, not even Open, has its time, too."""
+        if lease_s := self._teachers.sharing.lease_s:
+            self._unopened = self._teachers.timer.at(time.monotonic() + lease_s, self._expire)
         threading.Thread(target=self._read, name="schoolhouse-reader", daemon=True).start()
 
     def close(self) -> None:
         """Drop what is queued, and free its places: the client is gone."""
         with self._closing:
             first, self._closed = not self._closed, True
+        self._stop_waiting_for_open()
         if first and self._member is not None:
             self._drop()
             self._member.leave()
@@ -92,6 +97,10 @@ class ServerSession:
         self.outbox.close()
         if self._pipes is not None:
             self._pipes.close()
+
+    def _stop_waiting_for_open(self) -> None:
+        if self._unopened is not None:
+            self._teachers.timer.cancel(self._unopened)
 
     def _drop(self) -> None:
         assert self._engine is not None
@@ -203,6 +212,7 @@ class ServerSession:
             admission = self._teachers.admissions[message.teacher]
             self._member = Member(message, engine.counters, admission, self.outbox)
             self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
+            self._stop_waiting_for_open()
             self._member.start_lease(self._teachers.timer, self._teachers.sharing.lease_s, self._expire)
 
     def _on_cancel(self, request_id: int) -> None:

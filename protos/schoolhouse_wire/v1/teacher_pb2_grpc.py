@@ -59,9 +59,10 @@ class TeacherServiceServicer:
 
     def Session(self, request_iterator, context):
         """One long-lived stream per client and replica. The client sends Open first and waits for Opened; then any number
-        of calls may be in flight, up to Opened.max_in_flight. A call is a Call message and, where its payload does not
-        stand in it, Frames in the order of their offsets; frames of different requests may be interleaved. Answers come
-        in any order: a Reply (then Frames), or one Failure. Failure and Cancel end one request, never the session.
+        of calls may be in flight, up to Opened.max_in_flight over all sessions of its job. A call is a Call message and,
+        where its payload does not stand in it, Frames in the order of their offsets; frames of different requests may be
+        interleaved. Answers come in any order: a Reply (then Frames), or one Failure. Failure and Cancel end one request,
+        never the session.
         A call for which there is no room, since its job is over its quota or the queue is full, is answered with Wait and
         dropped; the client sends no more calls until Resume, and then the dropped ones again.
         The session is the job's lease: when it ends, what it queued is dropped. It ends, too, when the client has said
