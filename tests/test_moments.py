@@ -2,8 +2,15 @@
 
 import dataclasses
 import threading
+import types
 
+import schoolhouse as sh
+import torch
+from directories import Scale, answer
+from memfd import soon
 from schoolhouse.window import Window
+from schoolhouse_server import serve
+from schoolhouse_wire import framing
 from schoolhouse_wire.v1 import teacher_pb2
 
 
@@ -44,3 +51,27 @@ def test_a_session_that_ends_while_another_thread_sends_loses_no_request():
     assert started == [None]
     assert lost == asked
     assert [len(window), window.next(), window.add(Sized())] == [0, None, False]
+
+
+def test_a_reply_that_begins_as_its_request_is_cancelled_leaves_nothing(monkeypatch):
+    module = Scale(2)
+    with serve(module, shared_memory_bytes=0) as server, sh.connect(server.url) as teacher:
+        assert answer(teacher) == 2
+        [session] = teacher.open_sessions()
+        asked = []
+
+        class Slow(framing.Incoming):
+            def __init__(self, *args):
+                super().__init__(*args)
+                if asked:
+                    asked.pop().cancel()
+                    assert soon(lambda: not len(session._window))
+
+        here = types.SimpleNamespace(**vars(framing) | {"Incoming": Slow})  # and not in the server
+        monkeypatch.setattr("schoolhouse.session.framing", here)
+        module.gate.clear()
+        asked.append(teacher.submit((torch.zeros(1 << 20),), {}, [""]))
+        module.gate.set()
+        assert soon(lambda: not asked)
+        assert answer(teacher, 3) == 6
+        assert session._partial == {}
