@@ -1,17 +1,22 @@
 """What two threads of a client do in the same moment, brought about on purpose: no request is lost, none waits."""
 
+import contextlib
 import dataclasses
+import socket
 import threading
+import time
 import types
 
+import pytest
 import schoolhouse as sh
 import torch
-from directories import Scale, answer
+from directories import DirectoryServer, Scale, answer
 from memfd import soon
+from schoolhouse import errors
 from schoolhouse.window import Window
 from schoolhouse_server import serve
 from schoolhouse_wire import framing
-from schoolhouse_wire.v1 import teacher_pb2
+from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,3 +80,14 @@ def test_a_reply_that_begins_as_its_request_is_cancelled_leaves_nothing(monkeypa
         assert soon(lambda: not asked)
         assert answer(teacher, 3) == 6
         assert session._partial == {}
+
+
+def test_connecting_takes_no_longer_than_it_may():
+    with contextlib.ExitStack() as stack, DirectoryServer() as directory:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]  # they never answer
+        addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in silent]
+        directory.publish(*(directory_pb2.Replica(id=address, address=address) for address in addresses))
+        began = time.monotonic()
+        with pytest.raises(errors.TeacherUnavailableError, match="within"):
+            sh.connect(directory.url, connect_timeout_s=1)
+        assert time.monotonic() - began < 3

@@ -112,13 +112,15 @@ class RemoteTeacher:
             found = self._find(left_s)
             revision = self._pinned or (found.current if found.serves(found.current) else "")
             try:
-                return found, self._learn(found, revision, left_s)
+                return found, self._learn(found, revision, max(deadline - time.monotonic(), 0.001))
             except TeacherUnavailableError:
                 if time.monotonic() + _ASK_AGAIN_S > deadline:
                     raise
             time.sleep(_ASK_AGAIN_S)
 
     def _find(self, timeout_s: float) -> ReplicaSet:
+        if self._inherited is not None:
+            timeout_s /= 2  # the rest is for a replica, if the directory does not answer
         try:
             return discovery.find(self._target, self._name, self._settings.zone, timeout_s)
         except TeacherUnavailableError:
