@@ -13,6 +13,7 @@ import torch
 from directories import DirectoryServer, Scale, answer
 from memfd import soon
 from schoolhouse import errors
+from schoolhouse.outstanding import Outstanding
 from schoolhouse.window import Window
 from schoolhouse_server import serve
 from schoolhouse_wire import framing
@@ -56,6 +57,17 @@ def test_a_session_that_ends_while_another_thread_sends_loses_no_request():
     assert started == [None]
     assert lost == asked
     assert [len(window), window.next(), window.add(Sized())] == [0, None, False]
+
+
+def test_deadlines_of_what_is_answered_take_no_memory():
+    outstanding = Outstanding(10, lambda request: None, lambda: None)
+
+    class Far:
+        deadline = time.monotonic() + 1e6
+
+    for _ in range(10_000):
+        outstanding.remove(outstanding.add(Far()))
+    assert len(outstanding._deadlines) < 500
 
 
 def test_a_reply_that_begins_as_its_request_is_cancelled_leaves_nothing(monkeypatch):

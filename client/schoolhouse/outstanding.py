@@ -10,6 +10,8 @@ from schoolhouse.errors import TeacherBusyError
 from schoolhouse.request import Request
 
 
+_SLACK = 64  # deadlines of answered requests that are kept anyway
+
 class Outstanding:
     """Up to `max_pending` requests. A thread calls `fail_late` with each at its deadline.
 
@@ -54,6 +56,9 @@ class Outstanding:
             if self._deadlines[0][1] == request_id:
                 self._wake.notify()
         return request_id
+            if len(self._deadlines) > 2 * len(self._requests) + _SLACK:
+                self._deadlines = [one for one in self._deadlines if one[1] in self._requests]
+                heapq.heapify(self._deadlines)
 
     def remove(self, request_id: int) -> Request | None:
         """Forget a request; None if it was forgotten already."""
