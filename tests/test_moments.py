@@ -10,9 +10,9 @@ import types
 import pytest
 import schoolhouse as sh
 import torch
-from directories import DirectoryServer, Scale, answer
+from directories import DirectoryServer, Scale, answer, ask
 from memfd import soon
-from schoolhouse import errors
+from schoolhouse import errors, remote
 from schoolhouse.outstanding import Outstanding
 from schoolhouse.window import Window
 from schoolhouse_server import serve
@@ -103,3 +103,12 @@ def test_connecting_takes_no_longer_than_it_may():
         with pytest.raises(errors.TeacherUnavailableError, match="within"):
             sh.connect(directory.url, connect_timeout_s=1)
         assert time.monotonic() - began < 3
+
+
+def test_a_teacher_that_is_closed_as_it_connects_is_closed(monkeypatch):
+    with serve(Scale(2)) as server:
+        teacher = remote.RemoteTeacher(server.url)
+        connect = teacher._connect
+        monkeypatch.setattr(teacher, "_connect", lambda: (connect(), teacher.close())[0])
+        assert isinstance(ask(teacher).exception(20), errors.TeacherUnavailableError)
+        assert teacher._dispatcher.closed

@@ -89,6 +89,8 @@ class RemoteTeacher:
         with self._lock:
             if self._facts is None or self._dispatcher is None:
                 self._facts, self._dispatcher = self._connect()
+                if self._closed:  # meanwhile, by who could not see the dispatcher yet
+                    self._dispatcher.close()
             elif self._settings.follow_revisions and self._dispatcher.current not in ("", self._facts.revision):
                 self._follow(self._dispatcher)
             return self._facts, self._dispatcher
@@ -99,8 +101,6 @@ class RemoteTeacher:
             self._pinned = facts.revision
         dispatcher = Dispatcher(self._target, self._name, self._pinned, self._settings, found)
         weakref.finalize(self, dispatcher.close).atexit = False
-        if self._closed:
-            dispatcher.close()
         return facts, dispatcher
 
     def _first_facts(self) -> tuple[ReplicaSet, Facts]:
