@@ -112,3 +112,13 @@ def test_a_teacher_that_is_closed_as_it_connects_is_closed(monkeypatch):
         monkeypatch.setattr(teacher, "_connect", lambda: (connect(), teacher.close())[0])
         assert isinstance(ask(teacher).exception(20), errors.TeacherUnavailableError)
         assert teacher._dispatcher.closed
+
+
+def test_another_thread_of_a_fork_waits_until_nothing_of_the_parent_is_left(monkeypatch):
+    seen, heads = [], remote.FetchedHeads
+    teacher = remote.RemoteTeacher("grpc://127.0.0.1:1/teacher", connect_timeout_s=0.01)
+    monkeypatch.setattr(remote, "FetchedHeads", lambda *args: (seen.append(teacher._pid), heads(*args))[1])
+    teacher._pid = -1  # as if it had been made by another process
+    with pytest.raises(errors.TeacherUnavailableError):
+        teacher.facts()
+    assert seen == [-1]

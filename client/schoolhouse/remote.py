@@ -52,12 +52,12 @@ class RemoteTeacher:
         self._reset()
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._facts: Facts | None = None
         self._dispatcher: Dispatcher | None = None
         self._follow_at = 0.0  # when to ask for the facts of a new revision again
         self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
+        self._pid = os.getpid()  # last: other threads of a fork must not use what is the parent's
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self.url, self._settings, self._pinned))
