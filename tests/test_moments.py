@@ -114,6 +114,22 @@ def test_a_teacher_that_is_closed_as_it_connects_is_closed(monkeypatch):
         assert teacher._dispatcher.closed
 
 
+def test_closing_while_another_thread_takes_what_is_parked():
+    class Emptied(dict):
+        left = 1
+
+        def __len__(self):
+            self.left -= 1
+            return self.left + 1
+
+    with serve(Scale(2)) as server, sh.connect(server.url) as teacher:
+        assert answer(teacher) == 2
+        dispatcher = teacher._dispatcher
+        dispatcher._parked = Emptied()
+        teacher.close()
+        assert dispatcher.outstanding._closed
+
+
 def test_another_thread_of_a_fork_waits_until_nothing_of_the_parent_is_left(monkeypatch):
     seen, heads = [], remote.FetchedHeads
     teacher = remote.RemoteTeacher("grpc://127.0.0.1:1/teacher", connect_timeout_s=0.01)

@@ -1,5 +1,6 @@
 """Each request goes to a replica, to another one if that is lost, and waits, to its deadline, while there is none."""
 
+import contextlib
 import os
 import random
 import threading
@@ -99,8 +100,9 @@ class Dispatcher:
         self._watch.close()
         for session in self.sessions():
             session.close()
-        while self._parked:
-            self._parked.popitem()[0].fail(self._gone())
+        with contextlib.suppress(KeyError):  # it is empty, or was emptied by another thread
+            while True:
+                self._parked.popitem()[0].fail(self._gone())
         self.outstanding.close()
 
     def dispatch(self, request: Request, parked_at: float | None = None) -> None:
