@@ -114,6 +114,24 @@ def test_a_teacher_that_is_closed_as_it_connects_is_closed(monkeypatch):
         assert teacher._dispatcher.closed
 
 
+def test_threads_that_cannot_be_had_are_tried_again(monkeypatch):
+    with serve(Scale(2)) as server, sh.connect(server.url) as teacher:
+        start = threading.Thread.start
+
+        def refused(thread):
+            if thread.name == "schoolhouse-watch":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="new thread"):
+            ask(teacher)
+        monkeypatch.undo()
+        assert answer(teacher) == 2
+        names = {thread.name for thread in threading.enumerate()}
+        assert {"schoolhouse-watch", "schoolhouse-deadlines"} <= names
+
+
 def test_closing_while_another_thread_takes_what_is_parked():
     class Emptied(dict):
         left = 1

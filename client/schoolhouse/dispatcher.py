@@ -187,11 +187,11 @@ class Dispatcher:
 
     def _begin(self) -> None:
         if not self._watching and not self.closed:
-            self._watching = True
             at_exit.close_first(self)
-            self._watch.start()
             self.outstanding.start()
 
+            self._watch.start()
+            self._watching = True  # else, as no thread is left, the next request tries again
     def _start(self, link: Link) -> Session:
         at_exit.close_first(self)
         session = Session(

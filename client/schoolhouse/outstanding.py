@@ -31,8 +31,9 @@ class Outstanding:
         self._stirred = self._closed = False
 
     def start(self) -> None:
-        """Begin to keep time."""
-        self._thread.start()
+        """Begin to keep time, unless it has begun."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     @property
     def runs_here(self) -> bool:

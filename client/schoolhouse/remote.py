@@ -187,7 +187,11 @@ class RemoteTeacher:
         request_id = dispatcher.outstanding.add(request)
         # The future must not refer to the request: in a cycle, its features would outlive their use.
         request.future.add_done_callback(lambda future: self._done(dispatcher, request_id, future))
-        dispatcher.dispatch(request)
+        try:
+            dispatcher.dispatch(request)
+        except BaseException:  # no thread could be had, for one: nobody will see the future
+            request.future.cancel()
+            raise
         return request.future
 
     def _done(self, dispatcher: Dispatcher, request_id: int, future: "Future[Features]") -> None:

@@ -35,8 +35,9 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="schoolhouse-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
+        """Begin to watch, unless it has begun."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def close(self) -> None:
         """End the thread; does not wait for it."""
