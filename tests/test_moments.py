@@ -132,6 +132,27 @@ def test_threads_that_cannot_be_had_are_tried_again(monkeypatch):
         assert {"schoolhouse-watch", "schoolhouse-deadlines"} <= names
 
 
+def test_closing_waits_for_no_lock_of_the_threads():
+    """The garbage collector may close a teacher in a thread that holds one of them, within its own wait."""
+    with serve(Scale(2)) as server, sh.connect(server.url) as teacher:
+        assert answer(teacher) == 2
+        dispatcher = teacher._dispatcher
+        own = [*vars(dispatcher._watch).values(), *vars(dispatcher.outstanding).values()]
+        own = [getattr(one, "_cond", one) for one in own]  # that of an event
+        done = threading.Event()
+
+        def held():
+            with contextlib.ExitStack() as stack:
+                for one in own:
+                    if hasattr(one, "acquire"):
+                        stack.enter_context(one)
+                closing = threading.Thread(target=lambda: (dispatcher.outstanding.stir(), teacher.close(), done.set()))
+                closing.start()
+                assert done.wait(5)
+
+        held()
+
+
 def test_closing_while_another_thread_takes_what_is_parked():
     class Emptied(dict):
         left = 1
