@@ -10,7 +10,7 @@ import types
 import pytest
 import schoolhouse as sh
 import torch
-from directories import DirectoryServer, Scale, answer, ask
+from directories import DirectoryServer, Scale, answer, ask, replicas
 from memfd import soon
 from schoolhouse import errors, remote
 from schoolhouse.outstanding import Outstanding
@@ -57,6 +57,29 @@ def test_a_session_that_ends_while_another_thread_sends_loses_no_request():
     assert started == [None]
     assert lost == asked
     assert [len(window), window.next(), window.add(Sized())] == [0, None, False]
+
+
+def test_what_falls_due_while_requests_are_tried_again_is_not_forgotten():
+    with DirectoryServer() as directory, replicas(Scale(2)) as (server,):
+        directory.publish(server)
+        with sh.connect(directory.url, timeout_s=30, follow_revisions=True) as teacher:
+            assert answer(teacher) == 2
+            server.close()
+            ask(teacher)
+            dispatcher = teacher._dispatcher
+            flush, tend = dispatcher._flush, dispatcher._tend
+            dispatcher.outstanding._tend = lambda: None  # only here, from now on
+            [link] = dispatcher._links
+            assert soon(lambda: dispatcher._parked and link.session is None)
+            link.retry_at = due_at = time.monotonic() + 0.2
+            dispatcher._links.draining()  # what was known of it is found anew
+
+            def slow():
+                flush()
+                time.sleep(0.3)
+
+            dispatcher._flush = slow
+            assert tend() == due_at
 
 
 def test_deadlines_of_what_is_answered_take_no_memory():

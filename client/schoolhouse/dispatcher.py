@@ -321,7 +321,7 @@ class Dispatcher:
             self.forget(request)
             self.dispatch(request)
         self._flush()
-        times = [self._expire(), *(session.renew() for session in self.sessions())]
+        times = [self._expire(now), *(session.renew() for session in self.sessions())]
         return min((at for at in times if at is not None), default=None)
 
     def _flush(self) -> None:
@@ -331,11 +331,14 @@ class Dispatcher:
         for request, since in parked.items():
             self.dispatch(request, since)
 
-    def _expire(self) -> float | None:
-        """Fail what has waited for too long while nothing answers; returns when to tend again."""
+    def _expire(self, tended_at: float) -> float | None:
+        """Fail what has waited for too long while nothing answers; returns when to tend again.
+
+        What fell due since `tended_at` was not looked at yet.
+        """
         with self._lock:
             now, late = time.monotonic(), []
-            times = [self._known.settles_at, self._links.due_at(now, wanted=bool(self._parked))]
+            times = [self._known.settles_at, self._links.due_at(tended_at, wanted=bool(self._parked))]
             if self._dark_since is not None:
                 ends = {r: max(since, self._dark_since) + self._settings.retry_s for r, since in self._parked.items()}
                 late = [request for request, end in ends.items() if end <= now]
