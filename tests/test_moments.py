@@ -10,7 +10,7 @@ import types
 import pytest
 import schoolhouse as sh
 import torch
-from directories import DirectoryServer, Scale, answer, ask, replicas
+from directories import DRAINING, DirectoryServer, Scale, addresses, answer, ask, entry, replicas, sessions
 from memfd import soon
 from schoolhouse import errors, remote
 from schoolhouse.outstanding import Outstanding
@@ -115,6 +115,20 @@ def test_a_reply_that_begins_as_its_request_is_cancelled_leaves_nothing(monkeypa
         assert soon(lambda: not asked)
         assert answer(teacher, 3) == 6
         assert session._partial == {}
+
+
+def test_a_job_that_pauses_keeps_a_session_with_its_revision():
+    with replicas(Scale(2), Scale(2)) as servers, DirectoryServer() as directory:
+        directory.publish(servers[0])
+        with sh.connect(directory.url) as teacher:
+            assert answer(teacher) == 2
+            directory.publish(entry(servers[0], state=DRAINING), entry(servers[1]))
+            assert soon(lambda: sessions(teacher) == addresses(servers[1]))
+            servers[1].close()
+            with serve(Scale(2), port=servers[1].port):
+                assert soon(lambda: sessions(teacher) == addresses(servers[1]))
+            directory.publish(servers[0])
+            assert soon(lambda: sessions(teacher) == addresses(servers[0]))
 
 
 def test_connecting_takes_no_longer_than_it_may():

@@ -49,6 +49,7 @@ class Dispatcher:
         self._directory_error: SchoolhouseError | None = None  # while it is away
         self._dark_since: float | None = None  # since when neither a replica nor the directory answers
         self.outstanding = Outstanding(settings.max_pending, self._fail_late, self._tend)
+        self._used = False  # a session was open
         self.closed = False
 
     @property
@@ -189,9 +190,9 @@ class Dispatcher:
         if not self._watching and not self.closed:
             at_exit.close_first(self)
             self.outstanding.start()
-
             self._watch.start()
             self._watching = True  # else, as no thread is left, the next request tries again
+
     def _start(self, link: Link) -> Session:
         at_exit.close_first(self)
         session = Session(
@@ -223,6 +224,7 @@ class Dispatcher:
                 self._links.lost(link, error, time.monotonic())
             elif link is not None:
                 self._links.opened(link)
+                self._used = True
             self._note()
         if link is None or wrong or self.closed:
             session.close()
@@ -324,6 +326,16 @@ class Dispatcher:
         times = [self._expire(now), *(session.renew() for session in self.sessions())]
         return min((at for at in times if at is not None), default=None)
 
+    def _hold(self, now: float) -> bool:
+        """Have a session open even if there is nothing to ask: by it the pool knows that the revision is in use.
+
+        Returns whether there is none yet.
+        """
+        wanted = self._used and bool(self._revision) and not self.closed
+        if not wanted or self._links.holds(self._revision) or self._links.hopeless(self._revision, now) is not None:
+            return False
+        return self._links.pick(self._revision, now) is None
+
     def _flush(self) -> None:
         """Try what is parked again."""
         with self._lock:
@@ -338,7 +350,8 @@ class Dispatcher:
         """
         with self._lock:
             now, late = time.monotonic(), []
-            times = [self._known.settles_at, self._links.due_at(tended_at, wanted=bool(self._parked))]
+            wanted = self._hold(now) or bool(self._parked)
+            times = [self._known.settles_at, self._links.due_at(tended_at, wanted=wanted)]
             if self._dark_since is not None:
                 ends = {r: max(since, self._dark_since) + self._settings.retry_s for r, since in self._parked.items()}
                 late = [request for request, end in ends.items() if end <= now]
