@@ -88,7 +88,7 @@ def test_a_fork_that_closes_a_teacher_leaves_the_parents_sessions():
     held, free = threading.Event(), threading.Event()
 
     def hold():
-        with teacher._dispatcher.outstanding._wake, teacher._dispatcher._lock:  # as threads may
+        with teacher._dispatcher.outstanding._lock, teacher._dispatcher._lock:  # as threads may
             held.set()
             free.wait(30)
 

@@ -1,5 +1,6 @@
 """Where a teacher's replicas are, and what they serve: short calls to the directory and to a replica."""
 
+import time
 import urllib.parse
 from collections.abc import Sequence
 
@@ -70,10 +71,15 @@ def describe(replicas: Sequence[str], name: str, revision: str, timeout_s: float
         RevisionChangedError: those that answer are of other revisions than `revision`, if that is not empty.
     """
     error: SchoolhouseError = TeacherUnavailableError(f"teacher {name!r} has no live replica yet")
-    for patience_s in (min(_PATIENCE_S, timeout_s), timeout_s):  # one that hangs is to leave time for the others
+    deadline = time.monotonic() + timeout_s
+    short_s = min(_PATIENCE_S, timeout_s / (2 * max(len(replicas), 1)))
+    for patience_s in (short_s, timeout_s):  # one that hangs is to leave time for the others
         for address in replicas:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                break
             try:
-                found = _described(address, name, patience_s)
+                found = _described(address, name, min(patience_s, left_s))
             except SchoolhouseError as err:
                 error = err
                 continue
@@ -81,8 +87,8 @@ def describe(replicas: Sequence[str], name: str, revision: str, timeout_s: float
                 return _in_words(found), Limits(max_payload_bytes=found.max_request_bytes)
             error = revision_changed(name, address, revision, [found.revision])
         if not isinstance(error, TeacherTimeoutError):
-            break
-    raise error
+            raise error
+    raise TeacherUnavailableError(f"no replica of {name!r} answered within {timeout_s:.3g} s; {error}") from error
 
 
 def _described(address: str, name: str, timeout_s: float) -> teacher_pb2.DescribeResponse:

@@ -1,5 +1,6 @@
 """Each request goes to a replica, to another one if that is lost, and waits, to its deadline, while there is none."""
 
+import contextlib
 import os
 import random
 import threading
@@ -48,6 +49,7 @@ class Dispatcher:
         self._directory_error: SchoolhouseError | None = None  # while it is away
         self._dark_since: float | None = None  # since when neither a replica nor the directory answers
         self.outstanding = Outstanding(settings.max_pending, self._fail_late, self._tend)
+        self._used = False  # a session was open
         self.closed = False
 
     @property
@@ -99,8 +101,9 @@ class Dispatcher:
         self._watch.close()
         for session in self.sessions():
             session.close()
-        while self._parked:
-            self._parked.popitem()[0].fail(self._gone())
+        with contextlib.suppress(KeyError):  # it is empty, or was emptied by another thread
+            while True:
+                self._parked.popitem()[0].fail(self._gone())
         self.outstanding.close()
 
     def dispatch(self, request: Request, parked_at: float | None = None) -> None:
@@ -185,10 +188,10 @@ class Dispatcher:
 
     def _begin(self) -> None:
         if not self._watching and not self.closed:
-            self._watching = True
             at_exit.close_first(self)
-            self._watch.start()
             self.outstanding.start()
+            self._watch.start()
+            self._watching = True  # else, as no thread is left, the next request tries again
 
     def _start(self, link: Link) -> Session:
         at_exit.close_first(self)
@@ -221,6 +224,7 @@ class Dispatcher:
                 self._links.lost(link, error, time.monotonic())
             elif link is not None:
                 self._links.opened(link)
+                self._used = True
             self._note()
         if link is None or wrong or self.closed:
             session.close()
@@ -319,8 +323,18 @@ class Dispatcher:
             self.forget(request)
             self.dispatch(request)
         self._flush()
-        times = [self._expire(), *(session.renew() for session in self.sessions())]
+        times = [self._expire(now), *(session.renew() for session in self.sessions())]
         return min((at for at in times if at is not None), default=None)
+
+    def _hold(self, now: float) -> bool:
+        """Have a session open even if there is nothing to ask: by it the pool knows that the revision is in use.
+
+        Returns whether there is none yet.
+        """
+        wanted = self._used and bool(self._revision) and not self.closed
+        if not wanted or self._links.holds(self._revision) or self._links.hopeless(self._revision, now) is not None:
+            return False
+        return self._links.pick(self._revision, now) is None
 
     def _flush(self) -> None:
         """Try what is parked again."""
@@ -329,11 +343,15 @@ class Dispatcher:
         for request, since in parked.items():
             self.dispatch(request, since)
 
-    def _expire(self) -> float | None:
-        """Fail what has waited for too long while nothing answers; returns when to tend again."""
+    def _expire(self, tended_at: float) -> float | None:
+        """Fail what has waited for too long while nothing answers; returns when to tend again.
+
+        What fell due since `tended_at` was not looked at yet.
+        """
         with self._lock:
             now, late = time.monotonic(), []
-            times = [self._known.settles_at, self._links.due_at(now, wanted=bool(self._parked))]
+            wanted = self._hold(now) or bool(self._parked)
+            times = [self._known.settles_at, self._links.due_at(tended_at, wanted=wanted)]
             if self._dark_since is not None:
                 ends = {r: max(since, self._dark_since) + self._settings.retry_s for r, since in self._parked.items()}
                 late = [request for request, end in ends.items() if end <= now]

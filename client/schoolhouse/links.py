@@ -120,6 +120,10 @@ class Links:
         self._open(link, now)
         return self._choose(ready, now)
 
+    def holds(self, revision: str) -> bool:
+        """Whether a session for that revision is open."""
+        return any(link.opened and not link.leaving and link.may_serve(revision) for link in self)
+
     def _open_another(self, tiers: list[list[Link]], now: float) -> None:
         """Nothing is open yet: begin with the best one, and a little later with the next, as the first may hang."""
         fresh = _those(tiers, lambda link: link.session is None)

@@ -2,12 +2,15 @@
 
 import heapq
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable
 
 from schoolhouse.errors import TeacherBusyError
 from schoolhouse.request import Request
+
+_SLACK = 64  # deadlines of answered requests that are kept anyway
 
 
 class Outstanding:
@@ -21,7 +24,9 @@ class Outstanding:
     ) -> None:
         self._max_pending = max_pending
         self._fail_late, self._tend = fail_late, tend
-        self._wake = threading.Condition()  # no other lock is taken by who holds it
+        self._lock = threading.Lock()  # no other lock is taken by who holds it
+        # Not a condition: the garbage collector may come to `stir` and `close` from this thread, as it begins to wait.
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whether `tend` is to be called
         self._requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._ids = itertools.count()
@@ -29,8 +34,9 @@ class Outstanding:
         self._stirred = self._closed = False
 
     def start(self) -> None:
-        """Begin to keep time."""
-        self._thread.start()
+        """Begin to keep time, unless it has begun."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     @property
     def runs_here(self) -> bool:
@@ -44,15 +50,19 @@ class Outstanding:
             TeacherBusyError: there are `max_pending` already.
         """
         request_id = next(self._ids)
-        with self._wake:
+        with self._lock:
             if len(self._requests) >= self._max_pending:
                 raise TeacherBusyError(
                     f"{len(self._requests)} requests are without an answer, as many as max_pending allows"
                 )
             self._requests[request_id] = request
+            if len(self._deadlines) > 2 * len(self._requests) + _SLACK:
+                self._deadlines = [one for one in self._deadlines if one[1] in self._requests]
+                heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (request.deadline, request_id))
-            if self._deadlines[0][1] == request_id:
-                self._wake.notify()
+            first = self._deadlines[0][1] == request_id
+        if first:
+            self._wake.put(False)
         return request_id
 
     def remove(self, request_id: int) -> Request | None:
@@ -60,43 +70,48 @@ class Outstanding:
         return self._requests.pop(request_id, None)
 
     def stir(self) -> None:
-        """Have `tend` called soon."""
-        with self._wake:
+        """Have `tend` called soon. It takes no lock, nor does `close`."""
+        if not self._stirred:
             self._stirred = True
-            self._wake.notify()
+            self._wake.put(True)
 
     def close(self) -> None:
         """End the thread; returns at once."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify_all()
+        self._closed = True
+        self._wake.put(False)
 
     def _run(self) -> None:
         tend_at = self._tend()
-        while True:
-            with self._wake:
-                if self._closed:
-                    return
-                late, next_at = self._take_late()
-                if late is None and not self._stirred:
-                    times = [at for at in (next_at, tend_at) if at is not None]
-                    self._wake.wait(max(min(times) - time.monotonic(), 0.0) if times else None)
-                due = self._stirred or (tend_at is not None and time.monotonic() >= tend_at)
-                self._stirred = False
+        while not self._closed:
+            late, next_at = self._take_late()
+            at = min((at for at in (next_at, tend_at) if at is not None), default=None)
+            stirred = self._wait_until(at if late is None else 0.0)
+            due = stirred or (tend_at is not None and time.monotonic() >= tend_at)
             if late is not None:
                 self._fail_late(late)
                 del late
-            if due:
+            if due and not self._closed:
                 tend_at = self._tend()
+
+    def _wait_until(self, at: float | None) -> bool:
+        """Until then, or until there is something new; returns whether that is that it was stirred."""
+        try:
+            stirred = self._wake.get(timeout=None if at is None else max(at - time.monotonic(), 0.0))
+        except queue.Empty:
+            return False
+        if stirred:
+            self._stirred = False  # before `tend`: who stirs from here on wants it once more
+        return stirred
 
     def _take_late(self) -> tuple[Request | None, float | None]:
         """A request that is past its deadline, or None and the time when there may be one."""
-        while self._deadlines:
-            deadline, request_id = self._deadlines[0]
-            if deadline > time.monotonic():
-                return None, deadline
-            heapq.heappop(self._deadlines)
-            request = self._requests.get(request_id)
-            if request is not None:
-                return request, None
-        return None, None
+        with self._lock:
+            while self._deadlines:
+                deadline, request_id = self._deadlines[0]
+                if deadline > time.monotonic():
+                    return None, deadline
+                heapq.heappop(self._deadlines)
+                request = self._requests.get(request_id)
+                if request is not None:
+                    return request, None
+            return None, None

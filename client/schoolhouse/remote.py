@@ -52,12 +52,12 @@ class RemoteTeacher:
         self._reset()
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._facts: Facts | None = None
         self._dispatcher: Dispatcher | None = None
         self._follow_at = 0.0  # when to ask for the facts of a new revision again
         self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
+        self._pid = os.getpid()  # last: other threads of a fork must not use what is the parent's
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self.url, self._settings, self._pinned))
@@ -89,6 +89,8 @@ class RemoteTeacher:
         with self._lock:
             if self._facts is None or self._dispatcher is None:
                 self._facts, self._dispatcher = self._connect()
+                if self._closed:  # meanwhile, by who could not see the dispatcher yet
+                    self._dispatcher.close()
             elif self._settings.follow_revisions and self._dispatcher.current not in ("", self._facts.revision):
                 self._follow(self._dispatcher)
             return self._facts, self._dispatcher
@@ -99,8 +101,6 @@ class RemoteTeacher:
             self._pinned = facts.revision
         dispatcher = Dispatcher(self._target, self._name, self._pinned, self._settings, found)
         weakref.finalize(self, dispatcher.close).atexit = False
-        if self._closed:
-            dispatcher.close()
         return facts, dispatcher
 
     def _first_facts(self) -> tuple[ReplicaSet, Facts]:
@@ -112,13 +112,15 @@ class RemoteTeacher:
             found = self._find(left_s)
             revision = self._pinned or (found.current if found.serves(found.current) else "")
             try:
-                return found, self._learn(found, revision, left_s)
+                return found, self._learn(found, revision, max(deadline - time.monotonic(), 0.001))
             except TeacherUnavailableError:
                 if time.monotonic() + _ASK_AGAIN_S > deadline:
                     raise
             time.sleep(_ASK_AGAIN_S)
 
     def _find(self, timeout_s: float) -> ReplicaSet:
+        if self._inherited is not None:
+            timeout_s /= 2  # the rest is for a replica, if the directory does not answer
         try:
             return discovery.find(self._target, self._name, self._settings.zone, timeout_s)
         except TeacherUnavailableError:
@@ -185,7 +187,11 @@ class RemoteTeacher:
         request_id = dispatcher.outstanding.add(request)
         # The future must not refer to the request: in a cycle, its features would outlive their use.
         request.future.add_done_callback(lambda future: self._done(dispatcher, request_id, future))
-        dispatcher.dispatch(request)
+        try:
+            dispatcher.dispatch(request)
+        except BaseException:  # no thread could be had, for one: nobody will see the future
+            request.future.cancel()
+            raise
         return request.future
 
     def _done(self, dispatcher: Dispatcher, request_id: int, future: "Future[Features]") -> None:

@@ -314,6 +314,8 @@ class Session:
             self._finish(reply, incoming)
         else:
             self._partial[reply.request_id] = reply, incoming
+            if reply.request_id not in self._window:  # cancelled meanwhile, before it could be found there
+                self._partial.pop(reply.request_id, None)
 
     def _refuse(self, payload: teacher_pb2.Payload) -> None:
         if self._segment is not None and payload.HasField("shared"):

@@ -1,5 +1,7 @@
 """Following the directory: a thread that hears of each change of a teacher's replica set."""
 
+import contextlib
+import queue
 import random
 import threading
 from collections.abc import Iterator
@@ -30,17 +32,20 @@ class Watch:
         self._target, self._name, self._zone = target, name, zone
         self._listener = listener
         self._random = random.Random()
-        self._closing = threading.Event()
+        self._closed = False
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # not an event: its lock may be held by who closes
         self._call: Any = None
         self._thread = threading.Thread(target=self._run, name="schoolhouse-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
+        """Begin to watch, unless it has begun."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def close(self) -> None:
-        """End the thread; does not wait for it."""
-        self._closing.set()
+        """End the thread; does not wait for it. The garbage collector may come here, in any thread."""
+        self._closed = True
+        self._ended.put(None)
         call = self._call
         if call is not None:
             call.cancel()
@@ -57,7 +62,7 @@ class Watch:
 
     def _run(self) -> None:
         failures = 0
-        while not self._closing.is_set():
+        while True:
             failures += 1
             error: SchoolhouseError = TeacherUnavailableError(f"the directory at {self._target} ended the watch")
             try:
@@ -66,10 +71,11 @@ class Watch:
                     self._listener.on_set(found)
             except grpc.RpcError as err:
                 error = status.from_rpc_error(err, self._target)
-            if self._closing.is_set():
+            if self._closed:
                 return
             self._tell(error)
-            self._closing.wait(backoff_s(max(failures, 1), self._random))
+            with contextlib.suppress(queue.Empty):
+                self._ended.get(timeout=backoff_s(max(failures, 1), self._random))
 
     def _tell(self, error: SchoolhouseError) -> None:
         if isinstance(error, UnknownTeacherError):  # an answer, as an empty set is
@@ -82,7 +88,7 @@ class Watch:
         with grpc.insecure_channel(self._target, options=channel.CLIENT_OPTIONS) as opened:
             stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
             call = self._call = stub.Watch(directory_pb2.WatchRequest(teacher=self._name))
-            if self._closing.is_set():
+            if self._closed:
                 call.cancel()
             for found in call:
                 yield ReplicaSet.from_wire(found, self._target, self._zone)

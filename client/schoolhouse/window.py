@@ -70,7 +70,7 @@ class Window(Generic[R]):
     def next(self) -> tuple[int, R] | None:
         """The request that may be sent now, in flight from here on, and its id."""
         with self._lock:
-            while (self._sent_back or self._waiting) and not self._paused:
+            while (self._sent_back or self._waiting) and not self._paused and not self._ended:
                 request = self._sent_back[0][1] if self._sent_back else self._waiting[0]
                 if not request.done and not self._fits(request):  # done: cancelled, or past its deadline
                     return None
@@ -127,10 +127,7 @@ class Window(Generic[R]):
     def take_back(self) -> list[R]:
         """Forget the requests that are not in flight, and return them in their order."""
         with self._lock:
-            left = [*(request for _, request in sorted(self._sent_back)), *self._waiting]
-            self._sent_back.clear()
-            self._waiting.clear()
-            return left
+            return self._take_waiting()
 
     def end(self) -> list[R]:
         """Take no more; returns what has no answer, what was in flight first."""
@@ -138,9 +135,16 @@ class Window(Generic[R]):
             self._ended = True
             in_flight = [*self._in_flight.values()]
             self._in_flight.clear()
+            waiting = self._take_waiting()  # at once: else another thread might begin to send one of them
         for request in in_flight:
             request.losses += 1
-        return in_flight + self.take_back()
+        return in_flight + waiting
+
+    def _take_waiting(self) -> list[R]:
+        left = [*(request for _, request in sorted(self._sent_back)), *self._waiting]
+        self._sent_back.clear()
+        self._waiting.clear()
+        return left
 
     def _fits(self, request: R) -> bool:
         if not self._in_flight:
