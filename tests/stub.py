@@ -9,9 +9,10 @@ from schoolhouse_wire.v1 import teacher_pb2
 class Stub:
     """A client that says what it likes."""
 
-    def __init__(self, server, shared_memory=True, **opening):
+    def __init__(self, server, shared_memory=True, options=(), **opening):
         self.outbox = Outbox()
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{server.port}", options=channel.CLIENT_OPTIONS)
+        options = [*channel.CLIENT_OPTIONS, *options]
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{server.port}", options=options)
         call = self.channel.stream_stream(
             channel.SESSION_METHOD,
             request_serializer=framing.write_message,

@@ -297,6 +297,32 @@ def test_a_client_that_ignores_wait_is_ended(shared_memory):
         stub.channel.close()
 
 
+@WAYS
+def test_a_client_that_does_not_read_what_failed_is_ended(shared_memory):
+    with serve(nn.Identity(), lease_s=0) as server:
+        little = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]  # that is read ahead
+        stub = Stub(server, shared_memory, little)
+        for i in range(10_000):
+            stub.ask(i, teacher_pb2.Payload(), b"what cannot be read")
+        assert soon(lambda: load_of(server).sessions == 0)
+        with pytest.raises(grpc.RpcError, match="were not read"):
+            for _ in stub.answers:
+                pass
+        stub.channel.close()
+
+
+def test_a_client_that_reads_is_told_of_all_that_failed():
+    with serve(nn.Identity()) as server:
+        stub = Stub(server, shared_memory=False)
+        reading = threading.Thread(target=lambda: [next(stub.answers) for _ in range(5000)])
+        reading.start()
+        for i in range(5000):
+            stub.ask(i, teacher_pb2.Payload(), b"what cannot be read")
+        reading.join(30)
+        assert load_of(server).sessions == 1
+        stub.channel.close()
+
+
 def test_weights_and_settings_out_of_bounds():
     with serve(nn.Identity()) as server:
         for weight in (0, 0.001, 101, "1"):

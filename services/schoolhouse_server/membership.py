@@ -1,15 +1,14 @@
 """One session's part in its job: the places that it has, how long it may be silent, and what is counted of it."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
+from google.protobuf.message import Message
 from schoolhouse.errors import ProtocolError
 from schoolhouse.taps import HEAD
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Declared
 from schoolhouse_wire.encodings import name_of
 from schoolhouse_wire.limits import MAX_JOB_NAME
-from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import Admission, Place
@@ -23,8 +22,10 @@ _WEIGHTS = (0.01, 100.0)
 class Member:
     """It begins with the session's Open, and ends with `leave`."""
 
-    def __init__(self, opened: teacher_pb2.Open, counters: Counters, admission: Admission, outbox: Outbox[Any]) -> None:
-        """Raises `ProtocolError` for a weight that there is not, or a name that is too long."""
+    def __init__(
+        self, opened: teacher_pb2.Open, counters: Counters, admission: Admission, tell: Callable[[Message], None]
+    ) -> None:
+        """`tell` has a message sent. Raises `ProtocolError` for a weight that there is not, or a name too long."""
         if len(opened.job) > MAX_JOB_NAME:
             raise ProtocolError(
                 f"Open came with a job's name of {len(opened.job)} characters; {MAX_JOB_NAME} are allowed"
@@ -35,7 +36,7 @@ class Member:
         self.account = counters.enter(opened.job, weight)
         self._counters = counters
         self._admission = admission
-        self._outbox = outbox
+        self._tell = tell
         self._place = Place(self.account.job, self._tell_wait, self._tell_resume)
         self._lease: Lease | None = None
         self.calls = 0  # that came so far
@@ -65,7 +66,7 @@ class Member:
 
     def tell_draining(self) -> None:
         """Tell the client to take new requests elsewhere."""
-        self._outbox.put(iter([teacher_pb2.ServerMessage(draining=teacher_pb2.Draining())]))
+        self._tell(teacher_pb2.ServerMessage(draining=teacher_pb2.Draining()))
 
     def has(self, request_id: int) -> bool:
         """Whether a request is in flight, or its reply is on the way."""
@@ -104,10 +105,10 @@ class Member:
 
     def _tell_wait(self, request_id: int) -> None:
         self._counters.waits(self.account)
-        self._outbox.put(iter([teacher_pb2.ServerMessage(wait=teacher_pb2.Wait(request_id=request_id))]))
+        self._tell(teacher_pb2.ServerMessage(wait=teacher_pb2.Wait(request_id=request_id)))
 
     def _tell_resume(self) -> None:
-        self._outbox.put(iter([teacher_pb2.ServerMessage(resume=teacher_pb2.Resume())]))
+        self._tell(teacher_pb2.ServerMessage(resume=teacher_pb2.Resume()))
 
 
 def _by_encoding(wanted: Wanted, features: Declared) -> Iterable[tuple[str, int]]:

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from schoolhouse_server.servicer import Teachers
 
 _log = logging.getLogger(__name__)
+_MAX_UNTOLD = 1024  # failures and the like that a client may leave unread
 _END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
 
 
@@ -59,6 +61,7 @@ class ServerSession:
         self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, *, shared_memory_bytes: int
     ) -> None:
         self.outbox: Outbox[Message | bytes] = Outbox()
+        self._untold: deque[Message] = deque()  # small messages that the stream has not taken yet
         self.error: SchoolhouseError | None = None
         self.cancel_stream: Callable[[], object] | None = None
         self._teachers = teachers
@@ -128,6 +131,15 @@ class ServerSession:
                 yield message
             elif not self._pipes.send(framing.write_message(message)):
                 return
+
+    def _tell(self, message: Message) -> None:
+        """Say something small. Who does not read it sends no more calls: see `_on_call`."""
+
+        def messages() -> Iterator[Message]:
+            yield self._untold.popleft()
+
+        self._untold.append(message)
+        self.outbox.put(messages())
 
     def _arrivals(self) -> Iterator[Any]:
         for message in self._messages:
@@ -210,7 +222,7 @@ class ServerSession:
             if self._closed:
                 raise ProtocolError("the session was closed")
             admission = self._teachers.admissions[message.teacher]
-            self._member = Member(message, engine.counters, admission, self.outbox)
+            self._member = Member(message, engine.counters, admission, self._tell)
             self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
             self._stop_waiting_for_open()
             self._member.start_lease(self._teachers.timer, self._teachers.sharing.lease_s, self._expire)
@@ -243,6 +255,8 @@ class ServerSession:
                 self._segment.free(offset)
 
     def _on_call(self, call: teacher_pb2.Call) -> None:
+        if len(self._untold) > _MAX_UNTOLD:
+            raise FloodError(f"calls went on although {len(self._untold)} messages to the client were not read")
         try:
             if self._engine is None or self._member is None:
                 raise ProtocolError("a call came before Open")
@@ -272,7 +286,7 @@ class ServerSession:
 
     def _refuse_twin(self, request_id: int) -> None:
         error = ProtocolError(f"a call came with the id {request_id} of one that is in flight")
-        self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
+        self._tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
 
     def _on_frame(self, frame: framing.Frame) -> None:
         if frame.request_id not in self._partial:
@@ -370,4 +384,4 @@ class ServerSession:
             self.log.error("a request failed", exc_info=error, request=request_id)
         if self._member is not None:
             self._member.failed(request_id, error)
-        self.outbox.put(iter([teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id))]))
+        self._tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
