@@ -28,6 +28,10 @@ def connect(
     The C allocator of this process is told to keep up to 512 MiB of freed memory (`schoolhouse_wire.memory`): without
     that, receiving features costs about half as much again.
 
+    A process may fork at any time, as for a `DataLoader`'s workers, and forks may ask the teacher: they connect anew,
+    with a copy of gRPC of their own. For that gRPC's own support of forks, which aborts children, is turned off, unless
+    gRPC was imported before `schoolhouse`: import that first, or set `GRPC_ENABLE_FORK_SUPPORT=0` in the environment.
+
     Args:
         url: where the teacher is.
         job: name of the job that asks. Clients of one name, as the ranks of one training run, share its part of the

@@ -49,7 +49,7 @@ def find(target: str, name: str, zone: str, timeout_s: float) -> ReplicaSet:
         TeacherUnavailableError: no server there within `timeout_s`.
         UnknownTeacherError: no teacher of that name; lists those there are.
     """
-    with grpc.insecure_channel(target, options=channel.CLIENT_OPTIONS) as opened:
+    with channel.connect(target) as opened:
         stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
         try:
             response = stub.ListTeachers(directory_pb2.ListTeachersRequest(), timeout=timeout_s, wait_for_ready=True)
@@ -92,7 +92,7 @@ def describe(replicas: Sequence[str], name: str, revision: str, timeout_s: float
 
 
 def _described(address: str, name: str, timeout_s: float) -> teacher_pb2.DescribeResponse:
-    with grpc.insecure_channel(address, options=channel.CLIENT_OPTIONS) as opened:
+    with channel.connect(address) as opened:
         stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
         try:
             response: teacher_pb2.DescribeResponse = stub.Describe(

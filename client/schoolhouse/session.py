@@ -110,7 +110,7 @@ class Session:
     def start(self) -> None:
         """Begin to connect; the owner is told how that ends."""
         memory.keep_freed_memory()
-        self._channel = grpc.insecure_channel(self.address, options=channel.CLIENT_OPTIONS)
+        self._channel = channel.connect(self.address)
         stub = self._channel.stream_stream(
             channel.SESSION_METHOD,
             request_serializer=framing.write_message,

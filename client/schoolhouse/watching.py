@@ -85,7 +85,7 @@ class Watch:
 
     def _sets(self) -> Iterator[ReplicaSet]:
         # A channel that was refused waits for up to two minutes before it tries again; a new one tries at once.
-        with grpc.insecure_channel(self._target, options=channel.CLIENT_OPTIONS) as opened:
+        with channel.connect(self._target) as opened:
             stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
             call = self._call = stub.Watch(directory_pb2.WatchRequest(teacher=self._name))
             if self._closed:

@@ -1,5 +1,8 @@
 """Channel and server options that both sides must agree on."""
 
+import grpc
+
+from schoolhouse_wire import forks
 from schoolhouse_wire.limits import FRAME_BYTES, Limits
 
 PROTOCOL = 4
@@ -27,3 +30,9 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.so_reuseport", 0),
 ]
+
+
+def connect(target: str) -> grpc.Channel:
+    """A channel to `target`; it connects at its first use."""
+    forks.before_grpc()
+    return grpc.insecure_channel(target, options=CLIENT_OPTIONS)

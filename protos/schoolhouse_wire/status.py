@@ -20,27 +20,27 @@ _MAX_TEXT = 4096
 _MAX_CHOICES = 20
 
 _F = teacher_pb2.Failure
-_TO_GRPC: dict[int, grpc.StatusCode] = {
-    _F.UNKNOWN_TEACHER: grpc.StatusCode.NOT_FOUND,
-    _F.UNKNOWN_TAP: grpc.StatusCode.NOT_FOUND,
-    _F.TEACHER_FORWARD: grpc.StatusCode.INVALID_ARGUMENT,
-    _F.MESSAGE_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    _F.UNSUPPORTED_VALUE: grpc.StatusCode.INVALID_ARGUMENT,
-    _F.CORRUPT_PAYLOAD: grpc.StatusCode.DATA_LOSS,
-    _F.PROTOCOL: grpc.StatusCode.FAILED_PRECONDITION,
-    _F.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
-    _F.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
-    _F.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    _F.REVISION_CHANGED: grpc.StatusCode.ABORTED,
-    _F.LEASE_EXPIRED: grpc.StatusCode.UNAVAILABLE,
-    _F.INTERNAL: grpc.StatusCode.INTERNAL,
+_TO_GRPC: dict[int, str] = {  # by name: a fork has codes of its own
+    _F.UNKNOWN_TEACHER: "NOT_FOUND",
+    _F.UNKNOWN_TAP: "NOT_FOUND",
+    _F.TEACHER_FORWARD: "INVALID_ARGUMENT",
+    _F.MESSAGE_TOO_LARGE: "RESOURCE_EXHAUSTED",
+    _F.UNSUPPORTED_VALUE: "INVALID_ARGUMENT",
+    _F.CORRUPT_PAYLOAD: "DATA_LOSS",
+    _F.PROTOCOL: "FAILED_PRECONDITION",
+    _F.UNAVAILABLE: "UNAVAILABLE",
+    _F.TIMEOUT: "DEADLINE_EXCEEDED",
+    _F.BUSY: "RESOURCE_EXHAUSTED",
+    _F.REVISION_CHANGED: "ABORTED",
+    _F.LEASE_EXPIRED: "UNAVAILABLE",
+    _F.INTERNAL: "INTERNAL",
 }
-_FROM_GRPC: dict[grpc.StatusCode, type[SchoolhouseError]] = {
-    grpc.StatusCode.UNAVAILABLE: TeacherUnavailableError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: TeacherTimeoutError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: TeacherBusyError,
-    grpc.StatusCode.UNIMPLEMENTED: ProtocolError,
-    grpc.StatusCode.CANCELLED: TeacherUnavailableError,
+_FROM_GRPC: dict[str, type[SchoolhouseError]] = {
+    "UNAVAILABLE": TeacherUnavailableError,
+    "DEADLINE_EXCEEDED": TeacherTimeoutError,
+    "RESOURCE_EXHAUSTED": TeacherBusyError,
+    "UNIMPLEMENTED": ProtocolError,
+    "CANCELLED": TeacherUnavailableError,
 }
 
 
@@ -63,7 +63,7 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     """End an RPC with `error`; raises, as `context.abort` does."""
     failure = to_failure(error)
     context.set_trailing_metadata(((_FAILURE_KEY, failure.SerializeToString()),))
-    context.abort(_TO_GRPC[failure.code], failure.message)
+    context.abort(grpc.StatusCode[_TO_GRPC[failure.code]], failure.message)
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:
@@ -72,5 +72,5 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:
         if key == _FAILURE_KEY:
             return from_failure(teacher_pb2.Failure.FromString(value))
     code, details = error.code(), error.details()
-    kind = _FROM_GRPC.get(code, ProtocolError)
+    kind = _FROM_GRPC.get(code.name, ProtocolError)
     return kind(f"{target}: {details or code.name.lower()}")

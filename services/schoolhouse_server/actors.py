@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import grpc
 import ray
 from schoolhouse.errors import ConfigError
-from schoolhouse_wire import channel
+from schoolhouse_wire import channel, forks
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 from torch import nn
 
@@ -166,6 +166,7 @@ class DirectoryActor(PoolActor):
     def __init__(self, pool: PoolConfig) -> None:
         super().__init__(pool.log_format)
         self._directory = Directory(ready=False)
+        forks.before_grpc()
         server = grpc.server(
             DaemonExecutor(_DIRECTORY_RPCS, "schoolhouse-directory"),  # type: ignore[arg-type]  # it uses what every Executor has
             options=channel.SERVER_OPTIONS,

@@ -9,7 +9,7 @@ import grpc
 from schoolhouse.errors import ConfigError
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.tracing import tracer
-from schoolhouse_wire import channel, framing, memory
+from schoolhouse_wire import channel, forks, framing, memory
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
@@ -119,6 +119,7 @@ class Replica:
         }
         max_rpcs = 2 * self._max_sessions + 16  # a client has a session, and watches the directory
         self._workers = DaemonExecutor(max_rpcs, "schoolhouse-rpc")
+        forks.before_grpc()
         server = grpc.server(
             self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
             options=channel.SERVER_OPTIONS,

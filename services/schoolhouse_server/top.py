@@ -245,7 +245,7 @@ def watch(target: str, console: Console, *, interval_s: float, once: bool) -> No
     if not once and not console.is_terminal:
         raise ConfigError("a live view needs a terminal; print one table with --once")
     screen = Screen(target)
-    with grpc.insecure_channel(target, options=channel.CLIENT_OPTIONS) as opened:
+    with channel.connect(target) as opened:
         stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
 
         def ask() -> None:

@@ -1,0 +1,95 @@
+"""gRPC in a process that was forked from another: a copy of the library of its own.
+
+gRPC's threads are not in a fork. With its own support of forks, a child that does nothing with it is sometimes aborted
+(`Mutex::Fer with pending CondVar queueing`), such as a `DataLoader`'s worker; without, one that uses it hangs. So that
+support is off, unless the environment says something else or gRPC was imported before this, and a child that uses gRPC
+loads it anew, under a path that the dynamic linker has not seen yet.
+"""
+
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import spec_from_file_location
+from types import ModuleType
+
+_EXTENSION = "grpc._cython.cygrpc"
+_USERS = ("schoolhouse", "schoolhouse_wire", "schoolhouse_server", "grpc_health", "grpc_reflection")
+
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+_pid = os.getpid()
+_extension = ""  # the path of the file that was installed
+_lock = threading.Lock()
+
+
+def before_grpc() -> None:
+    """To be called before a channel or a server is made."""
+    global _pid
+    if _pid == os.getpid():
+        return
+    with _lock:
+        if _pid != os.getpid():
+            _load_anew()
+            _pid = os.getpid()
+
+
+def _load_anew() -> None:
+    global _extension
+    old = sys.modules["grpc"]
+    _extension = _extension or str(sys.modules[_EXTENSION].__file__)
+    for name in [name for name in sys.modules if name.split(".")[0] == "grpc"]:
+        del sys.modules[name]
+    with _copied(_extension) as path:
+        finder = _Finder(path)
+        sys.meta_path.insert(0, finder)
+        try:
+            new = importlib.import_module("grpc")
+        finally:
+            sys.meta_path.remove(finder)
+    for module in list(sys.modules.values()):
+        if getattr(module, "grpc", None) is old and module.__name__.split(".")[0] in _USERS:
+            module.grpc = new  # type: ignore[attr-defined]
+
+
+class _Finder:
+    """Finds gRPC's extension at another path."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def find_spec(
+        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The extension's spec; None for all else."""
+        if name != _EXTENSION:
+            return None
+        return spec_from_file_location(name, self._path, loader=ExtensionFileLoader(name, self._path))
+
+
+@contextlib.contextmanager
+def _copied(path: str) -> Iterator[str]:
+    """A file of its own inode and name, as long as it is asked for: the linker knows libraries by these."""
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open(path, "rb"))
+        if hasattr(os, "memfd_create"):  # a folder for temporary files may forbid to run what lies there
+            target = stack.enter_context(open(os.memfd_create("cygrpc"), "wb"))
+            name = f"/proc/{os.getpid()}/fd/{target.fileno()}"  # it knows them by name, too
+        else:
+            target = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".so"))  # type: ignore[arg-type]
+            name = target.name
+        while chunk := source.read(1 << 20):
+            target.write(chunk)
+        target.flush()
+        yield name
+
+
+def _forget_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
