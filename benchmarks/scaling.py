@@ -30,7 +30,6 @@ ROWS, FEATURES_BYTES = 32, 64 << 10
 FORWARD_S = 0.020
 STEP_S = 0.100  # of a student: a fifth of the replica
 SETTLE_S = 1.5
-CLIENTS, REPLICAS = (1, 2, 4, 8), (1, 2, 4)
 DEVICE = f"emulated: a forward of {ROWS} rows sleeps {FORWARD_S * 1e3:.0f} ms, a student's step {STEP_S * 1e3:.0f} ms"
 
 
@@ -101,19 +100,19 @@ def rows_per_s(students: list[Connection], seconds: float) -> float:
     return ROWS * sum(connection.recv() for connection in students)
 
 
-def measure_clients(seconds: float, rounds: int) -> dict[str, float]:
+def measure_clients(counts: list[int], seconds: float, rounds: int) -> dict[str, float]:
     """Median rows/s by number of students on one replica. They take turns, so that drift hits all alike."""
     url, _keep = start_replica(FORWARD_S, FEATURES_BYTES, ROWS)
-    students = start_students(max(CLIENTS), url, STEP_S, depth=4)
+    students = start_students(max(counts), url, STEP_S, depth=4)
     rows_per_s(students, 0.5)
-    found: dict[int, list[float]] = {count: [] for count in CLIENTS}
+    found: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(rounds):
-        for count in CLIENTS:
+        for count in counts:
             found[count].append(rows_per_s(students[:count], seconds))
     return {str(count): round(median(rates), 1) for count, rates in found.items()}
 
 
-def measure_replicas(seconds: float, rounds: int) -> dict[str, float]:
+def measure_replicas(counts: list[int], seconds: float, rounds: int) -> dict[str, float]:
     """Median rows/s by number of replicas of a pool on a local Ray cluster, asked by a student that does not wait."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Ray's workers import the teacher
     kwargs = {"forward_s": FORWARD_S, "features_bytes": FEATURES_BYTES, "rows": ROWS}
@@ -125,16 +124,16 @@ def measure_replicas(seconds: float, rounds: int) -> dict[str, float]:
             threads=1,
             resources=Resources(num_cpus=0.1),
         )
-        for count in REPLICAS
+        for count in counts
     }
     with ray_cluster(num_cpus=2):
         pool = launch(PoolConfig(teachers=specs, port=0))
         try:
             pool.wait(300)
-            students = {count: start_students(1, pool.url(f"of-{count}"), 0.0, depth=4 * count) for count in REPLICAS}
+            students = {count: start_students(1, pool.url(f"of-{count}"), 0.0, depth=4 * count) for count in counts}
             for one in students.values():
                 rows_per_s(one, 0.5)
-            found: dict[int, list[float]] = {count: [] for count in REPLICAS}
+            found: dict[int, list[float]] = {count: [] for count in counts}
             for _ in range(rounds):
                 for count, one in students.items():
                     found[count].append(rows_per_s(one, seconds))
@@ -149,11 +148,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of students, in turn")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4], help="numbers of replicas, in turn")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
         figures = {
-            "clients": measure_clients(options.seconds, options.rounds),
-            "replicas": measure_replicas(options.seconds, options.rounds),
+            "clients": measure_clients(options.clients, options.seconds, options.rounds),
+            "replicas": measure_replicas(options.replicas, options.seconds, options.rounds),
         }
     if options.json:
         sys.stdout.write(json.dumps({**figures, "device": DEVICE}) + "\n")

@@ -39,8 +39,8 @@ ROWS = (16, 32, 48, 64)  # of the jobs' batches, in turn
 SINGLE_ROWS, HEAVY_ROWS, LIGHT_ROWS = 32, 64, 16
 DEPTH, HEAVY_DEPTH = 4, 16
 WIDTH, FEATURES = 8, 64  # floats of a row
-SMALL, LARGE_ROWS, FORWARD_S = [(8, 2)] * 16, 64, 8e-3  # rows and depth of each; a forward's own time
-PEER_WAITS_S = (0.0, 0.01, 0.02)  # the second is Ray Serve's default
+SMALL, LARGE_ROWS, FORWARD_S = (8, 2), 64, 8e-3  # rows and depth; a forward's own time
+PEER_WAITS_MS = (0.0, 10.0, 20.0)  # the second is Ray Serve's default
 SETTLE_S = 1.0  # at most
 DEVICE = f"emulated: a forward sleeps {S_PER_ROW * 1e3} ms a row, and {FORWARD_S * 1e3} ms of its own for small batches"
 
@@ -181,11 +181,11 @@ def measure_light(workers: list[Connection], seconds: float) -> dict[str, Any]:
     return found
 
 
-def measure_small(kind: str, url: str, seconds: float) -> tuple[float, float]:
+def measure_small(kind: str, url: str, count: int, seconds: float) -> tuple[float, float]:
     """Rows/s of many jobs with small batches, and the same relative to one job with large ones."""
-    with jobs(kind, url, len(SMALL)) as workers:
+    with jobs(kind, url, count) as workers:
         [(alone, _)] = run(workers, [(LARGE_ROWS, DEPTH)], seconds)
-        total = sum(rows for rows, _ in run(workers, SMALL, seconds))
+        total = sum(rows for rows, _ in run(workers, [SMALL] * count, seconds))
         return round(total / seconds, 1), round(total / alone, 3) if alone else 0.0
 
 
@@ -194,32 +194,32 @@ def ray_serve(forward_s: float, wait_s: float) -> contextlib.AbstractContextMana
     return ray_serve_teacher(forward_s, S_PER_ROW, 4 * WIDTH, 4 * FEATURES, wait_s)
 
 
-def measure_small_peer(seconds: float) -> dict[str, Any]:
+def measure_small_peer(waits_ms: list[float], count: int, seconds: float) -> dict[str, Any]:
     """The peer's best, and all of its figures by how long a batch is open."""
     found = {}
-    for wait_s in PEER_WAITS_S:
-        with ray_serve(FORWARD_S, wait_s) as address:
-            found[wait_s] = measure_small("ray_serve", address, seconds)
+    for wait_ms in waits_ms:
+        with ray_serve(FORWARD_S, wait_ms / 1e3) as address:
+            found[wait_ms] = measure_small("ray_serve", address, count, seconds)
     rows_per_s, relative = max(found.values())
-    by_wait = {f"{wait_s * 1e3:.0f} ms": figures for wait_s, figures in found.items()}
+    by_wait = {f"{wait_ms:.0f} ms": figures for wait_ms, figures in found.items()}
     return {"small_batches": relative, "small_batches_rows_per_s": rows_per_s, "small_batches_by_wait": by_wait}
 
 
-def measure_all(counts: list[int], seconds: float) -> dict[str, dict[str, Any]]:
+def measure_all(counts: list[int], small: int, waits_ms: list[float], seconds: float) -> dict[str, dict[str, Any]]:
     """Both systems, one after the other."""
     url, keep = start(RowsTeacher, 0.0, S_PER_ROW, FEATURES)
     figures = {"schoolhouse": measure("schoolhouse", url, counts, seconds)}
     keep.close()
     for name, merge in (("small_batches", "same-shape"), ("small_batches_unmerged", "never")):
         url, keep = start(RowsTeacher, FORWARD_S, S_PER_ROW, FEATURES, merge=merge, max_batch_rows=LARGE_ROWS)
-        rows_per_s, relative = measure_small("schoolhouse", url, seconds)
+        rows_per_s, relative = measure_small("schoolhouse", url, small, seconds)
         figures["schoolhouse"] |= {name: relative, f"{name}_rows_per_s": rows_per_s}
         keep.close()
     # Ray Serve's proxy imports the peer's service.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with ray_serve(0.0, PEER_WAITS_S[0]) as address:
+    with ray_serve(0.0, 0.0) as address:
         figures["ray_serve"] = measure("ray_serve", address, counts, seconds)
-    figures["ray_serve"] |= measure_small_peer(seconds)
+    figures["ray_serve"] |= measure_small_peer(waits_ms, small, seconds)
     return figures
 
 
@@ -229,9 +229,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="how many equal jobs, in turn")
+    parser.add_argument("--small-jobs", type=int, default=16, help="how many jobs with small batches")
+    parser.add_argument("--peer-waits-ms", type=float, nargs="+", default=PEER_WAITS_MS, help="with small batches")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
-        figures = measure_all(options.jobs, options.seconds)
+        figures = measure_all(options.jobs, options.small_jobs, options.peer_waits_ms, options.seconds)
     if options.json:
         sys.stdout.write(json.dumps({**figures, "device": DEVICE}) + "\n")
         return

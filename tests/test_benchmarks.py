@@ -35,15 +35,15 @@ def test_bytes_per_token():
 
 @pytest.mark.ray
 def test_scaling():
-    found = figures("scaling", "--rounds", "1", "--seconds", "0.3")
-    assert list(found["clients"]) == ["1", "2", "4", "8"]
-    assert list(found["replicas"]) == ["1", "2", "4"]
+    found = figures("scaling", "--rounds", "1", "--seconds", "0.3", "--clients", "1", "2", "--replicas", "1", "2")
+    assert list(found["clients"]) == ["1", "2"]
+    assert list(found["replicas"]) == ["1", "2"]
     assert all(rate > 0 for rate in [*found["clients"].values(), *found["replicas"].values()])
 
 
 @pytest.mark.ray
 def test_sharing():
-    found = figures("sharing", "--seconds", "0.5", "--jobs", "1", "2")
+    found = figures("sharing", "--seconds", "0.5", "--jobs", "1", "2", "--small-jobs", "2", "--peer-waits-ms", "0")
     for system in ("schoolhouse", "ray_serve"):
         keys = {"total_vs_single", "jain", "light_p99_ms", "forward_ms", "1", "2"}
         assert keys <= set(found[system])

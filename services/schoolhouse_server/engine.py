@@ -254,7 +254,7 @@ class Engine:
         """Run a job by itself; False if it failed, and was told so."""
         try:
             work = self._forward(job, job.wanted)
-            at_once = self.device.is_host and work.is_small
+            at_once = self._at_once(work)
         except BaseException as err:  # a module may raise anything, and others wait for this thread
             self._end(job, err)
             return False
@@ -271,6 +271,10 @@ class Engine:
         self.counters.forward(rows)
         self._ahead.append(computed)
 
+    def _at_once(self, work: Landing) -> bool:
+        """Whether this thread sends it off, as that is faster, unless others wait for the device."""
+        return self.device.is_host and work.is_small and not len(self._queue)
+
     def _hand_over(self, work: Landing, at_once: bool) -> None:
         if at_once:
             self._outlet.land(work)
@@ -285,7 +289,7 @@ class Engine:
             inputs, values, spans = self._merged(joint)
             parts = zip(joint.jobs, merger.split(joint, values), strict=True)
             work = Landing([Part(job, part) for job, part in parts], inputs, spans)
-            at_once = self.device.is_host and work.is_small
+            at_once = self._at_once(work)
         except UnmergeableError as err:
             raised = False
             _log.info("a merged forward was run again as single ones: %s", err)
@@ -319,7 +323,7 @@ class Engine:
         singles = [work.parts[0].values for work in works]
         for job, work in zip(joint.jobs, works, strict=True):
             work.parts[0].values = {tap: work.parts[0].values[tap] for tap in job.wanted.taps}
-            self._hand_over(work, self.device.is_host and work.is_small)
+            self._hand_over(work, self._at_once(work))
         if why:
             merger.refuse(joint, why)
         else:
