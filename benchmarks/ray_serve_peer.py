@@ -16,12 +16,15 @@ METHOD = "/peer.Features/Get"
 
 def add_to_server(servicer: Any, server: Any) -> None:
     """Register the service, as generated code would."""
+    _add(servicer, server, METHOD, UInt64Value)
+
+
+def _add(servicer: Any, server: Any, method: str, request: type[UInt64Value | BytesValue]) -> None:
     handler = grpc.unary_unary_rpc_method_handler(
-        servicer.Get,
-        request_deserializer=UInt64Value.FromString,
-        response_serializer=BytesValue.SerializeToString,
+        servicer.Get, request_deserializer=request.FromString, response_serializer=BytesValue.SerializeToString
     )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("peer.Features", {"Get": handler}),))
+    _, service, name = method.split("/")
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {name: handler}),))
 
 
 def _free_port() -> int:
@@ -59,12 +62,7 @@ TEACHER_METHOD = "/peer.Teacher/Get"
 
 def add_teacher_to_server(servicer: Any, server: Any) -> None:
     """Register the service, as generated code would."""
-    handler = grpc.unary_unary_rpc_method_handler(
-        servicer.Get,
-        request_deserializer=BytesValue.FromString,
-        response_serializer=BytesValue.SerializeToString,
-    )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("peer.Teacher", {"Get": handler}),))
+    _add(servicer, server, TEACHER_METHOD, BytesValue)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from schoolhouse_server.timer import Timer
 _CLOSED = "the teacher is shutting down"
 _LATE = "the request's deadline passed while it waited for the teacher"
 _AHEAD = 4
+_SENDING_S = 1e-3  # about what it takes to send small features off
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
@@ -272,8 +273,9 @@ class Engine:
         self._ahead.append(computed)
 
     def _at_once(self, work: Landing) -> bool:
-        """Whether this thread sends it off, as that is faster, unless others wait for the device."""
-        return self.device.is_host and work.is_small and not len(self._queue)
+        """Whether this thread sends it off, as that is faster, unless others wait for a device that is slower."""
+        others_wait = len(self._queue) > 0 and self.device.forward.recent_s > _SENDING_S
+        return self.device.is_host and work.is_small and not others_wait
 
     def _hand_over(self, work: Landing, at_once: bool) -> None:
         if at_once:
