@@ -98,6 +98,29 @@ class Slow(nn.Module):
         return self.fc(x)
 
 
+def test_small_features_hold_up_no_slow_device_for_which_others_wait():
+    teacher = Held(Slow())
+    engine = Engine(teacher, max_queued=100)
+    engine.start()
+    first, answers = job(torch.zeros(1, 8), "first")
+    engine.submit(first)
+    time.sleep(0.05)  # that a forward takes
+    teacher.module.go.set()
+    teacher.go.set()
+    whole(answers)
+    teacher.module.go.clear()
+    teacher.go.clear()
+    jobs = [job(torch.full((1, 8), float(i)), i) for i in range(3)]
+    for one, _ in jobs:
+        engine.submit(one)
+    teacher.module.go.set()
+    assert [teacher.forwards.get(timeout=20) for _ in range(4)] == [0, 0, 1, 2]  # and nothing is encoded
+    teacher.go.set()
+    for i, (_, answers) in enumerate(jobs):
+        assert torch.equal(whole(answers), teacher.module.fc(torch.full((1, 8), float(i))))
+    engine.close()
+
+
 def load_of(server):
     return server.load("teacher")
 
