@@ -99,8 +99,8 @@ def reference(logits_s: torch.Tensor, logits_t: torch.Tensor) -> tuple[float, to
     return ((log_t.exp() * (log_t - log_s)).sum() / count).item(), (log_s.exp() - log_t.exp()) / count
 
 
-def measure(rows: int, length: int) -> dict[str, Any]:
-    """The figures of every encoding."""
+def measure(names: list[str], rows: int, length: int) -> dict[str, Any]:
+    """The figures of these encodings."""
     ids = tokens(rows, length)
     server = start(_serve, None)
     urls = server.recv()
@@ -112,7 +112,7 @@ def measure(rows: int, length: int) -> dict[str, Any]:
         logits_t, plain_bytes = ask(urls["teacher"], ids, None, None)
         exact, gradient = reference(logits_s, logits_t)
         figures = {}
-        for encoding in ENCODINGS:
+        for encoding in names:
             nbytes, loss, peak_mb = start(_client, (encoding, urls["teacher"], folder)).recv()
             found = torch.load(folder / f"{encoding}.grad.pt").double().reshape(gradient.shape)
             figures[encoding] = {
@@ -130,8 +130,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rows", type=int, default=4, help="texts in the batch")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=list(ENCODINGS))
     options = parser.parse_args()
-    figures = measure(options.rows, options.length)
+    figures = measure(options.encodings, options.rows, options.length)
     if options.json:
         sys.stdout.write(json.dumps(figures) + "\n")
         return

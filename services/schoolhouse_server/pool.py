@@ -19,6 +19,7 @@ from schoolhouse_server.config import Bounds, PoolConfig
 from schoolhouse_server.keeper import KeeperActor
 
 _CALL_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 120.0  # of an actor that does little more than import
 _LOGS_TIMEOUT_S = 5.0
 _HEAD_NODE = {"node:__internal_head__": 0.001}  # where students find the directory again when it was restarted
 _STARTS = 3
@@ -162,6 +163,7 @@ def launch(config: PoolConfig) -> Pool:
     Raises:
         ConfigError: this cluster has a pool already.
         TeacherUnavailableError: the directory's port is taken.
+        TeacherTimeoutError: Ray does not start the directory in time.
     """
     if find(required=False) is not None:
         raise ConfigError("this Ray cluster has a pool already; stop it with `schoolhouse down`")
@@ -179,7 +181,12 @@ def launch(config: PoolConfig) -> Pool:
     }
     directory = ray.remote(DirectoryActor).options(name=DIRECTORY, max_concurrency=4, **detached).remote(config)
     try:
-        ray.get(directory.address.remote(), timeout=_CALL_TIMEOUT_S)
+        ray.get(directory.address.remote(), timeout=_START_TIMEOUT_S)
+    except GetTimeoutError as err:
+        ray.kill(directory)
+        raise TeacherTimeoutError(
+            f"the directory's actor did not start within {_START_TIMEOUT_S:g} s; has the cluster's head node room?"
+        ) from err
     except RayError as err:
         ray.kill(directory)
         raise TeacherUnavailableError(
