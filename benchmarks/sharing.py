@@ -219,7 +219,8 @@ def measure_all(counts: list[int], small: int, waits_ms: list[float], seconds: f
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with ray_serve(0.0, 0.0) as address:
         figures["ray_serve"] = measure("ray_serve", address, counts, seconds)
-    figures["ray_serve"] |= measure_small_peer(waits_ms, small, seconds)
+    if waits_ms:
+        figures["ray_serve"] |= measure_small_peer(waits_ms, small, seconds)
     return figures
 
 
@@ -230,7 +231,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="how many equal jobs, in turn")
     parser.add_argument("--small-jobs", type=int, default=16, help="how many jobs with small batches")
-    parser.add_argument("--peer-waits-ms", type=float, nargs="+", default=PEER_WAITS_MS, help="with small batches")
+    parser.add_argument("--peer-waits-ms", type=float, nargs="*", default=PEER_WAITS_MS, help="with small batches")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
         figures = measure_all(options.jobs, options.small_jobs, options.peer_waits_ms, options.seconds)
@@ -240,7 +241,7 @@ def main() -> None:
     sys.stdout.write(f"the device is {DEVICE}\n")
     light = ("light_p50_ms", "light_p99_ms", "light_alone_p99_ms", "forward_ms")
     for name in ("total_vs_single", "jain", *light, "small_batches", "small_batches_rows_per_s"):
-        row = "  ".join(f"{kind}: {found[name]:.3f}" for kind, found in figures.items())
+        row = "  ".join(f"{kind}: {found[name]:.3f}" for kind, found in figures.items() if name in found)
         sys.stdout.write(f"{name:20} {row}\n")
 
 

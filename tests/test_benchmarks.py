@@ -44,7 +44,8 @@ def test_scaling():
 
 @pytest.mark.ray
 def test_sharing():
-    found = figures("sharing", "--seconds", "0.5", "--jobs", "1", "2", "--small-jobs", "2", "--peer-waits-ms", "0")
+    found = figures("sharing", "--seconds", "0.5", "--jobs", "1", "2", "--small-jobs", "2", "--peer-waits-ms")
+    assert {"small_batches", "small_batches_unmerged_rows_per_s"} <= set(found["schoolhouse"])
     for system in ("schoolhouse", "ray_serve"):
         keys = {"total_vs_single", "jain", "light_p99_ms", "forward_ms", "1", "2"}
         assert keys <= set(found[system])
