@@ -31,7 +31,7 @@ from schoolhouse_server.counters import Counters
 from schoolhouse_server.device import Device, Span
 from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.merging import Joint, Merger
-from schoolhouse_server.outlet import Landing, Outlet, Part
+from schoolhouse_server.outlet import SENDING_S, Landing, Outlet, Part
 from schoolhouse_server.queueing import FairQueue
 from schoolhouse_server.sharing import COSTS, rows_of
 from schoolhouse_server.splitting import UnmergeableError
@@ -40,7 +40,6 @@ from schoolhouse_server.timer import Timer
 _CLOSED = "the teacher is shutting down"
 _LATE = "the request's deadline passed while it waited for the teacher"
 _AHEAD = 4
-_SENDING_S = 1e-3  # about what it takes to send small features off
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
@@ -274,7 +273,7 @@ class Engine:
 
     def _at_once(self, work: Landing) -> bool:
         """Whether this thread sends it off, as that is faster, unless others wait for a device that is slower."""
-        others_wait = len(self._queue) > 0 and self.device.forward.recent_s > _SENDING_S
+        others_wait = len(self._queue) > 0 and self.device.forward.recent_s > SENDING_S
         return self.device.is_host and work.is_small and not others_wait
 
     def _hand_over(self, work: Landing, at_once: bool) -> None:

@@ -18,6 +18,7 @@ from schoolhouse_server.spans import tell_stages
 from schoolhouse_server.splitting import unshared
 
 _WAITING = 2  # forwards whose features are on the way out while the device goes on
+SENDING_S = 1e-3  # about what it takes to send small features off
 
 
 @dataclass(eq=False)
