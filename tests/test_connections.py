@@ -3,9 +3,7 @@
 import contextlib
 import copy
 import math
-import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +14,7 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
+from forked import in_a_fork
 from schoolhouse import errors
 from schoolhouse_server import serve
 from schoolhouse_server.executor import DaemonExecutor
@@ -45,8 +44,12 @@ with serve(module, port=int(sys.argv[2])) as server:
 def served_elsewhere(value, port=0):
     command = [sys.executable, "-c", SERVER, str(value), str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
-        yield process.stdout.readline().strip()
-        process.stdin.close()
+        try:
+            yield process.stdout.readline().strip()
+            process.stdin.close()
+            process.wait(30)
+        finally:
+            process.kill()
 
 
 def test_copies_keep_the_revision_that_was_begun_with():
@@ -72,14 +75,13 @@ def test_a_fork_keeps_the_revision_that_was_begun_with():
         teacher = sh.connect(url)
         assert teacher.submit((x,), {}, [""]).result()[""].tolist() == [[2, 2]]
     with served_elsewhere(2.0, port=url.split(":")[2].split("/")[0]):
-        child = os.fork()
-        if child == 0:
-            try:
+
+        def ask():
+            with pytest.raises(errors.RevisionChangedError):
                 teacher.submit((x,), {}, [""])
-            except errors.RevisionChangedError:
-                os._exit(7)
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            return 7
+
+        assert in_a_fork(ask) == 7
     teacher.close()
 
 
@@ -97,13 +99,12 @@ def test_a_fork_that_closes_a_teacher_leaves_the_parents_sessions():
         holder = threading.Thread(target=hold)
         holder.start()
         assert held.wait(30)
-        child = os.fork()
-        if child == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not what the test runner does at it
-            signal.alarm(20)
+
+        def close():
             teacher.close()
-            os._exit(7)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            return 7
+
+        assert in_a_fork(close) == 7
         free.set()
         holder.join(30)
         assert teacher.submit((x,), {}, [""]).result(20)[""].tolist() == [[2, 2]]

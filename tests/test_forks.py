@@ -1,7 +1,6 @@
 """Processes that are forked from one whose sessions are open, as a `DataLoader`'s workers are."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import schoolhouse as sh
 import torch
+from forked import in_a_fork
 from schoolhouse import errors
 from schoolhouse_server import serve
 from torch import nn
@@ -28,20 +28,6 @@ for _ in range(int(sys.argv[2])):
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 assert codes == [7] * len(codes), codes
 """
-
-
-def in_a_fork(ask):
-    """What `ask` exits with in a child."""
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not what the test runner does at it
-        signal.alarm(60)
-        try:
-            os._exit(ask())
-        except BaseException as err:
-            sys.stderr.write(f"{err!r}\n")
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_fork_that_does_not_ask_ends_as_it_likes():

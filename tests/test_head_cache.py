@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from forked import in_a_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schoolhouse import errors
@@ -311,13 +312,9 @@ def test_a_fork_waits_for_no_thread_of_its_parent(cache):
     with ThreadPoolExecutor(1) as pool:
         pool.submit(cache.fetch, *KEY, load)
         started.wait(10)
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(10)
-            os._exit(0 if cache.fetch(*KEY, lambda: HEAD) is HEAD else 1)
-        _, status = os.waitpid(pid, 0)
+        status = in_a_fork(lambda: 7 if cache.fetch(*KEY, lambda: HEAD) is HEAD else 1)
         waiting.set()
-    assert status == 0
+    assert status == 7
 
 
 # Several processes.
