@@ -1,15 +1,18 @@
 """All errors that this package raises on purpose; those that cross the wire come from the contract."""
 
 from schoolhouse_wire.errors import (
+    AuthenticationError,
     CorruptPayloadError,
     LeaseExpiredError,
     MessageTooLargeError,
+    PermissionDeniedError,
     ProtocolError,
     RevisionChangedError,
     SchoolhouseError,
     TeacherBusyError,
     TeacherForwardError,
     TeacherInternalError,
+    TeacherMemoryError,
     TeacherTimeoutError,
     TeacherUnavailableError,
     UnknownTapError,
@@ -18,18 +21,21 @@ from schoolhouse_wire.errors import (
 )
 
 __all__ = [
+    "AuthenticationError",
     "CheckpointError",
     "ConfigError",
     "CorruptPayloadError",
     "FeatureMismatchError",
     "LeaseExpiredError",
     "MessageTooLargeError",
+    "PermissionDeniedError",
     "ProtocolError",
     "RevisionChangedError",
     "SchoolhouseError",
     "TeacherBusyError",
     "TeacherForwardError",
     "TeacherInternalError",
+    "TeacherMemoryError",
     "TeacherTimeoutError",
     "TeacherUnavailableError",
     "UnknownTapError",

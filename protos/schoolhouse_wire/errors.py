@@ -104,6 +104,24 @@ class TeacherInternalError(SchoolhouseError):
     code = teacher_pb2.Failure.INTERNAL
 
 
+class TeacherMemoryError(SchoolhouseError, MemoryError):
+    """The teacher's device has no room for a forward on these inputs, even row by row. The teacher lives on."""
+
+    code = teacher_pb2.Failure.OUT_OF_MEMORY
+
+
+class AuthenticationError(SchoolhouseError, PermissionError):
+    """The server wants a token or a certificate, and none was given, or one that it does not know."""
+
+    code = teacher_pb2.Failure.UNAUTHENTICATED
+
+
+class PermissionDeniedError(SchoolhouseError, PermissionError):
+    """The server knows who asks, and its configuration does not allow this."""
+
+    code = teacher_pb2.Failure.PERMISSION_DENIED
+
+
 BY_CODE: dict[int, type[SchoolhouseError]] = {
     kind.code: kind
     for kind in (
@@ -120,5 +138,8 @@ BY_CODE: dict[int, type[SchoolhouseError]] = {
         TeacherBusyError,
         RevisionChangedError,
         TeacherInternalError,
+        TeacherMemoryError,
+        AuthenticationError,
+        PermissionDeniedError,
     )
 }

@@ -6,6 +6,8 @@ import grpc
 
 from schoolhouse_wire.errors import (
     BY_CODE,
+    AuthenticationError,
+    PermissionDeniedError,
     ProtocolError,
     SchoolhouseError,
     TeacherBusyError,
@@ -34,6 +36,9 @@ _TO_GRPC: dict[int, str] = {  # by name: a fork has codes of its own
     _F.REVISION_CHANGED: "ABORTED",
     _F.LEASE_EXPIRED: "UNAVAILABLE",
     _F.INTERNAL: "INTERNAL",
+    _F.OUT_OF_MEMORY: "RESOURCE_EXHAUSTED",
+    _F.UNAUTHENTICATED: "UNAUTHENTICATED",
+    _F.PERMISSION_DENIED: "PERMISSION_DENIED",
 }
 _FROM_GRPC: dict[str, type[SchoolhouseError]] = {
     "UNAVAILABLE": TeacherUnavailableError,
@@ -41,6 +46,8 @@ _FROM_GRPC: dict[str, type[SchoolhouseError]] = {
     "RESOURCE_EXHAUSTED": TeacherBusyError,
     "UNIMPLEMENTED": ProtocolError,
     "CANCELLED": TeacherUnavailableError,
+    "UNAUTHENTICATED": AuthenticationError,
+    "PERMISSION_DENIED": PermissionDeniedError,
 }
 
 

@@ -312,6 +312,9 @@ class Failure(_message.Message):
         REVISION_CHANGED: _ClassVar[Failure.Code]
         INTERNAL: _ClassVar[Failure.Code]
         LEASE_EXPIRED: _ClassVar[Failure.Code]
+        OUT_OF_MEMORY: _ClassVar[Failure.Code]
+        UNAUTHENTICATED: _ClassVar[Failure.Code]
+        PERMISSION_DENIED: _ClassVar[Failure.Code]
     CODE_UNSPECIFIED: Failure.Code
     UNKNOWN_TEACHER: Failure.Code
     UNKNOWN_TAP: Failure.Code
@@ -326,6 +329,9 @@ class Failure(_message.Message):
     REVISION_CHANGED: Failure.Code
     INTERNAL: Failure.Code
     LEASE_EXPIRED: Failure.Code
+    OUT_OF_MEMORY: Failure.Code
+    UNAUTHENTICATED: Failure.Code
+    PERMISSION_DENIED: Failure.Code
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
