@@ -22,7 +22,7 @@ test: $(STAMP)  ## the page's tests want a browser: as root on Debian it is inst
 	@if test "$$(id -u)" = 0 && command -v apt-get >/dev/null && ! command -v chromedriver >/dev/null; then \
 		(timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq \
 			--no-install-recommends chromium chromium-driver) >/dev/null 2>&1 || true; fi
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 cluster: $(STAMP)  ## takes a node of a Ray cluster off its network, in network namespaces; needs root
 	$(BIN)/python -m pytest -m cluster tests/test_nodes.py
@@ -31,7 +31,7 @@ parity:  ## the same scripts with nvidia-modelopt, in an environment of its own 
 	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]' \
-		nvidia-modelopt==0.47.0 requests huggingface_hub pytest pytest-timeout
+		nvidia-modelopt==0.47.0 requests huggingface_hub pytest pytest-timeout pytest-xdist
 	.venv-parity/bin/python -m pytest -m parity tests/parity
 
 lint: $(STAMP)

@@ -1,6 +1,7 @@
 """A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
 
 import atexit
+import os
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -81,6 +82,7 @@ class Replica:
         self._tracing, self._id = tracing, replica_id
         tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
+        self._pid = os.getpid()
         self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
         self.engines: dict[str, Engine] = {}
 
@@ -103,6 +105,7 @@ class Replica:
 
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
+        self._pid = os.getpid()
         memory.keep_freed_memory()
         self._timer = Timer()
         self.engines = {
@@ -185,8 +188,10 @@ class Replica:
         return directory_pb2.Replica(id=self._id or name, revision=engine.description.revision, state=state, host=host)
 
     def close(self, grace_s: float = 0.5) -> None:
-        """Stop listening and end all sessions. A process that ends does it by itself."""
+        """Stop listening and end all sessions. A process that ends does it by itself; in a fork it does nothing."""
         atexit.unregister(self.close)
+        if self._pid != os.getpid():
+            return
         self._directory.close()
         if self.web is not None:
             self.web.close()
