@@ -288,9 +288,9 @@ def test_a_call_for_features_is_none_for_a_head(x):
     with serve(Net(32)) as server, sh.connect(server.url) as teacher:
         teacher.describe()
         wanted = Wanted((Tap("fc"), Tap("fc", HEAD)), (None, encodings.hidden("fc")))
+        facts, dispatcher = teacher._connected()
+        request = teacher._request(facts, Arguments((x,)), wanted, {}, revision=facts.revision)
         with pytest.raises(ProtocolError, match="a call for a head must name one, as the encoding of its only tap"):
-            facts, dispatcher = teacher._connected()
-            request = teacher._request(facts, Arguments((x,)), wanted, {}, revision=facts.revision)
             teacher._send(dispatcher, request).result(60)
 
 
