@@ -12,12 +12,15 @@ from schoolhouse.revision import revision_of
 from schoolhouse.session import Session
 from schoolhouse_server import serve
 from schoolhouse_server.server_session import ServerSession
-from schoolhouse_wire import codec
+from schoolhouse_wire import codec, framing
 from schoolhouse_wire.framing import Frame, read_message
+from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import PAUSE
 from schoolhouse_wire.v1 import teacher_pb2
+from stub import Stub
 from torch import nn
 
+TAP = teacher_pb2.Tap(module="", side=teacher_pb2.Tap.OUTPUT)
 SMALL, LARGE = 16, 700_000  # numbers: within a message, and in frames or a block
 
 
@@ -102,6 +105,21 @@ def test_features_carry_the_digest_of_the_inputs_that_made_them(size, settings):
         features = teacher.submit((x,), {}, [""]).result(20)
         assert features.input_digest == xxhash.xxh3_128_digest(header + x.numpy().tobytes())
         assert features.revision == teacher.describe().revision == revision_of(server.engines["teacher"].teacher.module)
+
+
+def test_a_call_for_another_revision_is_not_computed():
+    outgoing = framing.Outgoing(codec.Arguments((torch.ones(SMALL),)), limits=Limits(), snapshot=False)
+    with serve(Negative()) as server:
+        stub = Stub(server)
+        asked = teacher_pb2.Call(
+            request_id=1, taps=[TAP], revision="another", inputs=outgoing.header, payload=outgoing.payload
+        )
+        stub.say(call=asked)
+        failure = next(stub.answers).failure
+        assert failure.code == teacher_pb2.Failure.REVISION_CHANGED
+        assert [*failure.choices] == [server.engines["teacher"].description.revision]
+        assert server.engines["teacher"].served == 0
+        stub.channel.close()
 
 
 class Model(nn.Module):

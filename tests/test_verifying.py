@@ -1,6 +1,7 @@
 """One request in N is computed twice and compared; where two replicas disagree, the step fails and says so."""
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import weakref
@@ -8,11 +9,12 @@ import weakref
 import pytest
 import schoolhouse as sh
 import torch
-from directories import DirectoryServer, revision_of
+from directories import DirectoryServer, Scale, answer, replicas, revision_of
 from memfd import no_collector, soon
 from models import Net, bits, converted
 from schoolhouse import encodings, errors
 from schoolhouse_server import serve
+from schoolhouse_server.merging import Merger
 from torch import nn
 from torch.nn import functional as F
 
@@ -166,29 +168,57 @@ def test_a_single_replica_computes_twice_and_says_what_that_cannot_find(caplog):
             ask(teacher, 9).result(20)
 
 
-def test_where_requests_are_merged_those_that_are_verified_are_not():
+def test_where_requests_are_merged_those_that_are_verified_are_not(monkeypatch):
+    joined, join = [], Merger.join
+    monkeypatch.setattr(
+        Merger, "join", lambda self, jobs: joined.append([job.alone for job in jobs]) or join(self, jobs)
+    )
     module = Faulty()
-    with pool(module, serving={"merge": "same-shape", "max_wait_ms": 0.0}) as plain:
-        url = plain.url
-        with sh.connect(url, verify_every=1) as teacher:
-            for i in range(3):  # merging is learned
-                [future.result(20) for future in [ask(plain, i), ask(plain, i + 10)]]
-            module.gate.clear()
-            module.entered.clear()
-            first = ask(plain, 20)
-            assert module.entered.wait(20)
-            seen = len(module.rows)
-            futures = [ask(teacher, 30), ask(plain, 31), ask(plain, 32), ask(teacher, 33)]
-            [server] = [session.address for session in plain.open_sessions()]
-            assert server
-            assert soon(lambda: teacher.open_sessions())
-            module.gate.set()
-            for i, future in zip((20, 30, 31, 32, 33), (first, *futures), strict=True):
-                torch.testing.assert_close(future.result(20)[""], module.fc(batch(i)))
-            assert torch.equal(futures[0].result()[""], module.fc(batch(30)))
-            assert torch.equal(futures[3].result()[""], module.fc(batch(33)))
-            assert module.rows[seen:].count(4) >= 4  # two requests, each by itself and twice
-            assert teacher.verification() == sh.Verification(repeated=2)
+    with pool(module, serving={"merge": "same-shape"}) as plain, sh.connect(plain.url, verify_every=1) as teacher:
+        module.gate.clear()
+        first = ask(plain, 20)
+        assert module.entered.wait(20)
+        futures = [ask(teacher, 30), ask(plain, 31), ask(plain, 32), ask(teacher, 33)]
+        assert soon(lambda: teacher.open_sessions() and len(teacher._dispatcher._where) == 2)
+        module.gate.set()
+        for i, future in zip((20, 30, 31, 32, 33), (first, *futures), strict=True):
+            torch.testing.assert_close(future.result(20)[""], module.fc(batch(i)))
+        for i, future in ((30, futures[0]), (33, futures[3])):
+            assert torch.equal(future.result()[""], module.fc(batch(i)))
+        assert teacher.verification() == sh.Verification(repeated=2)
+        [future.result(20) for future in [ask(plain, i) for i in range(20)]]
+    assert any(len(jobs) > 1 for jobs in joined)
+    assert not any(alone for jobs in joined for alone in jobs)
+
+
+def test_no_other_request_stands_for_one_that_is_verified():
+    module = Faulty()
+    with (
+        pool(module) as plain,
+        sh.connect(plain.url, verify_every=1) as one,
+        sh.connect(plain.url, verify_every=1) as two,
+    ):
+        module.gate.clear()
+        futures = [ask(plain, 9)]
+        assert module.entered.wait(20)
+        futures += [ask(teacher) for teacher in (plain, one, two)]
+        assert soon(lambda: all(teacher._dispatcher._where for teacher in (one, two)))
+        module.gate.set()
+        assert all(torch.equal(future.result(20)[""], module.fc(batch())) for future in futures[1:])
+        assert one.verification() == two.verification() == sh.Verification(repeated=1)
+        assert len(module.rows) == 6
+
+
+def test_features_of_another_revision_are_not_compared(caplog):
+    with replicas(Scale(2), Scale(3)) as servers, DirectoryServer() as directory:
+        directory.publish(*servers, revision=revision_of(servers[0]))
+        with sh.connect(directory.url, follow_revisions=True, verify_every=1) as teacher:
+            again = teacher._again
+            teacher._again = lambda first: dataclasses.replace(again(first), revision=revision_of(servers[1]))
+            assert answer(teacher, 5) == 10
+            assert teacher.verification() == sh.Verification(unchecked=1)
+            del teacher._again
+    assert f"of the revision {revision_of(servers[1])} by now" in caplog.text
 
 
 def test_what_cannot_be_verified_is_used_counted_and_told(caplog, monkeypatch):
