@@ -288,8 +288,10 @@ def test_a_call_for_features_is_none_for_a_head(x):
     with serve(Net(32)) as server, sh.connect(server.url) as teacher:
         teacher.describe()
         wanted = Wanted((Tap("fc"), Tap("fc", HEAD)), (None, encodings.hidden("fc")))
+        facts, dispatcher = teacher._connected()
+        request = teacher._request(facts, Arguments((x,)), wanted, {}, revision=facts.revision)
         with pytest.raises(ProtocolError, match="a call for a head must name one, as the encoding of its only tap"):
-            teacher._send(Arguments((x,)), wanted, {}).result(60)
+            teacher._send(dispatcher, request).result(60)
 
 
 def test_the_head_is_fetched_once_and_kept_on_disk(ids, tmp_path):

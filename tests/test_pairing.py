@@ -52,6 +52,19 @@ def test_a_student_that_writes_into_its_batch(teach):
         assert torch.equal(model.compute_kd_loss().detach(), want)
 
 
+def test_features_that_are_written_into_before_their_loss_are_refused(teach, x):
+    model = converted(Net(), teach(Net(width=32, seed=1)))
+    with model.only_teacher_forward():
+        answer = model(x)
+    answer.mul_(2)
+    with model.only_student_forward():
+        model(x)
+    with pytest.raises(errors.FeatureMismatchError, match="were written into after its forward"):
+        model.compute_kd_loss()
+    model(x)
+    assert torch.isfinite(model.compute_kd_loss())
+
+
 class Writes(nn.Module):
     """Returns memory of its own that it writes again: a buffer, or a plain attribute."""
 

@@ -22,6 +22,8 @@ def connect(
     revision: str = "",
     follow_revisions: bool = False,
     tracing: bool = False,
+    verify_every: int = 0,
+    verify_tolerance: float = 0.0,
 ) -> RemoteTeacher:
     """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
 
@@ -54,6 +56,12 @@ def connect(
             to the first; `Features.revision` says which it was.
         tracing: make an OpenTelemetry span of each request, within the current one; the replica's are in the same
             trace, if it traces too. It needs the extra `otel`, and a tracer provider that the program sets.
+        verify_every: compute one request in so many a second time, at another replica, or at the same if there is no
+            other, and compare the features before they are used; 0: none. Such a request takes the time of two. Both
+            run unmerged and anew, so that they are the same to the bit; where they are not, an ERROR is logged, the
+            step raises `FeatureMismatchError`, and every request is verified from then on. `verification()` counts.
+        verify_tolerance: how far numbers may be apart, of the largest in their tensor, where replicas have unlike
+            devices, which round differently. Classes that `topk` and `sampled` name must be the same all the same.
 
     Raises:
         ConfigError: for a setting that is none, or tracing without OpenTelemetry.
@@ -76,6 +84,8 @@ def connect(
         revision=revision,
         follow_revisions=follow_revisions,
         tracing=tracing,
+        verify_every=verify_every,
+        verify_tolerance=verify_tolerance,
     )
     teacher.facts()
     return teacher

@@ -103,11 +103,16 @@ class Links:
         there = [link.revision for link in self if not link.leaving and link.revision]
         self.current = next((r for r in (wanted, self.current, *there) if r in there), self.current)
 
-    def pick(self, revision: str, now: float) -> Link | None:
-        """An open one for that revision. A better one that is not open yet is opened meanwhile."""
+    def pick(self, revision: str, now: float, apart_from: str = "") -> Link | None:
+        """An open one for that revision. A better one that is not open yet is opened meanwhile.
+
+        The one at the address `apart_from` only if there is no other.
+        """
         until, tiers = self._tiers.get(revision, (0.0, []))
         if now >= until:
             until, tiers = self._tiers[revision] = self._usable(revision, now)
+        if apart_from:
+            tiers = _those(tiers, lambda link: link.replica.address != apart_from) or tiers
         if not tiers:
             return None
         link = self._choose(tiers, now)

@@ -48,6 +48,9 @@ class Request:
     future: "Future[Features]" = field(default_factory=Future)
     losses: int = 0  # replicas that were lost while they had it
     told_to_wait: bool = False  # a replica had no room for it
+    alone: bool = False  # to be computed by itself and anew, as its bits are compared
+    apart_from: str = ""  # the address of a replica that is to be asked only if there is no other
+    answered_by: str = ""  # the address of the replica that answered
 
     def __post_init__(self) -> None:
         if self.span is not None:

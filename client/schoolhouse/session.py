@@ -184,6 +184,7 @@ class Session:
                 inputs=request.outgoing.header,
                 payload=payload,
                 traceparent=request.sent(),
+                alone=request.alone,
             )
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
@@ -347,6 +348,7 @@ class Session:
         self._received_bytes += incoming.nbytes + len(reply.features)
         self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
         request.received(incoming.nbytes + len(reply.features))
+        request.answered_by = self.address
         try:
             request.resolve(features_of(request, reply, incoming))
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone

@@ -32,6 +32,8 @@ class Settings:
     revision: str = ""
     follow_revisions: bool = False
     tracing: bool = False
+    verify_every: int = 0
+    verify_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("job", "zone", "revision"):
@@ -50,7 +52,19 @@ class Settings:
             raise ConfigError(f"revision is {self.revision!r} and follow_revisions True; choices: one of the two")
         if not isinstance(self.retry_s, int | float) or not 0 <= self.retry_s <= _MAX_SETTING:
             raise ConfigError(f"retry_s is {self.retry_s!r}; it must be a number from 0 to {_MAX_SETTING:.0e}")
+        self._check_verifying()
         for name in ("timeout_s", "connect_timeout_s", "max_pending"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value <= _MAX_SETTING:
                 raise ConfigError(f"{name} is {value!r}; it must be a number above 0 and at most {_MAX_SETTING:.0e}")
+
+    def _check_verifying(self) -> None:
+        every, tolerance = self.verify_every, self.verify_tolerance
+        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+            raise ConfigError(
+                f"verify_every is {every!r}; it must be a whole number: one request in so many, 0 for none"
+            )
+        if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+            raise ConfigError(f"verify_tolerance is {tolerance!r}; it must be a number from 0 to below 1")
+        if tolerance and not every:
+            raise ConfigError(f"verify_tolerance is {tolerance!r} and nothing is verified; give verify_every too")

@@ -134,9 +134,9 @@ class Engine:
             TeacherUnavailableError: when it was closed.
         """
         job.rows, job.cost = rows_of(job.inputs), float(self._cost_of(job.inputs))
-        if self.merger is not None:
+        if self.merger is not None and not job.alone:
             self.merger.prepare(job)
-        if self.cache is not None:
+        if self.cache is not None and not job.alone:
             job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
             if found is not None:

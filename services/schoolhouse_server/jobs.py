@@ -52,6 +52,7 @@ class Job:
     cost: float = 1.0  # in the unit that the engine charges
     rows: int = 1
     alarm: Alarm | None = None  # at its deadline
+    alone: bool = False  # computed anew and by itself: its client compares the bits
 
     @property
     def job(self) -> str:

@@ -322,9 +322,11 @@ class ServerSession:
         ticket = self._tickets[request_id] = Ticket(done, self._member.account)
         ticket.trace = self._spans.of(request_id)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
-        key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
+        # One that is computed alone is equal to no other, so that neither joins the other.
+        own = object() if call.alone else None
+        key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps), own)
         try:
-            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket], source=id(self)))
+            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket], source=id(self), alone=call.alone))
         except Exception:
             self._tickets.pop(request_id, None)
             raise
