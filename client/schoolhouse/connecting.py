@@ -17,7 +17,8 @@ def connect(
     shared_memory: bool = True,
     checksums: bool = False,
     head_folder: str | Path | None = default_cache_folder(),
-    retry_s: float = 10.0,
+    teacher_timeout_s: float | None = None,
+    attempt_timeout_s: float | None = None,
     zone: str = "",
     revision: str = "",
     follow_revisions: bool = False,
@@ -39,7 +40,8 @@ def connect(
         job: name of the job that asks. Clients of one name, as the ranks of one training run, share its part of the
             teacher, and its quota; a client without a name is a job of its own.
         weight: the job's share of a busy teacher beside other jobs, from 0.01 to 100. The last client's is the job's.
-        timeout_s: deadline of each request, in seconds, however often it is sent again meanwhile.
+        timeout_s: deadline of each request, in seconds, however often it is sent again meanwhile. Time in which no
+            replica can take it does not count.
         connect_timeout_s: how long to wait for a server, in seconds.
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
         shared_memory: take features from replicas of this machine and user through shared memory; `describe()` says
@@ -47,8 +49,12 @@ def connect(
         checksums: check every byte that comes through shared memory too, as those of the stream always are, which
             is slower; otherwise the first KiB of each 64 KiB.
         head_folder: where teachers' heads are kept, by revision, for `encodings.hidden`; None: in memory alone.
-        retry_s: how long a request waits, in seconds, while neither a replica nor the directory answers; 0: not at all.
-            While the directory answers, it waits for a replica until `timeout_s`.
+        teacher_timeout_s: how long a request waits, in seconds, while no replica of the teacher can take it; its own
+            time stands still meanwhile, and the log says that the student waits. Then it fails with
+            `TeacherUnavailableError`, and the batch may be forwarded again. None: as long as `timeout_s`.
+        attempt_timeout_s: a replica that has requests and has said nothing for so long, in seconds, and for twice as
+            long as the slowest answer took, is left, if there is another; a request is moved so once. None: a third of
+            `timeout_s`.
         zone: where this client is, as replicas say it of themselves (`zone` in the pool file). Those of the same
             machine, and then those of the same zone, are preferred unless they are clearly busier.
         revision: of the teacher, as `describe()` says it; empty: the present one. Features are of this revision alone.
@@ -79,7 +85,8 @@ def connect(
         shared_memory=shared_memory,
         checksums=checksums,
         head_folder=head_folder,
-        retry_s=retry_s,
+        teacher_timeout_s=teacher_timeout_s,
+        attempt_timeout_s=attempt_timeout_s,
         zone=zone,
         revision=revision,
         follow_revisions=follow_revisions,

@@ -27,7 +27,8 @@ class Settings:
     shared_memory: bool = True
     checksums: bool = False
     head_folder: str | Path | None = None
-    retry_s: float = 10.0
+    teacher_timeout_s: float | None = None
+    attempt_timeout_s: float | None = None
     zone: str = ""
     revision: str = ""
     follow_revisions: bool = False
@@ -50,13 +51,27 @@ class Settings:
             raise ConfigError(f"head_folder is {self.head_folder!r}; it must be a path, or None")
         if self.revision and self.follow_revisions:
             raise ConfigError(f"revision is {self.revision!r} and follow_revisions True; choices: one of the two")
-        if not isinstance(self.retry_s, int | float) or not 0 <= self.retry_s <= _MAX_SETTING:
-            raise ConfigError(f"retry_s is {self.retry_s!r}; it must be a number from 0 to {_MAX_SETTING:.0e}")
         self._check_verifying()
         for name in ("timeout_s", "connect_timeout_s", "max_pending"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value <= _MAX_SETTING:
                 raise ConfigError(f"{name} is {value!r}; it must be a number above 0 and at most {_MAX_SETTING:.0e}")
+        for name in ("teacher_timeout_s", "attempt_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int | float) or not 0 < value <= _MAX_SETTING):
+                raise ConfigError(
+                    f"{name} is {value!r}; it must be None, or a number above 0 and at most {_MAX_SETTING:.0e}"
+                )
+
+    @property
+    def wait_s(self) -> float:
+        """How long a request waits while there is no replica."""
+        return self.timeout_s if self.teacher_timeout_s is None else self.teacher_timeout_s
+
+    @property
+    def patience_s(self) -> float:
+        """How long a replica may say nothing while there are others."""
+        return self.timeout_s / 3 if self.attempt_timeout_s is None else self.attempt_timeout_s
 
     def _check_verifying(self) -> None:
         every, tolerance = self.verify_every, self.verify_tolerance
