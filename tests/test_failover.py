@@ -130,7 +130,7 @@ def test_a_lone_replica_that_is_slow_is_not_left():
 class Opened:
     """As much of a session as links look at."""
 
-    draining, revision, answered_at, silent_since = False, "r", float("-inf"), None
+    draining, revision, answered_at, slowest_s = False, "r", float("-inf"), 0.0
 
     def __init__(self, address):
         self.address, self.traffic = address, Traffic()

@@ -45,7 +45,6 @@ class Dispatcher:
         self._finished: deque[tuple[Link, int]] = deque()  # links, and the bytes that they have less to do
         self._parked = Parking(name, settings.wait_s, self._tried)
         self._budget = RetryBudget(time.monotonic())
-        self._slowest_s = 0.0  # that an answer took, of sessions that have ended
         self._past = Traffic()  # of sessions that have ended
         self._watch = Watch(target, name, settings.zone, self)
         self._watching = False
@@ -286,7 +285,6 @@ class Dispatcher:
         """Send again what is unanswered: requests are idempotent."""
         with self._changed:
             self._past += session.traffic
-            self._slowest_s = max(self._slowest_s, session.slowest_s)
             link, now = self._links.of(session), time.monotonic()
             if link is not None:
                 if not link.opened and now >= link.give_up_at:
@@ -350,7 +348,7 @@ class Dispatcher:
             self._settle()
             if self._known.settle(now):
                 self._links.update(self._known.set, now)
-            overdue = [*self._links.overdue(now), *self._silent(now)]
+            overdue = [*self._links.overdue(now), *self._links.silent(now, self._settings.patience_s)]
             moving = self._links.waiting_where_it_ends()
         for session in overdue:
             session.close()
@@ -390,27 +388,18 @@ class Dispatcher:
                 times.append(now + self._settings.patience_s / 4)
         return min((at for at in times if at is not None), default=None)
 
-    def _silent(self, now: float) -> list[Session]:
-        """Sessions to close, as the replica says nothing while another could take its requests. The lock is held."""
-        slowest_s = max((session.slowest_s for session in self.sessions()), default=0.0)
-        return self._links.silent(now, max(self._settings.patience_s, 2 * max(slowest_s, self._slowest_s)))
-
     def _fail_late(self, request: Request) -> None:
         with self._lock:
             if request.deadline > time.monotonic():  # it was found a replica meanwhile
                 return
-            parked = request in self._parked
+            waited_in_vain = self._parked.over() if request in self._parked else None
         self.cancel(request)
-        request.fail(self._unanswered() if parked else TeacherTimeoutError(late(request, self._settings.timeout_s)))
+        request.fail(waited_in_vain or TeacherTimeoutError(late(request, self._settings.timeout_s)))
 
     def _tried(self) -> str:
         away = self._directory_error
         directory = f"the directory at {self._target} {'answers' if away is None else f'is away: {away.message}'}"
         return f"tried: {self._links.tried()}; {directory}"
-
-    def _unanswered(self) -> SchoolhouseError:
-        with self._lock:
-            return self._parked.over()
 
     def _gone(self) -> SchoolhouseError:
         return TeacherUnavailableError(f"the connection to {self._name!r} at {self._target} was closed")

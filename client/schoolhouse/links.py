@@ -86,6 +86,7 @@ class Links:
         self._tiers: dict[str, tuple[float, list[list[Link]]]] = {}  # by revision, and until when
         self._unit = 0.0  # bytes of a usual request
         self._next_opening_at = 0.0  # while nothing is open
+        self._slowest_s = 0.0  # that an answer took, of sessions that have ended
         self.current = ""  # revision of requests that may be of any
 
     def __iter__(self) -> Iterator[Link]:
@@ -209,6 +210,7 @@ class Links:
         assert link.session is not None
         answered, draining = link.session.traffic.requests, link.session.draining
         strike, link.strike = link.strike, None
+        self._slowest_s = max(self._slowest_s, link.session.slowest_s)
         link.session, link.opened = None, False
         if answered >= _RECOVERED:
             link.strikes = 0
@@ -239,9 +241,13 @@ class Links:
     def silent(self, now: float, patience_s: float) -> list[Session]:
         """Leave replicas that say nothing for so long though they have requests, if another can take those.
 
+        For twice as long as the slowest answer took, where that is longer.
+
         Returns their sessions, to be closed. A request is moved so once: where all are slow it stays where it is.
         """
         found = []
+        slowest_s = max((link.session.slowest_s for link in self if link.session is not None), default=0.0)
+        patience_s = max(patience_s, 2 * max(slowest_s, self._slowest_s))
         for link in self if self.count > 1 else ():
             session = link.session
             since = session.silent_since if session is not None and link.opened else None
