@@ -118,7 +118,8 @@ class Dispatcher:
                 break
             if session.send(request):
                 return
-            self._ended(session)
+            with self._lock:
+                self._links.ended(session)
             self.forget(request)
         if parked_at is None:
             self.outstanding.stir()
@@ -308,14 +309,6 @@ class Dispatcher:
             )
         else:
             request.fail(error)
-
-    def _ended(self, session: Session) -> None:
-        """A session that takes no requests any more, and will say so itself."""
-        with self._lock:
-            link = self._links.of(session)
-            if link is not None:
-                link.opened = False
-                self._links.draining()
 
     # What the directory tells, in the thread of the watch.
 

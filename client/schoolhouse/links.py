@@ -201,6 +201,13 @@ class Links:
         link.opened, link.error = True, None
         self._settle_current(self.current)
 
+    def ended(self, session: Session) -> None:
+        """It takes no requests any more, and will say so itself."""
+        link = self.of(session)
+        if link is not None:
+            link.opened = False
+            self._tiers.clear()
+
     def draining(self) -> None:
         """A session has begun to drain."""
         self._tiers.clear()
