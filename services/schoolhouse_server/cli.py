@@ -188,6 +188,18 @@ def top(
 
 
 @app.command()
+def token() -> None:
+    """Make a random token for a job, and its line for the tokens file, which holds no tokens but their digests."""
+    from schoolhouse_server.tokens import digest_of, new_token
+
+    made = new_token()
+    out.print(f"token, for sh.connect(token=...): {made}", soft_wrap=True, highlight=False, markup=False)
+    out.print("It is shown only now. The tokens file gets, under `tokens:`, a line like this one:", soft_wrap=True)
+    line = f'- {{sha256: "{digest_of(made)}", job: NAME, teachers: ["*"]}}'
+    out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def down(address: Address = None) -> None:
     """Stop the pool, and the local Ray cluster if `up` started it."""
     from schoolhouse_server import local_cluster

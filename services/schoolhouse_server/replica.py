@@ -3,6 +3,7 @@
 import atexit
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -14,6 +15,7 @@ from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
+from schoolhouse_server.auth import Doorkeeper, Gate
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
@@ -23,6 +25,7 @@ from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, Sharing
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.tokens import Tokens
 from schoolhouse_server.web import WebServer
 
 _MAX_SHARED_BYTES = 1 << 40
@@ -51,6 +54,8 @@ class Replica:
         http_port: int | range | None = None,
         tracing: bool = False,
         replica_id: str = "",
+        tokens: str | Path | None = None,
+        allow_head: bool = False,
         **sharing: Any,
     ) -> None:
         """The settings are those of `serve`; `sharing` are those of `Sharing`."""
@@ -77,7 +82,9 @@ class Replica:
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
-        self._directory = Directory(self.load)
+        self._gate = Gate(Tokens(Path(tokens)) if tokens is not None else None)
+        self._allow_head = allow_head
+        self._directory = Directory(self.load, gate=self._gate)
         self._tracing, self._id = tracing, replica_id
         tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
@@ -122,6 +129,7 @@ class Replica:
         forks.before_grpc()
         server = grpc.server(
             self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
+            interceptors=[Doorkeeper(self._gate)],
             options=channel.SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_rpcs,
         )
@@ -134,6 +142,7 @@ class Replica:
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
         if self.web is not None:
             self.web.start()
+        self._gate.start()
         server.start()
         self._server = server
         atexit.register(self.close, 0.0)  # a thread that is within torch when the interpreter ends aborts the process
@@ -193,6 +202,7 @@ class Replica:
         if self._server is not None:
             self._server.stop(grace_s).wait(grace_s + 5)
             self._workers.shutdown()
+        self._gate.close()
         for engine in self.engines.values():
             engine.close()
         if self._server is not None:
@@ -212,6 +222,8 @@ class Replica:
             shared_memory_bytes=self._shared_memory_bytes,
             sharing=self._sharing,
             timer=self._timer,
+            gate=self._gate,
+            allow_head=self._allow_head,
             tracing=self._tracing,
         )
         session = grpc.stream_stream_rpc_method_handler(
@@ -271,6 +283,8 @@ def serve(
     lease_s: float = LEASE_S,
     http_port: int | None = None,
     tracing: bool = False,
+    tokens: str | Path | None = None,
+    allow_head: bool = False,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -314,9 +328,15 @@ def serve(
     is cut to the longest in the batch, or state that changes no feature so far. Such teachers need `"never"`.
 
     With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
-    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs.
+    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs; away
+    from loopback only with an admin's token, where there are `tokens`.
     `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
     extra `otel`, and a tracer provider that the program sets.
+
+    With `tokens`, a file that `schoolhouse token` makes lines for, only who has one of its tokens is answered, as it
+    says: which teachers, which job, what quota; see `schoolhouse_server.tokens.Grant`. The file is read again as it
+    changes; sessions of a token that is gone are ended then. Without it nobody is asked. `allow_head` gives the weights
+    of a teacher's head to who asks, as `encodings.hidden` does.
 
     Raises:
         ConfigError: for a setting that cannot be, or a module that cannot be merged as it says.
@@ -345,4 +365,6 @@ def serve(
         lease_s=lease_s,
         http_port=http_port,
         tracing=tracing,
+        tokens=tokens,
+        allow_head=allow_head,
     ).start()
