@@ -1,8 +1,8 @@
 """Logs that machines read: one JSON object a line, with the job, session and request that a record is about.
 
 A library does not configure logging, so `serve` does not; the actors of a pool do, by `set_up`. No record holds inputs,
-features or what a teacher's own code said of them: of its errors only the type and where they were raised. Tokens, paths and numbers of tensors in a message are left out,
-and files of a stack are named from where Python found them on.
+features or what a teacher's own code said of them: of its errors only the type and where they were raised. Tokens,
+paths and numbers of tensors in a message are left out; files of a stack are named from where Python found them on.
 """
 
 import json

@@ -240,7 +240,8 @@ class Replica:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {"Session": session, "Describe": describe}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(names[0], methods),))
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
-        add_standard_services(server, (*names, *self._modules))
+        known = self._modules if self._gate.tokens is None else ()  # health is for all to ask: it tells no names then
+        add_standard_services(server, (*names, *known))
 
 
 def _examples(
@@ -328,8 +329,8 @@ def serve(
     is cut to the longest in the batch, or state that changes no feature so far. Such teachers need `"never"`.
 
     With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
-    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs; away
-    from loopback only with an admin's token, where there are `tokens`.
+    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs;
+    where it is not on loopback and there are `tokens`, only with an admin's one.
     `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
     extra `otel`, and a tracer provider that the program sets.
 
