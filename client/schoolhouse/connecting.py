@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from schoolhouse_wire.security import ClientSecurity
+
 from schoolhouse.heads_cache import default_cache_folder
 from schoolhouse.remote import RemoteTeacher
 
@@ -22,8 +24,17 @@ def connect(
     revision: str = "",
     follow_revisions: bool = False,
     tracing: bool = False,
+    ca: str | Path | None = None,
+    cert: str | Path | None = None,
+    key: str | Path | None = None,
+    token: str | None = None,
+    insecure: bool = False,
 ) -> RemoteTeacher:
-    """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
+    """Connect to the teacher at `grpcs://HOST:PORT/NAME`, a directory or a replica, or at `grpc://` without TLS.
+
+    With `grpcs://` every server, also each replica that a directory lists, must have a certificate for HOST. With
+    `grpc://` nothing is encrypted, and HOST must be a loopback address. A teacher that is pickled holds the token and
+    the key.
 
     The C allocator of this process is told to keep up to 512 MiB of freed memory (`schoolhouse_wire.memory`): without
     that, receiving features costs about half as much again.
@@ -54,6 +65,14 @@ def connect(
             to the first; `Features.revision` says which it was.
         tracing: make an OpenTelemetry span of each request, within the current one; the replica's are in the same
             trace, if it traces too. It needs the extra `otel`, and a tracer provider that the program sets.
+        ca: PEM file of the authorities that the servers' certificates must come from; None: those that gRPC knows, of
+            the public web.
+        cert: PEM file of this client's own certificate, and those between it and its authority, for servers that want
+            one.
+        key: PEM file of its private key, without a password.
+        token: what the pool's operator gave to this job; it is in each RPC, but not in the features' frames.
+        insecure: allow `grpc://` to other machines, where anyone on the way can read and change everything, and take
+            the token.
 
     Raises:
         ConfigError: for a setting that is none, or tracing without OpenTelemetry.
@@ -76,6 +95,7 @@ def connect(
         revision=revision,
         follow_revisions=follow_revisions,
         tracing=tracing,
+        security=ClientSecurity.read(ca=ca, cert=cert, key=key, token=token, insecure=insecure),
     )
     teacher.facts()
     return teacher

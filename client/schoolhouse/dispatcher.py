@@ -44,7 +44,7 @@ class Dispatcher:
         self._finished: deque[tuple[Link, int]] = deque()  # links, and the bytes that they have less to do
         self._parked: dict[Request, float] = {}  # and since when
         self._past = Traffic()  # of sessions that have ended
-        self._watch = Watch(target, name, settings.zone, self)
+        self._watch = Watch(target, name, settings.zone, self, settings.security)
         self._watching = False
         self._directory_error: SchoolhouseError | None = None  # while it is away
         self._dark_since: float | None = None  # since when neither a replica nor the directory answers
@@ -202,6 +202,7 @@ class Dispatcher:
             weight=self._settings.weight,
             shared_memory=self._settings.shared_memory,
             checksums=self._settings.checksums,
+            security=self._settings.security,
             revision=self._revision,
             owner=self,
             clock=time.monotonic,

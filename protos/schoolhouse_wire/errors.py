@@ -1,4 +1,7 @@
-"""The errors that cross the wire, one class per `Failure.Code`, so that both sides raise the same types."""
+"""The errors that cross the wire, one class per `Failure.Code`, so that both sides raise the same types.
+
+`ConfigError` stands here too, as both sides raise it, but it never travels.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -20,6 +23,10 @@ class SchoolhouseError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.message, self.choices))
+
+
+class ConfigError(SchoolhouseError, ValueError):
+    """A setting given to `convert`, `connect` or a constructor is wrong; the message names it and the choices."""
 
 
 def _rebuild(kind: type[SchoolhouseError], message: str, choices: tuple[str, ...]) -> SchoolhouseError:
