@@ -28,6 +28,8 @@ from schoolhouse.errors import (
     SchoolhouseError,
     TeacherUnavailableError,
 )
+from schoolhouse_wire.scrubbing import scrub
+from schoolhouse_wire.security import is_loopback
 from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
 
 from schoolhouse_server import metrics
@@ -59,6 +61,11 @@ _MORE = {  # by status
     405: {"Allow": "GET, HEAD"},
 }
 _log = logging.getLogger(__name__)
+
+
+def gate_of(gate: Gate, host: str) -> Gate | None:
+    """Whom an HTTP port on `host` asks for a token: nobody where no port asks, nor on loopback."""
+    return None if gate.tokens is None or is_loopback(host) else gate
 
 
 class WebServer:
@@ -232,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(403, err.message)
             return
         except SchoolhouseError as err:  # a directory that has just started, say
-            self.send_error(503, err.message)
+            self.send_error(503, scrub(err.message))
             return
         if found is None:
             self.send_error(404, f"not found; there are: {', '.join(('/metrics', '/api/state', *_PAGE))}")
