@@ -33,6 +33,11 @@ def write(path, lines=LINES):
     path.write_text("tokens:\n" + "".join(f"- {{sha256: '{digests[token]}', {lines[token]}}}\n" for token in lines))
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("schoolhouse_server.tokens._LOOK_S", 0.05)
+
+
 @pytest.fixture
 def path(tmp_path):
     found = tmp_path / "tokens.yaml"
@@ -130,8 +135,9 @@ def test_a_tokens_job_is_the_job_and_no_others(server, ask):
         result(teacher)
         [job] = server.load("one").jobs
         assert (job.job, job.weight) == ("exp", 4)
-        with connected(server, "one", STUDENT, job="sweep") as second:
+        with connected(server, "one", STUDENT, job="sweep", weight=50.0) as second:
             result(second)
+            assert {job.job: job.weight for job in server.load("one").jobs} == {"exp": 4, "sweep": 1}
             for token, jobs in ((ADMIN, {"exp", "sweep"}), (BOUND, {"exp"}), (STUDENT, set())):
                 one = next(i for i in ask("list", f"Bearer {token}").teachers if i.teacher == "one") if jobs else None
                 assert {job.job for job in one.replicas[0].load.jobs} == jobs if one else True
@@ -218,8 +224,7 @@ def test_a_watch_ends_as_its_token_is_revoked(server, path):
         next(news)
         write(path, {OTHER: LINES[OTHER]})
         with pytest.raises(grpc.RpcError) as caught:
-            while True:
-                next(news)
+            list(news)
     assert isinstance(status.from_rpc_error(caught.value, "it"), errors.AuthenticationError)
 
 

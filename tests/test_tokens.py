@@ -1,14 +1,21 @@
 """The tokens file by itself: what is taken of it, what is refused, and how it is followed."""
 
+import contextlib
 import hashlib
 import hmac
 import logging
+import re
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from memfd import soon
 from schoolhouse.errors import ConfigError
 from schoolhouse_server import tokens
+from schoolhouse_server.cli import app
 from schoolhouse_server.tokens import Tokens, digest_of, new_token
+from typer.testing import CliRunner
 
 ONE, TWO = new_token(), new_token()
 
@@ -83,6 +90,23 @@ def test_a_file_that_is_wrong_gives_one_sentence_that_holds_no_secret(tmp_path, 
     assert "\n" not in str(caught.value)
 
 
+@given(data=st.binary(max_size=200) | st.text(st.sampled_from("tokens: -[]{}'&*!|>0129eb_sha256\n\t"), max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_in_a_file_is_taken_or_told(data):
+    data = data.encode() if isinstance(data, str) else data
+    with contextlib.suppress(ConfigError):
+        assert isinstance(tokens._parse(data, Path("tokens.yaml")), tuple)
+
+
+def test_the_command_makes_a_token_and_its_line(tmp_path):
+    shown = CliRunner().invoke(app, ["token"]).output
+    [token] = re.findall(r"sht_[\w-]{43}", shown)
+    path = tmp_path / "tokens.yaml"
+    path.write_text("tokens:\n" + next(line for line in shown.splitlines() if line.startswith("- {")))
+    assert Tokens(path).grant(token).job == "NAME"
+    assert token not in path.read_text()
+
+
 def test_a_file_that_is_not_there_or_is_another_is_told(tmp_path):
     with pytest.raises(ConfigError, match="cannot read the tokens file .*: No such file"):
         Tokens(tmp_path / "none")
@@ -94,7 +118,8 @@ def test_a_file_that_is_not_there_or_is_another_is_told(tmp_path):
         Tokens(tmp_path / "binary")
 
 
-def test_a_change_is_taken_and_a_bad_one_is_told_once_and_not(path, caplog):
+def test_a_change_is_taken_and_a_bad_one_is_told_once_and_not(path, caplog, monkeypatch):
+    monkeypatch.setattr(tokens, "_LOOK_S", 0.05)
     found, called = Tokens(path), []
     found.on_change(lambda: called.append(len(found._grants)))
     found.start()

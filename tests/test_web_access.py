@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import ssl
 
 import pytest
 from loads import fetch, sets

@@ -22,6 +22,7 @@ from schoolhouse_server.tokens import Grant, Tokens
 EVERYBODY = Grant(sha256="0" * 64, teachers=("*",), admin=True)  # who asks a server without tokens
 _KEY, _SCHEME = "authorization", "bearer "
 _OPEN = ("/grpc.health.v1.Health/Check",)  # probes have no token
+_WEIGHT = 1.0  # at most, of who has a token that says nothing of it
 _QUIET_S = 10.0  # between two log records of strangers
 
 _log = logging.getLogger(__name__)
@@ -79,18 +80,15 @@ class Gate:
         Raises:
             PermissionDeniedError: the token is not for that teacher, or the job's name is another's.
         """
-        check_teacher(message.teacher, grant)
-        if grant.job is None:
-            if message.job and self.tokens is not None and self.tokens.is_bound(message.job):
-                raise PermissionDeniedError(
-                    f"the job's name {message.job!r} is bound to another token; give another one"
-                )
+        if self.tokens is None:
             return message
+        check_teacher(message.teacher, grant)
+        if grant.job is None and message.job and self.tokens.is_bound(message.job):
+            raise PermissionDeniedError(f"the job's name {message.job!r} is bound to another token; give another one")
         found = teacher_pb2.Open()
         found.CopyFrom(message)
-        found.job = grant.job
-        if grant.weight is not None:
-            found.weight = grant.weight
+        found.job = grant.job or message.job
+        found.weight = grant.weight or min(message.weight or _WEIGHT, _WEIGHT)
         return found
 
     @contextlib.contextmanager
@@ -113,7 +111,10 @@ class Gate:
         with self._lock:
             held = list(self._held.values())
         for grant, end in held:
-            self._compare(grant, end)
+            try:
+                self._compare(grant, end)
+            except Exception:
+                _log.exception("a session whose token changed could not be ended")
 
     def _compare(self, grant: Grant, end: Callable[[SchoolhouseError], None]) -> None:
         assert self.tokens is not None

@@ -33,9 +33,9 @@ class Grant:
     """What the holder of one token may do.
 
     `sha256` is the token's digest. With a `job` all that it asks for is of that job, whatever its client says, and no
-    token without that job takes its name; only then `weight` is the job's, and `max_in_flight` and `max_job_bytes`
-    bound it on each replica beside the teacher's own bounds. `teachers` are those that it may use and see, `"*"` being
-    all. An `admin` sees all teachers, all jobs' loads, and the HTTP port.
+    token without that job takes its name; only then `weight` is the job's (else what its client says, 1 at most), and
+    `max_in_flight` and `max_job_bytes` bound it on each replica beside the teacher's own bounds. `teachers` are those
+    that it may use and see, `"*"` being all. An `admin` sees all teachers, all jobs' loads, and the HTTP port.
     """
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
@@ -190,7 +190,7 @@ def _parse(data: bytes, path: Path) -> tuple[Grant, ...]:
         mark = getattr(err, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark is not None else ""
         raise ConfigError(f"the tokens file {path} is not YAML{where}") from None
-    except (ValueError, RecursionError) as err:
+    except Exception as err:  # it knows dates and numbers, whose makers raise what they like
         raise ConfigError(f"the tokens file {path} is not YAML: it raised {type(err).__name__}") from None
     if not isinstance(given, dict) or not isinstance(given.get("tokens"), list):
         raise ConfigError(f"the tokens file {path} must hold a mapping with the key 'tokens' and a list under it")
