@@ -157,6 +157,8 @@ class TeacherActor(PoolActor):
             http_port=self._pool.metrics_port_range,
             tracing=self._pool.tracing,
             replica_id=self._id,
+            tls=self._pool.tls,
+            insecure=self._pool.security.insecure,
         )
 
 
@@ -174,19 +176,25 @@ class DirectoryActor(PoolActor):
         )
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
         add_standard_services(server, ("schoolhouse.v1.DirectoryService",))
-        host = advertised(pool)
-        port = listen(server, bound(pool), (pool.port,))
+        host, tls = advertised(pool), pool.tls
+        port = listen(server, bound(pool), (pool.port,), tls)
         server.start()
         self._address = f"{host}:{port}"
         self._server = server
+        self._url = f"{'grpc' if tls is None else 'grpcs'}://{self._address}"
         self._page = ""
         if pool.http_port is not None:
-            web = WebServer(self._directory.sets, host=bound(pool), port=pool.http_port).start()
-            self._page = f"http://{host}:{web.port}"
+            context = tls.context() if tls is not None else None
+            web = WebServer(self._directory.sets, host=bound(pool), port=pool.http_port, tls=context).start()
+            self._page = f"{'http' if tls is None else 'https'}://{host}:{web.port}"
 
     def address(self) -> str:
         """host:port that students connect to."""
         return self._address
+
+    def url(self) -> str:
+        """The same as a URL, without a teacher's name."""
+        return self._url
 
     def page(self) -> str:
         """URL of the page with charts; empty without one."""
@@ -199,7 +207,7 @@ class DirectoryActor(PoolActor):
 
 def bound(pool: PoolConfig) -> str:
     """Where a server of the pool listens."""
-    return "127.0.0.1" if _only_here(pool) else "0.0.0.0"
+    return "127.0.0.1" if pool.only_here else "0.0.0.0"
 
 
 def advertised(pool: PoolConfig) -> str:
@@ -208,13 +216,9 @@ def advertised(pool: PoolConfig) -> str:
     Raises:
         ConfigError: `advertise` is a mapping without this node.
     """
-    own = "127.0.0.1" if _only_here(pool) else str(ray.util.get_node_ip_address())
+    own = "127.0.0.1" if pool.only_here else str(ray.util.get_node_ip_address())
     if not isinstance(pool.advertise, dict):
         return pool.advertise or own
     if own not in pool.advertise:
         raise ConfigError(f"advertise has no entry for the node {own}; it has: {', '.join(sorted(pool.advertise))}")
     return pool.advertise[own]
-
-
-def _only_here(pool: PoolConfig) -> bool:
-    return pool.host in ("127.0.0.1", "localhost")

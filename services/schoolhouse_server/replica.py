@@ -23,6 +23,7 @@ from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, Sharing
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.tls import ServerTls, check_exposure
 from schoolhouse_server.web import WebServer
 
 _MAX_SHARED_BYTES = 1 << 40
@@ -51,6 +52,8 @@ class Replica:
         http_port: int | range | None = None,
         tracing: bool = False,
         replica_id: str = "",
+        tls: ServerTls | None = None,
+        insecure: bool = False,
         **sharing: Any,
     ) -> None:
         """The settings are those of `serve`; `sharing` are those of `Sharing`."""
@@ -66,6 +69,8 @@ class Replica:
                 f"shared_memory_bytes is {shared_memory_bytes!r}; it must be from 0, which switches shared memory off, "
                 f"to {_MAX_SHARED_BYTES}"
             )
+        check_exposure(host, tls, insecure=insecure)
+        self._tls = tls
         self._shared_memory_bytes = shared_memory_bytes
         self._modules = dict(modules)
         self._host, self._ports = host, port if isinstance(port, range) else (port,)
@@ -81,7 +86,10 @@ class Replica:
         self._tracing, self._id = tracing, replica_id
         tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
-        self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
+        self.web = None
+        if http_port is not None:
+            context = tls.context() if tls is not None else None
+            self.web = WebServer(self._directory.sets, host=host, port=http_port, tls=context)
         self.engines: dict[str, Engine] = {}
 
     @property
@@ -91,15 +99,16 @@ class Replica:
 
     @property
     def url(self) -> str:
-        """`grpc://HOST:PORT/NAME` of its only teacher; with several, use `urls`."""
+        """What clients connect to, of its only teacher; with several, use `urls`."""
         if len(self._modules) != 1:
             raise ConfigError(f"this server has several teachers, take one of .urls: {sorted(self._modules)}")
         return next(iter(self.urls.values()))
 
     @property
     def urls(self) -> dict[str, str]:
-        """`grpc://HOST:PORT/NAME` by the names of its teachers."""
-        return {name: f"grpc://{self._host}:{self._port}/{name}" for name in self._modules}
+        """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, by the names of its teachers."""
+        scheme = "grpc" if self._tls is None else "grpcs"
+        return {name: f"{scheme}://{self._host}:{self._port}/{name}" for name in self._modules}
 
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
@@ -126,7 +135,7 @@ class Replica:
             maximum_concurrent_rpcs=max_rpcs,
         )
         self._add_services(server)
-        self._port = listen(server, self._host, self._ports)
+        self._port = listen(server, self._host, self._ports, self._tls)
         for engine in self.engines.values():
             engine.start()
         for name, engine in self.engines.items():
@@ -271,6 +280,8 @@ def serve(
     lease_s: float = LEASE_S,
     http_port: int | None = None,
     tracing: bool = False,
+    tls: ServerTls | None = None,
+    insecure: bool = False,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -318,6 +329,10 @@ def serve(
     `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
     extra `otel`, and a tracer provider that the program sets.
 
+    `tls=ServerTls(cert=..., key=...)` has all ports speak TLS, so that clients connect to `grpcs://`; with `client_ca`,
+    only those that have a certificate are answered. Without it, a `host` beyond loopback needs `insecure=True`: all
+    that goes to and fro there is plaintext.
+
     Raises:
         ConfigError: for a setting that cannot be, or a module that cannot be merged as it says.
     """
@@ -345,4 +360,6 @@ def serve(
         lease_s=lease_s,
         http_port=http_port,
         tracing=tracing,
+        tls=tls,
+        insecure=insecure,
     ).start()

@@ -9,6 +9,7 @@ import io
 import ipaddress
 import logging
 import socket
+import ssl
 import threading
 import time
 import urllib.parse
@@ -49,8 +50,15 @@ _log = logging.getLogger(__name__)
 class WebServer:
     """Serves what `source()` gives at each request. `start()` listens; `close()` ends it."""
 
-    def __init__(self, source: Source, *, host: str = "127.0.0.1", port: int | range = 0) -> None:
-        """Without listening yet. Of a range of ports it takes the first that is free.
+    def __init__(
+        self,
+        source: Source,
+        *,
+        host: str = "127.0.0.1",
+        port: int | range = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Without listening yet. Of a range of ports it takes the first that is free. With `tls` it speaks HTTPS.
 
         Raises:
             ConfigError: for what is no port.
@@ -59,6 +67,7 @@ class WebServer:
         if not all(isinstance(one, int) and 0 <= one <= 65535 for one in self._ports):
             raise ConfigError(f"the HTTP port is {port!r}; it must be from 0, for any free one, to 65535")
         self._source = source
+        self._tls = tls
         self._host, self._port = host, 0
         self._server: _Server | None = None
 
@@ -69,8 +78,8 @@ class WebServer:
 
     @property
     def url(self) -> str:
-        """`http://HOST:PORT`, where the page is."""
-        return f"http://{self._host}:{self._port}"
+        """`http://HOST:PORT`, where the page is; `https` with TLS."""
+        return f"{'https' if self._tls is not None else 'http'}://{self._host}:{self._port}"
 
     def start(self) -> "WebServer":
         """Listen.
@@ -86,7 +95,7 @@ class WebServer:
     def _listen(self) -> "_Server":
         for port in self._ports:
             try:
-                return _Server((self._host, port), functools.partial(_Handler, self._source))
+                return _Server((self._host, port), functools.partial(_Handler, self._source), self._tls)
             except OSError as err:
                 failed = err
         ports = "-".join(map(str, sorted({self._ports[0], self._ports[-1]})))
@@ -115,7 +124,10 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
 
-    def __init__(self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler]) -> None:
+    def __init__(
+        self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler], tls: ssl.SSLContext | None
+    ) -> None:
+        self._tls = tls
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         super().__init__(address, handler)
 
@@ -146,6 +158,15 @@ class _Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._slots.release()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer over TLS, if so; its handshake is made here, in the connection's own thread."""
+        if self._tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_TIMEOUT_S)
+        with self._tls.wrap_socket(request, server_side=True) as wrapped:
+            super().finish_request(wrapped, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, or was too slow, is no error of ours."""
