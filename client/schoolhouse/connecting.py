@@ -75,7 +75,8 @@ def connect(
             the token.
 
     Raises:
-        ConfigError: for a setting that is none, or tracing without OpenTelemetry.
+        ConfigError: for a setting that is none, or tracing without OpenTelemetry; for `grpc://` to another machine.
+        AuthenticationError: the server could not prove to be HOST, or wants a certificate or a token of this client's.
         TeacherUnavailableError: no server there within `connect_timeout_s`.
         UnknownTeacherError: no teacher of that name; lists those there are.
         RevisionChangedError: no replica of `revision`; lists those there are.

@@ -19,6 +19,7 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
     UnknownTeacherError,
 )
+from schoolhouse.handshake import why_not
 from schoolhouse.replicas import ReplicaSet
 from schoolhouse.teachers import TeacherDescription
 
@@ -58,6 +59,8 @@ def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSe
 
     Raises:
         TeacherUnavailableError: no server there within `timeout_s`.
+        AuthenticationError: the server, or this client, could not prove who it is.
+        ConfigError: one speaks TLS, and the other does not.
         UnknownTeacherError: no teacher of that name; lists those there are.
     """
     with channel.connect(target, security) as opened:
@@ -65,7 +68,7 @@ def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSe
         try:
             response = stub.ListTeachers(directory_pb2.ListTeachersRequest(), timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError as err:
-            raise _unreachable(err, target, timeout_s) from err
+            raise _unreachable(err, target, timeout_s, security) from err
     sets = {found.teacher: found for found in response.teachers}
     if name not in sets:
         raise UnknownTeacherError(
@@ -139,8 +142,10 @@ def revision_changed(name: str, where: str, revision: str, there_are: Sequence[s
     )
 
 
-def _unreachable(err: grpc.RpcError, target: str, timeout_s: float) -> SchoolhouseError:
+def _unreachable(err: grpc.RpcError, target: str, timeout_s: float, security: ClientSecurity) -> SchoolhouseError:
     error = status.from_rpc_error(err, target)
+    if isinstance(error, TeacherUnavailableError | TeacherTimeoutError) and (why := why_not(target, security)):
+        return why
     if isinstance(error, TeacherUnavailableError | TeacherTimeoutError):
         return TeacherUnavailableError(
             f"no server answered at {target} within {timeout_s} s; is the teacher up, and are host and port right?"

@@ -118,7 +118,7 @@ class TeacherMemoryError(SchoolhouseError, MemoryError):
 
 
 class AuthenticationError(SchoolhouseError, PermissionError):
-    """The server wants a token or a certificate, and none was given, or one that it does not know."""
+    """One side could not prove who it is: the client, for lack of a token or a certificate, or the server."""
 
     code = teacher_pb2.Failure.UNAUTHENTICATED
 

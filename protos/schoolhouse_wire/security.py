@@ -56,7 +56,7 @@ class ClientSecurity:
             insecure=insecure,
         )
         if found.ca is not None:
-            _check_authorities(found.ca, ca)
+            check_authorities("ca", found.ca, ca)
         if cert is not None and key is not None:
             check_pair(cert, key)
         return found
@@ -84,7 +84,7 @@ class ClientSecurity:
         raise ConfigError(
             f"{target} may be another machine, and grpc:// is plaintext: who is on the way can read and change inputs, "
             "features and the token. Connect to grpcs://, to a loopback address (127.0.0.1, ::1, localhost), or say "
-            "insecure=True"
+            "insecure=True (--insecure)"
         )
 
 
@@ -133,12 +133,13 @@ def check_pair(cert: str | Path, key: str | Path) -> None:
         raise ConfigError(f"key {str(key)!r} cannot be used: {err}") from err
 
 
-def _check_authorities(data: bytes, path: str | Path | None) -> None:
+def check_authorities(name: str, data: bytes, path: str | Path | None) -> None:
+    """Raises `ConfigError` unless `data` holds certificates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cadata=data.decode("ascii", "replace"))
     except (ssl.SSLError, ValueError) as err:
-        raise ConfigError(f"ca: {str(path)!r} holds no certificate of an authority that can be read") from err
+        raise ConfigError(f"{name}: {str(path)!r} holds no certificate of an authority that can be read") from err
 
 
 def _no_password() -> str:

@@ -25,8 +25,9 @@ from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, Sharing
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.tls import ServerTls, check_exposure
 from schoolhouse_server.tokens import Tokens
-from schoolhouse_server.web import WebServer
+from schoolhouse_server.web import WebServer, gate_of
 
 _MAX_SHARED_BYTES = 1 << 40
 Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
@@ -54,6 +55,8 @@ class Replica:
         http_port: int | range | None = None,
         tracing: bool = False,
         replica_id: str = "",
+        tls: ServerTls | None = None,
+        insecure: bool = False,
         tokens: str | Path | None = None,
         allow_head: bool = False,
         **sharing: Any,
@@ -71,6 +74,8 @@ class Replica:
                 f"shared_memory_bytes is {shared_memory_bytes!r}; it must be from 0, which switches shared memory off, "
                 f"to {_MAX_SHARED_BYTES}"
             )
+        check_exposure(host, tls, insecure=insecure)
+        self._tls = tls
         self._shared_memory_bytes = shared_memory_bytes
         self._modules = dict(modules)
         self._host, self._ports = host, port if isinstance(port, range) else (port,)
@@ -82,13 +87,17 @@ class Replica:
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
-        self._gate = Gate(Tokens(Path(tokens)) if tokens is not None else None)
+        self._gate = Gate(Tokens.of(tokens))
         self._allow_head = allow_head
         self._directory = Directory(self.load, gate=self._gate)
         self._tracing, self._id = tracing, replica_id
         tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
-        self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
+        self.web = None
+        if http_port is not None:
+            context = tls.context() if tls is not None else None
+            gate = gate_of(self._gate, host)
+            self.web = WebServer(self._directory.sets, host=host, port=http_port, gate=gate, tls=context)
         self.engines: dict[str, Engine] = {}
 
     @property
@@ -98,15 +107,16 @@ class Replica:
 
     @property
     def url(self) -> str:
-        """`grpc://HOST:PORT/NAME` of its only teacher; with several, use `urls`."""
+        """What clients connect to, of its only teacher; with several, use `urls`."""
         if len(self._modules) != 1:
             raise ConfigError(f"this server has several teachers, take one of .urls: {sorted(self._modules)}")
         return next(iter(self.urls.values()))
 
     @property
     def urls(self) -> dict[str, str]:
-        """`grpc://HOST:PORT/NAME` by the names of its teachers."""
-        return {name: f"grpc://{self._host}:{self._port}/{name}" for name in self._modules}
+        """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, by the names of its teachers."""
+        scheme = "grpc" if self._tls is None else "grpcs"
+        return {name: f"{scheme}://{self._host}:{self._port}/{name}" for name in self._modules}
 
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
@@ -134,7 +144,7 @@ class Replica:
             maximum_concurrent_rpcs=max_rpcs,
         )
         self._add_services(server)
-        self._port = listen(server, self._host, self._ports)
+        self._port = listen(server, self._host, self._ports, self._tls)
         for engine in self.engines.values():
             engine.start()
         for name, engine in self.engines.items():
@@ -284,6 +294,8 @@ def serve(
     lease_s: float = LEASE_S,
     http_port: int | None = None,
     tracing: bool = False,
+    tls: ServerTls | None = None,
+    insecure: bool = False,
     tokens: str | Path | None = None,
     allow_head: bool = False,
 ) -> Replica:
@@ -334,6 +346,10 @@ def serve(
     `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
     extra `otel`, and a tracer provider that the program sets.
 
+    `tls=ServerTls(cert=..., key=...)` has all ports speak TLS, so that clients connect to `grpcs://`; with `client_ca`,
+    only those that have a certificate are answered. Without it, a `host` beyond loopback needs `insecure=True`: all
+    that goes to and fro there is plaintext.
+
     With `tokens`, a file that `schoolhouse token` makes lines for, only who has one of its tokens is answered, as it
     says: which teachers, which job, what quota; see `schoolhouse_server.tokens.Grant`. The file is read again as it
     changes; sessions of a token that is gone are ended then. Without it nobody is asked. `allow_head` gives the weights
@@ -366,6 +382,8 @@ def serve(
         lease_s=lease_s,
         http_port=http_port,
         tracing=tracing,
+        tls=tls,
+        insecure=insecure,
         tokens=tokens,
         allow_head=allow_head,
     ).start()

@@ -102,6 +102,11 @@ class Tokens:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @classmethod
+    def of(cls, path: str | Path | None) -> "Tokens | None":
+        """Those of the file, if there is one; raises as the constructor does."""
+        return cls(Path(path)) if path is not None else None
+
     def grant(self, token: str) -> Grant | None:
         """What a token may do; None: it is not known. Takes as long for any token, but for its length."""
         if len(token) > _MAX_TOKEN_LENGTH:
