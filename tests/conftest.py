@@ -63,7 +63,7 @@ def teach(request):
     def make(module):
         if request.param == "local":
             return sh.LocalTeacher(module)
-        server = serve(module)
+        server = serve(module, allow_head=True)
         open_ones.append(server)
         teacher = sh.connect(server.url)
         open_ones.insert(0, teacher)

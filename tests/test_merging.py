@@ -92,7 +92,7 @@ def test_each_request_gets_its_own_rows_taps_and_encodings(rounds):
 
 
 def served(module, **more):
-    return serve(module, merge="pad", pad={"values": {"ids": 0}, "mask": "mask"}, **more)
+    return serve(module, merge="pad", pad={"values": {"ids": 0}, "mask": "mask"}, **{"allow_head": True, **more})
 
 
 class Held(nn.Module):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from schoolhouse_wire.security import ClientSecurity
+
 from schoolhouse.heads_cache import default_cache_folder
 from schoolhouse.remote import RemoteTeacher
 
@@ -25,8 +27,17 @@ def connect(
     tracing: bool = False,
     verify_every: int = 0,
     verify_tolerance: float = 0.0,
+    ca: str | Path | None = None,
+    cert: str | Path | None = None,
+    key: str | Path | None = None,
+    token: str | None = None,
+    insecure: bool = False,
 ) -> RemoteTeacher:
-    """Connect to the teacher at `grpc://HOST:PORT/NAME`, a directory or a replica.
+    """Connect to the teacher at `grpcs://HOST:PORT/NAME`, a directory or a replica, or at `grpc://` without TLS.
+
+    With `grpcs://` every server, also each replica that a directory lists, must have a certificate for HOST. With
+    `grpc://` nothing is encrypted, and HOST must be a loopback address. A teacher that is pickled holds the token and
+    the key.
 
     The C allocator of this process is told to keep up to 512 MiB of freed memory (`schoolhouse_wire.memory`): without
     that, receiving features costs about half as much again.
@@ -68,9 +79,18 @@ def connect(
             step raises `FeatureMismatchError`, and every request is verified from then on. `verification()` counts.
         verify_tolerance: how far numbers may be apart, of the largest in their tensor, where replicas have unlike
             devices, which round differently. Classes that `topk` and `sampled` name must be the same all the same.
+        ca: PEM file of the authorities that the servers' certificates must come from; None: those that gRPC knows, of
+            the public web.
+        cert: PEM file of this client's own certificate, and those between it and its authority, for servers that want
+            one.
+        key: PEM file of its private key, without a password.
+        token: what the pool's operator gave to this job; it is in each RPC, but not in the features' frames.
+        insecure: allow `grpc://` to other machines, where anyone on the way can read and change everything, and take
+            the token.
 
     Raises:
-        ConfigError: for a setting that is none, or tracing without OpenTelemetry.
+        ConfigError: for a setting that is none, or tracing without OpenTelemetry; for `grpc://` to another machine.
+        AuthenticationError: the server could not prove to be HOST, or wants a certificate or a token of this client's.
         TeacherUnavailableError: no server there within `connect_timeout_s`.
         UnknownTeacherError: no teacher of that name; lists those there are.
         RevisionChangedError: no replica of `revision`; lists those there are.
@@ -93,6 +113,7 @@ def connect(
         tracing=tracing,
         verify_every=verify_every,
         verify_tolerance=verify_tolerance,
+        security=ClientSecurity.read(ca=ca, cert=cert, key=key, token=token, insecure=insecure),
     )
     teacher.facts()
     return teacher

@@ -46,7 +46,7 @@ class Dispatcher:
         self._parked = Parking(name, settings.wait_s, self._tried)
         self._budget = RetryBudget(time.monotonic())
         self._past = Traffic()  # of sessions that have ended
-        self._watch = Watch(target, name, settings.zone, self)
+        self._watch = Watch(target, name, settings.zone, self, settings.security)
         self._watching = False
         self._directory_error: SchoolhouseError | None = None  # while it is away
         self.outstanding = Outstanding(settings.max_pending, self._fail_late, self._tend)
@@ -218,6 +218,7 @@ class Dispatcher:
             weight=self._settings.weight,
             shared_memory=self._settings.shared_memory,
             checksums=self._settings.checksums,
+            security=self._settings.security,
             revision=self._revision,
             owner=self,
             clock=time.monotonic,

@@ -43,10 +43,14 @@ class RemoteTeacher:
     """A teacher behind gRPC. It connects at the first use and again in a process that was forked from this one."""
 
     def __init__(self, url: str, **settings: Any) -> None:
-        """Without connecting; the settings are those of `connect`, but without a `head_folder` heads stay in memory."""
+        """Without connecting; the settings are those of `connect`, but without a `head_folder` heads stay in memory,
+        and `security`, a `ClientSecurity`, stands for `ca` to `insecure`.
+        """
         self.url = url
-        self._target, self._name = discovery.parse(url)
-        self._settings = Settings(**settings)
+        self._target, self._name, host, tls = discovery.parse(url)
+        given = Settings(**settings)
+        self._settings = dataclasses.replace(given, security=given.security.towards(host, tls=tls))
+        self._settings.security.allow(self._target)
         self._tracer = tracer(self._settings.tracing)
         self._closed = False
         self._pinned = self._settings.revision  # the one that it began with, also in a copy and after a fork
@@ -125,7 +129,7 @@ class RemoteTeacher:
         if self._inherited is not None:
             timeout_s /= 2  # the rest is for a replica, if the directory does not answer
         try:
-            return discovery.find(self._target, self._name, self._settings.zone, timeout_s)
+            return discovery.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
         except TeacherUnavailableError:
             if self._inherited is None:
                 raise
@@ -135,7 +139,7 @@ class RemoteTeacher:
         addresses = [replica.address for replica in found.of(revision)]
         if not addresses and found.replicas:
             raise discovery.revision_changed(self._name, self._target, revision, found.revisions())
-        return Facts(*discovery.describe(addresses, self._name, revision, timeout_s))
+        return Facts(*discovery.describe(addresses, self._name, revision, timeout_s, self._settings.security))
 
     def _follow(self, dispatcher: Dispatcher) -> None:
         """Learn about a new revision. Without an answer the last one is gone on with, as long as it is there."""

@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.message import Message
 from schoolhouse_wire import channel, framing, memory, pipes, shared_memory, status
 from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -61,6 +62,7 @@ class Session:
         weight: float,
         shared_memory: bool,
         checksums: bool,
+        security: ClientSecurity,
         revision: str = "",
         owner: Owner,
         clock: Callable[[], float],
@@ -82,6 +84,7 @@ class Session:
             checksums=checksums,
             revision=revision,
         )
+        self._security = security
         self._owner = owner
         self._clock = clock
         self._outbox: Outbox[Message | bytes] = Outbox()
@@ -134,7 +137,7 @@ class Session:
     def start(self) -> None:
         """Begin to connect; the owner is told how that ends."""
         memory.keep_freed_memory()
-        self._channel = channel.connect(self.address)
+        self._channel = channel.connect(self.address, self._security)
         stub = self._channel.stream_stream(
             channel.SESSION_METHOD,
             request_serializer=framing.write_message,

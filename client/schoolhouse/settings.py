@@ -1,9 +1,10 @@
 """Settings of a connection, checked once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from schoolhouse_wire.limits import MAX_JOB_NAME
+from schoolhouse_wire.security import ClientSecurity
 
 from schoolhouse.errors import ConfigError
 
@@ -35,6 +36,7 @@ class Settings:
     tracing: bool = False
     verify_every: int = 0
     verify_tolerance: float = 0.0
+    security: ClientSecurity = field(default_factory=ClientSecurity)
 
     def __post_init__(self) -> None:
         for name in ("job", "zone", "revision"):
@@ -47,6 +49,8 @@ class Settings:
         for name in ("shared_memory", "checksums", "follow_revisions", "tracing"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choices: True, False")
+        if not isinstance(self.security, ClientSecurity):
+            raise ConfigError(f"security is of type {type(self.security).__name__}; it must be a ClientSecurity")
         if not isinstance(self.head_folder, str | Path | None):
             raise ConfigError(f"head_folder is {self.head_folder!r}; it must be a path, or None")
         if self.revision and self.follow_revisions:

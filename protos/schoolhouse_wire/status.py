@@ -15,6 +15,7 @@ from schoolhouse_wire.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
+from schoolhouse_wire.scrubbing import scrub
 from schoolhouse_wire.v1 import teacher_pb2
 
 _FAILURE_KEY = "schoolhouse-failure-bin"
@@ -52,10 +53,14 @@ _FROM_GRPC: dict[str, type[SchoolhouseError]] = {
 
 
 def to_failure(error: BaseException, request_id: int = 0) -> teacher_pb2.Failure:
-    """The failure that tells `error` to a peer; an error that is not ours becomes INTERNAL without its text."""
+    """The failure that tells `error` to a peer, without paths, tokens and numbers of tensors that its text may have.
+
+    An error that is not ours becomes INTERNAL without its text.
+    """
     if not isinstance(error, SchoolhouseError):
         error = TeacherInternalError(f"the teacher's server failed with a {type(error).__name__}; its log says more")
-    text = error.message if len(error.message) <= _MAX_TEXT else error.message[:_MAX_TEXT] + "…"
+    text = scrub(error.message)
+    text = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "…"
     return teacher_pb2.Failure(
         request_id=request_id, code=error.code, message=text, choices=error.choices[:_MAX_CHOICES]
     )

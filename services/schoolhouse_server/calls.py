@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from schoolhouse.errors import ProtocolError, RevisionChangedError
+from schoolhouse.errors import PermissionDeniedError, ProtocolError, RevisionChangedError
 from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Arguments, pack
 from schoolhouse_wire.limits import Limits
@@ -24,8 +24,19 @@ def inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
     return inputs, mask
 
 
-def head_answer(engine: Engine, wanted: Wanted, inputs: Arguments) -> Answer:
-    """A head, or its digest, by which a client tells whether the one that it has is the same."""
+def head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:
+    """A head, or its digest, by which a client tells whether the one that it has is the same.
+
+    Raises:
+        PermissionDeniedError: it is not `allowed` to give heads out.
+        ProtocolError: it is no call for one head.
+    """
+    if not allowed:
+        raise PermissionDeniedError(
+            f"the head of {engine.description.name!r} is not given out, so encodings.hidden() cannot be used; choose "
+            "another encoding, or ask who runs the server for serve(allow_head=True), in a pool's file `security: "
+            "{allow_head: true}`"
+        )
     heads = wanted.heads()
     if len(wanted.taps) != 1 or len(heads) != 1:
         raise ProtocolError("a call for a head must name one, as the encoding of its only tap")

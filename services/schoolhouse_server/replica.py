@@ -4,6 +4,7 @@ import atexit
 import os
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -15,6 +16,7 @@ from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
+from schoolhouse_server.auth import Doorkeeper, Gate
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.directory import Directory
 from schoolhouse_server.engine import Engine
@@ -24,7 +26,9 @@ from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, Sharing
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
-from schoolhouse_server.web import WebServer
+from schoolhouse_server.tls import ServerTls, check_exposure
+from schoolhouse_server.tokens import Tokens
+from schoolhouse_server.web import WebServer, gate_of
 
 _MAX_SHARED_BYTES = 1 << 40
 Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
@@ -52,6 +56,10 @@ class Replica:
         http_port: int | range | None = None,
         tracing: bool = False,
         replica_id: str = "",
+        tls: ServerTls | None = None,
+        insecure: bool = False,
+        tokens: str | Path | None = None,
+        allow_head: bool = False,
         **sharing: Any,
     ) -> None:
         """The settings are those of `serve`; `sharing` are those of `Sharing`."""
@@ -67,6 +75,8 @@ class Replica:
                 f"shared_memory_bytes is {shared_memory_bytes!r}; it must be from 0, which switches shared memory off, "
                 f"to {_MAX_SHARED_BYTES}"
             )
+        check_exposure(host, tls, insecure=insecure)
+        self._tls = tls
         self._shared_memory_bytes = shared_memory_bytes
         self._modules = dict(modules)
         self._host, self._ports = host, port if isinstance(port, range) else (port,)
@@ -78,12 +88,18 @@ class Replica:
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
-        self._directory = Directory(self.load)
+        self._gate = Gate(Tokens.of(tokens))
+        self._allow_head = allow_head
+        self._directory = Directory(self.load, gate=self._gate)
         self._tracing, self._id = tracing, replica_id
         tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
         self._pid = os.getpid()
-        self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
+        self.web = None
+        if http_port is not None:
+            context = tls.context() if tls is not None else None
+            gate = gate_of(self._gate, host)
+            self.web = WebServer(self._directory.sets, host=host, port=http_port, gate=gate, tls=context)
         self.engines: dict[str, Engine] = {}
 
     @property
@@ -93,15 +109,16 @@ class Replica:
 
     @property
     def url(self) -> str:
-        """`grpc://HOST:PORT/NAME` of its only teacher; with several, use `urls`."""
+        """What clients connect to, of its only teacher; with several, use `urls`."""
         if len(self._modules) != 1:
             raise ConfigError(f"this server has several teachers, take one of .urls: {sorted(self._modules)}")
         return next(iter(self.urls.values()))
 
     @property
     def urls(self) -> dict[str, str]:
-        """`grpc://HOST:PORT/NAME` by the names of its teachers."""
-        return {name: f"grpc://{self._host}:{self._port}/{name}" for name in self._modules}
+        """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, by the names of its teachers."""
+        scheme = "grpc" if self._tls is None else "grpcs"
+        return {name: f"{scheme}://{self._host}:{self._port}/{name}" for name in self._modules}
 
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
@@ -125,11 +142,12 @@ class Replica:
         forks.before_grpc()
         server = grpc.server(
             self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
+            interceptors=[Doorkeeper(self._gate)],
             options=channel.SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_rpcs,
         )
         self._add_services(server)
-        self._port = listen(server, self._host, self._ports)
+        self._port = listen(server, self._host, self._ports, self._tls)
         for engine in self.engines.values():
             engine.start()
         for name, engine in self.engines.items():
@@ -137,6 +155,7 @@ class Replica:
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
         if self.web is not None:
             self.web.start()
+        self._gate.start()
         server.start()
         self._server = server
         atexit.register(self.close, 0.0)  # a thread that is within torch when the interpreter ends aborts the process
@@ -198,6 +217,7 @@ class Replica:
         if self._server is not None:
             self._server.stop(grace_s).wait(grace_s + 5)
             self._workers.shutdown()
+        self._gate.close()
         for engine in self.engines.values():
             engine.close()
         if self._server is not None:
@@ -217,6 +237,8 @@ class Replica:
             shared_memory_bytes=self._shared_memory_bytes,
             sharing=self._sharing,
             timer=self._timer,
+            gate=self._gate,
+            allow_head=self._allow_head,
             tracing=self._tracing,
         )
         session = grpc.stream_stream_rpc_method_handler(
@@ -233,7 +255,8 @@ class Replica:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {"Session": session, "Describe": describe}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(names[0], methods),))
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
-        add_standard_services(server, (*names, *self._modules))
+        known = self._modules if self._gate.tokens is None else ()  # health is for all to ask: it tells no names then
+        add_standard_services(server, (*names, *known))
 
 
 def _examples(
@@ -276,6 +299,10 @@ def serve(
     lease_s: float = LEASE_S,
     http_port: int | None = None,
     tracing: bool = False,
+    tls: ServerTls | None = None,
+    insecure: bool = False,
+    tokens: str | Path | None = None,
+    allow_head: bool = False,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -319,9 +346,19 @@ def serve(
     is cut to the longest in the batch, or state that changes no feature so far. Such teachers need `"never"`.
 
     With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
-    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs.
+    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs;
+    where it is not on loopback and there are `tokens`, only with an admin's one.
     `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
     extra `otel`, and a tracer provider that the program sets.
+
+    `tls=ServerTls(cert=..., key=...)` has all ports speak TLS, so that clients connect to `grpcs://`; with `client_ca`,
+    only those that have a certificate are answered. Without it, a `host` beyond loopback needs `insecure=True`: all
+    that goes to and fro there is plaintext.
+
+    With `tokens`, a file that `schoolhouse token` makes lines for, only who has one of its tokens is answered, as it
+    says: which teachers, which job, what quota; see `schoolhouse_server.tokens.Grant`. The file is read again as it
+    changes; sessions of a token that is gone are ended then. Without it nobody is asked. `allow_head` gives the weights
+    of a teacher's head to who asks, as `encodings.hidden` does.
 
     Raises:
         ConfigError: for a setting that cannot be, or a module that cannot be merged as it says.
@@ -350,4 +387,8 @@ def serve(
         lease_s=lease_s,
         http_port=http_port,
         tracing=tracing,
+        tls=tls,
+        insecure=insecure,
+        tokens=tokens,
+        allow_head=allow_head,
     ).start()

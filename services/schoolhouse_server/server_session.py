@@ -33,9 +33,10 @@ from schoolhouse_server.engine import Engine
 from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.logs import SessionLog
 from schoolhouse_server.membership import Member
-from schoolhouse_server.sharing import rows_of
+from schoolhouse_server.sharing import Sharing, rows_of
 from schoolhouse_server.spans import SessionSpans
 from schoolhouse_server.timer import Alarm
+from schoolhouse_server.tokens import Grant
 
 if TYPE_CHECKING:
     from schoolhouse_server.servicer import Teachers
@@ -58,7 +59,7 @@ class ServerSession:
     """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
 
     def __init__(
-        self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, *, shared_memory_bytes: int
+        self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, grant: Grant, *, shared_memory_bytes: int
     ) -> None:
         self.outbox: Outbox[Message | bytes] = Outbox()
         self._untold: deque[Message] = deque()  # small messages that the stream has not taken yet
@@ -69,6 +70,7 @@ class ServerSession:
         self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
         self._messages = messages
         self._limits = limits
+        self._grant = grant
         self._partial: dict[int, _Partial] = {}
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
@@ -113,14 +115,17 @@ class ServerSession:
                 self._engine.cancel(ticket)
 
     def _expire(self) -> None:
-        """The lease has run out. A stream that does not take the reason is cancelled."""
+        lease_s = self._teachers.sharing.lease_s
+        self.end(LeaseExpiredError(f"the client said nothing for {lease_s} s, so its session was ended"))
+
+    def end(self, error: SchoolhouseError) -> None:
+        """End it, and say why. A stream that does not take the reason is cancelled."""
 
         def cancel() -> None:
             if self.cancel_stream is not None:
                 self.cancel_stream()
 
-        lease_s = self._teachers.sharing.lease_s
-        self.error = LeaseExpiredError(f"the client said nothing for {lease_s} s, so its session was ended")
+        self.error = error
         self.close()
         self._teachers.timer.at(time.monotonic() + _END_S, cancel)
 
@@ -192,10 +197,11 @@ class ServerSession:
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
         self._teachers.drain.check()
-        sharing = self._teachers.sharing
-        engine = self._engine = self._teachers.find(message.teacher)
+        message = self._teachers.gate.opened(message, self._grant)
+        sharing = self._teachers.sharing.within(self._grant.max_in_flight, self._grant.max_job_bytes)
+        engine = self._engine = self._teachers.find(message.teacher, self._grant)
         check_revision(message.revision, engine)
-        self._enter(message, engine)
+        self._enter(message, engine, sharing)
         self.log.info("a session began")
         opened = teacher_pb2.Opened(
             revision=engine.description.revision,
@@ -217,15 +223,15 @@ class ServerSession:
         if self._closed:  # meanwhile, so that nobody takes it out again
             self._teachers.drain.leave(self._member)
 
-    def _enter(self, message: teacher_pb2.Open, engine: Engine) -> None:
+    def _enter(self, message: teacher_pb2.Open, engine: Engine, sharing: Sharing) -> None:
         with self._closing:
             if self._closed:
                 raise ProtocolError("the session was closed")
             admission = self._teachers.admissions[message.teacher]
-            self._member = Member(message, engine.counters, admission, self._tell)
+            self._member = Member(message, engine.counters, admission, sharing, self._tell)
             self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
             self._stop_waiting_for_open()
-            self._member.start_lease(self._teachers.timer, self._teachers.sharing.lease_s, self._expire)
+            self._member.start_lease(self._teachers.timer, sharing.lease_s, self._expire)
 
     def _on_cancel(self, request_id: int) -> None:
         self._partial.pop(request_id, None)
@@ -309,7 +315,8 @@ class ServerSession:
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
         if any(tap.side == HEAD for tap in wanted.taps):
-            self._answer(request_id, digest, wanted, head_answer(self._engine, wanted, inputs))
+            head = head_answer(self._engine, wanted, inputs, allowed=self._teachers.allow_head)
+            self._answer(request_id, digest, wanted, head)
             return
 
         rows = rows_of(inputs)

@@ -15,11 +15,13 @@ from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import Admission
+from schoolhouse_server.auth import EVERYBODY, Gate, check_teacher
 from schoolhouse_server.draining import Drain
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.server_session import ServerSession
 from schoolhouse_server.sharing import Sharing
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.tokens import Grant
 
 
 class Teachers:
@@ -33,6 +35,8 @@ class Teachers:
         shared_memory_bytes: int,
         sharing: Sharing,
         timer: Timer,
+        gate: Gate,
+        allow_head: bool,
         tracing: bool = False,
     ) -> None:
         self._engines = engines
@@ -40,15 +44,23 @@ class Teachers:
         self._shared_memory_bytes = shared_memory_bytes
         self.sharing = sharing
         self.timer = timer
+        self.gate = gate
+        self.allow_head = allow_head
         self.admissions = {name: Admission(sharing, timer) for name in engines}
         self.tracer = tracer(tracing)
         self.sessions = 0
         self.drain = Drain()
 
-    def find(self, name: str) -> Engine:
-        """The engine of a teacher; raises `UnknownTeacherError` with those there are."""
+    def find(self, name: str, grant: Grant = EVERYBODY) -> Engine:
+        """The engine of a teacher that the grant is for.
+
+        Raises:
+            PermissionDeniedError: it is for others.
+            UnknownTeacherError: there is none; names those of the grant that there are.
+        """
+        check_teacher(name, grant)
         if name not in self._engines:
-            names = sorted(self._engines)
+            names = sorted(filter(grant.sees, self._engines))
             raise UnknownTeacherError(f"no teacher {name!r} here; there are: {', '.join(names)}", choices=names)
         return self._engines[name]
 
@@ -57,7 +69,7 @@ class Teachers:
     ) -> teacher_pb2.DescribeResponse:
         """Static facts of a teacher."""
         try:
-            found = self.find(request.teacher).description
+            found = self.find(request.teacher, self.gate.grant(context)).description
         except SchoolhouseError as err:
             status.abort(context, err)
         return teacher_pb2.DescribeResponse(
@@ -75,13 +87,15 @@ class Teachers:
 
     def session(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Message | bytes]:
         """One client's stream: a thread reads requests, this one sends answers."""
-        session = ServerSession(self, messages, self._limits, shared_memory_bytes=self._shared_memory_bytes)
+        grant = self.gate.grant(context)
+        session = ServerSession(self, messages, self._limits, grant, shared_memory_bytes=self._shared_memory_bytes)
         session.cancel_stream = context.cancel
         context.add_callback(session.close)
         self.sessions += 1
         try:
             session.start()
-            yield from session.answers()
+            with self.gate.held(grant, session.end):
+                yield from session.answers()
             if session.error is not None:
                 status.abort(context, session.error)
         finally:
