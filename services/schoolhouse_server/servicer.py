@@ -46,10 +46,11 @@ class Teachers:
         self.drain = Drain()
 
     def find(self, name: str) -> Engine:
-        """The engine of a teacher; raises `UnknownTeacherError` with those there are."""
+        """The engine of a teacher; raises `UnknownTeacherError` with those there are, or that it serves no more."""
         if name not in self._engines:
             names = sorted(self._engines)
             raise UnknownTeacherError(f"no teacher {name!r} here; there are: {', '.join(names)}", choices=names)
+        self._engines[name].check()
         return self._engines[name]
 
     def describe(
