@@ -4,7 +4,6 @@ The same code runs on a CPU, whose streams and events torch provides too: there 
 returns.
 """
 
-import gc
 import threading
 import time
 from collections.abc import Callable
@@ -158,7 +157,6 @@ class Device:
 
     def free(self) -> None:
         """Give back memory that is kept for later use, so that it can be taken in other sizes."""
-        gc.collect()  # what a failed forward left in cycles
         if self._pins:
             self.kit.empty_cache()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -140,6 +141,7 @@ class Runner:
         """Wait for what is on its way out, and give back what the device holds for nobody."""
         self._outlet.settle()
         self._ahead.clear()
+        gc.collect()  # what a failed forward left in cycles
         self._device.free()
 
     def _by_way_of_host(self, inputs: Arguments, wanted: Wanted) -> dict[Tap, Any]:
