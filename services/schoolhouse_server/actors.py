@@ -53,6 +53,7 @@ class Report:
     load: bytes = b""  # a serialized message
     draining: bool = False
     drained: bool = False  # it may be stopped
+    trouble: str = ""  # why it has to be replaced at once
 
 
 class PoolActor:
@@ -120,14 +121,17 @@ class TeacherActor(PoolActor):
         """What it does at present."""
         if self._replica is None:
             return Report(self._stage, self._version)
+        trouble = self._replica.trouble
+        stage = "draining" if self._replica.draining else self._stage
         return Report(
-            stage="draining" if self._replica.draining else self._stage,
+            stage=trouble.stage if trouble is not None else stage,
             version=self._version,
             address=self._address,
             revision=self._replica.engines[self._name].description.revision,
             load=self._replica.load(self._name).SerializeToString(),
             draining=self._replica.draining,
             drained=self._replica.drained,
+            trouble=trouble.why if trouble is not None else "",
         )
 
     def drain(self, timeout_s: float) -> None:
@@ -154,6 +158,7 @@ class TeacherActor(PoolActor):
             max_job_bytes=self._spec.max_job_bytes,
             max_queued=self._spec.max_queued,
             lease_s=self._spec.lease_s,
+            forward_timeout_s=self._spec.forward_timeout_s,
             merging=self._spec.merging,
             example=load_example(self._spec, self._pool.folder),
             http_port=self._pool.metrics_port_range,

@@ -13,6 +13,7 @@ from schoolhouse_server.logs import LogFormat
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_LEASE_S, MAX_QUEUED
 from schoolhouse_server.tls import ServerTls
 from schoolhouse_server.tokens import Tokens
+from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, MAX_FORWARD_TIMEOUT_S
 
 _MAX_REPLICAS = 1024
 _NODE_ID = "ray.io/node-id"
@@ -120,6 +121,7 @@ class TeacherSpec:
     max_job_bytes: Annotated[int, Field(ge=1)] = MAX_JOB_BYTES
     max_queued: Annotated[int, Field(ge=1)] = MAX_QUEUED
     lease_s: Annotated[float, Field(ge=0, le=MAX_LEASE_S)] = LEASE_S
+    forward_timeout_s: Annotated[float, Field(ge=0, le=MAX_FORWARD_TIMEOUT_S)] = FORWARD_TIMEOUT_S
     merge: Literal["never", "same-shape", "pad"] = "never"
     max_batch_rows: Annotated[int, Field(ge=1)] = 256
     max_batch_tokens: Annotated[int, Field(ge=1)] = 65_536

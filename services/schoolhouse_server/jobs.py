@@ -53,6 +53,7 @@ class Job:
     rows: int = 1
     alarm: Alarm | None = None  # at its deadline
     alone: bool = False  # computed anew and by itself: its client compares the bits
+    again: int = 0  # times that it has run and was not answered with what came of it
 
     @property
     def job(self) -> str:

@@ -45,6 +45,7 @@ class Member:
         self._tell = tell
         self._place = Place(self.account.job, sharing, self._tell_wait, self._tell_resume)
         self._lease: Lease | None = None
+        self.teacher = opened.teacher
         self.calls = 0  # that came so far
         admission.enter(self._place)
 

@@ -1,6 +1,7 @@
 """A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
 
 import atexit
+import functools
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from torch import nn
 from schoolhouse_server.auth import Doorkeeper, Gate
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.directory import Directory
-from schoolhouse_server.engine import Engine
+from schoolhouse_server.engine import Engine, Trouble
 from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.ports import listen
 from schoolhouse_server.servicer import Teachers
@@ -28,6 +29,7 @@ from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
 from schoolhouse_server.tls import ServerTls, check_exposure
 from schoolhouse_server.tokens import Tokens
+from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, checked_timeout_s
 from schoolhouse_server.web import WebServer, gate_of
 
 _MAX_SHARED_BYTES = 1 << 40
@@ -60,6 +62,7 @@ class Replica:
         insecure: bool = False,
         tokens: str | Path | None = None,
         allow_head: bool = False,
+        forward_timeout_s: float = FORWARD_TIMEOUT_S,
         **sharing: Any,
     ) -> None:
         """The settings are those of `serve`; `sharing` are those of `Sharing`."""
@@ -92,6 +95,7 @@ class Replica:
         self._allow_head = allow_head
         self._directory = Directory(self.load, gate=self._gate)
         self._tracing, self._id = tracing, replica_id
+        self._forward_timeout_s = checked_timeout_s(forward_timeout_s)
         tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
         self._pid = os.getpid()
@@ -134,6 +138,8 @@ class Replica:
                 timer=self._timer,
                 merge=self._merging,
                 example=self._examples.get(name),
+                forward_timeout_s=self._forward_timeout_s,
+                on_trouble=functools.partial(self._fail, name),
             )
             for name, module in self._modules.items()
         }
@@ -185,9 +191,8 @@ class Replica:
         Returns at once. Poll `drained`, which is true when no session is left or has had anything in flight for a
         while, and after `timeout_s` at the latest; then `close()`.
         """
-        for name, engine in self.engines.items():
-            own = self._described(name, engine, directory_pb2.Replica.DRAINING)
-            self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+        for name in self.engines:
+            self._publish_draining(name)
         self._teachers.drain.begin(timeout_s)
 
     @property
@@ -199,6 +204,21 @@ class Replica:
     def drained(self) -> bool:
         """Whether it may be closed after `drain`."""
         return self._teachers.drain.over()
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """What keeps one of its teachers from work for good; None: nothing. Who has it replaces the replica."""
+        return next((engine.trouble for engine in self.engines.values() if engine.trouble is not None), None)
+
+    def _fail(self, name: str) -> None:
+        """A teacher is at its end: say so to probes, to those who watch and to its sessions."""
+        self._report_failed(name)
+        self._publish_draining(name)
+        self._teachers.drain.tell(name)
+
+    def _publish_draining(self, name: str) -> None:
+        own = self._described(name, self.engines[name], directory_pb2.Replica.DRAINING)
+        self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
 
     def _described(
         self, name: str, engine: Engine, state: directory_pb2.Replica.State = directory_pb2.Replica.SERVING
@@ -256,7 +276,7 @@ class Replica:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(names[0], methods),))
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
         known = self._modules if self._gate.tokens is None else ()  # health is for all to ask: it tells no names then
-        add_standard_services(server, (*names, *known))
+        self._report_failed = add_standard_services(server, (*names, *known))
 
 
 def _examples(
@@ -303,6 +323,7 @@ def serve(
     insecure: bool = False,
     tokens: str | Path | None = None,
     allow_head: bool = False,
+    forward_timeout_s: float = FORWARD_TIMEOUT_S,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -344,6 +365,19 @@ def serve(
     use features of padded places. It can miss what happens to some values only, between two checks: experts of a
     limited capacity that a larger batch fills up, or whose tokens were as many in all that was checked, a length that
     is cut to the longest in the batch, or state that changes no feature so far. Such teachers need `"never"`.
+
+    A forward that takes longer than `forward_timeout_s` (0: any time is right), compiling included, counts as one that
+    never returns. Then, and when the device is broken, the teacher is at its end: health says NOT_SERVING, its requests
+    fail with `TeacherUnavailableError`, so that clients ask another replica, and `server.trouble` says why.
+
+    A device that has no room for a merged forward runs it in halves. One that has none for a request by itself runs it
+    once more when it has nothing else to do, and then in parts of its rows, if what some rows give is what the halves
+    of those give: to the bit with `merge="never"`, up to rounding otherwise. If not, or if a row alone has no room,
+    that request fails with `TeacherMemoryError`, and the others go on. Such features are encoded on the host.
+
+    Requests whose inputs are not all finite run alone, as do those of a session of which three gave NaN. Merged
+    features with NaN, and now and then those with infinities, are held against single forwards before anybody gets
+    them. So what is not finite stays with its own request.
 
     With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
     at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs;
@@ -391,4 +425,5 @@ def serve(
         insecure=insecure,
         tokens=tokens,
         allow_head=allow_head,
+        forward_timeout_s=forward_timeout_s,
     ).start()

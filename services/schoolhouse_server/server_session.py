@@ -28,7 +28,7 @@ from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import FloodError
-from schoolhouse_server.calls import check_revision, head_answer, inputs_of
+from schoolhouse_server.calls import as_told, check_revision, head_answer, inputs_of
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.logs import SessionLog
@@ -386,6 +386,7 @@ class ServerSession:
             self._spans.sent(request_id, began)
 
     def _fail(self, request_id: int, error: BaseException) -> None:
+        error = as_told(error)
         self._spans.failed(request_id, error)
         if isinstance(error, SchoolhouseError):
             self.log.info("a request failed: %s", type(error).__name__, request=request_id)

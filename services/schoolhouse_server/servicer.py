@@ -57,11 +57,13 @@ class Teachers:
         Raises:
             PermissionDeniedError: it is for others.
             UnknownTeacherError: there is none; names those of the grant that there are.
+            TeacherUnavailableError: it serves no more.
         """
         check_teacher(name, grant)
         if name not in self._engines:
             names = sorted(filter(grant.sees, self._engines))
             raise UnknownTeacherError(f"no teacher {name!r} here; there are: {', '.join(names)}", choices=names)
+        self._engines[name].check()
         return self._engines[name]
 
     def describe(
