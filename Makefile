@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test cluster parity lint protos bench clean
+.PHONY: install demo test fuzz cluster parity lint protos bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,13 @@ test: $(STAMP)  ## the page's tests want a browser: as root on Debian it is inst
 		(timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq \
 			--no-install-recommends chromium chromium-driver) >/dev/null 2>&1 || true; fi
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
+fuzz: $(STAMP)  ## a million mutated frames for the codec and a live server, in 9 minutes at most; atheris in its own environment
+	test -x .venv-fuzz/bin/python || $(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$(.venv-fuzz/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/schoolhouse.pth"
+	.venv-fuzz/bin/python tests/fuzz/run.py --frames 1000000 --seconds 540
 
 cluster: $(STAMP)  ## takes a node of a Ray cluster off its network, in network namespaces; needs root
 	$(BIN)/python -m pytest -m cluster tests/test_nodes.py
@@ -52,4 +59,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checksum.py
 
 clean:
-	rm -rf $(VENV) .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-parity .venv-fuzz build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

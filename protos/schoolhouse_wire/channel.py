@@ -19,6 +19,7 @@ _COMMON: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # identity alone: nothing that comes is ever inflated
 ]
 
 CLIENT_OPTIONS: list[tuple[str, int | str]] = [
@@ -30,6 +31,10 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
 ]
 SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON,
+    ("grpc.max_concurrent_streams", 64),  # of one connection
+    ("grpc.max_allowed_incoming_connections", 2048),
+    ("grpc.server_handshake_timeout_ms", 20_000),  # for a connection that does not say what it is for
+    ("grpc.max_connection_idle_ms", 300_000),  # without a stream; a channel connects again as it is used
     ("grpc.http2.min_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),  # received ones; gRPC's C name for it
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.so_reuseport", 0),

@@ -13,7 +13,7 @@ from schoolhouse.errors import ConfigError
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.tracing import tracer
 from schoolhouse_wire import channel, forks, framing, memory
-from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.limits import MAX_NAME, Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
@@ -51,7 +51,7 @@ class Replica:
         merging: MergeSettings | None = None,
         example: Example = None,
         early_stop: bool = True,
-        max_sessions: int = 64,
+        max_sessions: int = 128,
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
@@ -69,8 +69,10 @@ class Replica:
         if not modules:
             raise ConfigError("there is no teacher to serve; give a module, or a dict of names and modules")
         for name in modules:
-            if not name or "/" in name:
-                raise ConfigError(f"{name!r} cannot be a teacher's name; it must not be empty or contain '/'")
+            if not 0 < len(name) <= MAX_NAME or "/" in name:
+                raise ConfigError(
+                    f"{name!r:.80} cannot be a teacher's name; it must have 1 to {MAX_NAME} characters, and no '/'"
+                )
         if cache_bytes < 0:
             raise ConfigError(f"cache_bytes is {cache_bytes}; it must be 0, for no cache, or above")
         if not isinstance(shared_memory_bytes, int) or not 0 <= shared_memory_bytes <= _MAX_SHARED_BYTES:
@@ -259,16 +261,17 @@ class Replica:
             timer=self._timer,
             gate=self._gate,
             allow_head=self._allow_head,
+            max_sessions=self._max_sessions,
             tracing=self._tracing,
         )
         session = grpc.stream_stream_rpc_method_handler(
             teachers.session,
-            request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
+            request_deserializer=lambda data: framing.received(teacher_pb2.ClientMessage, data),
             response_serializer=framing.write_message,
         )
         describe = grpc.unary_unary_rpc_method_handler(
             teachers.describe,
-            request_deserializer=teacher_pb2.DescribeRequest.FromString,
+            request_deserializer=lambda data: framing.parsed(teacher_pb2.DescribeRequest, data),
             response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
         )
         names = ("schoolhouse.v1.TeacherService", "schoolhouse.v1.DirectoryService")

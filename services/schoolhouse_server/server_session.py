@@ -7,7 +7,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -28,12 +27,21 @@ from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import FloodError
-from schoolhouse_server.calls import as_told, check_revision, head_answer, inputs_of
+from schoolhouse_server.calls import (
+    as_told,
+    check_call,
+    check_open,
+    check_released,
+    check_revision,
+    head_answer,
+    inputs_of,
+)
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.logs import SessionLog
 from schoolhouse_server.membership import Member
-from schoolhouse_server.sharing import Sharing, rows_of
+from schoolhouse_server.receiving import Partial, Receiving
+from schoolhouse_server.sharing import LEASE_S, Sharing, rows_of
 from schoolhouse_server.spans import SessionSpans
 from schoolhouse_server.timer import Alarm
 from schoolhouse_server.tokens import Grant
@@ -44,15 +52,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _MAX_UNTOLD = 1024  # failures and the like that a client may leave unread
 _END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
-
-
-@dataclass(frozen=True)
-class _Partial:
-    """A call whose payload is coming."""
-
-    call: teacher_pb2.Call
-    incoming: framing.Incoming
-    began: float  # on time.perf_counter's clock
 
 
 class ServerSession:
@@ -71,7 +70,7 @@ class ServerSession:
         self._messages = messages
         self._limits = limits
         self._grant = grant
-        self._partial: dict[int, _Partial] = {}
+        self._receiving = Receiving(teachers.timer, teachers.sharing.lease_s or LEASE_S, self._fail)
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
         self._member: Member | None = None  # from Open on
@@ -85,8 +84,8 @@ class ServerSession:
 
     def start(self) -> None:
         """Begin to read; a client that says nothing, not even Open, has its time, too."""
-        if lease_s := self._teachers.sharing.lease_s:
-            self._unopened = self._teachers.timer.at(time.monotonic() + lease_s, self._expire)
+        lease_s = self._teachers.sharing.lease_s or LEASE_S
+        self._unopened = self._teachers.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
         threading.Thread(target=self._read, name="schoolhouse-reader", daemon=True).start()
 
     def close(self) -> None:
@@ -114,8 +113,7 @@ class ServerSession:
             if ticket is not None:
                 self._engine.cancel(ticket)
 
-    def _expire(self) -> None:
-        lease_s = self._teachers.sharing.lease_s
+    def _expire(self, lease_s: float) -> None:
         self.end(LeaseExpiredError(f"the client said nothing for {lease_s} s, so its session was ended"))
 
     def end(self, error: SchoolhouseError) -> None:
@@ -152,7 +150,7 @@ class ServerSession:
             if self._pipes is not None:
                 break
         for data in self._pipes or ():
-            yield framing.read_message(teacher_pb2.ClientMessage, data)
+            yield framing.received(teacher_pb2.ClientMessage, data)
 
     def _read(self) -> None:
         try:
@@ -173,14 +171,17 @@ class ServerSession:
         self.close()  # and with it the pipes
         # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
         self.outbox.clear()
-        self._partial.clear()
+        self._receiving.clear()
         self._offered = self._segment = None
 
     def _receive(self, message: Any) -> None:
+        if isinstance(message, ProtocolError):
+            raise message
         if isinstance(message, framing.Frame):
             self._on_frame(message)
             return
         if message.released:
+            check_released(message.released)
             self._free(message.released)
         if message.HasField("call"):
             self._on_call(message.call)
@@ -196,6 +197,7 @@ class ServerSession:
             raise ProtocolError("Open came twice")
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
+        check_open(message)
         self._teachers.drain.check()
         message = self._teachers.gate.opened(message, self._grant)
         sharing = self._teachers.sharing.within(self._grant.max_in_flight, self._grant.max_job_bytes)
@@ -231,10 +233,11 @@ class ServerSession:
             self._member = Member(message, engine.counters, admission, sharing, self._tell)
             self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
             self._stop_waiting_for_open()
-            self._member.start_lease(self._teachers.timer, sharing.lease_s, self._expire)
+            lease_s = self._teachers.sharing.lease_s
+            self._member.start_lease(self._teachers.timer, lease_s, lambda: self._expire(lease_s))
 
     def _on_cancel(self, request_id: int) -> None:
-        self._partial.pop(request_id, None)
+        self._receiving.drop(request_id)
         ticket = self._tickets.pop(request_id, None)
         if self._engine is not None and ticket is not None:
             self._engine.cancel(ticket)
@@ -269,6 +272,7 @@ class ServerSession:
             if self._member.has(call.request_id):
                 self._refuse_twin(call.request_id)
                 return
+            check_call(call)
             # Before memory is taken for it; the header is parsed once, if it is short.
             nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
             if not self._member.admit(call.request_id, nbytes):
@@ -277,11 +281,11 @@ class ServerSession:
             check_revision(call.revision, self._engine)
             began = time.perf_counter()
             incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
-            partial = _Partial(call, incoming, began)
+            partial = Partial(call, incoming, began)
             if partial.incoming.complete:
                 self._queue(partial)
             else:
-                self._partial[call.request_id] = partial
+                self._receiving.begin(partial)
         except FloodError:
             raise
         except Exception as err:
@@ -295,19 +299,13 @@ class ServerSession:
         self._tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
 
     def _on_frame(self, frame: framing.Frame) -> None:
-        if frame.request_id not in self._partial:
-            return  # refused or cancelled
-        partial = self._partial[frame.request_id]
         try:
-            partial.incoming.add(frame.offset, frame.data, frame.digest)
-            if partial.incoming.complete:
-                del self._partial[frame.request_id]
+            if (partial := self._receiving.add(frame)) is not None:
                 self._queue(partial)
         except Exception as err:
-            self._partial.pop(frame.request_id, None)
             self._fail(frame.request_id, err)
 
-    def _queue(self, partial: "_Partial") -> None:
+    def _queue(self, partial: Partial) -> None:
         assert self._engine is not None
         call, incoming = partial.call, partial.incoming
         inputs, mask = inputs_of(incoming.value())

@@ -1,5 +1,6 @@
 """TeacherService of one replica: what its teachers are, and a session for each client."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import grpc
 from google.protobuf.message import Message
 from schoolhouse.errors import (
     SchoolhouseError,
+    TeacherBusyError,
     UnknownTeacherError,
 )
 from schoolhouse.tracing import tracer
@@ -16,6 +18,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import Admission
 from schoolhouse_server.auth import EVERYBODY, Gate, check_teacher
+from schoolhouse_server.calls import check_describe
 from schoolhouse_server.draining import Drain
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.server_session import ServerSession
@@ -37,8 +40,11 @@ class Teachers:
         timer: Timer,
         gate: Gate,
         allow_head: bool,
+        max_sessions: int,
         tracing: bool = False,
     ) -> None:
+        self._max_sessions = max_sessions
+        self._lock = threading.Lock()
         self._engines = engines
         self._limits = limits
         self._shared_memory_bytes = shared_memory_bytes
@@ -71,6 +77,7 @@ class Teachers:
     ) -> teacher_pb2.DescribeResponse:
         """Static facts of a teacher."""
         try:
+            check_describe(request)
             found = self.find(request.teacher, self.gate.grant(context)).description
         except SchoolhouseError as err:
             status.abort(context, err)
@@ -91,9 +98,12 @@ class Teachers:
         """One client's stream: a thread reads requests, this one sends answers."""
         grant = self.gate.grant(context)
         session = ServerSession(self, messages, self._limits, grant, shared_memory_bytes=self._shared_memory_bytes)
+        try:
+            self._enter()
+        except SchoolhouseError as err:
+            status.abort(context, err)
         session.cancel_stream = context.cancel
         context.add_callback(session.close)
-        self.sessions += 1
         try:
             session.start()
             with self.gate.held(grant, session.end):
@@ -101,8 +111,16 @@ class Teachers:
             if session.error is not None:
                 status.abort(context, session.error)
         finally:
-            self.sessions -= 1
+            with self._lock:
+                self.sessions -= 1
             session.cancel_stream = None
             session.close()
             session.log.info("a session ended")
             session.outbox.clear()
+
+    def _enter(self) -> None:
+        """Take one more session, of which there are so few that other calls have room; else `TeacherBusyError`."""
+        with self._lock:
+            if self.sessions >= self._max_sessions:
+                raise TeacherBusyError(f"{self.sessions} sessions are open here, as many as this replica takes")
+            self.sessions += 1
