@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test cluster parity lint protos bench clean
+.PHONY: install demo test chaos cluster parity lint protos bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test: $(STAMP)  ## the page's tests want a browser: as root on Debian it is inst
 		(timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq \
 			--no-install-recommends chromium chromium-driver) >/dev/null 2>&1 || true; fi
 	$(BIN)/python -m pytest
+
+chaos: $(STAMP)  ## students train on while processes are killed and stopped, and connections cut, delayed and corrupted
+	$(BIN)/python -m pytest -m chaos tests/chaos tests/test_nodes.py
 
 cluster: $(STAMP)  ## takes a node of a Ray cluster off its network, in network namespaces; needs root
 	$(BIN)/python -m pytest -m cluster tests/test_nodes.py
