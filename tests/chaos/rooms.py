@@ -113,12 +113,16 @@ class Room:
         self.replicas.append(served)
         return served
 
+    def addresses(self) -> list[str]:
+        """Where clients reach the replicas."""
+        return [f"127.0.0.1:{one.port if one.proxy is None else one.proxy.port}" for one in self.replicas]
+
     def publish(self) -> None:
         """Have the directory say which replicas there are."""
-        said = []
-        for one in self.replicas:
-            address = f"127.0.0.1:{one.port if one.proxy is None else one.proxy.port}"
-            said.append({"id": f"{one.pid}", "address": address, "revision": one.revision})
+        said = [
+            {"id": f"{one.pid}", "address": address, "revision": one.revision}
+            for one, address in zip(self.replicas, self.addresses(), strict=True)
+        ]
         self.directory.commands.send(said)
         assert self.directory.commands.poll(20)
         self.directory.commands.recv()

@@ -36,6 +36,7 @@ def test_the_directory_is_killed_and_a_replica_while_it_is_away(room, rounds):
             room.replicas.pop(number % 2).kill()
             room.add()
             room.restart_directory()
+            assert soon(lambda: {one.address for one in teacher._dispatcher.known.replicas} == {*room.addresses()})
 
     with sh.connect(room.url) as teacher:
         run = train(teacher, rounds.steps, on_step)
