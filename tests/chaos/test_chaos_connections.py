@@ -5,10 +5,11 @@ import time
 
 import pytest
 import schoolhouse as sh
-from conftest import EVERY, proxied
+from faults import EVERY, proxied
 from students import train
 
-OVER_TCP = {"shared_memory": False, "timeout_s": 6.0, "connect_timeout_s": 3.0}
+pytestmark = pytest.mark.filterwarnings("ignore:kd_loss_weight sums to less than 1")
+OVER_TCP = {"shared_memory": False, "timeout_s": 5.0, "connect_timeout_s": 3.0}
 
 
 @proxied
@@ -54,7 +55,7 @@ def test_a_connection_goes_silent_for_longer_than_the_deadline(room, rounds):
             room.go_on()
 
     held_at = []
-    with sh.connect(room.url, **OVER_TCP | {"timeout_s": 3.0}) as teacher:
+    with sh.connect(room.url, **OVER_TCP) as teacher:
         run = train(teacher, rounds.steps, on_step)
     assert run.errors == []
     run.assert_undisturbed(rounds.steps)
