@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test fuzz cluster parity lint protos bench clean
+.PHONY: install demo test chaos fuzz cluster parity lint protos bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ fuzz: $(STAMP)  ## a million mutated frames for the codec and a live server, in 
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
 		> "$$(.venv-fuzz/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/schoolhouse.pth"
 	.venv-fuzz/bin/python tests/fuzz/run.py --frames 1000000 --seconds 540
+
+chaos: $(STAMP)  ## students train on while processes are killed and stopped, and connections cut, delayed and corrupted
+	$(BIN)/python -m pytest -m chaos tests/chaos tests/test_nodes.py
 
 cluster: $(STAMP)  ## takes a node of a Ray cluster off its network, in network namespaces; needs root
 	$(BIN)/python -m pytest -m cluster tests/test_nodes.py

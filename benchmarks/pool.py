@@ -60,7 +60,7 @@ class Student(threading.Thread):
                 x = torch.randn(4, 8)
                 try:
                     right = torch.equal(teacher.submit((x,), {}, [""]).result(TIMEOUT_S)[""], self.model(x))
-                except sh.SchoolhouseError as err:
+                except sh.errors.SchoolhouseError as err:
                     sys.stderr.write(f"{self.job}: {err}\n")
                     right = False
                 self.steps += 1

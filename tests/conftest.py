@@ -16,6 +16,8 @@ HERE = str(Path(__file__).parent)
 sys.path.insert(0, HERE)
 ONE_WORKER = {  # whose tests share a Ray cluster, or look at what processes of the machine hold
     "test_benchmarks.py",
+    "test_chaos_memory.py",
+    "test_chaos_processes.py",
     "test_cli.py",
     "test_demo.py",
     "test_nodes.py",

@@ -61,3 +61,13 @@ def test_pool():
     assert found["recover_s"] > 0
     assert found["failed_steps"] == 0
     assert found["steps"] > 0
+
+
+@pytest.mark.ray
+def test_soak():
+    found = figures("soak", "--seconds", "1")
+    assert found["requests"] > 0
+    assert found["faults"] > 0
+    assert found["recovery_p50_s"] <= found["recovery_p99_s"]
+    assert isinstance(found["rss_growth_mb"], float)
+    assert [found[name] for name in ("steps_lost", "wrong_pairings", "leaked_fds")] == [0, 0, 0]

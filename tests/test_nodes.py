@@ -30,8 +30,9 @@ def run(command, timeout_s=170):
     assert out.splitlines()[-1] == "done"
 
 
-def test_a_raylet_is_killed():
-    run([sys.executable, SCRIPT, "kill"])
+@pytest.mark.parametrize("times", ["1", pytest.param("5", marks=[pytest.mark.chaos, pytest.mark.timeout(600)])])
+def test_a_raylet_is_killed(times):
+    run([sys.executable, SCRIPT, "kill", times], 120 * int(times) + 50)
 
 
 def ip(*arguments):
@@ -64,4 +65,4 @@ def namespaces():
 @pytest.mark.timeout(400)
 def test_a_link_goes_down(namespaces):
     first, second, link = namespaces
-    run(["ip", "netns", "exec", first, sys.executable, SCRIPT, "unplug", second, link, OTHER, OWN], 380)
+    run(["ip", "netns", "exec", first, sys.executable, SCRIPT, "unplug", "1", second, link, OTHER, OWN], 380)

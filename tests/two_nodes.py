@@ -1,10 +1,13 @@
 """A pool on a Ray cluster of two nodes, one of which goes away while a student trains; run in a process of its own.
 
-`two_nodes.py kill` ends a raylet of this machine. `two_nodes.py unplug NAMESPACE LINK ADDRESS OWN_ADDRESS` has the
+`two_nodes.py kill TIMES` ends a raylet of this machine.
+`two_nodes.py unplug TIMES NAMESPACE LINK ADDRESS OWN_ADDRESS` has the
 second raylet in a network namespace, and takes its link down: nobody is told, packets just get lost. Prints "done".
+The student's losses are those of a run without faults, to the last bit.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -16,13 +19,14 @@ from pathlib import Path
 
 import ray
 import schoolhouse as sh
-import torch
-from models import Net
 from ray.cluster_utils import Cluster
 from schoolhouse_server.actors import NAMESPACE
 from schoolhouse_server.pool import find, ray_cluster
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "chaos"))
+import students  # noqa: E402  # as its folder is on the path only now
+
 POOL = """
 host: {host}
 port: 0
@@ -30,7 +34,7 @@ drain_timeout_s: 2
 teachers:
   net:
     build: models:Net
-    kwargs: {{width: 32, seed: 1}}
+    kwargs: {{width: 512, seed: 1}}
     threads: 1
     replicas: 2
     placement: STRICT_SPREAD
@@ -43,7 +47,6 @@ teachers:
 """
 LABELS = {"ray.io/availability-zone": "b", "kind": "big"}
 HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-X = torch.randn(4, 8)
 
 
 def schoolhouse(*arguments):
@@ -61,12 +64,14 @@ def until(true, timeout_s=120.0):
 
 
 def train(url, steps, ended):
-    model = Net(32, seed=1)
+    def on_step(number):
+        steps.append(number)
+        time.sleep(0.02)
+
     with sh.connect(url) as teacher:
-        while not ended.is_set():
-            assert torch.equal(teacher.submit((X,), {}, [""]).result(100)[""], model(X))
-            steps.append(1)
-            time.sleep(0.01)
+        run = students.train(teacher, itertools.takewhile(lambda _: not ended.is_set(), itertools.count()), on_step)
+    assert run.errors == []
+    run.assert_undisturbed(len(run.used))
     steps.append("ended well")
 
 
@@ -82,7 +87,7 @@ def serving(teacher="net"):
     return [row for row in find().status() if row["teacher"] == teacher and row["stage"] == "serving"]
 
 
-def check(cluster, address, host, second_node, lose):
+def check(address, host, second_node, lose, times):
     head = ray.get_runtime_context().get_node_id()
     file = Path(tempfile.mkdtemp()) / "pool.yaml"
     file.write_text(POOL.format(host=host))
@@ -96,21 +101,23 @@ def check(cluster, address, host, second_node, lose):
     steps, ended = [], threading.Event()
     student = threading.Thread(target=train, args=(url, steps, ended), daemon=True)
     student.start()
-    until(lambda: len(steps) > 20)
-    lose()
-    until(lambda: len(serving()) == 1 and not serving("elsewhere"))
-    assert any(row["stage"] == "waiting for resources" for row in find().status())  # not beside the one that is left
-    seen = len(steps)
-    until(lambda: len(steps) > seen + 20)
-    second_node()
-    until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
+    for _ in range(times):
+        seen = len(steps)
+        until(lambda seen=seen: len(steps) > seen + 20)
+        lose()
+        until(lambda: len(serving()) == 1 and not serving("elsewhere"))
+        assert any(row["stage"] == "waiting for resources" for row in find().status())  # not beside the other one
+        seen = len(steps)
+        until(lambda seen=seen: len(steps) > seen + 20)
+        second_node()
+        until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
     ended.set()
     student.join(60)
     assert steps[-1] == "ended well"
     schoolhouse("down", "--address", address)
 
 
-def main(how, namespace="", link="", address="", own=""):
+def main(how, times="1", namespace="", link="", address="", own=""):
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     started = []
 
@@ -127,7 +134,7 @@ def main(how, namespace="", link="", address="", own=""):
 
     def lose():
         if how == "kill":
-            cluster.remove_node(started[0], allow_graceful=False)
+            cluster.remove_node(started[-1], allow_graceful=False)
         else:
             subprocess.run(["ip", "link", "set", link, "down"], check=True)
 
@@ -139,7 +146,7 @@ def main(how, namespace="", link="", address="", own=""):
         with ray_cluster(cluster.address):
             assert ray.get_runtime_context().namespace == NAMESPACE
             until_nodes(2)
-            check(cluster, cluster.address, "0.0.0.0" if own else "127.0.0.1", start_second, lose)
+            check(cluster.address, "0.0.0.0" if own else "127.0.0.1", start_second, lose, int(times))
     finally:
         cluster.shutdown()
         for process in started if how != "kill" else []:
