@@ -8,6 +8,7 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
+from authority import ours
 from directories import Scale
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from memfd import soon
@@ -244,6 +245,14 @@ def test_a_head_is_given_out_only_where_that_is_allowed():
                 with pytest.raises(errors.PermissionDeniedError, match=r"serve\(allow_head=True\)"):
                     ask()
                 assert teacher.submit((torch.ones(4, 3),), {}, ["fc"]).result(20)["fc"].shape == (4, 2)
+
+
+def test_tokens_go_over_tls(path):
+    with serve(Scale(2), name="one", tls=ours().server(), tokens=path) as server:
+        with sh.connect(server.url, ca=ours().ca, token=STUDENT, timeout_s=20) as teacher:
+            assert result(teacher) == [2, 2]
+        with pytest.raises(errors.AuthenticationError):
+            sh.connect(server.url, ca=ours().ca, timeout_s=20)
 
 
 class Telling(nn.Module):
