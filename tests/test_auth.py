@@ -106,10 +106,14 @@ def test_probes_have_no_token_and_learn_nothing_but_that_it_serves(ask):
     assert isinstance(ask("health of a teacher"), Exception)
 
 
-def test_a_client_without_a_token_is_told_what_to_do(server):
-    for token, said in ((None, r"connect\(token=...\)"), (new_token(), "does not know the token")):
-        with pytest.raises(errors.AuthenticationError, match=said):
+def test_a_client_without_a_token_is_told_what_to_do_and_the_log_that_it_was_there(server, caplog):
+    unknown = new_token()
+    for token, said in ((None, r"connect\(token=...\)"), (unknown, "does not know the token")):
+        with pytest.raises(errors.AuthenticationError, match=said) as caught:
             connected(server, "one", token)
+        assert unknown not in str(caught.value)
+    assert "calls without a known token were refused, the last from ipv4:127.0.0.1" in caplog.text
+    assert unknown not in caplog.text
     with connected(server, "one", STUDENT) as teacher:
         assert result(teacher) == [2, 2]
 
