@@ -8,6 +8,7 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
+from authority import ours
 from directories import Scale
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from memfd import soon
@@ -105,10 +106,14 @@ def test_probes_have_no_token_and_learn_nothing_but_that_it_serves(ask):
     assert isinstance(ask("health of a teacher"), Exception)
 
 
-def test_a_client_without_a_token_is_told_what_to_do(server):
-    for token, said in ((None, r"connect\(token=...\)"), (new_token(), "does not know the token")):
-        with pytest.raises(errors.AuthenticationError, match=said):
+def test_a_client_without_a_token_is_told_what_to_do_and_the_log_that_it_was_there(server, caplog):
+    unknown = new_token()
+    for token, said in ((None, r"connect\(token=...\)"), (unknown, "does not know the token")):
+        with pytest.raises(errors.AuthenticationError, match=said) as caught:
             connected(server, "one", token)
+        assert unknown not in str(caught.value)
+    assert "calls without a known token were refused, the last from ipv4:127.0.0.1" in caplog.text
+    assert unknown not in caplog.text
     with connected(server, "one", STUDENT) as teacher:
         assert result(teacher) == [2, 2]
 
@@ -244,6 +249,14 @@ def test_a_head_is_given_out_only_where_that_is_allowed():
                 with pytest.raises(errors.PermissionDeniedError, match=r"serve\(allow_head=True\)"):
                     ask()
                 assert teacher.submit((torch.ones(4, 3),), {}, ["fc"]).result(20)["fc"].shape == (4, 2)
+
+
+def test_tokens_go_over_tls(path):
+    with serve(Scale(2), name="one", tls=ours().server(), tokens=path) as server:
+        with sh.connect(server.url, ca=ours().ca, token=STUDENT, timeout_s=20) as teacher:
+            assert result(teacher) == [2, 2]
+        with pytest.raises(errors.AuthenticationError):
+            sh.connect(server.url, ca=ours().ca, timeout_s=20)
 
 
 class Telling(nn.Module):

@@ -134,6 +134,7 @@ class Tokens:
 
     def start(self) -> None:
         """Follow the file's changes."""
+        self._stop.clear()
         self._thread = threading.Thread(target=self._follow, name="schoolhouse-tokens", daemon=True)
         self._thread.start()
 
