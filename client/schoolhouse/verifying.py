@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 class Verification:
     """How many requests were computed a second time, by what came of it.
 
-    `compared`: another replica made the same features. `repeated`: the same one did, as there was no other. `differed`:
+    `compared`: another replica made the same features. `repeated`: the same one did, as no other could. `differed`:
     the alarms. `unchecked`: the second computation failed, so that nothing was compared.
     """
 
@@ -138,8 +138,8 @@ class Pair:
         alone = first.answered_by == second.answered_by
         if self._verifier.count("repeated" if alone else "compared") == 1 and alone:
             _log.warning(
-                "teacher %r: verify_every compares a replica with itself, as there is no other: that finds faults that "
-                "pass, not those that stay",
+                "teacher %r: verify_every compared a replica with itself, as no other could answer: that finds faults "
+                "that pass, not those that stay",
                 self._verifier.name,
             )
         self._end(features)
