@@ -12,6 +12,7 @@ from schoolhouse_server import serve, server_session
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.device import lacks_memory
 from schoolhouse_server.engine import Engine
+from test_engine import Wide
 from torch import nn
 
 NEVER = MergeSettings()
@@ -206,8 +207,7 @@ def failing_once(call, times=1):
     return other
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
-@pytest.mark.parametrize("stage", ["encode", "fetch", "load"])
+@pytest.mark.parametrize(("stage", "times"), [("encode", 1), ("encode", 2), ("encode", 3), ("fetch", 2), ("load", 1)])
 def test_features_and_inputs_that_have_no_room_on_their_way_are_tried_again(stage, times):
     x = randn(6, 8)
     with engine_of(Exact(), NEVER) as engine:
@@ -258,6 +258,24 @@ def test_a_request_that_the_host_has_no_memory_to_receive_is_told_so(monkeypatch
             teacher.submit((x,), {}, [""]).result(30)
         monkeypatch.undo()
         assert len(teacher.submit((x,), {}, [""]).result(30)[""]["rows"]) == 2
+
+
+def test_features_that_the_host_has_no_memory_to_send_or_to_keep(monkeypatch):
+    def refused(outgoing, _request_id):
+        if not outgoing.inline:
+            raise MemoryError
+        return iter(())
+
+    x = randn(2, 8)
+    with serve(Wide(), cache_bytes=10 << 20) as server, sh.connect(server.url, shared_memory=False) as teacher:
+        monkeypatch.setattr(server_session.framing.Outgoing, "frames", refused)
+        with pytest.raises(errors.TeacherMemoryError, match="host"):
+            teacher.submit((x,), {}, [""]).result(30)
+        monkeypatch.undo()
+        monkeypatch.setattr(server.engines["teacher"].cache, "put", failing_once(lambda *_args: None, 99))
+        for value in (x, randn(3, 8)):  # in the same session
+            assert torch.equal(teacher.submit((value,), {}, [""]).result(30)[""], Wide()(value))
+        assert server._teachers.sessions == 1
 
 
 def test_what_says_that_memory_ran_out():

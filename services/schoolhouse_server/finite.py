@@ -11,6 +11,8 @@ import torch
 from schoolhouse.taps import is_plain, tensors_of
 from schoolhouse_wire.codec import Arguments
 
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128}
+_DTYPES |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 Kind = Literal["finite", "infinite", "nan"]
 
 
@@ -29,7 +31,7 @@ def total(value: Any) -> torch.Tensor | None:
         return None
     if len(sums) == 1:
         return sums[0]
-    return torch.stack([one.to(sums[0].device, torch.float64) for one in sums]).sum()
+    return torch.stack([one.to(sums[0].device, torch.float32) for one in sums]).sum()
 
 
 def is_finite_total(found: torch.Tensor | None) -> bool:
@@ -60,8 +62,7 @@ def _numbers(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _counts(tensor: torch.Tensor) -> bool:
-    number = tensor.is_floating_point() or tensor.is_complex()
-    return number and is_plain(tensor) and tensor.layout is torch.strided
+    return tensor.dtype in _DTYPES and is_plain(tensor) and tensor.layout is torch.strided
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
