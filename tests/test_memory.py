@@ -1,10 +1,12 @@
 """A device without room: batches are run in halves, requests in parts of their rows, and no other one is affected."""
 
 import threading
+import time
 
 import pytest
 import schoolhouse as sh
 import torch
+from memfd import soon
 from merging import Asked, at_once, close, engine_of, pair, randn
 from models import Net
 from schoolhouse import encodings, errors
@@ -222,28 +224,45 @@ def test_features_and_inputs_that_have_no_room_on_their_way_are_tried_again(stag
         assert engine.running == 0
 
 
+class Held(sh.LocalTeacher):
+    """Encodes when it may, and a little later."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.may = threading.Event()
+
+    def encode(self, values, wanted):
+        assert self.may.wait(20)
+        time.sleep(0.2)
+        return super().encode(values, wanted)
+
+
 def test_a_forward_runs_again_whole_once_the_features_before_it_have_left_the_device():
     """So that what other forwards hold never changes its bits."""
     module = Room(Exact(), 10_000)
-    left = threading.Event()
-
-    class Holding(sh.LocalTeacher):
-        def encode(self, values, wanted):
-            left.wait(5.0)
-            return super().encode(values, wanted)
-
-    engine = Engine(Holding(module), max_queued=9)
+    teacher = Held(module)
+    engine = Engine(teacher, max_queued=9)
     engine.start()
-    asked = [Asked(randn(4000, 8)) for _ in range(2)]
-    engine.submit(asked[0].job)
-    while not module.shapes:
-        pass
-    module.fail = lambda: (left.set(), setattr(module, "room", 10_000), no_room())
-    module.room = 0
-    engine.submit(asked[1].job)
-    for one in asked:
+    first, second = (Asked(randn(4000, 8)) for _ in range(2))
+    engine.submit(first.job)
+    assert soon(lambda: module.shapes)
+    left = []
+
+    def fail():
+        teacher.may.set()
+        module.room, module.inner = 10_000, Watched()
+        no_room()
+
+    class Watched(Exact):
+        def forward(self, x):
+            left.append(engine.served)
+            return super().forward(x)
+
+    module.room, module.fail = 0, fail
+    engine.submit(second.job)
+    for one in (first, second):
         assert torch.equal(one.features[""]["rows"], Exact()(one.job.inputs[0])["rows"])
-    assert module.shapes == [4000, 4000, 4000]
+    assert (module.shapes, left) == ([4000, 4000, 4000], [1])
     engine.close()
 
 
