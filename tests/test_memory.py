@@ -1,10 +1,12 @@
 """A device without room: batches are run in halves, requests in parts of their rows, and no other one is affected."""
 
 import threading
+import time
 
 import pytest
 import schoolhouse as sh
 import torch
+from memfd import soon
 from merging import Asked, at_once, close, engine_of, pair, randn
 from models import Net
 from schoolhouse import encodings, errors
@@ -12,6 +14,7 @@ from schoolhouse_server import serve, server_session
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.device import lacks_memory
 from schoolhouse_server.engine import Engine
+from test_engine import Wide
 from torch import nn
 
 NEVER = MergeSettings()
@@ -206,8 +209,7 @@ def failing_once(call, times=1):
     return other
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
-@pytest.mark.parametrize("stage", ["encode", "fetch", "load"])
+@pytest.mark.parametrize(("stage", "times"), [("encode", 1), ("encode", 2), ("encode", 3), ("fetch", 2), ("load", 1)])
 def test_features_and_inputs_that_have_no_room_on_their_way_are_tried_again(stage, times):
     x = randn(6, 8)
     with engine_of(Exact(), NEVER) as engine:
@@ -222,28 +224,45 @@ def test_features_and_inputs_that_have_no_room_on_their_way_are_tried_again(stag
         assert engine.running == 0
 
 
+class Held(sh.LocalTeacher):
+    """Encodes when it may, and a little later."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.may = threading.Event()
+
+    def encode(self, values, wanted):
+        assert self.may.wait(20)
+        time.sleep(0.2)
+        return super().encode(values, wanted)
+
+
 def test_a_forward_runs_again_whole_once_the_features_before_it_have_left_the_device():
     """So that what other forwards hold never changes its bits."""
     module = Room(Exact(), 10_000)
-    left = threading.Event()
-
-    class Holding(sh.LocalTeacher):
-        def encode(self, values, wanted):
-            left.wait(5.0)
-            return super().encode(values, wanted)
-
-    engine = Engine(Holding(module), max_queued=9)
+    teacher = Held(module)
+    engine = Engine(teacher, max_queued=9)
     engine.start()
-    asked = [Asked(randn(4000, 8)) for _ in range(2)]
-    engine.submit(asked[0].job)
-    while not module.shapes:
-        pass
-    module.fail = lambda: (left.set(), setattr(module, "room", 10_000), no_room())
-    module.room = 0
-    engine.submit(asked[1].job)
-    for one in asked:
+    first, second = (Asked(randn(4000, 8)) for _ in range(2))
+    engine.submit(first.job)
+    assert soon(lambda: module.shapes)
+    left = []
+
+    def fail():
+        teacher.may.set()
+        module.room, module.inner = 10_000, Watched()
+        no_room()
+
+    class Watched(Exact):
+        def forward(self, x):
+            left.append(engine.served)
+            return super().forward(x)
+
+    module.room, module.fail = 0, fail
+    engine.submit(second.job)
+    for one in (first, second):
         assert torch.equal(one.features[""]["rows"], Exact()(one.job.inputs[0])["rows"])
-    assert module.shapes == [4000, 4000, 4000]
+    assert (module.shapes, left) == ([4000, 4000, 4000], [1])
     engine.close()
 
 
@@ -258,6 +277,24 @@ def test_a_request_that_the_host_has_no_memory_to_receive_is_told_so(monkeypatch
             teacher.submit((x,), {}, [""]).result(30)
         monkeypatch.undo()
         assert len(teacher.submit((x,), {}, [""]).result(30)[""]["rows"]) == 2
+
+
+def test_features_that_the_host_has_no_memory_to_send_or_to_keep(monkeypatch):
+    def refused(outgoing, _request_id):
+        if not outgoing.inline:
+            raise MemoryError
+        return iter(())
+
+    x = randn(2, 8)
+    with serve(Wide(), cache_bytes=10 << 20) as server, sh.connect(server.url, shared_memory=False) as teacher:
+        monkeypatch.setattr(server_session.framing.Outgoing, "frames", refused)
+        with pytest.raises(errors.TeacherMemoryError, match="host"):
+            teacher.submit((x,), {}, [""]).result(30)
+        monkeypatch.undo()
+        monkeypatch.setattr(server.engines["teacher"].cache, "put", failing_once(lambda *_args: None, 99))
+        for value in (x, randn(3, 8)):  # in the same session
+            assert torch.equal(teacher.submit((value,), {}, [""]).result(30)[""], Wide()(value))
+        assert server._teachers.sessions == 1
 
 
 def test_what_says_that_memory_ran_out():

@@ -112,7 +112,7 @@ class TeacherInternalError(SchoolhouseError):
 
 
 class TeacherMemoryError(SchoolhouseError, MemoryError):
-    """The teacher's device has no room for a forward on these inputs, even row by row. The teacher lives on."""
+    """The teacher has no memory for these inputs or features, nor for parts of their rows. The teacher lives on."""
 
     code = teacher_pb2.Failure.OUT_OF_MEMORY
 

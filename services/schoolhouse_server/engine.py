@@ -118,8 +118,8 @@ class Engine:
         self._lock = threading.Lock()
         self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
         self._threads = [
-            threading.Thread(target=target, name=f"schoolhouse-engine-{name}", daemon=True)
-            for name, target in (("in", self.runner.run), ("out", self._outlet.run))
+            threading.Thread(target=self._guarded, args=(work,), name=f"schoolhouse-engine-{name}", daemon=True)
+            for name, work in (("in", self.runner.run), ("out", self._outlet.run))
         ]
         pulses = (self.runner.pulse, self._outlet.pulse)
         self._watchdog = Watchdog(self._timer, timeout_s, pulses, functools.partial(self._stuck, timeout_s))
@@ -272,6 +272,17 @@ class Engine:
             self._end(job, err)
             return False
         return True
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Run what a thread is for; where that fails, nobody waits for it."""
+        try:
+            work()
+        except BaseException:
+            _log.exception("a thread of the engine ended")
+            why = f"the engine of teacher {self.description.name!r} failed; its log says more; ask another replica"
+            with self._lock:
+                self._begun |= {*self._in_flight.values()}  # also what was taken and had not begun
+            self._break_down(Trouble("broken", why))
 
     def _stuck(self, timeout_s: float) -> None:
         name = self.description.name

@@ -1,6 +1,7 @@
 """The way out of a device: features are encoded, brought to the host, declared and handed to those who wait."""
 
 import dataclasses
+import logging
 import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from schoolhouse_server.spans import tell_stages
 from schoolhouse_server.splitting import unshared
 from schoolhouse_server.watchdog import Pulse
 
+_log = logging.getLogger(__name__)
 CLOSED = "the teacher is shutting down"
 _MAX_AGAIN = 2
 _WAITING = 2  # forwards whose features are on the way out while the device goes on
@@ -152,12 +154,22 @@ class Outlet:
             tell_stages(job.tickets, job.queued_at, (*work.spans, *part.spans))
             here = unshared(part.here) if len(work.parts) > 1 else part.here
             features = declare([here[tap] for tap in job.wanted.taps])
-            if self._cache is not None and job.cache_key is not None:
-                self._cache.put(job.cache_key, features)
+            self._keep(job, features)
         except BaseException as err:
             self._failed(job, err)
             return
         self._end(job, features)
+
+    def _keep(self, job: Job, features: Declared) -> None:
+        """Put features into the cache, unless there is no memory for that."""
+        if self._cache is None or job.cache_key is None:
+            return
+        try:
+            self._cache.put(job.cache_key, features)
+        except (RuntimeError, MemoryError) as err:
+            if not lacks_memory(err):
+                raise
+            _log.warning("there is no memory to cache features: %s", err)
 
 
 def declare(features: list[Any]) -> Declared:

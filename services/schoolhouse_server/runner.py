@@ -139,7 +139,8 @@ class Runner:
 
     def _make_room(self) -> None:
         """Wait for what is on its way out, and give back what the device holds for nobody."""
-        self._outlet.settle()
+        with self.pulse:
+            self._outlet.settle()
         self._ahead.clear()
         gc.collect()  # what a failed forward left in cycles
         self._device.free()

@@ -375,9 +375,12 @@ class ServerSession:
         began = time.perf_counter()
         try:
             yield from outgoing.messages(request_id, head, segment, lambda: member.wants(request_id))
-        except SchoolhouseError as err:
-            self._spans.failed(request_id, err)
-            yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
+        except Exception as err:  # of this request alone, and the stream goes on
+            told = as_told(err)
+            if not isinstance(told, SchoolhouseError):
+                self.log.exception("a reply failed", request=request_id)
+            self._spans.failed(request_id, told)
+            yield teacher_pb2.ServerMessage(failure=status.to_failure(told, request_id))
         finally:
             member.sent(request_id)
             self._engine.count("send", time.perf_counter() - began)
