@@ -33,7 +33,7 @@ class Source:
 
     @property
     def left(self):
-        return len(self._data) - self._at
+        return max(len(self._data) - self._at, 0)
 
     def take(self, count):
         found = self._data[self._at : self._at + count]
@@ -110,10 +110,10 @@ OPEN = teacher_pb2.ClientMessage(
 LAST_CALL, _ = _call(LAST, Arguments((torch.ones(1, 1, 4),)), _tap())
 
 
-def session_of(source, most=24):
+def session_of(source, most=64):
     """The serialized messages of one session."""
     opening = OPEN.SerializeToString()
-    found = [opening if source.below(8) else _changed_bytes(source, opening)]
+    found = [opening if source.below(8) else changed_bytes(source, opening)]
     while source.left and len(found) < most:
         found.append(message_of(source))
     return found
@@ -125,7 +125,7 @@ def message_of(source):
     if kind == 0:
         return source.take(source.below(200))
     if kind in (1, 2):
-        return _changed_bytes(source, source.one_of([OPEN, *MESSAGES]).SerializeToString())
+        return changed_bytes(source, source.one_of([OPEN, *MESSAGES]).SerializeToString())
     if kind < 10:
         return _frame(source)
     if kind < 14:
@@ -139,7 +139,7 @@ def message_of(source):
     return message.SerializeToString()
 
 
-def _changed_bytes(source, data):
+def changed_bytes(source, data):
     """Bytes set, flipped, inserted, taken out, or cut off."""
     changed = bytearray(data)
     for _ in range(1 + source.below(4)):
@@ -161,9 +161,9 @@ def _change_inputs(source, call):
     """Another structure, with a digest that fits to it or not; or another payload."""
     how = source.below(4)
     if how == 3:
-        call.payload.data = _changed_bytes(source, call.payload.data)
+        call.payload.data = changed_bytes(source, call.payload.data)
     else:
-        call.inputs = _changed_bytes(source, call.inputs)
+        call.inputs = changed_bytes(source, call.inputs)
     if how and call.payload.digest:
         call.payload.digest = xxhash.xxh3_128_digest(call.inputs + call.payload.data)
 
@@ -244,6 +244,7 @@ class Live:
         self._channel = grpc.insecure_channel(f"127.0.0.1:{self.server.port}", options=channel.CLIENT_OPTIONS)
         self._session = self._channel.stream_stream(channel.SESSION_METHOD)
         self.ends = collections.Counter()  # of sessions: "answered", or the status
+        self.reasons = collections.Counter()  # what these say, the first word or two
         self.failures = collections.Counter()  # of requests, by code
         self.faults = []  # what the server did not expect
         self.taken = 0  # messages that it has read
@@ -276,6 +277,7 @@ class Live:
             end = "answered" if any(map(self._is_last, answers)) else "OK"
         except grpc.RpcError as err:
             end = err.code().name
+            self.reasons[f"{end}: {(err.details() or '')[:40]}"] += 1
         told.put(None)
         answers.cancel()
         self.ends["pipes ended" if end == "OK" and any(map(_leaves_stream, messages)) else end] += 1

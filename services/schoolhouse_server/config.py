@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
@@ -14,8 +13,10 @@ from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MA
 from schoolhouse_server.tls import ServerTls
 from schoolhouse_server.tokens import Tokens
 from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, MAX_FORWARD_TIMEOUT_S
+from schoolhouse_server.yaml_files import read_yaml
 
 _MAX_REPLICAS = 1024
+_MAX_WRONG = 10  # things that a message lists
 _NODE_ID = "ray.io/node-id"
 Placement = Literal["DEFAULT", "SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"]
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -303,12 +304,7 @@ def load_pool(path: Path) -> PoolConfig:
     Raises:
         ConfigError: one sentence for each thing that is wrong, with its place in the file.
     """
-    try:
-        given = yaml.safe_load(path.read_text())
-    except OSError as err:
-        raise ConfigError(f"cannot read the pool file {path}: {err.strerror}") from err
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(err).split())}") from err
+    given = read_yaml(path, "pool file")
     if not isinstance(given, dict):
         raise ConfigError(f"{path} must hold a mapping with the key 'teachers'")
     if "folder" in given:
@@ -316,8 +312,7 @@ def load_pool(path: Path) -> PoolConfig:
     try:
         config = TypeAdapter(PoolConfig).validate_python({**given, "folder": path.resolve().parent})
     except ValidationError as err:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'pool'}: {e['msg']}" for e in err.errors()]
-        raise ConfigError(f"{path} is wrong: " + "; ".join(lines)) from err
+        raise ConfigError(f"{path} is wrong: {_wrong(err)}") from err
     try:
         _ = config.tls
     except ConfigError as err:
@@ -327,3 +322,11 @@ def load_pool(path: Path) -> PoolConfig:
     except ConfigError as err:
         raise ConfigError(f"{path} is wrong: security.tokens: {err}") from err
     return config
+
+
+def _wrong(error: ValidationError) -> str:
+    """What is wrong and where, in one line."""
+    found = error.errors()
+    lines = [f"{'.'.join(str(key)[:80] for key in e['loc']) or 'pool'}: {e['msg'][:300]}" for e in found]
+    more = f"; and {len(found) - _MAX_WRONG} more" if len(found) > _MAX_WRONG else ""
+    return " ".join("; ".join(lines[:_MAX_WRONG]).split()) + more

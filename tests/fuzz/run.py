@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SHARES = {"codec": 0.5, "stream": 0.4, "pipes": 0.1}  # of the frames
-TIMES = {"codec": 0.25, "stream": 0.6, "pipes": 0.15}  # of the seconds, at most
+SHARES = {"codec": 0.6, "stream": 0.2, "pipes": 0.2}  # of the frames
+TIMES = {"codec": 0.3, "stream": 0.4, "pipes": 0.3}  # of the seconds, at most
 HANG_S = 30
 MAX_GROWTH_MB = 128  # atheris keeps a corpus in the same process
 
@@ -89,7 +89,7 @@ def fuzz(target, frames, seconds, seed):
     corpus.mkdir()
     for i in range(256):
         (corpus / str(i)).write_bytes(_seed(i))
-    options = ["-max_len=1000", f"-timeout={HANG_S}", f"-seed={seed}", "-rss_limit_mb=8192", "-verbosity=0"]
+    options = ["-max_len=3000", f"-timeout={HANG_S}", f"-seed={seed}", "-rss_limit_mb=8192", "-verbosity=0"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], one)
     atheris.Fuzz()
 
@@ -100,6 +100,7 @@ def finish(state, statuses, live, seconds):
     if live is not None:
         faults, sessions = live.wrong(), dict(live.ends)
         statuses.update(live.failures)
+        print(live.reasons.most_common(12), file=sys.stderr)
     found = {
         "frames": state["frames"],
         "seconds": round(seconds, 1),
@@ -124,7 +125,7 @@ def _seed(number):
     import random
 
     generator = random.Random(number)
-    return generator.randbytes(generator.randrange(1, 1000))
+    return generator.randbytes(generator.randrange(1, 3000))
 
 
 if __name__ == "__main__":
