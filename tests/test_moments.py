@@ -28,6 +28,7 @@ class Sized:
     done: bool = False
     told_to_wait: bool = False
     losses: int = 0
+    is_retry: bool = False
 
 
 class Between:

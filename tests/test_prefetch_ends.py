@@ -14,7 +14,13 @@ from looking_ahead import Asked, batches, distilled, expected_loss, train
 from memfd import soon
 from models import Net, converted
 from schoolhouse.batches import Inputs
-from schoolhouse.errors import FeatureMismatchError, TeacherBusyError, TeacherForwardError, TeacherUnavailableError
+from schoolhouse.errors import (
+    FeatureMismatchError,
+    TeacherBusyError,
+    TeacherForwardError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
 from schoolhouse_server import serve
 
 
@@ -213,8 +219,19 @@ def test_a_full_queue_at_the_replica_is_asked_again():
         assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
 
 
+@pytest.mark.parametrize("error", [TeacherUnavailableError("gone"), TeacherTimeoutError("late")])
+def test_a_teacher_that_was_away_as_it_was_asked_ahead_is_asked_again(error):
+    model = converted(Net(seed=1), teacher := Flaky({1: error, 3: error}))
+    for x, _ in model.prefetch(batches(5), depth=3):
+        model(x)
+        loss = model.compute_kd_loss().item()
+        assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
+    assert len(teacher.asked) == 7
+
+
 def test_a_forward_after_a_failure_asks_again():
-    teacher = Flaky({1: TeacherUnavailableError("gone")})
+    gone = TeacherUnavailableError("gone")
+    teacher = Flaky({1: gone, 2: gone, 3: gone})  # ahead, twice, and at the forward
     model = converted(Net(seed=1), teacher)
     failed = 0
     for x, _ in model.prefetch(batches(3)):
@@ -226,7 +243,7 @@ def test_a_forward_after_a_failure_asks_again():
             model(x)
             loss = model.compute_kd_loss().item()
             assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
-    assert (failed, len(teacher.asked)) == (1, 4)
+    assert (failed, len(teacher.asked)) == (1, 6)
 
 
 def test_a_bug_in_a_teacher_belongs_to_its_batch():

@@ -250,18 +250,17 @@ class Links:
 
         For twice as long as the slowest answer took, where that is longer.
 
-        Returns their sessions, to be closed. A request is moved so once: where all are slow it stays where it is.
+        Returns their sessions, to be closed. A request is moved so once, and where all are slow it stays where it is.
         """
         found = []
         slowest_s = max((link.session.slowest_s for link in self if link.session is not None), default=0.0)
         patience_s = max(patience_s, 2 * max(slowest_s, self._slowest_s))
         for link in self if self.count > 1 else ():
             session = link.session
-            since = session.silent_since if session is not None and link.opened else None
-            if session is None or since is None or now < since + patience_s:
+            if session is None or not _is_silent(link, now - patience_s):
                 continue
             moving, other = session.asked(), self.other(link, now)
-            if other is None or all(request.moved for request in moving):
+            if other is None or _is_silent(other, now - patience_s) or all(request.moved for request in moving):
                 continue
             if not other.opened:
                 self._open(other, now)
@@ -323,6 +322,11 @@ class Links:
     def tried(self) -> str:
         """What became of each replica, in words."""
         return "; ".join(map(_state, self)) or "the directory lists none"
+
+
+def _is_silent(link: Link, since: float) -> bool:
+    silent_since = link.session.silent_since if link.session is not None and link.opened else None
+    return silent_since is not None and silent_since <= since
 
 
 def _those(tiers: list[list[Link]], wanted: Callable[[Link], bool]) -> list[list[Link]]:

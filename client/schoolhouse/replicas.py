@@ -11,6 +11,7 @@ from schoolhouse_wire.v1 import directory_pb2
 SAME_HOST, SAME_ZONE, ELSEWHERE = range(3)
 DOUBT_S = 10.0  # that a directory is given to come up: a new one may know less than there is
 _BUSIER, _SLACK = 2.0, 2.0
+_LEAST_BACKOFF_S = 0.02
 
 T = TypeVar("T")
 
@@ -140,8 +141,9 @@ def _better_of_two(tier: Sequence[T], cost: Callable[[T], float], rng: random.Ra
 
 
 def backoff_s(failures: int, rng: random.Random, *, first_s: float = 0.1, longest_s: float = 5.0) -> float:
-    """How long to wait after that many failures in a row: up to `first_s`, doubling, with full jitter.
+    """How long to wait after that many failures in a row: from 0.02 s up to `first_s`, doubling, with full jitter.
 
     So clients of a replica that comes back do not come in step (Brooker, "Exponential backoff and jitter", 2015).
     """
-    return min(first_s * 2.0 ** min(failures - 1, 30), longest_s) * rng.random()
+    most = min(first_s * 2.0 ** min(failures - 1, 30), longest_s)
+    return _LEAST_BACKOFF_S + rng.random() * (most - _LEAST_BACKOFF_S)
