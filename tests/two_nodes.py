@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 POOL = """
 host: {host}
 port: 0
+security: {{insecure: {insecure}}}
 drain_timeout_s: 2
 teachers:
   net:
@@ -62,7 +63,7 @@ def until(true, timeout_s=120.0):
 
 def train(url, steps, ended):
     model = Net(32, seed=1)
-    with sh.connect(url) as teacher:
+    with sh.connect(url, insecure="//127." not in url) as teacher:
         while not ended.is_set():
             assert torch.equal(teacher.submit((X,), {}, [""]).result(100)[""], model(X))
             steps.append(1)
@@ -85,7 +86,7 @@ def serving(teacher="net"):
 def check(cluster, address, host, second_node, lose):
     head = ray.get_runtime_context().get_node_id()
     file = Path(tempfile.mkdtemp()) / "pool.yaml"
-    file.write_text(POOL.format(host=host))
+    file.write_text(POOL.format(host=host, insecure=str(host != "127.0.0.1").lower()))
     url = re.search(r"grpc://\S+/net", schoolhouse("up", str(file), "--address", address)).group()
     placed = nodes(find().status())
     assert {name.split("/")[0]: where.zone for name, where in placed.items() if where.node_id != head} == {
