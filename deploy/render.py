@@ -22,9 +22,13 @@ _HEAD = """\
 #   kubectl apply -f deploy/kuberay/{variant}.yaml
 #
 # needs the KubeRay operator, 1.3 or newer, in the namespace kuberay-operator, and the image of deploy/docker.
-# Traffic is plaintext without authentication; the NetworkPolicy admits pods of this namespace that have the label
+# {traffic} The NetworkPolicy admits pods of this namespace that have the label
 # schoolhouse.student=true, if your cluster's network enforces such policies.
 """
+_TRAFFIC = {
+    "cpu": "Traffic is plaintext, and nobody is asked who they are.",
+    "gpu": "Traffic is TLS, with the Secret schoolhouse-tls.",
+}
 
 
 def values(variant: str) -> dict[str, Any]:
@@ -53,11 +57,15 @@ def manifest(given: dict[str, Any]) -> str:
     return "".join(f"---\n{text}\n" for text in parts.values())
 
 
+def _head(variant: str) -> str:
+    return _HEAD.format(variant=variant, traffic=_TRAFFIC[variant])
+
+
 def stale(*, write: bool) -> list[str]:
     """The committed manifests that are not what the chart makes now; with `write`, they are written."""
     found = []
     for variant in VARIANTS:
-        path, text = DEPLOY / f"kuberay/{variant}.yaml", _HEAD.format(variant=variant) + manifest(values(variant))
+        path, text = DEPLOY / f"kuberay/{variant}.yaml", _head(variant) + manifest(values(variant))
         if not path.exists() or path.read_text() != text:
             found.append(path.name)
             if write:

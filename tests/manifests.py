@@ -84,9 +84,12 @@ def pods(items):
 
 
 def settings(items, folder):
-    """The pool that the ConfigMap holds, as the server reads it."""
+    """The pool that the ConfigMap holds, as the server reads it; with a certificate of ours, where it names one."""
+    from authority import ours
     from schoolhouse_server.config import load_pool
 
+    for name, path in (("tls.crt", "server.pem"), ("tls.key", "server-key.pem"), ("ca.crt", "ca.pem")):
+        (folder / name).write_bytes((ours().folder / path).read_bytes())
     for name, text in one(items, "ConfigMap")["data"].items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text.replace("/etc/schoolhouse-tls", str(folder)))
     return load_pool(folder / "pool.yaml")

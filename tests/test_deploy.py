@@ -122,7 +122,7 @@ def test_a_misspelt_field_of_a_cluster_file_is_an_error():
 
 def commands():
     """Every `schoolhouse COMMAND ...` that a file of the deploy folder has anybody or anything type."""
-    known = "up|down|status|demo|scale|roll|logs|jobs|top"
+    known = "up|down|status|demo|scale|roll|logs|jobs|top|certs"
     texts = [path.read_text() for path in (ROOT / "deploy").rglob("*") if path.is_file()]
     return sorted(set(re.findall(rf"(?<![\w./=-])schoolhouse (?:{known})\b[^|;&`')#\n]*", "\n".join(texts))))
 

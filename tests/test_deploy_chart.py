@@ -33,6 +33,9 @@ ALL_ON = {
     "image": {"tag": "9", "pullSecrets": [{"name": "pull"}]},
     "files": {"my_models.py": "def make():\n    return None\n"},
     "models": {"existingClaim": "weights"},
+    "pool": {"security": {"insecure": False}},
+    "tls": {"secretName": "certificate", "mutual": True},
+    "tokens": {"secretName": "tokens"},
     "head": {"nodeSelector": {"a": "b"}, "tolerations": [{"operator": "Exists"}], "affinity": {"nodeAffinity": {}}},
     "autoscaling": {"enabled": True},
     "gcsFaultTolerance": {
@@ -42,7 +45,7 @@ ALL_ON = {
         "externalStorageNamespace": "schoolhouse",
     },
     "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
-    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}, "tokenSecret": {"name": "admin"}},
     "networkPolicy": {
         "from": [{"namespaceSelector": {"matchLabels": {"team": "vision"}}}],
         "metricsFrom": [{"namespaceSelector": {}}],
@@ -118,6 +121,8 @@ def test_a_misspelt_field_is_an_error(kind, path, right, wrong):
         ({"pool": {"host": "127.0.0.1"}}, "host"),
         ({"pool": {"teachers": None}}, "teachers"),
         ({"gcsFaultTolerance": {"enabled": True}}, "redisAddress"),
+        ({"pool": {"security": {"insecure": False}}}, "insecure"),  # neither TLS nor plaintext by name
+        ({"tls": {"secretName": "certificate"}}, "insecure"),  # both
         ({"pool": {"http_port": 70000}}, "http_port"),
         ({"serviceMonitor": {"enabled": True}, "pool": {"http_port": None}}, "http_port"),
         ({"objectStore": {"bytes": 1}}, "bytes"),
@@ -150,6 +155,27 @@ def test_the_pool_fits_its_workers(variant, tmp_path):
         assert wanted <= group["replicas"] * each
         assert all(getattr(spec.resources, resource) <= each for spec in pool.teachers.values())
     assert one(items, "RayCluster")["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_tls_is_of_the_secret_that_is_mounted(tmp_path):
+    items = committed("gpu")
+    assert settings(items, tmp_path).tls is not None
+    for name in ("head", "gpu"):
+        spec = pods(items)[name]["spec"]
+        (volume,) = [volume for volume in spec["volumes"] if volume["name"] == "tls"]
+        assert volume["secret"]["secretName"] == values("gpu")["tls"]["secretName"]
+        assert volume["secret"]["defaultMode"] == 0o440  # the key is not for everyone
+        assert {"name": "tls", "mountPath": "/etc/schoolhouse-tls", "readOnly": True} in spec["containers"][0][
+            "volumeMounts"
+        ]
+    assert yaml.safe_load(one(items, "ConfigMap")["data"]["pool.yaml"])["security"] == {
+        "tls": {"cert": "/etc/schoolhouse-tls/tls.crt", "key": "/etc/schoolhouse-tls/tls.key"}
+    }
+    changed = merged(values("cpu"), ALL_ON)
+    security = yaml.safe_load(one(rendered(changed, tmp_path), "ConfigMap")["data"]["pool.yaml"])["security"]
+    assert security["tls"]["client_ca"] == "/etc/schoolhouse-tls/ca.crt"
+    assert security["tokens"] == "/etc/schoolhouse-tokens/tokens.yaml"
+    assert settings(committed("cpu"), tmp_path).security.insecure  # by name, in the file of a first look
 
 
 def test_the_replicas_of_the_cpu_pool_are_one_model(tmp_path):

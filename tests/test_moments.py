@@ -203,7 +203,7 @@ def test_closing_while_another_thread_takes_what_is_parked():
     with serve(Scale(2)) as server, sh.connect(server.url) as teacher:
         assert answer(teacher) == 2
         dispatcher = teacher._dispatcher
-        dispatcher._parked = Emptied()
+        dispatcher._parked._since = Emptied()
         teacher.close()
         assert dispatcher.outstanding._closed
 

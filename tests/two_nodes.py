@@ -30,6 +30,7 @@ import students  # noqa: E402  # as its folder is on the path only now
 POOL = """
 host: {host}
 port: 0
+security: {{insecure: {insecure}}}
 drain_timeout_s: 2
 teachers:
   net:
@@ -68,7 +69,7 @@ def train(url, steps, ended):
         steps.append(number)
         time.sleep(0.02)
 
-    with sh.connect(url) as teacher:
+    with sh.connect(url, insecure="//127." not in url) as teacher:
         run = students.train(teacher, itertools.takewhile(lambda _: not ended.is_set(), itertools.count()), on_step)
     assert run.errors == []
     run.assert_undisturbed(len(run.used))
@@ -90,7 +91,7 @@ def serving(teacher="net"):
 def check(address, host, second_node, lose, times):
     head = ray.get_runtime_context().get_node_id()
     file = Path(tempfile.mkdtemp()) / "pool.yaml"
-    file.write_text(POOL.format(host=host))
+    file.write_text(POOL.format(host=host, insecure=str(host != "127.0.0.1").lower()))
     url = re.search(r"grpc://\S+/net", schoolhouse("up", str(file), "--address", address)).group()
     placed = nodes(find().status())
     assert {name.split("/")[0]: where.zone for name, where in placed.items() if where.node_id != head} == {

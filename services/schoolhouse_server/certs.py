@@ -63,9 +63,7 @@ class Authority:
             cert = x509.load_pem_x509_certificate((folder / _CA).read_bytes())
         except (OSError, ValueError, TypeError) as err:
             why = err.strerror if isinstance(err, OSError) else "they must be PEM files of this command's"
-            raise ConfigError(
-                f"{folder} has no authority to add to: {_CA_KEY} and {_CA} cannot be read: {why}"
-            ) from err
+            raise ConfigError(f"{folder} has no authority to add to: cannot read {_CA_KEY} and {_CA}: {why}") from err
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != cert.public_key():
             raise ConfigError(f"{_CA_KEY} in {folder} is not the key of {_CA}; restore both from one copy")
         return cls(folder, key, cert)

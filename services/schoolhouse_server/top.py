@@ -13,7 +13,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from schoolhouse.errors import ConfigError, SchoolhouseError
+from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherUnavailableError
+from schoolhouse.handshake import why_not
 from schoolhouse_wire import channel, status
 from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2_grpc
@@ -258,7 +259,7 @@ def watch(
         stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
 
         def ask() -> None:
-            screen.heard(_listed(stub, target), time.monotonic())
+            screen.heard(_listed(stub, target, security), time.monotonic())
 
         if once:
             _ask_twice(ask, interval_s)
@@ -286,11 +287,16 @@ def _go_on(screen: Screen, ask: Callable[[], None], console: Console, interval_s
                 return
 
 
-def _listed(stub: directory_pb2_grpc.DirectoryServiceStub, target: str) -> Sequence[ReplicaSet]:
+def _listed(
+    stub: directory_pb2_grpc.DirectoryServiceStub, target: str, security: ClientSecurity
+) -> Sequence[ReplicaSet]:
     try:
         return list(stub.ListTeachers(ListTeachersRequest(), timeout=_TIMEOUT_S).teachers)
     except grpc.RpcError as err:
-        raise status.from_rpc_error(err, target) from err
+        error = status.from_rpc_error(err, target)
+        if isinstance(error, TeacherUnavailableError):
+            error = why_not(target, security) or error
+        raise error from err
 
 
 @contextlib.contextmanager

@@ -13,9 +13,29 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
 {{- end -}}
 
+{{/* The pool file: pool, and in it where the Secrets of tls and tokens are mounted. */}}
+{{- define "schoolhouse.poolFile" -}}
+{{- $security := dict -}}
+{{- if .Values.tls.secretName -}}
+{{- $files := dict "cert" "/etc/schoolhouse-tls/tls.crt" "key" "/etc/schoolhouse-tls/tls.key" -}}
+{{- if .Values.tls.mutual -}}
+{{- $_ := set $files "client_ca" "/etc/schoolhouse-tls/ca.crt" -}}
+{{- end -}}
+{{- $_ := set $security "tls" $files -}}
+{{- end -}}
+{{- if .Values.tokens.secretName -}}
+{{- $_ := set $security "tokens" "/etc/schoolhouse-tokens/tokens.yaml" -}}
+{{- end -}}
+{{- if $security -}}
+{{- toYaml (mergeOverwrite (deepCopy .Values.pool) (dict "security" $security)) -}}
+{{- else -}}
+{{- toYaml .Values.pool -}}
+{{- end -}}
+{{- end -}}
+
 {{/* What all files of the pool are together; it changes when one of them does. */}}
 {{- define "schoolhouse.digest" -}}
-{{- list (toYaml .Values.pool) (toYaml .Values.files) (include "schoolhouse.image" .) | join "\n" | sha256sum | trunc 10 -}}
+{{- list (include "schoolhouse.poolFile" .) (toYaml .Values.files) (include "schoolhouse.image" .) | join "\n" | sha256sum | trunc 10 -}}
 {{- end -}}
 
 {{/* First and last port that a replica may listen on: pool.ports ("7100-7199"), or else any that Linux hands out. */}}
@@ -44,6 +64,12 @@ volumeMounts:
   - {name: pool, mountPath: /etc/schoolhouse, readOnly: true}
   - {name: shm, mountPath: /dev/shm}
   - {name: ray-logs, mountPath: /tmp/ray}
+  {{- if .Values.tls.secretName }}
+  - {name: tls, mountPath: /etc/schoolhouse-tls, readOnly: true}
+  {{- end }}
+  {{- if .Values.tokens.secretName }}
+  - {name: tokens, mountPath: /etc/schoolhouse-tokens, readOnly: true}
+  {{- end }}
   {{- if .Values.models.existingClaim }}
   - {name: models, mountPath: {{ .Values.models.mountPath | quote }}, readOnly: true}
   {{- end }}
@@ -77,6 +103,14 @@ volumes:
     emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.objectStore.shmSize }}}
   - name: ray-logs  # by this name KubeRay shares it with its autoscaler
     emptyDir: {}
+  {{- with .root.Values.tls.secretName }}
+  - name: tls
+    secret: {secretName: {{ . }}, defaultMode: 288}  # 0440
+  {{- end }}
+  {{- with .root.Values.tokens.secretName }}
+  - name: tokens
+    secret: {secretName: {{ . }}, defaultMode: 288}
+  {{- end }}
   {{- with .root.Values.models.existingClaim }}
   - name: models
     persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
