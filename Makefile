@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test chaos cluster parity lint protos bench clean
+.PHONY: install demo test chaos fuzz cluster parity lint protos bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,7 +22,14 @@ test: $(STAMP)  ## the page's tests want a browser: as root on Debian it is inst
 	@if test "$$(id -u)" = 0 && command -v apt-get >/dev/null && ! command -v chromedriver >/dev/null; then \
 		(timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq \
 			--no-install-recommends chromium chromium-driver) >/dev/null 2>&1 || true; fi
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
+fuzz: $(STAMP)  ## a million mutated frames for the codec and a live server, in 9 minutes at most; atheris in its own environment
+	test -x .venv-fuzz/bin/python || $(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0'
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$(.venv-fuzz/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/schoolhouse.pth"
+	.venv-fuzz/bin/python tests/fuzz/run.py --frames 1000000 --seconds 540
 
 chaos: $(STAMP)  ## students train on while processes are killed and stopped, and connections cut, delayed and corrupted
 	$(BIN)/python -m pytest -m chaos tests/chaos tests/test_nodes.py
@@ -34,7 +41,7 @@ parity:  ## the same scripts with nvidia-modelopt, in an environment of its own 
 	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]' \
-		nvidia-modelopt==0.47.0 requests huggingface_hub pytest pytest-timeout
+		nvidia-modelopt==0.47.0 requests huggingface_hub pytest pytest-timeout pytest-xdist
 	.venv-parity/bin/python -m pytest -m parity tests/parity
 
 lint: $(STAMP)
@@ -55,4 +62,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/checksum.py
 
 clean:
-	rm -rf $(VENV) .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-parity .venv-fuzz build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

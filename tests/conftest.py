@@ -10,9 +10,41 @@ import torch
 from memfd import memfds, soon
 from schoolhouse_server import serve
 from schoolhouse_wire import shared_memory
+from xdist.scheduler import LoadScopeScheduling
 
 HERE = str(Path(__file__).parent)
 sys.path.insert(0, HERE)
+ONE_WORKER = {  # whose tests share a Ray cluster, or look at what processes of the machine hold
+    "test_benchmarks.py",
+    "test_chaos_memory.py",
+    "test_chaos_processes.py",
+    "test_cli.py",
+    "test_demo.py",
+    "test_nodes.py",
+    "test_pool.py",
+    "test_rolling.py",
+    "test_shared_memory_ends.py",
+    "test_slurm.py",
+    "test_watched_pool.py",
+}
+
+
+class FilesToWorkers(LoadScopeScheduling):
+    """Each file's tests run in order in one worker; those of `ONE_WORKER` are as one file."""
+
+    def _split_scope(self, nodeid):
+        name = Path(nodeid.split("::")[0]).name
+        return "" if name in ONE_WORKER else name
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Where the run has several workers."""
+    return FilesToWorkers(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that no worker has it left at the end."""
+    items.sort(key=lambda item: item.path.name not in ONE_WORKER)
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +65,7 @@ def teach(request):
     def make(module):
         if request.param == "local":
             return sh.LocalTeacher(module)
-        server = serve(module)
+        server = serve(module, allow_head=True)
         open_ones.append(server)
         teacher = sh.connect(server.url)
         open_ones.insert(0, teacher)

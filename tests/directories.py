@@ -79,7 +79,7 @@ def revision_of(replica):
 @contextlib.contextmanager
 def replicas(*modules):
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(serve(module)) for module in modules]
+        yield [stack.enter_context(serve(module, allow_head=True)) for module in modules]
 
 
 ELSEWHERE = """

@@ -73,11 +73,11 @@ class Running:
         return found
 
 
-def fetch(url, method="GET", headers=None):
+def fetch(url, method="GET", headers=None, context=None):
     """Status, headers and body; errors are answers too."""
     request = urllib.request.Request(url, method=method, headers=headers or {})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as err:
         return err.code, err.headers, err.read()

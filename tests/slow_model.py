@@ -1,6 +1,7 @@
-"""A teacher that takes its time."""
+"""Teachers that take their time."""
 
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,4 +16,18 @@ class Slow(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         time.sleep(self.forward_s)
+        return x
+
+
+class HangingOnce(nn.Module):
+    """Does not return while there is a file, which it removes first."""
+
+    def __init__(self, flag):
+        super().__init__()
+        self.flag = Path(flag)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.flag.exists():
+            self.flag.unlink()
+            time.sleep(600)
         return x

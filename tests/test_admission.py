@@ -20,7 +20,7 @@ class Session(Place):
 
     def __init__(self, among, job):
         self.told = []
-        super().__init__(job, lambda i: self.told.append(i), lambda: self.told.append("go on"))
+        super().__init__(job, among._sharing, lambda i: self.told.append(i), lambda: self.told.append("go on"))
         among.enter(self)
 
 

@@ -1,5 +1,6 @@
 """The documentation: its tables name what exists, its table of ModelOpt's names is complete, its programs run."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -12,6 +13,7 @@ import schoolhouse as sh
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/from-modelopt.md"
 PAGES = [PAGE, ROOT / "README.md"]
+GUARANTEES = ROOT / "docs/guarantees.md"
 
 PUBLIC = """
 convert export KDLossConfig LayerwiseKDConfig ExportStudentConfig LogitsDistillationLoss MFTLoss MGDLoss
@@ -130,6 +132,42 @@ def test_both_pages_have_a_program():
 
 
 def test_pages_link_files_that_exist():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    for page in [*PAGES, GUARANTEES, ROOT / "SECURITY.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), target
+
+
+TEST_ID = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def missing_tests(text):
+    """The tests that a page names and that are not there."""
+    found = []
+    for path, name in sorted(set(TEST_ID.findall(text))):
+        tree = ast.parse((ROOT / path).read_text()) if (ROOT / path).exists() else ast.Module([], [])
+        if not any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body):
+            found.append(f"{path}::{name}")
+    return found
+
+
+def test_every_test_that_the_guarantees_name_exists():
+    assert missing_tests(GUARANTEES.read_text()) == []
+
+
+def test_a_test_that_is_not_there_is_missed():
+    here = "tests/test_docs.py"
+    named = f"`{here}::test_a_test_that_is_not_there_is_missed` `{here}::test_none` `tests/test_none.py::test_none`"
+    assert missing_tests(named) == [f"{here}::test_none", "tests/test_none.py::test_none"]
+
+
+def test_each_guarantee_is_held_by_a_test():
+    promises = GUARANTEES.read_text().split("\n## What is promised\n")[1].split("\n## ")[0]
+    tables = [block.splitlines() for block in promises.split("\n\n") if block.startswith("|")]
+    rows = [row for table in tables for row in table[2:]]
+    assert len(rows) > 30
+    for row in rows:
+        promise, faults, tests = [cell.strip() for cell in row.strip("|").split("|")]
+        assert promise, row
+        assert faults, row
+        assert TEST_ID.sub("", tests).strip(", ") == "", row
+        assert TEST_ID.search(tests), row

@@ -285,17 +285,19 @@ def test_convert_refuses_encodings_for_a_teacher_that_has_none():
 
 
 def test_a_call_for_features_is_none_for_a_head(x):
-    with serve(Net(32)) as server, sh.connect(server.url) as teacher:
+    with serve(Net(32), allow_head=True) as server, sh.connect(server.url) as teacher:
         teacher.describe()
         wanted = Wanted((Tap("fc"), Tap("fc", HEAD)), (None, encodings.hidden("fc")))
+        facts, dispatcher = teacher._connected()
+        request = teacher._request(facts, Arguments((x,)), wanted, {}, revision=facts.revision)
         with pytest.raises(ProtocolError, match="a call for a head must name one, as the encoding of its only tap"):
-            teacher._send(Arguments((x,)), wanted, {}).result(60)
+            teacher._send(dispatcher, request).result(60)
 
 
 def test_the_head_is_fetched_once_and_kept_on_disk(ids, tmp_path):
     folder = tmp_path / "kept"
     module = language_model()
-    with serve(module, name="lm") as server:
+    with serve(module, name="lm", allow_head=True) as server:
         sizes = []
         for _ in range(2):
             with sh.connect(server.url, head_folder=folder) as teacher:
@@ -326,7 +328,7 @@ def test_features_of_another_encoding_are_refused(x, monkeypatch):
         wanted = original(cls, taps, mask)
         return cls(wanted.taps, (encodings.fp16,), mask)
 
-    with serve(Net(32)) as server, sh.connect(server.url) as teacher:
+    with serve(Net(32), allow_head=True) as server, sh.connect(server.url) as teacher:
         monkeypatch.setattr(Wanted, "from_wire", classmethod(misread))
         with pytest.raises(FeatureMismatchError, match="cast: BFLOAT16"):
             ask(teacher, (x,), "fc", encodings.bf16)

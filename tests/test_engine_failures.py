@@ -58,7 +58,7 @@ class Bad(nn.Module):
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("name", BAD)
 def test_whatever_a_forward_returns_or_raises_the_engine_goes_on(name, cache_bytes):
-    expected = errors.TeacherInternalError if name in ("exit", "panic") else errors.UnsupportedValueError
+    expected = errors.TeacherForwardError if name in ("exit", "panic") else errors.UnsupportedValueError
     with serve(Bad(BAD[name]), cache_bytes=cache_bytes) as server, sh.connect(server.url, timeout_s=10) as teacher:
         for _ in range(3):
             with pytest.raises(expected):
@@ -135,7 +135,7 @@ def test_inputs_that_cannot_be_pinned_fail_alone():
 
         device.pin = pin_or_fail
         for x in (torch.ones(1, 8), torch.ones(10_000, 8)):
-            with pytest.raises(errors.TeacherInternalError):
+            with pytest.raises(errors.TeacherMemoryError, match="memory"):
                 teacher.submit((x,), {}, [""]).result()
             assert teacher.submit((x,), {}, [""]).result()[""].shape == (len(x), 5)
         assert load_of(server).sessions == 1

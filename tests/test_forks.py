@@ -1,5 +1,6 @@
 """Processes that are forked from one whose sessions are open, as a `DataLoader`'s workers are."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -46,6 +47,38 @@ def test_forks_of_a_process_that_also_serves():
 
         assert [in_a_fork(ask) for _ in range(5)] == [7] * 5
         assert ask() == 7
+
+
+def test_what_was_closed_is_not_freed_in_a_fork():
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with serve(nn.Identity()) as server, sh.connect(server.url) as teacher:
+                teacher.submit((torch.ones(1, 2),), {}, [""]).result()
+        del server, teacher
+
+        def collect():
+            gc.collect()
+            return 7
+
+        assert in_a_fork(collect) == 7
+        assert in_a_fork(lambda: in_a_fork(collect)) == 7
+    finally:
+        gc.enable()
+
+
+def test_a_server_is_not_closed_by_a_fork():
+    x = torch.ones(1, 2)
+    with serve(nn.Identity()) as server, sh.connect(server.url) as teacher:
+        teacher.submit((x,), {}, [""]).result()
+
+        def close():
+            server.close()
+            return 7
+
+        assert in_a_fork(close) == 7
+        assert teacher.submit((x,), {}, [""]).result(30)[""].tolist() == [[1, 1]]
 
 
 def test_a_fork_of_a_fork_and_its_errors():

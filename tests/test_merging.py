@@ -92,7 +92,7 @@ def test_each_request_gets_its_own_rows_taps_and_encodings(rounds):
 
 
 def served(module, **more):
-    return serve(module, merge="pad", pad={"values": {"ids": 0}, "mask": "mask"}, **more)
+    return serve(module, merge="pad", pad={"values": {"ids": 0}, "mask": "mask"}, **{"allow_head": True, **more})
 
 
 class Held(nn.Module):
@@ -160,7 +160,7 @@ def test_requests_of_one_length_merge_whatever_that_is():
         jobs = [Asked(ids=ids(2, length, i)).job for i in range(2)]
         [engine.merger.prepare(job) for job in jobs]
         assert engine.merger.fits(jobs[:1], jobs[1])
-        engine._compute(jobs)
+        engine.runner.compute(jobs)
     assert engine.merger.refusals == 0
     assert engine.teacher.module.shapes[-1] == (4, 3)
     assert engine.teacher.module.shapes[:3] == [(2, 3), (2, 3), (4, 3)]

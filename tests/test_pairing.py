@@ -52,6 +52,36 @@ def test_a_student_that_writes_into_its_batch(teach):
         assert torch.equal(model.compute_kd_loss().detach(), want)
 
 
+def test_features_that_are_written_into_before_their_loss_are_refused(teach, x):
+    model = converted(Net(), teach(Net(width=32, seed=1)))
+    with model.only_teacher_forward():
+        answer = model(x)
+    answer.mul_(2)
+    with model.only_student_forward():
+        model(x)
+    with pytest.raises(errors.FeatureMismatchError, match="were written into after its forward"):
+        model.compute_kd_loss()
+    model(x)
+    assert torch.isfinite(model.compute_kd_loss())
+
+
+class Erases(nn.Module):
+    """A loss that writes into the features."""
+
+    def forward(self, out_s, out_t):
+        loss = F.mse_loss(out_s, out_t)
+        out_t.zero_()
+        return loss
+
+
+def test_a_batch_that_is_forwarded_again_has_its_own_features_though_a_loss_wrote_into_them(teach, x):
+    model = converted(Net(), teach(Net(width=32, seed=1)), Erases())
+    for batch in model.prefetch([(x,), (x + 1,)]):
+        for _ in range(2):
+            want = F.mse_loss(model(*batch), Net(width=32, seed=1)(*batch))
+            assert torch.equal(model.compute_kd_loss(), want)
+
+
 class Writes(nn.Module):
     """Returns memory of its own that it writes again: a buffer, or a plain attribute."""
 

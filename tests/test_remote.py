@@ -181,7 +181,7 @@ class Slow(nn.Module):
 
 def test_server_gone_mid_call():
     server = serve(Slow())
-    with sh.connect(server.url, retry_s=1.0) as remote:
+    with sh.connect(server.url, teacher_timeout_s=1.0) as remote:
         future = remote.submit((torch.ones(1),), {}, [""])
         time.sleep(0.3)
         server.close()

@@ -100,7 +100,10 @@ def test_a_callback_that_would_wait_for_its_own_thread_is_refused(timeout_s):
         except errors.ConfigError as err:
             ended.put(err)
 
-    with serve(late) as server, sh.connect(server.url, timeout_s=timeout_s, head_folder=None) as teacher:
+    with (
+        serve(late, allow_head=True) as server,
+        sh.connect(server.url, timeout_s=timeout_s, head_folder=None) as teacher,
+    ):
         future = teacher.submit((x,), {}, ["fc"])
         future.add_done_callback(submit)
         if timeout_s > 1:

@@ -140,7 +140,7 @@ def shmem_kib():
 def test_a_killed_replica_leaves_what_it_delivered_and_nothing_else():
     named, held = set(os.listdir("/dev/shm")), shmem_kib()
     with served_elsewhere() as (process, url):
-        teacher = sh.connect(url, retry_s=0.5)
+        teacher = sh.connect(url, teacher_timeout_s=0.5)
         assert teacher.describe().transport == "shared memory"
         kept = [ask(teacher, 4_000_000, i).result(20)[""] for i in range(4)]
         assert shmem_kib() >= held + 30_000  # so that it is seen to go

@@ -39,6 +39,7 @@ from schoolhouse.remote import RemoteTeacher
 from schoolhouse.request import Traffic
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features, LocalTeacher, Teacher, TeacherDescription
+from schoolhouse.verifying import Verification
 
 __all__ = [
     "STUDENT_LOSS_KEY",
@@ -77,6 +78,7 @@ __all__ = [
     "Teacher",
     "TeacherDescription",
     "Traffic",
+    "Verification",
     "connect",
     "convert",
     "encodings",

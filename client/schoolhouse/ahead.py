@@ -11,9 +11,11 @@ from typing import Any
 from schoolhouse_wire.codec import Arguments
 
 from schoolhouse.batches import Inputs, summary
-from schoolhouse.errors import TeacherBusyError
+from schoolhouse.errors import TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError
 from schoolhouse.step import Answer, Distillation, Step
 from schoolhouse.taps import tensors_of
+
+_PASSING = (TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError)
 
 
 @dataclass(eq=False)
@@ -29,9 +31,9 @@ class Entry:
 
     @property
     def unanswered(self) -> bool:
-        """Whether the teacher is to be asked, or asked again since its queue was full."""
+        """Whether the teacher is to be asked, or asked again since its queue was full or it was away."""
         answer = self.answer  # which the garbage collector may drop meanwhile
-        return answer is None or answer.lost or isinstance(answer.error(), TeacherBusyError)
+        return answer is None or answer.lost or isinstance(answer.error(), _PASSING)
 
     @property
     def stale(self) -> bool:

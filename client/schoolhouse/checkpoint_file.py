@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,8 +224,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
+        _check_is_not_inflated(path)
         with path.open("rb") as file:  # by its name, torch may take it for something else
             content = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as err:  # a damaged file may make this raise anything
         raise CheckpointError(
             f"{path} is damaged, or holds objects that only running code could restore; nothing of it was run"
@@ -235,3 +239,11 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{path} holds no student's state: its names are not strings")
     return (content if state is not content else {}), state
+
+
+def _check_is_not_inflated(path: Path) -> None:
+    """torch.save stores what it writes; a part that is compressed may take a thousand times the file's size."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise CheckpointError(f"{path} has compressed parts, which torch.save does not write: {shortened(packed)}")

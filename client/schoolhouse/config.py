@@ -18,7 +18,7 @@ ModelLike: TypeAlias = "nn.Module | type[nn.Module] | Callable[..., nn.Module] |
 
 _TEACHER_CHOICES = (
     "an nn.Module, a class or callable that makes one, (callable,), (callable, args), (callable, args, kwargs), "
-    "a Teacher such as connect(...) returns, or a grpc://HOST:PORT/NAME URL"
+    "a Teacher such as connect(...) returns, or a grpc:// or grpcs:// URL with HOST:PORT/NAME"
 )
 
 
@@ -28,7 +28,7 @@ class KDLossConfig:
 
     Args:
         teacher_model: a module, a class or callable that makes one, `(callable,)`, `(callable, args)`,
-            `(callable, args, kwargs)`, a Teacher such as `connect` returns, or a `grpc://` URL.
+            `(callable, args, kwargs)`, a Teacher such as `connect` returns, or its URL.
         criterion: one loss for the whole outputs, or `{(student_layer, teacher_layer): loss}`; a loss is an instance,
             or a class that needs no arguments. Several pairs may share a layer.
         loss_balancer: reduces the losses to a scalar; needed with several pairs or a loss of the student's own.

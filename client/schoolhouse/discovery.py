@@ -3,10 +3,12 @@
 import time
 import urllib.parse
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import grpc
 from schoolhouse_wire import channel, status
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2, teacher_pb2_grpc
 
 from schoolhouse.errors import (
@@ -17,14 +19,24 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
     UnknownTeacherError,
 )
+from schoolhouse.handshake import why_not
 from schoolhouse.replicas import ReplicaSet
 from schoolhouse.teachers import TeacherDescription
 
 _PATIENCE_S = 2.0  # with one replica, before the others are asked
 
 
-def parse(url: str) -> tuple[str, str]:
-    """`grpc://HOST:PORT/NAME` as HOST:PORT and NAME.
+class Address(NamedTuple):
+    """What a teacher's URL says."""
+
+    target: str  # HOST:PORT
+    name: str
+    host: str
+    tls: bool
+
+
+def parse(url: str) -> Address:
+    """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, in its parts.
 
     Raises:
         ConfigError: it is something else.
@@ -34,27 +46,29 @@ def parse(url: str) -> tuple[str, str]:
         host, port, name = parts.hostname, parts.port, parts.path.strip("/")
     except (ValueError, AttributeError, TypeError):
         host, port, name = None, None, ""
-    if not host or not port or not name or parts.scheme != "grpc":
+    if not host or not port or not name or parts.scheme not in ("grpc", "grpcs") or "@" in parts.netloc:
         raise ConfigError(
-            f"teacher_model: {url!r} is not a teacher's address; expected grpc://HOST:PORT/NAME, with a port from 1 to "
-            "65535"
+            f"teacher_model: {url!r} is not a teacher's address; expected grpc://HOST:PORT/NAME, or grpcs:// with TLS, "
+            "with a port from 1 to 65535"
         )
-    return parts.netloc, name
+    return Address(parts.netloc, name, host, tls=parts.scheme == "grpcs")
 
 
-def find(target: str, name: str, zone: str, timeout_s: float) -> ReplicaSet:
+def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSecurity) -> ReplicaSet:
     """The replicas of the teacher `name`, from the directory or replica at `target`.
 
     Raises:
         TeacherUnavailableError: no server there within `timeout_s`.
+        AuthenticationError: the server, or this client, could not prove who it is.
+        ConfigError: one speaks TLS, and the other does not.
         UnknownTeacherError: no teacher of that name; lists those there are.
     """
-    with channel.connect(target) as opened:
+    with channel.connect(target, security) as opened:
         stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
         try:
             response = stub.ListTeachers(directory_pb2.ListTeachersRequest(), timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError as err:
-            raise _unreachable(err, target, timeout_s) from err
+            raise _unreachable(err, target, timeout_s, security) from err
     sets = {found.teacher: found for found in response.teachers}
     if name not in sets:
         raise UnknownTeacherError(
@@ -63,7 +77,9 @@ def find(target: str, name: str, zone: str, timeout_s: float) -> ReplicaSet:
     return ReplicaSet.from_wire(sets[name], target, zone)
 
 
-def describe(replicas: Sequence[str], name: str, revision: str, timeout_s: float) -> tuple[TeacherDescription, Limits]:
+def describe(
+    replicas: Sequence[str], name: str, revision: str, timeout_s: float, security: ClientSecurity
+) -> tuple[TeacherDescription, Limits]:
     """What the teacher `name` is, from the first of its replicas that answers, and what its requests may hold.
 
     Raises:
@@ -79,7 +95,7 @@ def describe(replicas: Sequence[str], name: str, revision: str, timeout_s: float
             if left_s <= 0:
                 break
             try:
-                found = _described(address, name, min(patience_s, left_s))
+                found = _described(address, name, min(patience_s, left_s), security)
             except SchoolhouseError as err:
                 error = err
                 continue
@@ -91,8 +107,8 @@ def describe(replicas: Sequence[str], name: str, revision: str, timeout_s: float
     raise TeacherUnavailableError(f"no replica of {name!r} answered within {timeout_s:.3g} s; {error}") from error
 
 
-def _described(address: str, name: str, timeout_s: float) -> teacher_pb2.DescribeResponse:
-    with channel.connect(address) as opened:
+def _described(address: str, name: str, timeout_s: float, security: ClientSecurity) -> teacher_pb2.DescribeResponse:
+    with channel.connect(address, security) as opened:
         stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
         try:
             response: teacher_pb2.DescribeResponse = stub.Describe(
@@ -126,8 +142,10 @@ def revision_changed(name: str, where: str, revision: str, there_are: Sequence[s
     )
 
 
-def _unreachable(err: grpc.RpcError, target: str, timeout_s: float) -> SchoolhouseError:
+def _unreachable(err: grpc.RpcError, target: str, timeout_s: float, security: ClientSecurity) -> SchoolhouseError:
     error = status.from_rpc_error(err, target)
+    if isinstance(error, TeacherUnavailableError | TeacherTimeoutError) and (why := why_not(target, security)):
+        return why
     if isinstance(error, TeacherUnavailableError | TeacherTimeoutError):
         return TeacherUnavailableError(
             f"no server answered at {target} within {timeout_s} s; is the teacher up, and are host and port right?"

@@ -1,6 +1,5 @@
 """Each request goes to a replica, to another one if that is lost, and waits, to its deadline, while there is none."""
 
-import contextlib
 import os
 import random
 import threading
@@ -8,12 +7,14 @@ import time
 from collections import deque
 
 from schoolhouse import at_exit
+from schoolhouse.budget import RetryBudget
 from schoolhouse.discovery import revision_changed
 from schoolhouse.errors import RevisionChangedError, SchoolhouseError, TeacherTimeoutError, TeacherUnavailableError
 from schoolhouse.links import Link, Links
 from schoolhouse.outstanding import Outstanding
+from schoolhouse.parking import Parking
 from schoolhouse.replicas import Known, ReplicaSet
-from schoolhouse.request import Request, Traffic
+from schoolhouse.request import Request, Traffic, late
 from schoolhouse.session import Session
 from schoolhouse.settings import Settings
 from schoolhouse.watching import Watch
@@ -42,12 +43,12 @@ class Dispatcher:
         self._links.update(first, time.monotonic())
         self._where: dict[Request, Link] = {}
         self._finished: deque[tuple[Link, int]] = deque()  # links, and the bytes that they have less to do
-        self._parked: dict[Request, float] = {}  # and since when
+        self._parked = Parking(name, settings.wait_s, self._tried)
+        self._budget = RetryBudget(time.monotonic())
         self._past = Traffic()  # of sessions that have ended
-        self._watch = Watch(target, name, settings.zone, self)
+        self._watch = Watch(target, name, settings.zone, self, settings.security)
         self._watching = False
         self._directory_error: SchoolhouseError | None = None  # while it is away
-        self._dark_since: float | None = None  # since when neither a replica nor the directory answers
         self.outstanding = Outstanding(settings.max_pending, self._fail_late, self._tend)
         self._used = False  # a session was open
         self.closed = False
@@ -101,9 +102,8 @@ class Dispatcher:
         self._watch.close()
         for session in self.sessions():
             session.close()
-        with contextlib.suppress(KeyError):  # it is empty, or was emptied by another thread
-            while True:
-                self._parked.popitem()[0].fail(self._gone())
+        while (request := self._parked.pop()) is not None:
+            request.fail(self._gone())
         self.outstanding.close()
 
     def dispatch(self, request: Request, parked_at: float | None = None) -> None:
@@ -118,7 +118,8 @@ class Dispatcher:
                 break
             if session.send(request):
                 return
-            self._ended(session)
+            with self._lock:
+                self._links.ended(session)
             self.forget(request)
         if parked_at is None:
             self.outstanding.stir()
@@ -128,18 +129,32 @@ class Dispatcher:
         now = time.monotonic()
         self._begin()
         self._settle()
-        link = None if self.closed else self._links.pick(request.revision, now)
+        link = None if self.closed else self._links.pick(request.revision, now, request.apart_from)
         if link is None:
             error = self._hopeless(request, now)
             if isinstance(error, RevisionChangedError) and self._follow(request):
                 return self._assign(request, parked_at)
+            self._parked.no_replica(now)
             return error or self._park(request, now if parked_at is None else parked_at)
+        self._parked.found_replica(now)
+        if not self._may_send(request, now):
+            return self._park(request, now if parked_at is None else parked_at)
+        if request.start_clock(now):
+            self.outstanding.reschedule(request)
         self._links.take(link, request.nbytes)
         self._where[request] = link
         if request.future.done():  # before it could be found there
             self.forget(request)
             return None
         return link
+
+    def _may_send(self, request: Request, now: float) -> bool:
+        """Whether the budget allows it, if it is to be sent again."""
+        if not request.is_retry:
+            self._budget.made()
+            return True
+        request.is_retry = not self._budget.take(now)
+        return not request.is_retry
 
     def _hopeless(self, request: Request, now: float) -> SchoolhouseError | None:
         if self.closed:
@@ -152,8 +167,9 @@ class Dispatcher:
     def _park(self, request: Request, since: float) -> SchoolhouseError | None:
         if request.future.done():
             return None
-        self._parked[request] = since
-        closed_meanwhile = self.closed and self._parked.pop(request, None) is not None
+        if self._parked.put(request, since):
+            self.outstanding.reschedule(request)
+        closed_meanwhile = self.closed and self._parked.drop(request)
         return self._gone() if closed_meanwhile else None
 
     def _follow(self, request: Request) -> bool:
@@ -171,11 +187,11 @@ class Dispatcher:
 
     def forget(self, request: Request) -> Link | None:
         """It has ended: nothing here refers to it any more. Takes no lock of threads that may wait, as `close`."""
-        self._parked.pop(request, None)
+        self._parked.drop(request)
         link = self._where.pop(request, None)
         if link is not None:
             self._finished.append((link, request.nbytes))
-            if link.leaving:
+            if link.leaving or link.strikes:
                 self.outstanding.stir()
         return link
 
@@ -202,6 +218,7 @@ class Dispatcher:
             weight=self._settings.weight,
             shared_memory=self._settings.shared_memory,
             checksums=self._settings.checksums,
+            security=self._settings.security,
             revision=self._revision,
             owner=self,
             clock=time.monotonic,
@@ -225,7 +242,7 @@ class Dispatcher:
             elif link is not None:
                 self._links.opened(link)
                 self._used = True
-            self._note()
+            self._changed.notify_all()
         if link is None or wrong or self.closed:
             session.close()
         self._flush()
@@ -243,6 +260,29 @@ class Dispatcher:
         self.on_draining(session)
         self._again(request, error)
 
+    def on_wrong(self, session: Session, request: Request, error: SchoolhouseError) -> None:
+        """Leave the replica, and send the request elsewhere: nothing of such an answer is used."""
+        with self._lock:
+            link = self._links.of(session)
+            if link is not None:
+                self._links.strike(link, error)
+        session.close()
+        request.losses += 1
+        self._again(request, error)
+
+    def on_broken(self, session: Session, request: Request, error: SchoolhouseError) -> None:
+        """Send it to another replica, if there is one."""
+        with self._lock:
+            link = self._links.of(session)
+            alone = link is None or self._links.other(link, time.monotonic()) is None
+        request.losses += 1
+        request.apart_from = session.address
+        if alone and request.losses > 1:
+            self.forget(request)
+            request.fail(error)
+        else:
+            self._again(request, error)
+
     def on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
         """Send again what is unanswered: requests are idempotent."""
         with self._changed:
@@ -252,7 +292,7 @@ class Dispatcher:
                 if not link.opened and now >= link.give_up_at:
                     error = TeacherUnavailableError(f"no answer within {self._settings.connect_timeout_s} s")
                 self._links.lost(link, error, now)
-            self._note()
+            self._changed.notify_all()
         for request in lost:
             self._again(request, error)
         self.outstanding.stir()
@@ -261,20 +301,15 @@ class Dispatcher:
         self.forget(request)
         if self.closed or request.future.done():
             request.fail(self._gone())  # not raised: this frame, and so all that was lost, would hang on it
-        elif request.losses >= _MAX_LOSSES:
+        elif request.losses < _MAX_LOSSES:
+            request.is_retry = True
+            self.dispatch(request)
+        elif isinstance(error, TeacherUnavailableError):
             request.fail(
                 TeacherUnavailableError(f"{request.losses} replicas were lost while they had this request; {error}")
             )
         else:
-            self.dispatch(request)
-
-    def _ended(self, session: Session) -> None:
-        """A session that takes no requests any more, and will say so itself."""
-        with self._lock:
-            link = self._links.of(session)
-            if link is not None:
-                link.opened = False
-                self._links.draining()
+            request.fail(error)
 
     # What the directory tells, in the thread of the watch.
 
@@ -287,7 +322,7 @@ class Dispatcher:
             if self._directory_error is not None:
                 self._links.try_all_again()
             self._directory_error = None
-            self._note()
+            self._changed.notify_all()
         self._flush()
         self.outstanding.stir()
 
@@ -296,16 +331,8 @@ class Dispatcher:
         with self._changed:
             self._known.forget_doubts()
             self._directory_error = error
-            self._note()
+            self._changed.notify_all()
         self.outstanding.stir()
-
-    def _note(self) -> None:
-        """Whether anything answers, and since when not."""
-        if self._directory_error is None or any(link.opened for link in self._links):
-            self._dark_since = None
-        elif self._dark_since is None:
-            self._dark_since = time.monotonic()
-        self._changed.notify_all()
 
     # What time brings, in the thread of the deadlines.
 
@@ -315,7 +342,7 @@ class Dispatcher:
             self._settle()
             if self._known.settle(now):
                 self._links.update(self._known.set, now)
-            overdue = self._links.overdue(now)
+            overdue = [*self._links.overdue(now), *self._links.silent(now, self._settings.patience_s)]
             moving = self._links.waiting_where_it_ends()
         for session in overdue:
             session.close()
@@ -323,7 +350,7 @@ class Dispatcher:
             self.forget(request)
             self.dispatch(request)
         self._flush()
-        times = [self._expire(now), *(session.renew() for session in self.sessions())]
+        times = [self._next_time(now), *(session.renew() for session in self.sessions())]
         return min((at for at in times if at is not None), default=None)
 
     def _hold(self, now: float) -> bool:
@@ -339,56 +366,34 @@ class Dispatcher:
     def _flush(self) -> None:
         """Try what is parked again."""
         with self._lock:
-            parked, self._parked = self._parked, {}
+            parked = self._parked.take_all()
         for request, since in parked.items():
             self.dispatch(request, since)
 
-    def _expire(self, tended_at: float) -> float | None:
-        """Fail what has waited for too long while nothing answers; returns when to tend again.
-
-        What fell due since `tended_at` was not looked at yet.
-        """
+    def _next_time(self, tended_at: float) -> float | None:
+        """When to tend again, at the latest. What fell due since `tended_at` was not looked at yet."""
         with self._lock:
-            now, late = time.monotonic(), []
+            now = time.monotonic()
             wanted = self._hold(now) or bool(self._parked)
-            times = [self._known.settles_at, self._links.due_at(tended_at, wanted=wanted)]
-            if self._dark_since is not None:
-                ends = {r: max(since, self._dark_since) + self._settings.retry_s for r, since in self._parked.items()}
-                late = [request for request, end in ends.items() if end <= now]
-                times += [end for end in ends.values() if end > now]
-        for request in late:
-            if self._parked.pop(request, None) is not None:
-                request.fail(self._unanswered(f"for {self._settings.retry_s} s (retry_s)"))
+            times = [self._known.settles_at, self._links.due_at(tended_at, wanted=wanted), self._parked.say(now)]
+            if self._parked and self._budget.next_at > now:
+                times.append(self._budget.next_at)
+            if self._links.count > 1:
+                times.append(now + self._settings.patience_s / 4)
         return min((at for at in times if at is not None), default=None)
 
     def _fail_late(self, request: Request) -> None:
-        parked, timeout_s = request in self._parked, self._settings.timeout_s
-        self.cancel(request)
-        if parked:
-            request.fail(self._unanswered(f"within {timeout_s} s (timeout_s)"))
-            return
-        request.fail(TeacherTimeoutError(_late(request, timeout_s)))
-
-    def _unanswered(self, how_long: str) -> SchoolhouseError:
         with self._lock:
-            away = self._directory_error
-            directory = f"the directory at {self._target} {'answers' if away is None else f'is away: {away.message}'}"
-            return TeacherUnavailableError(
-                f"no replica of {self._name!r} could be reached {how_long}; tried: {self._links.tried()}; {directory}"
-            )
+            if request.deadline > time.monotonic():  # it was found a replica meanwhile
+                return
+            waited_in_vain = self._parked.over() if request in self._parked else None
+        self.cancel(request)
+        request.fail(waited_in_vain or TeacherTimeoutError(late(request, self._settings.timeout_s)))
+
+    def _tried(self) -> str:
+        away = self._directory_error
+        directory = f"the directory at {self._target} {'answers' if away is None else f'is away: {away.message}'}"
+        return f"tried: {self._links.tried()}; {directory}"
 
     def _gone(self) -> SchoolhouseError:
         return TeacherUnavailableError(f"the connection to {self._name!r} at {self._target} was closed")
-
-
-def _late(request: Request, timeout_s: float) -> str:
-    if request.told_to_wait:
-        return (
-            f"the teacher did not answer within {timeout_s} s: the job was over its quota of requests or bytes in "
-            "flight, or the teacher's queue was full. Raise timeout_s in connect(), look less far ahead, raise "
-            "max_in_flight or max_job_bytes of the teacher, or add replicas"
-        )
-    return (
-        f"the teacher did not answer within {timeout_s} s and was told to stop; raise timeout_s in connect(), or add "
-        "replicas"
-    )

@@ -76,8 +76,9 @@ def sampled(n: int, temperature: float = 1.0, seed: int | None = None) -> Encodi
 def hidden(head: str = "lm_head", encoding: Encoding | None = None) -> Encoding:
     """In place of logits, the hidden states that the submodule `head` makes them of: width, not classes, numbers a row.
 
-    The client fetches the head once and computes the logits itself, a chunk of rows at a time: those of the teacher, up
-    to the rounding of the device, if the states travel as computed. `encoding` is `bf16`, `fp16`, `int8` or `fp8` for
+    The client fetches the head once, which its server must allow (`serve(allow_head=True)`, in a pool's file `security:
+    {allow_head: true}`), and computes the logits itself, a chunk of rows at a time: those of the teacher, up to the
+    rounding of the device, if the states travel as computed. `encoding` is `bf16`, `fp16`, `int8` or `fp8` for
     the states; their error then passes through the head.
 
     Raises:

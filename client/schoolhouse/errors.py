@@ -2,6 +2,7 @@
 
 from schoolhouse_wire.errors import (
     AuthenticationError,
+    ConfigError,
     CorruptPayloadError,
     LeaseExpiredError,
     MessageTooLargeError,
@@ -42,10 +43,6 @@ __all__ = [
     "UnknownTeacherError",
     "UnsupportedValueError",
 ]
-
-
-class ConfigError(SchoolhouseError, ValueError):
-    """A setting given to `convert`, `connect` or a constructor is wrong; the message names it and the choices."""
 
 
 class CheckpointError(SchoolhouseError, ValueError):

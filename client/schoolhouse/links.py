@@ -15,7 +15,9 @@ from schoolhouse.replicas import Replica, ReplicaSet, backoff_s, choose
 from schoolhouse.request import Request
 from schoolhouse.session import Session
 
-_LONGEST_BACKOFF_S = 2.0
+_LONGEST_BACKOFF_S, _LONGEST_REST_S = 2.0, 30.0  # of a replica that cannot be reached, and of one that misbehaves
+_TRIAL_AFTER = 3  # strikes in a row, until it has answered
+_RECOVERED = 32  # answers without one
 _NEXT_OPENING_S = 0.25
 _FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
 _PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError)
@@ -34,6 +36,8 @@ class Link:
     nbytes: int = 0  # of the inputs that are outstanding there
     requests: int = 0
     failures: int = 0  # in a row
+    strikes: int = 0  # of them, what it did wrong: it was silent, or answered with something else
+    strike: SchoolhouseError | None = None  # for which its session is being closed
     retry_at: float = 0.0
     error: SchoolhouseError | None = None  # that the last session ended with
 
@@ -51,6 +55,12 @@ class Link:
         """Whether it gets no new requests: it stops, or is not of the teacher any more."""
         stops = self.session is not None and self.session.draining
         return stops or self.replica.draining or not self.listed
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it gets one request and no other until that is answered."""
+        answered = self.session is not None and self.session.traffic.requests
+        return self.strikes >= _TRIAL_AFTER and not answered
 
     def refuses(self, now: float) -> bool:
         """Whether it said, lately, what does not pass by itself, such as that it has other weights."""
@@ -76,10 +86,16 @@ class Links:
         self._tiers: dict[str, tuple[float, list[list[Link]]]] = {}  # by revision, and until when
         self._unit = 0.0  # bytes of a usual request
         self._next_opening_at = 0.0  # while nothing is open
+        self._slowest_s = 0.0  # that an answer took, of sessions that have ended
         self.current = ""  # revision of requests that may be of any
 
     def __iter__(self) -> Iterator[Link]:
         return iter(list(self._by_address.values()))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._by_address)
 
     def of(self, session: Session) -> Link | None:
         """The link whose session it is, unless that has another by now."""
@@ -94,7 +110,8 @@ class Links:
         for replica in found.replicas:
             link = self._by_address.setdefault(replica.address, Link(replica, now))
             if link.replica.id != replica.id or link.replica.revision != replica.revision:  # another one, anew
-                link.failures, link.retry_at, link.error = 0, 0.0, None
+                link.failures = link.strikes = 0
+                link.retry_at, link.error = 0.0, None
             link.replica, link.told_at, link.listed = replica, now, True
         self._settle_current(found.current)
         self._drop_gone()
@@ -103,11 +120,18 @@ class Links:
         there = [link.revision for link in self if not link.leaving and link.revision]
         self.current = next((r for r in (wanted, self.current, *there) if r in there), self.current)
 
-    def pick(self, revision: str, now: float) -> Link | None:
-        """An open one for that revision. A better one that is not open yet is opened meanwhile."""
+    def pick(self, revision: str, now: float, apart_from: str = "") -> Link | None:
+        """An open one for that revision. A better one that is not open yet is opened meanwhile.
+
+        The one at the address `apart_from` only if there is no other.
+        """
         until, tiers = self._tiers.get(revision, (0.0, []))
         if now >= until:
             until, tiers = self._tiers[revision] = self._usable(revision, now)
+        if apart_from:
+            tiers = _those(tiers, lambda link: link.replica.address != apart_from) or tiers
+        if any(link.strikes for tier in tiers for link in tier):
+            tiers = _those(tiers, lambda link: not (link.on_trial and link.requests))
         if not tiers:
             return None
         link = self._choose(tiers, now)
@@ -177,6 +201,13 @@ class Links:
         link.opened, link.error = True, None
         self._settle_current(self.current)
 
+    def ended(self, session: Session) -> None:
+        """It takes no requests any more, and will say so itself."""
+        link = self.of(session)
+        if link is not None:
+            link.opened = False
+            self._tiers.clear()
+
     def draining(self) -> None:
         """A session has begun to drain."""
         self._tiers.clear()
@@ -184,17 +215,71 @@ class Links:
     def lost(self, link: Link, error: SchoolhouseError, now: float) -> None:
         """Its session has ended. One that has answered is tried again at once, others with backoff."""
         assert link.session is not None
-        if link.session.traffic.requests and not link.session.draining:
-            link.failures = 0
+        answered, draining = link.session.traffic.requests, link.session.draining
+        strike, link.strike = link.strike, None
+        self._slowest_s = max(self._slowest_s, link.session.slowest_s)
         link.session, link.opened = None, False
+        if answered >= _RECOVERED:
+            link.strikes = 0
+        if strike is not None:
+            link.strikes += 1
+            error = TeacherUnavailableError(strike.message)  # it may pass
+        elif answered and not draining:
+            link.failures = 0
         self._put_aside(link, error, now)
+
+    def strike(self, link: Link, error: SchoolhouseError) -> None:
+        """It gets nothing more from here on; the caller closes its session."""
+        self._tiers.clear()
+        link.strike, link.opened = error, False
+
+    def other(self, link: Link, now: float) -> Link | None:
+        """Another one that could take its requests, an open one if there is."""
+        others = [
+            other
+            for other in self
+            if other is not link
+            and not other.leaving
+            and other.may_serve(link.revision)
+            and (other.session is not None or other.retry_at <= now)
+        ]
+        return max(others, key=lambda other: other.opened, default=None)
+
+    def silent(self, now: float, patience_s: float) -> list[Session]:
+        """Leave replicas that say nothing for so long though they have requests, if another can take those.
+
+        For twice as long as the slowest answer took, where that is longer.
+
+        Returns their sessions, to be closed. A request is moved so once: where all are slow it stays where it is.
+        """
+        found = []
+        slowest_s = max((link.session.slowest_s for link in self if link.session is not None), default=0.0)
+        patience_s = max(patience_s, 2 * max(slowest_s, self._slowest_s))
+        for link in self if self.count > 1 else ():
+            session = link.session
+            since = session.silent_since if session is not None and link.opened else None
+            if session is None or since is None or now < since + patience_s:
+                continue
+            moving, other = session.asked(), self.other(link, now)
+            if other is None or all(request.moved for request in moving):
+                continue
+            if not other.opened:
+                self._open(other, now)
+                continue
+            for request in moving:
+                request.moved = True
+            why = f"{link.replica.address}: it had requests and said nothing for {patience_s:.3g} s"
+            self.strike(link, TeacherTimeoutError(why))
+            found.append(session)
+        return found
 
     def _put_aside(self, link: Link, error: SchoolhouseError, now: float) -> None:
         self._tiers.clear()
         self._next_opening_at = 0.0
         link.error = error
         link.failures += 1
-        link.retry_at = now + backoff_s(link.failures, self._random, longest_s=_LONGEST_BACKOFF_S)
+        longest_s = _LONGEST_REST_S if link.strikes else _LONGEST_BACKOFF_S
+        link.retry_at = now + backoff_s(link.failures, self._random, longest_s=longest_s)
         self._drop_gone()
 
     def _drop_gone(self) -> None:

@@ -55,15 +55,31 @@ class Outstanding:
                 raise TeacherBusyError(
                     f"{len(self._requests)} requests are without an answer, as many as max_pending allows"
                 )
+            request.number = request_id
             self._requests[request_id] = request
-            if len(self._deadlines) > 2 * len(self._requests) + _SLACK:
-                self._deadlines = [one for one in self._deadlines if one[1] in self._requests]
-                heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (request.deadline, request_id))
-            first = self._deadlines[0][1] == request_id
+            first = self._push(request)
         if first:
             self._wake.put(False)
         return request_id
+
+    def reschedule(self, request: Request) -> None:
+        """Its deadline is another one."""
+        with self._lock:
+            first = self._push(request)
+        if first:
+            self._wake.put(False)
+
+    def _push(self, request: Request) -> bool:
+        """Note its deadline; whether it is the first. The lock is held."""
+        if len(self._deadlines) > 2 * len(self._requests) + _SLACK:
+            self._deadlines = [one for one in self._deadlines if self._holds(*one)]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (request.deadline, request.number))
+        return self._deadlines[0][1] == request.number
+
+    def _holds(self, deadline: float, request_id: int) -> bool:
+        request = self._requests.get(request_id)
+        return request is not None and request.deadline == deadline  # else it was rescheduled
 
     def remove(self, request_id: int) -> Request | None:
         """Forget a request; None if it was forgotten already."""
@@ -112,6 +128,6 @@ class Outstanding:
                     return None, deadline
                 heapq.heappop(self._deadlines)
                 request = self._requests.get(request_id)
-                if request is not None:
+                if request is not None and request.deadline <= time.monotonic():
                     return request, None
             return None, None

@@ -1,6 +1,7 @@
 """RemoteTeacher: the Teacher protocol over gRPC."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -30,6 +31,7 @@ from schoolhouse.settings import Settings
 from schoolhouse.taps import Tap, TapLike
 from schoolhouse.teachers import Features, TeacherDescription
 from schoolhouse.tracing import tracer
+from schoolhouse.verifying import Pair, Verification, Verifier
 from schoolhouse.wanted import Wanted
 
 _LIMITS, _HEAD_LIMITS = Limits(), Limits(max_payload_bytes=16 << 30)
@@ -41,10 +43,14 @@ class RemoteTeacher:
     """A teacher behind gRPC. It connects at the first use and again in a process that was forked from this one."""
 
     def __init__(self, url: str, **settings: Any) -> None:
-        """Without connecting; the settings are those of `connect`, but without a `head_folder` heads stay in memory."""
+        """Without connecting; the settings are those of `connect`, but without a `head_folder` heads stay in memory,
+        and `security`, a `ClientSecurity`, stands for `ca` to `insecure`.
+        """
         self.url = url
-        self._target, self._name = discovery.parse(url)
-        self._settings = Settings(**settings)
+        self._target, self._name, host, tls = discovery.parse(url)
+        given = Settings(**settings)
+        self._settings = dataclasses.replace(given, security=given.security.towards(host, tls=tls))
+        self._settings.security.allow(self._target)
         self._tracer = tracer(self._settings.tracing)
         self._closed = False
         self._pinned = self._settings.revision  # the one that it began with, also in a copy and after a fork
@@ -55,6 +61,7 @@ class RemoteTeacher:
         self._lock = threading.RLock()
         self._facts: Facts | None = None
         self._dispatcher: Dispatcher | None = None
+        self._verifier = Verifier(self._name, self._settings.verify_every, self._settings.verify_tolerance)
         self._follow_at = 0.0  # when to ask for the facts of a new revision again
         self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
         self._pid = os.getpid()  # last: other threads of a fork must not use what is the parent's
@@ -122,7 +129,7 @@ class RemoteTeacher:
         if self._inherited is not None:
             timeout_s /= 2  # the rest is for a replica, if the directory does not answer
         try:
-            return discovery.find(self._target, self._name, self._settings.zone, timeout_s)
+            return discovery.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
         except TeacherUnavailableError:
             if self._inherited is None:
                 raise
@@ -132,7 +139,7 @@ class RemoteTeacher:
         addresses = [replica.address for replica in found.of(revision)]
         if not addresses and found.replicas:
             raise discovery.revision_changed(self._name, self._target, revision, found.revisions())
-        return Facts(*discovery.describe(addresses, self._name, revision, timeout_s))
+        return Facts(*discovery.describe(addresses, self._name, revision, timeout_s, self._settings.security))
 
     def _follow(self, dispatcher: Dispatcher) -> None:
         """Learn about a new revision. Without an answer the last one is gone on with, as long as it is there."""
@@ -164,26 +171,52 @@ class RemoteTeacher:
                 of a future is the first to need a head.
             UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
             TeacherBusyError: `max_pending` requests are without an answer already.
+
+        The future of a request that is verified raises `FeatureMismatchError` where two replicas disagree.
         """
         if self._closed:
             raise ConfigError(f"{self!r} is closed; connect again")
-        facts, _ = self._connected()
+        facts, dispatcher = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
         heads = {tap: self._heads.get(facts.revision, name, tap.module) for tap, name in wanted.heads().items()}
         inputs = Arguments(args, kwargs)
-        return self._send(
-            inputs if wanted.mask is None else (inputs, wanted.mask), wanted, heads, revision=facts.revision
-        )
+        given = inputs if wanted.mask is None else (inputs, wanted.mask)
+        request = self._request(facts, given, wanted, heads, revision=facts.revision)
+        if not self._verifier.is_due():
+            return self._send(dispatcher, request)
+        request.alone = True
+        return Pair(self._verifier, request, functools.partial(self._send, dispatcher)).start(self._again)
 
-    def _send(
-        self, inputs: Any, wanted: Wanted, heads: Mapping[Tap, Head], limits: Limits = _LIMITS, *, revision: str = ""
-    ) -> "Future[Features]":
-        facts, dispatcher = self._connected()
+    def _request(
+        self,
+        facts: Facts,
+        inputs: Any,
+        wanted: Wanted,
+        heads: Mapping[Tap, Head],
+        limits: Limits = _LIMITS,
+        *,
+        revision: str,
+    ) -> Request:
         outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
         deadline = time.monotonic() + self._settings.timeout_s
-        revision = revision or facts.revision
         span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.job)
-        request = Request(outgoing, wanted, revision, deadline, heads, limits, span)
+        return Request(outgoing, wanted, revision, deadline, heads, limits, span)
+
+    def _again(self, request: Request) -> Request:
+        """The same request, to be answered by another replica."""
+        outgoing, deadline = copy.copy(request.outgoing), time.monotonic() + self._settings.timeout_s
+        return Request(
+            outgoing,
+            request.wanted,
+            request.revision,
+            deadline,
+            request.heads,
+            request.limits,
+            alone=True,
+            apart_from=request.answered_by,
+        )
+
+    def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
         request_id = dispatcher.outstanding.add(request)
         # The future must not refer to the request: in a cycle, its features would outlive their use.
         request.future.add_done_callback(lambda future: self._done(dispatcher, request_id, future))
@@ -207,6 +240,10 @@ class RemoteTeacher:
     def traffic(self) -> Traffic:
         """Requests answered so far, and the bytes that they took."""
         return self._dispatcher.traffic() if self._dispatcher is not None else Traffic()
+
+    def verification(self) -> Verification:
+        """How many requests were computed twice so far, as `verify_every` asks, and how that ended."""
+        return self._verifier.counts
 
     def open_sessions(self) -> list[Session]:
         """The sessions with its replicas."""
@@ -232,9 +269,11 @@ def _rebuild(url: str, settings: Settings, pinned: str) -> RemoteTeacher:
 def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments, wanted: Wanted) -> Features:
     found = teacher()
     assert found is not None
-    if found._connected()[1].answers_here():
+    facts, dispatcher = found._connected()
+    if dispatcher.answers_here():
         raise ConfigError(
             f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
             "it: answers come in its thread. Submit one such request elsewhere first"
         )
-    return found._send(inputs, wanted, {}, _HEAD_LIMITS, revision=revision).result()
+    request = found._request(facts, inputs, wanted, {}, _HEAD_LIMITS, revision=revision)
+    return found._send(dispatcher, request).result()

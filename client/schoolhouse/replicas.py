@@ -140,5 +140,8 @@ def _better_of_two(tier: Sequence[T], cost: Callable[[T], float], rng: random.Ra
 
 
 def backoff_s(failures: int, rng: random.Random, *, first_s: float = 0.1, longest_s: float = 5.0) -> float:
-    """How long to wait after that many failures in a row: doubling, with jitter so that clients don't come in step."""
-    return min(first_s * 2.0 ** min(failures - 1, 30), longest_s) * (0.5 + rng.random() / 2)
+    """How long to wait after that many failures in a row: up to `first_s`, doubling, with full jitter.
+
+    So clients of a replica that comes back do not come in step (Brooker, "Exponential backoff and jitter", 2015).
+    """
+    return min(first_s * 2.0 ** min(failures - 1, 30), longest_s) * rng.random()

@@ -41,13 +41,21 @@ class Request:
     outgoing: framing.Outgoing
     wanted: Wanted
     revision: str
-    deadline: float  # on time.monotonic's clock
+    deadline: float  # on time.monotonic's clock; while no replica can take it, that of the wait
     heads: Mapping[Tap, Head]  # of the taps whose hidden states travel
     limits: Limits  # of the reply
     span: RequestSpan | None = None  # where it is traced
     future: "Future[Features]" = field(default_factory=Future)
-    losses: int = 0  # replicas that were lost while they had it
+    number: int = -1  # among those that are outstanding
+    losses: int = 0  # replicas that were lost while they had it, or that answered with something else
+    is_retry: bool = False  # it was sent before, and is to be sent again
+    moved: bool = False  # away from a replica that said nothing
+    asked_at: float = 0.0
+    left_s: float | None = None  # of its own time, while that stands still
     told_to_wait: bool = False  # a replica had no room for it
+    alone: bool = False  # to be computed by itself and anew, as its bits are compared
+    apart_from: str = ""  # the address of a replica that is to be asked only if there is no other
+    answered_by: str = ""  # the address of the replica that answered
 
     def __post_init__(self) -> None:
         if self.span is not None:
@@ -62,6 +70,20 @@ class Request:
     def done(self) -> bool:
         """Answered, failed or cancelled."""
         return self.future.done()
+
+    def stop_clock(self, since: float, wait_s: float) -> bool:
+        """Let its own time stand still for up to `wait_s`; False if it does already."""
+        if self.left_s is not None:
+            return False
+        self.left_s, self.deadline = max(self.deadline - since, 0.0), since + wait_s
+        return True
+
+    def start_clock(self, now: float) -> bool:
+        """Have its own time go on; whether it stood still."""
+        if self.left_s is None:
+            return False
+        self.deadline, self.left_s = now + self.left_s, None
+        return True
 
     def sent(self) -> str:
         """Note that a replica is asked; the trace context for its call."""
@@ -108,6 +130,20 @@ def features_of(request: Request, reply: teacher_pb2.Reply, incoming: framing.In
         raise ProtocolError("a reply came whose features are not one for each tap")
     found = decoded(dict(zip(taps, values, strict=True)), request.heads)
     return Features(found, revision=reply.revision, input_digest=reply.input_digest)
+
+
+def late(request: Request, timeout_s: float) -> str:
+    """Why it was late, and what to do."""
+    if request.told_to_wait:
+        return (
+            f"the teacher did not answer within {timeout_s} s: the job was over its quota of requests or bytes in "
+            "flight, or the teacher's queue was full. Raise timeout_s in connect(), look less far ahead, raise "
+            "max_in_flight or max_job_bytes of the teacher, or add replicas"
+        )
+    return (
+        f"the teacher did not answer within {timeout_s} s and was told to stop; raise timeout_s in connect(), or add "
+        "replicas"
+    )
 
 
 def _in_words(taps: list[teacher_pb2.Tap], revision: str, digest: bytes) -> str:

@@ -3,38 +3,30 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 from schoolhouse_wire import channel, framing, memory, pipes, shared_memory, status
 from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse.errors import (
+    CorruptPayloadError,
+    FeatureMismatchError,
     ProtocolError,
     SchoolhouseError,
+    TeacherInternalError,
     TeacherUnavailableError,
 )
+from schoolhouse.owner import Owner
 from schoolhouse.request import Request, Traffic, features_of
 from schoolhouse.window import Window
 
-
-class Owner(Protocol):
-    """Who opened a session; told what becomes of it in the thread that receives its answers."""
-
-    def on_opened(self, session: "Session") -> None:
-        """The replica said hello: requests may be sent."""
-
-    def on_draining(self, session: "Session") -> None:
-        """The replica is about to stop: it answers what it has, and should get nothing more."""
-
-    def on_unavailable(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
-        """The replica did not take the request up, as it stops."""
-
-    def on_loss(self, session: "Session", lost: list[Request], error: SchoolhouseError) -> None:
-        """The session has ended, or never began; these requests are unanswered."""
+_WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # what came is not what was asked for
+_BROKEN = (TeacherInternalError, CorruptPayloadError)  # that a replica says: another may do better
 
 
 class Session:
@@ -49,6 +41,7 @@ class Session:
         weight: float,
         shared_memory: bool,
         checksums: bool,
+        security: ClientSecurity,
         revision: str = "",
         owner: Owner,
         clock: Callable[[], float],
@@ -57,6 +50,7 @@ class Session:
         self.alive = self.draining = False
         self.others_queued = 0  # requests of others that waited for the replica's device when it last answered
         self.answered_at = float("-inf")
+        self.slowest_s = 0.0  # that an answer took, from when the replica was asked
         self._transport = "stream: shared memory is switched off here"  # until the replica's hello
         self._overflowed = 0  # replies that found no room in shared memory
         self._requests = self._sent_bytes = self._received_bytes = 0
@@ -69,6 +63,7 @@ class Session:
             checksums=checksums,
             revision=revision,
         )
+        self._security = security
         self._owner = owner
         self._clock = clock
         self._outbox: Outbox[Message | bytes] = Outbox()
@@ -78,7 +73,7 @@ class Session:
         self._window: Window[Request] = Window()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
         self._hello = teacher_pb2.Opened()
-        self._said_at = clock()
+        self._said_at = self._heard_at = self._busy_since = clock()
 
     @property
     def transport(self) -> str:
@@ -91,6 +86,17 @@ class Session:
     def outstanding(self) -> int:
         """Requests given to this session that have no answer yet."""
         return len(self._window)
+
+    @property
+    def silent_since(self) -> float | None:
+        """Since when the replica says nothing, although it has requests; None if it has none."""
+        if not self.alive or not self._window.in_flight:
+            return None
+        return max(self._heard_at, self._busy_since)
+
+    def asked(self) -> list[Request]:
+        """The requests that the replica has."""
+        return self._window.asked()
 
     @property
     def reads_here(self) -> bool:
@@ -110,7 +116,7 @@ class Session:
     def start(self) -> None:
         """Begin to connect; the owner is told how that ends."""
         memory.keep_freed_memory()
-        self._channel = channel.connect(self.address)
+        self._channel = channel.connect(self.address, self._security)
         stub = self._channel.stream_stream(
             channel.SESSION_METHOD,
             request_serializer=framing.write_message,
@@ -162,6 +168,9 @@ class Session:
     def _pump(self) -> None:
         """Send what waits, as far as the window goes."""
         while (found := self._window.next()) is not None:
+            found[1].asked_at = self._clock()
+            if self._window.in_flight == 1:
+                self._busy_since = found[1].asked_at
             self._outbox.put(self._messages(*found))
 
     def renew(self) -> float | None:
@@ -184,6 +193,7 @@ class Session:
                 inputs=request.outgoing.header,
                 payload=payload,
                 traceparent=request.sent(),
+                alone=request.alone,
             )
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
@@ -239,6 +249,7 @@ class Session:
             segment.close()
 
     def _receive(self, message: Any) -> None:
+        self._heard_at = self._clock()
         if isinstance(message, framing.Frame):
             self._on_frame(message)
             return
@@ -266,7 +277,20 @@ class Session:
     def _on_failure(self, request: Request, error: SchoolhouseError) -> None:
         if isinstance(error, TeacherUnavailableError):
             self._owner.on_unavailable(self, request, error)
+        elif isinstance(error, _BROKEN):
+            self._owner.on_broken(self, request, error)
         else:
+            request.fail(error)
+
+    def _on_bad_answer(self, request_id: int, error: SchoolhouseError) -> None:
+        request = self._window.get(request_id)
+        if request is None:  # cancelled meanwhile
+            return
+        if isinstance(error, _WRONG):
+            self._take(request_id)
+            self._owner.on_wrong(self, request, error)
+        else:
+            self.cancel(request)
             request.fail(error)
 
     def _on_opened(self, opened: teacher_pb2.Opened) -> None:
@@ -307,8 +331,7 @@ class Session:
             incoming = framing.Incoming(reply.features, reply.payload, request.limits, self._segment)
         except SchoolhouseError as err:
             self._refuse(reply.payload)
-            self.cancel(request)
-            request.fail(err)
+            self._on_bad_answer(reply.request_id, err)
             return
         if incoming.complete:
             self._finish(reply, incoming)
@@ -329,10 +352,7 @@ class Session:
         try:
             incoming.add(frame.offset, frame.data, frame.digest)
         except SchoolhouseError as err:
-            request = self._window.get(frame.request_id)
-            if request is not None:  # not cancelled meanwhile
-                self.cancel(request)
-                request.fail(err)
+            self._on_bad_answer(frame.request_id, err)
             return
         if incoming.complete:
             self._overflowed += self._segment is not None
@@ -345,10 +365,14 @@ class Session:
         self._requests += 1
         self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
         self._received_bytes += incoming.nbytes + len(reply.features)
+        self.slowest_s = max(self.slowest_s, self._clock() - request.asked_at)
         self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
         request.received(incoming.nbytes + len(reply.features))
+        request.answered_by = self.address
         try:
             request.resolve(features_of(request, reply, incoming))
+        except _WRONG as err:
+            self._owner.on_wrong(self, request, err)
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone
             request.fail(err)
         self._pump()  # after the answer is delivered: who waits for it goes on meanwhile

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import grpc
 from schoolhouse_wire import channel, status
+from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 from schoolhouse.errors import SchoolhouseError, TeacherUnavailableError, UnknownTeacherError
@@ -28,9 +29,9 @@ class Listener(Protocol):
 class Watch:
     """Watches one teacher at the directory at `target`, again and again with backoff, until `close()`."""
 
-    def __init__(self, target: str, name: str, zone: str, listener: Listener) -> None:
+    def __init__(self, target: str, name: str, zone: str, listener: Listener, security: ClientSecurity) -> None:
         self._target, self._name, self._zone = target, name, zone
-        self._listener = listener
+        self._listener, self._security = listener, security
         self._random = random.Random()
         self._closed = False
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # not an event: its lock may be held by who closes
@@ -85,7 +86,7 @@ class Watch:
 
     def _sets(self) -> Iterator[ReplicaSet]:
         # A channel that was refused waits for up to two minutes before it tries again; a new one tries at once.
-        with channel.connect(self._target) as opened:
+        with channel.connect(self._target, self._security) as opened:
             stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
             call = self._call = stub.Watch(directory_pb2.WatchRequest(teacher=self._name))
             if self._closed:

@@ -14,6 +14,7 @@ class Sized(Protocol):
 
     told_to_wait: bool
     losses: int
+    is_retry: bool
 
     @property
     def nbytes(self) -> int: ...
@@ -124,6 +125,10 @@ class Window(Generic[R]):
                 self._stop(request_id)
             return request_id
 
+    def asked(self) -> list[R]:
+        """The requests that the replica has."""
+        return list(self._in_flight.values())
+
     def take_back(self) -> list[R]:
         """Forget the requests that are not in flight, and return them in their order."""
         with self._lock:
@@ -138,6 +143,7 @@ class Window(Generic[R]):
             waiting = self._take_waiting()  # at once: else another thread might begin to send one of them
         for request in in_flight:
             request.losses += 1
+            request.is_retry = True
         return in_flight + waiting
 
     def _take_waiting(self) -> list[R]:

@@ -5,13 +5,11 @@ rebuilds the value over one received buffer, without copying. Field names of rec
 """
 
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from google.protobuf.message import DecodeError
 
 from schoolhouse_wire.errors import (
     CorruptPayloadError,
@@ -19,10 +17,11 @@ from schoolhouse_wire.errors import (
     ProtocolError,
     UnsupportedValueError,
 )
-from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.layouts import Layout
+from schoolhouse_wire.layouts import read_layout as read_layout
+from schoolhouse_wire.limits import MAX_INTEGER_BYTES, MAX_ODD_KEYS, MAX_TYPE_NAME, Limits
 from schoolhouse_wire.records import build_record, record_of
 from schoolhouse_wire.tensors import (
-    DTYPE_OF_NUMBER,
     DTYPES,
     DimOrder,
     dim_order,
@@ -35,7 +34,6 @@ from schoolhouse_wire.tensors import (
 )
 from schoolhouse_wire.v1 import values_pb2
 
-_CACHED_HEADER_BYTES = 4096
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -231,8 +229,10 @@ def _put_scalar(node: values_pb2.Value, value: Any, where: str) -> None:
     elif isinstance(value, int):
         if value in _INT64:
             node.integer = value
-        else:
+        elif value.bit_length() < 8 * MAX_INTEGER_BYTES:
             node.big_integer = int(value).to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        else:
+            raise UnsupportedValueError(f"{where} takes over {MAX_INTEGER_BYTES} bytes as an integer; send bytes")
     elif isinstance(value, float):
         node.real = value
     elif isinstance(value, complex):
@@ -248,77 +248,6 @@ def _put_scalar(node: values_pb2.Value, value: Any, where: str) -> None:
 
 def _type_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A received declaration, checked: the structure, and where each tensor lies in the payload."""
-
-    root: values_pb2.Value
-    tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...], DimOrder], ...]  # start, count, dtype, shape, order
-    nbytes: int
-    flat: bool  # a list or Arguments of all the tensors in their order
-
-
-def read_layout(header: bytes, limits: Limits) -> Layout:
-    """Parse a serialized bundle and check what it declares. Takes no memory for what it declares.
-
-    Raises:
-        MessageTooLargeError: if it declares more than `limits` allow.
-        ProtocolError: if it is not a bundle.
-    """
-    if len(header) > limits.max_header_bytes:
-        raise MessageTooLargeError(f"a header of {len(header)} bytes is over the limit of {limits.max_header_bytes}")
-    return _small_layout(header, limits) if len(header) <= _CACHED_HEADER_BYTES else _layout(header, limits)
-
-
-def _layout(header: bytes, limits: Limits) -> Layout:
-    try:
-        bundle = values_pb2.Bundle.FromString(header)
-    except DecodeError as err:
-        raise ProtocolError("a header arrived that cannot be parsed") from err
-    if len(bundle.tensors) > limits.max_tensors:
-        raise MessageTooLargeError(f"{len(bundle.tensors)} tensors are over the limit of {limits.max_tensors}")
-    for declared in bundle.tensors:
-        if len(declared.shape) > limits.max_rank:
-            raise MessageTooLargeError(f"a tensor of rank {len(declared.shape)} is over the limit of {limits.max_rank}")
-        if any(size >= 1 << 63 for size in declared.shape):
-            raise MessageTooLargeError("a tensor with a dimension of 2**63 or more was declared")
-        if declared.dim_order and sorted(declared.dim_order) != list(range(len(declared.shape))):
-            raise ProtocolError(f"a tensor of rank {len(declared.shape)} was declared with another one's dimensions")
-    sizes = [tensor_nbytes(declared) for declared in bundle.tensors]
-    *starts, total = offsets(sizes)
-    if total > limits.max_payload_bytes:
-        raise MessageTooLargeError(
-            f"the tensors take {total} bytes, over the limit of {limits.max_payload_bytes}; "
-            "send smaller batches, tap fewer modules, or raise the receiver's limit"
-        )
-    tensors = tuple(
-        (
-            start,
-            math.prod(declared.shape),
-            DTYPE_OF_NUMBER[declared.dtype],
-            tuple(declared.shape),
-            tuple(declared.dim_order),
-        )
-        for start, declared in zip(starts, bundle.tensors, strict=True)
-    )
-    return Layout(bundle.root, tensors, total, _is_flat(bundle))
-
-
-_small_layout = functools.lru_cache(maxsize=512)(_layout)  # a training loop receives the same one every step
-
-
-def _is_flat(bundle: values_pb2.Bundle) -> bool:
-    kind = bundle.root.WhichOneof("kind")
-    if kind == "list":
-        items = bundle.root.list.items
-    elif kind == "arguments" and not bundle.root.arguments.keyword:
-        items = bundle.root.arguments.positional
-    else:
-        return False
-    used = [item.tensor if item.WhichOneof("kind") == "tensor" else -1 for item in items]
-    return used == list(range(len(bundle.tensors)))
 
 
 def unpack(layout: Layout, payload: Any, limits: Limits) -> Any:
@@ -352,6 +281,8 @@ class _Unpacker:
         if kind in ("boolean", "integer", "real", "text", "raw"):
             return getattr(node, kind)
         if kind == "big_integer":
+            if len(node.big_integer) > MAX_INTEGER_BYTES:
+                raise MessageTooLargeError(f"an integer of more than {MAX_INTEGER_BYTES} bytes arrived")
             return int.from_bytes(node.big_integer, "little", signed=True)
         if kind == "complex":
             return complex(node.complex.real, node.complex.imaginary)
@@ -369,6 +300,8 @@ class _Unpacker:
         if kind == "record":
             if len(node.record.names) != len(node.record.values):
                 raise CorruptPayloadError("a record has another number of names than of values")
+            if len(node.record.type_name) > MAX_TYPE_NAME:
+                raise MessageTooLargeError(f"a record's type has a name of more than {MAX_TYPE_NAME} characters")
             fields = dict(zip(node.record.names, self._items(node.record.values, depth), strict=True))
             return build_record(node.record.kind, node.record.type_name, fields)
         raise ProtocolError("a value of a kind that this version does not know arrived")
@@ -379,7 +312,16 @@ class _Unpacker:
     def _dict(self, node: values_pb2.Mapping, depth: int) -> dict[Any, Any]:
         if len(node.keys) != len(node.values):
             raise CorruptPayloadError("a dict has another number of keys than of values")
-        try:
-            return dict(zip(self._items(node.keys, depth), self._items(node.values, depth), strict=True))
-        except TypeError as err:
-            raise CorruptPayloadError("a dict has a key that cannot be one") from err
+        keys = self._items(node.keys, depth)
+        if not all(type(key) is str for key in keys):
+            if not all(map(_is_key, keys)):
+                raise CorruptPayloadError("a dict has a key that is neither a scalar nor a tuple of such")
+            if len(keys) > MAX_ODD_KEYS:
+                raise MessageTooLargeError(f"a dict of more than {MAX_ODD_KEYS} keys that are not strings arrived")
+        return dict(zip(keys, self._items(node.values, depth), strict=True))
+
+
+def _is_key(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_key, value))
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes)

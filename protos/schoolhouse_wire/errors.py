@@ -1,4 +1,7 @@
-"""The errors that cross the wire, one class per `Failure.Code`, so that both sides raise the same types."""
+"""The errors that cross the wire, one class per `Failure.Code`, so that both sides raise the same types.
+
+`ConfigError` stands here too, as both sides raise it, but it never travels.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -20,6 +23,10 @@ class SchoolhouseError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.message, self.choices))
+
+
+class ConfigError(SchoolhouseError, ValueError):
+    """A setting given to `convert`, `connect` or a constructor is wrong; the message names it and the choices."""
 
 
 def _rebuild(kind: type[SchoolhouseError], message: str, choices: tuple[str, ...]) -> SchoolhouseError:
@@ -105,13 +112,13 @@ class TeacherInternalError(SchoolhouseError):
 
 
 class TeacherMemoryError(SchoolhouseError, MemoryError):
-    """The teacher's device has no room for a forward on these inputs, even row by row. The teacher lives on."""
+    """The teacher has no memory for these inputs or features, nor for parts of their rows. The teacher lives on."""
 
     code = teacher_pb2.Failure.OUT_OF_MEMORY
 
 
 class AuthenticationError(SchoolhouseError, PermissionError):
-    """The server wants a token or a certificate, and none was given, or one that it does not know."""
+    """One side could not prove who it is: the client, for lack of a token or a certificate, or the server."""
 
     code = teacher_pb2.Failure.UNAUTHENTICATED
 

@@ -3,10 +3,12 @@
 gRPC's threads are not in a fork. With its own support of forks, a child that does nothing with it is sometimes aborted
 (`Mutex::Fer with pending CondVar queueing`), such as a `DataLoader`'s worker; without, one that uses it hangs. So that
 support is off, unless the environment says something else or gRPC was imported before this, and a child that uses gRPC
-loads it anew, under a path that the dynamic linker has not seen yet.
+loads it anew, under a path that the dynamic linker has not seen yet. To free a channel or a server of the parent's
+would wait for its threads, for ever: what was garbage at the fork is never collected in the child.
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -24,11 +26,13 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 _pid = os.getpid()
 _extension = ""  # the path of the file that was installed
 _lock = threading.Lock()
+_used = False  # there may be channels or servers
 
 
 def before_grpc() -> None:
     """To be called before a channel or a server is made."""
-    global _pid
+    global _pid, _used
+    _used = True
     if _pid == os.getpid():
         return
     with _lock:
@@ -87,9 +91,11 @@ def _copied(path: str) -> Iterator[str]:
         yield name
 
 
-def _forget_lock() -> None:
+def _in_child() -> None:
     global _lock
     _lock = threading.Lock()
+    if _used:
+        gc.freeze()
 
 
-os.register_at_fork(after_in_child=_forget_lock)
+os.register_at_fork(after_in_child=_in_child)

@@ -24,6 +24,7 @@ M = TypeVar("M", bound=Message)
 
 _FRAME_TAG = 0x7A  # field 15, length-delimited: `frame` of both ClientMessage and ServerMessage
 _REQUEST_TAG, _OFFSET_TAG, _DIGEST_TAG, _DATA_TAG = 0x08, 0x10, 0x1A, 0x7A
+_UINT64 = (1 << 64) - 1
 _NO_PAYLOAD = teacher_pb2.Payload()
 _CORRUPT = "a payload arrived whose checksum does not match its bytes"
 _PADDING = memoryview(bytearray(ALIGNMENT))  # writable, as an address is taken of no other
@@ -56,7 +57,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         at += 1
         if byte < 0x80:
-            return value, at
+            return value & _UINT64, at  # as protobuf reads it
         shift += 7
     raise ProtocolError("a frame arrived that cannot be parsed: a number is too long")
 
@@ -85,6 +86,22 @@ def read_message(kind: type[M], data: bytes) -> M | Frame:
         return message  # type: ignore[no-any-return]
     frame = message.frame  # by the book, for a peer that writes the fields in another order
     return Frame(frame.request_id, frame.offset, frame.digest, memoryview(frame.data))
+
+
+def received(kind: type[M], data: bytes) -> M | Frame | ProtocolError:
+    """As `read_message`, for gRPC, which would log an error that is raised here and end the RPC without saying why."""
+    try:
+        return read_message(kind, data)
+    except ProtocolError as err:
+        return err
+
+
+def parsed(kind: type[M], data: bytes) -> M | ProtocolError:
+    """Any message, for gRPC: see `received`."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return ProtocolError("a message arrived that cannot be parsed")
 
 
 def _read_frame(data: bytes) -> Frame | None:
@@ -294,7 +311,8 @@ class Incoming:
     def add(self, offset: int, data: memoryview, digest: bytes) -> None:
         """Take the next slice; its `digest` stands in the last one."""
         end = offset + data.nbytes
-        if offset != self._filled or end > self.nbytes or bool(digest) != (end == self.nbytes) or self.complete:
+        follows = offset == self._filled and end <= self.nbytes and bool(digest) == (end == self.nbytes)
+        if not follows or self.complete or not (data.nbytes or digest):
             raise ProtocolError(
                 f"a frame of {data.nbytes} bytes at {offset} does not follow the {self._filled} of {self.nbytes} bytes "
                 "that have come"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from schoolhouse_wire.errors import CorruptPayloadError
 from schoolhouse_wire.v1 import values_pb2
 
 Kind = values_pb2.Record.Kind
@@ -76,12 +77,20 @@ def build_record(kind: Kind, type_name: str, fields: dict[str, Any]) -> Any:
     """An object of the named type if this process has loaded it, with that kind and those fields; else a stand-in.
 
     No constructor of a dataclass or named tuple runs: its fields are set, so a peer cannot make it do anything.
+
+    Raises:
+        CorruptPayloadError: the type takes no such fields.
     """
     found = _loaded(type_name)
     if found is None or _kind_of(found) != kind:
         return RecordView(type_name, fields)
     names = found._fields if kind == NAMED_TUPLE else [field.name for field in dataclasses.fields(found)]
-    return _instance(found, kind, fields) if set(names) == fields.keys() else RecordView(type_name, fields)
+    if set(names) != fields.keys():
+        return RecordView(type_name, fields)
+    try:
+        return _instance(found, kind, fields)
+    except Exception as err:  # of an abstract class, say, or of what a ModelOutput's own code refuses
+        raise CorruptPayloadError(f"a {type_name} arrived whose fields do not make one") from err
 
 
 def with_fields(value: Any, record: Record, fields: dict[str, Any]) -> Any:

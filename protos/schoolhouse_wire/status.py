@@ -15,11 +15,14 @@ from schoolhouse_wire.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
+from schoolhouse_wire.scrubbing import scrub
 from schoolhouse_wire.v1 import teacher_pb2
 
 _FAILURE_KEY = "schoolhouse-failure-bin"
 _MAX_TEXT = 4096
 _MAX_CHOICES = 20
+_MAX_FAILURE_BYTES = 3072  # in metadata, of which gRPC drops what is above 8 KiB, and with it what the error was
+_MAX_DETAILS = 250  # characters, of which one may take 12 bytes of metadata; of ASCII four times as many
 
 _F = teacher_pb2.Failure
 _TO_GRPC: dict[int, str] = {  # by name: a fork has codes of its own
@@ -52,13 +55,21 @@ _FROM_GRPC: dict[str, type[SchoolhouseError]] = {
 
 
 def to_failure(error: BaseException, request_id: int = 0) -> teacher_pb2.Failure:
-    """The failure that tells `error` to a peer; an error that is not ours becomes INTERNAL without its text."""
+    """The failure that tells `error` to a peer, without paths, tokens and numbers of tensors that its text may have.
+
+    An error that is not ours becomes INTERNAL without its text.
+    """
     if not isinstance(error, SchoolhouseError):
         error = TeacherInternalError(f"the teacher's server failed with a {type(error).__name__}; its log says more")
-    text = error.message if len(error.message) <= _MAX_TEXT else error.message[:_MAX_TEXT] + "…"
-    return teacher_pb2.Failure(
-        request_id=request_id, code=error.code, message=text, choices=error.choices[:_MAX_CHOICES]
-    )
+    text = scrub(error.message)
+    text = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "…"
+    choices = [_sendable(choice[:_MAX_TEXT]) for choice in error.choices[:_MAX_CHOICES]]
+    return teacher_pb2.Failure(request_id=request_id, code=error.code, message=_sendable(text), choices=choices)
+
+
+def _sendable(text: str) -> str:
+    """Without what UTF-8 cannot carry: a model's own error may hold anything."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_failure(failure: teacher_pb2.Failure) -> SchoolhouseError:
@@ -69,8 +80,12 @@ def from_failure(failure: teacher_pb2.Failure) -> SchoolhouseError:
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     """End an RPC with `error`; raises, as `context.abort` does."""
     failure = to_failure(error)
+    details = failure.message[: 4 * _MAX_DETAILS if failure.message.isascii() else _MAX_DETAILS]
+    if failure.ByteSize() > _MAX_FAILURE_BYTES:
+        failure.message = details
+        del failure.choices[:]
     context.set_trailing_metadata(((_FAILURE_KEY, failure.SerializeToString()),))
-    context.abort(grpc.StatusCode[_TO_GRPC[failure.code]], failure.message)
+    context.abort(grpc.StatusCode[_TO_GRPC[failure.code]], details)
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from schoolhouse_wire.errors import ProtocolError
+from schoolhouse_wire.errors import CorruptPayloadError, ProtocolError
 from schoolhouse_wire.limits import ALIGNMENT
 from schoolhouse_wire.v1 import values_pb2
 
@@ -101,11 +101,14 @@ def view_of(
 
     Raises:
         ProtocolError: if no tensor has such a shape.
+        CorruptPayloadError: if a bool is neither 0 nor 1, of which kernels count what they then do not write.
     """
     try:
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         plain = torch.frombuffer(payload, dtype=dtype, count=count, offset=start)
+        if dtype is torch.bool and int(plain.view(torch.uint8).amax()) > 1:
+            raise CorruptPayloadError("a bool arrived that is neither 0 nor 1")
         if not order:
             return plain.view(shape)
         places = [order.index(dim) for dim in range(len(order))]

@@ -2,9 +2,10 @@
 
 import importlib.util
 
-if importlib.util.find_spec("grpc_health") is None or importlib.util.find_spec("grpc_reflection") is None:
+if any(importlib.util.find_spec(name) is None for name in ("grpc_health", "grpc_reflection", "cryptography")):
     raise ImportError("schoolhouse_server needs the extra 'serve': pip install 'schoolhouse[serve]'")
 
 from schoolhouse_server.replica import Replica, serve
+from schoolhouse_server.tls import ServerTls
 
-__all__ = ["Replica", "serve"]
+__all__ = ["Replica", "ServerTls", "serve"]

@@ -12,6 +12,7 @@ from schoolhouse_wire import channel, forks
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 from torch import nn
 
+from schoolhouse_server.auth import Doorkeeper, Gate
 from schoolhouse_server.config import PoolConfig, TeacherSpec
 from schoolhouse_server.desired import Desired
 from schoolhouse_server.directory import MAX_WATCHERS, Directory
@@ -21,7 +22,8 @@ from schoolhouse_server.logs import RingHandler, set_up
 from schoolhouse_server.ports import listen
 from schoolhouse_server.replica import Replica
 from schoolhouse_server.standard import add_standard_services
-from schoolhouse_server.web import WebServer
+from schoolhouse_server.tokens import Tokens
+from schoolhouse_server.web import WebServer, gate_of
 
 NAMESPACE = "schoolhouse"
 KEEPER, DIRECTORY = "keeper", "directory"
@@ -51,6 +53,7 @@ class Report:
     load: bytes = b""  # a serialized message
     draining: bool = False
     drained: bool = False  # it may be stopped
+    trouble: str = ""  # why it has to be replaced at once
 
 
 class PoolActor:
@@ -118,14 +121,17 @@ class TeacherActor(PoolActor):
         """What it does at present."""
         if self._replica is None:
             return Report(self._stage, self._version)
+        trouble = self._replica.trouble
+        stage = "draining" if self._replica.draining else self._stage
         return Report(
-            stage="draining" if self._replica.draining else self._stage,
+            stage=trouble.stage if trouble is not None else stage,
             version=self._version,
             address=self._address,
             revision=self._replica.engines[self._name].description.revision,
             load=self._replica.load(self._name).SerializeToString(),
             draining=self._replica.draining,
             drained=self._replica.drained,
+            trouble=trouble.why if trouble is not None else "",
         )
 
     def drain(self, timeout_s: float) -> None:
@@ -152,11 +158,16 @@ class TeacherActor(PoolActor):
             max_job_bytes=self._spec.max_job_bytes,
             max_queued=self._spec.max_queued,
             lease_s=self._spec.lease_s,
+            forward_timeout_s=self._spec.forward_timeout_s,
             merging=self._spec.merging,
             example=load_example(self._spec, self._pool.folder),
             http_port=self._pool.metrics_port_range,
             tracing=self._pool.tracing,
             replica_id=self._id,
+            tls=self._pool.tls,
+            insecure=self._pool.security.insecure,
+            tokens=self._pool.tokens,
+            allow_head=self._pool.security.allow_head,
         )
 
 
@@ -165,28 +176,38 @@ class DirectoryActor(PoolActor):
 
     def __init__(self, pool: PoolConfig) -> None:
         super().__init__(pool.log_format)
-        self._directory = Directory(ready=False)
+        self._gate = Gate(Tokens.of(pool.tokens))
+        self._directory = Directory(ready=False, gate=self._gate)
         forks.before_grpc()
         server = grpc.server(
             DaemonExecutor(_DIRECTORY_RPCS, "schoolhouse-directory"),  # type: ignore[arg-type]  # it uses what every Executor has
+            interceptors=[Doorkeeper(self._gate)],
             options=channel.SERVER_OPTIONS,
             maximum_concurrent_rpcs=_DIRECTORY_RPCS,
         )
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
         add_standard_services(server, ("schoolhouse.v1.DirectoryService",))
-        host = advertised(pool)
-        port = listen(server, bound(pool), (pool.port,))
+        host, tls = advertised(pool), pool.tls
+        port = listen(server, bound(pool), (pool.port,), tls)
+        self._gate.start()
         server.start()
         self._address = f"{host}:{port}"
         self._server = server
+        self._url = f"{'grpc' if tls is None else 'grpcs'}://{self._address}"
         self._page = ""
         if pool.http_port is not None:
-            web = WebServer(self._directory.sets, host=bound(pool), port=pool.http_port).start()
-            self._page = f"http://{host}:{web.port}"
+            context = tls.context() if tls is not None else None
+            gate = gate_of(self._gate, bound(pool))
+            web = WebServer(self._directory.sets, host=bound(pool), port=pool.http_port, gate=gate, tls=context).start()
+            self._page = f"{'http' if tls is None else 'https'}://{host}:{web.port}"
 
     def address(self) -> str:
         """host:port that students connect to."""
         return self._address
+
+    def url(self) -> str:
+        """The same as a URL, without a teacher's name."""
+        return self._url
 
     def page(self) -> str:
         """URL of the page with charts; empty without one."""
@@ -199,7 +220,7 @@ class DirectoryActor(PoolActor):
 
 def bound(pool: PoolConfig) -> str:
     """Where a server of the pool listens."""
-    return "127.0.0.1" if _only_here(pool) else "0.0.0.0"
+    return "127.0.0.1" if pool.only_here else "0.0.0.0"
 
 
 def advertised(pool: PoolConfig) -> str:
@@ -208,13 +229,9 @@ def advertised(pool: PoolConfig) -> str:
     Raises:
         ConfigError: `advertise` is a mapping without this node.
     """
-    own = "127.0.0.1" if _only_here(pool) else str(ray.util.get_node_ip_address())
+    own = "127.0.0.1" if pool.only_here else str(ray.util.get_node_ip_address())
     if not isinstance(pool.advertise, dict):
         return pool.advertise or own
     if own not in pool.advertise:
         raise ConfigError(f"advertise has no entry for the node {own}; it has: {', '.join(sorted(pool.advertise))}")
     return pool.advertise[own]
-
-
-def _only_here(pool: PoolConfig) -> bool:
-    return pool.host in ("127.0.0.1", "localhost")

@@ -32,6 +32,7 @@ class Place:
     """A session's part of its job's quota. `tell_wait(request_id)` and `tell_resume()` only queue a message."""
 
     job: str
+    sharing: Sharing  # whose bounds of a job hold for this session
     tell_wait: Callable[[int], None]
     tell_resume: Callable[[], None]
     admitted: dict[int, int] = field(default_factory=dict)  # bytes, by request
@@ -126,7 +127,7 @@ class Admission:
     def _is_next(self, place: Place, nbytes: int) -> bool:
         if place.reserved is not None:
             quota = self._jobs[place.job]
-            return quota.requests == 1 or quota.nbytes - place.reserved + nbytes <= self._sharing.max_job_bytes
+            return quota.requests == 1 or quota.nbytes - place.reserved + nbytes <= place.sharing.max_job_bytes
         # Those of other jobs wait for what is full, or it was kept for them.
         return self._has_room(place, nbytes) and not any(
             other.job == place.job and self._reads(other) for other in self._waiting
@@ -138,10 +139,10 @@ class Admission:
 
     def _reads(self, place: Place) -> bool:
         """Whether the client takes its replies; else they would pile up."""
-        return len(place.admitted) + len(place.replying) < _UNSENT * self._sharing.max_in_flight
+        return len(place.admitted) + len(place.replying) < _UNSENT * place.sharing.max_in_flight
 
     def _has_place_in_job(self, place: Place, nbytes: int) -> bool:
-        quota, sharing = self._jobs[place.job], self._sharing
+        quota, sharing = self._jobs[place.job], place.sharing
         if quota.requests >= sharing.max_in_flight:
             return False
         return not quota.requests or quota.nbytes + nbytes <= sharing.max_job_bytes  # a large one is taken when alone
@@ -164,7 +165,7 @@ class Admission:
             self._waiting[place] = None
             place.wanted, place.refused = nbytes, set()
         place.refused.add(request_id)
-        if len(place.refused) > self._sharing.max_in_flight:  # more than can have been on their way
+        if len(place.refused) > place.sharing.max_in_flight:  # more than can have been on their way
             raise FloodError(f"{len(place.refused)} calls came after the client was told to wait")
         place.tell_wait(request_id)
         self._resume()  # what was reserved for it may be of use for others

@@ -294,10 +294,11 @@ def _likeness(leaf: Sequence[torch.Tensor]) -> str:
             return ""  # mostly
         if all(_same_bytes(t[1:], t[:1].expand(len(t) - 1, *t.shape[1:])) for t in leaf):
             return "rows"
-    return "requests" if all(_same(first, other) for other in leaf[1:]) else ""
+    return "requests" if all(is_same(first, other) for other in leaf[1:]) else ""
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors of one dtype are equal to the bit, NaNs too."""
     return a.shape == b.shape and _same_bytes(a, b)
 
 

@@ -170,21 +170,90 @@ def logs(
 def top(
     url: Annotated[
         str | None,
-        typer.Argument(help="A directory or replica, as HOST:PORT or grpc://HOST:PORT/NAME. Else: the pool."),
+        typer.Argument(help="A directory or replica: HOST:PORT, grpc://HOST:PORT/NAME or grpcs://. Else: the pool."),
     ] = None,
     address: Address = None,
     interval_s: Annotated[float, typer.Option(min=0.1, max=3600, help="Between looks, in seconds.")] = 2.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print one table, of the rates of one interval, and end.")
     ] = False,
+    ca: Annotated[Path | None, typer.Option(help="PEM file of who vouches for the server.")] = None,
+    cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate to show.")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with a token; an admin's sees all jobs.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext to other machines.")] = False,
 ) -> None:
     """Watch replicas and jobs, live; 'q' ends it."""
+    from schoolhouse_wire.security import ClientSecurity
+
     from schoolhouse_server.top import target_of, watch
 
     if url is None:
         with _pool(address) as found:
-            url = found.address
-    watch(target_of(url), out, interval_s=interval_s, once=once)
+            url = found.directory_url
+    target, tls = target_of(url), url.startswith("grpcs://")
+    token = _token_in(token_file) if token_file is not None else None
+    read = ClientSecurity.read(ca=ca, cert=cert, key=key, token=token, insecure=insecure)
+    security = read.towards(target.rpartition(":")[0].strip("[]"), tls=tls)
+    watch(target, out, interval_s=interval_s, once=once, security=security)
+
+
+def _token_in(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(help="Where the files go; it is made if need be. Keep ca-key.pem safe.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name or an address that students connect to; again for each. Loopback is always one."),
+    ] = None,
+    add_server: Annotated[
+        str, typer.Option(metavar="NAME", help="Add a server's certificate of the authority that is in the folder.")
+    ] = "",
+    add_client: Annotated[
+        str, typer.Option(metavar="NAME", help="Add a client's certificate of the authority that is in the folder.")
+    ] = "",
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long the certificates hold.")] = 365,
+) -> None:
+    """Make a private authority, and a certificate each for the servers of a pool and for a client, as PEM files.
+
+    Servers get server.pem and server-key.pem (`security: {tls: {cert:, key:}}` in the pool file), and ca.pem as
+    `client_ca` if clients must have a certificate. Clients get ca.pem: connect("grpcs://HOST:PORT/NAME", ca="ca.pem"),
+    and where they must have one, client.pem as cert and client-key.pem as key.
+    """
+    from schoolhouse_server.certs import Authority, check_hosts
+
+    if add_server or add_client:
+        if host and not add_server:
+            raise ConfigError("--host goes with a server's certificate; add --add-server NAME, or leave it out")
+        authority = Authority.load(folder)
+    else:
+        if not host:
+            raise ConfigError("give the names and addresses that students connect to: --host HOST, again for each")
+        check_hosts(host)
+        authority = Authority.make(folder)
+        add_server, add_client = "server", "client"
+    paths = authority.add_server(add_server, host or (), days) if add_server else []
+    paths += authority.add_client(add_client, days) if add_client else []
+    for path in paths:
+        out.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def token() -> None:
+    """Make a random token for a job, and its line for the tokens file, which holds no tokens but their digests."""
+    from schoolhouse_server.tokens import digest_of, new_token
+
+    made = new_token()
+    out.print(f"token, for sh.connect(token=...): {made}", soft_wrap=True, highlight=False, markup=False)
+    out.print("It is shown only now. The tokens file gets, under `tokens:`, a line like this one:", soft_wrap=True)
+    line = f'- {{sha256: "{digest_of(made)}", job: NAME, teachers: ["*"]}}'
+    out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
@@ -11,8 +10,13 @@ from schoolhouse.errors import ConfigError
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.logs import LogFormat
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_LEASE_S, MAX_QUEUED
+from schoolhouse_server.tls import ServerTls
+from schoolhouse_server.tokens import Tokens
+from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, MAX_FORWARD_TIMEOUT_S
+from schoolhouse_server.yaml_files import read_yaml
 
 _MAX_REPLICAS = 1024
+_MAX_WRONG = 10  # things that a message lists
 _NODE_ID = "ray.io/node-id"
 Placement = Literal["DEFAULT", "SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"]
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -118,6 +122,7 @@ class TeacherSpec:
     max_job_bytes: Annotated[int, Field(ge=1)] = MAX_JOB_BYTES
     max_queued: Annotated[int, Field(ge=1)] = MAX_QUEUED
     lease_s: Annotated[float, Field(ge=0, le=MAX_LEASE_S)] = LEASE_S
+    forward_timeout_s: Annotated[float, Field(ge=0, le=MAX_FORWARD_TIMEOUT_S)] = FORWARD_TIMEOUT_S
     merge: Literal["never", "same-shape", "pad"] = "never"
     max_batch_rows: Annotated[int, Field(ge=1)] = 256
     max_batch_tokens: Annotated[int, Field(ge=1)] = 65_536
@@ -164,6 +169,35 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TlsSpec:
+    """The PEM files of `ServerTls`, which every node has at these paths."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SecuritySpec:
+    """Who can read and write along the way: nobody, with `tls`; `insecure` says that others may, in plaintext.
+
+    With `tokens`, a file that every node has at this path, only who has one of its tokens is answered; see
+    `tokens.Grant`. `allow_head` gives the weights of teachers' heads to who asks, as `encodings.hidden` does.
+    """
+
+    tls: TlsSpec | None = None
+    insecure: bool = False
+    tokens: Path | None = None
+    allow_head: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "SecuritySpec":
+        if self.tls is not None and self.insecure:
+            raise ValueError("tls and insecure are given; insecure: true says that there is no TLS, so leave it out")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PoolConfig:
     """A pool: its teachers by name, and where its directory listens (port 0: any free one).
 
@@ -172,11 +206,16 @@ class PoolConfig:
     Ray gives its node. Behind NAT or a load balancer `advertise` says what students connect to in its place: one name
     for all, or a mapping from a node's address to the one outside. A replica's zone is its node's label `zone_label`.
 
+    With any other host than that the pool needs `security: {tls: {cert: server.pem, key: server.key}}`, or
+    `insecure: true` there: then what goes to and fro is plaintext. With `client_ca` beside them students need a
+    certificate of it. Of each server the certificate must hold the name, or the address, that students connect to.
+
     A replica that must go answers what it has for up to `drain_timeout_s`. Replicas of a revision that was rolled over
     stay until the jobs that began with it have ended, `linger_s` at most.
 
     With an `http_port` (0: any free one) the directory has a page with charts of the whole pool, and Prometheus metrics
     at `/metrics`; with `metrics_ports`, a range, each replica has its own, for a Prometheus that asks each by itself.
+    With `security: {tokens: FILE}` they want an admin's token, unless `host` is 127.0.0.1.
     `log_format` is that of the actors, on stderr and in `schoolhouse logs`: "text", or "json", one object a line.
     `tracing` makes OpenTelemetry spans, for the tracer provider that the teacher's module sets as it is imported.
     """
@@ -193,6 +232,7 @@ class PoolConfig:
     metrics_ports: int | str | None = None
     log_format: LogFormat = "text"
     tracing: bool = False
+    security: SecuritySpec = Field(default_factory=SecuritySpec)
     folder: Path = Path()
 
     @model_validator(mode="after")
@@ -201,6 +241,39 @@ class PoolConfig:
             if given is not None:
                 parse_ports(str(given))
         return self
+
+    @model_validator(mode="after")
+    def _not_in_plaintext(self) -> "PoolConfig":
+        if not self.only_here and self.security.tls is None and not self.security.insecure:
+            raise ValueError(
+                f"host is {self.host!r}, so other machines can connect, and traffic would be plaintext: give security: "
+                "{tls: {cert: FILE, key: FILE}}, for which `schoolhouse certs` makes the files, or say security: "
+                "{insecure: true}"
+            )
+        return self
+
+    @property
+    def only_here(self) -> bool:
+        """Whether its servers listen on loopback alone."""
+        return self.host in ("127.0.0.1", "localhost")
+
+    @property
+    def tls(self) -> ServerTls | None:
+        """The certificate of its servers, from this node's files; None without one.
+
+        Raises:
+            ConfigError: a file is not what it should be.
+        """
+        given = self.security.tls
+        if given is None:
+            return None
+        client_ca = self.folder / given.client_ca if given.client_ca is not None else None
+        return ServerTls(cert=self.folder / given.cert, key=self.folder / given.key, client_ca=client_ca)
+
+    @property
+    def tokens(self) -> Path | None:
+        """The tokens file, on this node; None without one."""
+        return self.folder / self.security.tokens if self.security.tokens is not None else None
 
     @property
     def replica_ports(self) -> range:
@@ -231,18 +304,29 @@ def load_pool(path: Path) -> PoolConfig:
     Raises:
         ConfigError: one sentence for each thing that is wrong, with its place in the file.
     """
-    try:
-        given = yaml.safe_load(path.read_text())
-    except OSError as err:
-        raise ConfigError(f"cannot read the pool file {path}: {err.strerror}") from err
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(err).split())}") from err
+    given = read_yaml(path, "pool file")
     if not isinstance(given, dict):
         raise ConfigError(f"{path} must hold a mapping with the key 'teachers'")
     if "folder" in given:
         raise ConfigError(f"{path} is wrong: folder: it is the file's own folder and cannot be set")
     try:
-        return TypeAdapter(PoolConfig).validate_python({**given, "folder": path.resolve().parent})
+        config = TypeAdapter(PoolConfig).validate_python({**given, "folder": path.resolve().parent})
     except ValidationError as err:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'pool'}: {e['msg']}" for e in err.errors()]
-        raise ConfigError(f"{path} is wrong: " + "; ".join(lines)) from err
+        raise ConfigError(f"{path} is wrong: {_wrong(err)}") from err
+    try:
+        _ = config.tls
+    except ConfigError as err:
+        raise ConfigError(f"{path} is wrong: security.tls: {err}") from err
+    try:
+        _ = Tokens.of(config.tokens)
+    except ConfigError as err:
+        raise ConfigError(f"{path} is wrong: security.tokens: {err}") from err
+    return config
+
+
+def _wrong(error: ValidationError) -> str:
+    """What is wrong and where, in one line."""
+    found = error.errors()
+    lines = [f"{'.'.join(str(key)[:80] for key in e['loc']) or 'pool'}: {e['msg'][:300]}" for e in found]
+    more = f"; and {len(found) - _MAX_WRONG} more" if len(found) > _MAX_WRONG else ""
+    return " ".join("; ".join(lines[:_MAX_WRONG]).split()) + more

@@ -87,13 +87,20 @@ class Desired:
         """With new versions of these teachers, as `config` has them; those that are new to the pool are added.
 
         Raises:
-            ConfigError: host or port are others, which takes a new pool; a name that the file does not have.
+            ConfigError: host, port, TLS or tokens are others, which takes a new pool; a name that the file does not
+                have.
         """
         if config.host != self.config.host or config.port not in (0, self.config.port):
             raise ConfigError(
                 f"the pool listens on {self.config.host}:{self.config.port}, and the file says "
                 f"{config.host}:{config.port}; that takes `schoolhouse down` and `schoolhouse up`"
             )
+        for name in ("tls", "tokens"):
+            if getattr(config.security, name) != getattr(self.config.security, name):
+                raise ConfigError(
+                    f"security.{name} of the file is not that of the pool; new contents of the same files are taken "
+                    "without a roll, anything else takes `schoolhouse down` and `schoolhouse up`"
+                )
         config = replace(config, port=self.config.port)
         wrong = [name for name in names if name not in config.teachers]
         if wrong:

@@ -16,6 +16,22 @@ from schoolhouse_wire.nested import map_tensors
 T = TypeVar("T")
 _PINNING = ("cuda", "xpu")
 _RECENT = 0.2  # how much the last piece of work counts
+_MAX_CAUSES = 16
+# Torch has an exception for a device that has no room in its own allocator; of the rest there is nothing but the text.
+_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP out of memory")
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error is, or comes from one, that says that the memory of the device or of the host ran out."""
+    for _ in range(_MAX_CAUSES):
+        if error is None:
+            return False
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,15 @@ class Device:
 
     def pin(self, value: Any) -> Any:
         """Inputs in memory that the device copies from by itself. Torch keeps such memory for the next ones."""
-        return map_tensors(value, torch.Tensor.pin_memory) if self._pins else value
+        return map_tensors(value, self._pin) if self._pins else value
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            return tensor.pin_memory()
+        except (RuntimeError, MemoryError) as err:
+            if not lacks_memory(err):
+                raise
+            return tensor  # the host copies it
 
     def load(self, value: Any) -> Any:
         """Inputs on the device; they may be on their way still."""
@@ -116,10 +140,32 @@ class Device:
         if tensor.device != self.name:  # a part of the teacher is elsewhere, and nothing waits for streams there
             return tensor.cpu()
         plain = tensor.resolve_conj().resolve_neg()  # else torch does that here, before the bytes have come
-        here = torch.empty_like(plain, device="cpu", pin_memory=self._pins)
-        return here.copy_(plain, non_blocking=self._pins)
+        return self._host_memory(plain).copy_(plain, non_blocking=self._pins)
+
+    def _host_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            return torch.empty_like(tensor, device="cpu", pin_memory=self._pins)
+        except (RuntimeError, MemoryError) as err:
+            if not self._pins or not lacks_memory(err):
+                raise
+        return torch.empty_like(tensor, device="cpu")  # there is less that can be pinned
 
     def wait(self, span: Span) -> None:
         """Return when the device has done a piece of work."""
         if not isinstance(span.end, float):
             span.end.synchronize()
+
+    def free(self) -> None:
+        """Give back memory that is kept for later use, so that it can be taken in other sizes."""
+        if self._pins:
+            self.kit.empty_cache()
+
+    def is_broken(self) -> bool:
+        """Whether it does nothing any more, as after a kernel's failed assertion, until the process ends. It waits."""
+        if not self._pins:
+            return False
+        try:
+            self.kit.synchronize(self.name)
+        except Exception:
+            return True
+        return False

@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import grpc
-from schoolhouse.errors import TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
+from schoolhouse.errors import SchoolhouseError, TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
 from schoolhouse_wire import status
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
+
+from schoolhouse_server.auth import Gate, check_teacher
+from schoolhouse_server.tokens import Grant
 
 MAX_WATCHERS = 1024
 _NOT_READY = "the directory has just started and does not know the replicas yet"
@@ -25,14 +28,22 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
     """Replica sets by teacher. `load` reads the present load of a replica as it is asked for, if given.
 
     One that is not `ready` says that it is unavailable until its whole table has been published: one that has just
-    been restarted must not tell students that their teacher is gone.
+    been restarted must not tell students that their teacher is gone. Of teachers that a token is not for nothing is
+    told, and of other jobs only to an admin.
     """
 
-    def __init__(self, load: Callable[[str], directory_pb2.Load] | None = None, *, ready: bool = True) -> None:
+    def __init__(
+        self,
+        load: Callable[[str], directory_pb2.Load] | None = None,
+        *,
+        ready: bool = True,
+        gate: Gate | None = None,
+    ) -> None:
         self._entries: dict[str, _Entry] = {}
         self._changed = threading.Condition()
         self._load = load
         self._ready = ready
+        self._gate = gate or Gate()
         self._watchers = 0
         self._closed = False
 
@@ -75,9 +86,12 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
     def ListTeachers(  # noqa: N802  # the RPC's name
         self, request: directory_pb2.ListTeachersRequest, context: grpc.ServicerContext
     ) -> directory_pb2.ListTeachersResponse:
-        """All teachers and their replicas."""
+        """All teachers that the client may see, and their replicas."""
         self._check_ready(context)
-        return directory_pb2.ListTeachersResponse(teachers=self.sets())
+        grant = self._grant(context)
+        return directory_pb2.ListTeachersResponse(
+            teachers=[_seen(one, grant) for one in self.sets() if grant.sees(one.teacher)]
+        )
 
     def Watch(  # noqa: N802  # the RPC's name
         self, request: directory_pb2.WatchRequest, context: grpc.ServicerContext
@@ -88,6 +102,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         self._join(context)
         version, sent = 0, directory_pb2.ReplicaSet()
         while self._wait(request.teacher, version, context):
+            self._grant(context, request.teacher)  # again: the token may have been revoked
             entry = self._entries[request.teacher]
             found = directory_pb2.ReplicaSet()
             found.CopyFrom(entry.replicas)
@@ -132,12 +147,32 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         if not self._ready:
             status.abort(context, TeacherUnavailableError(_NOT_READY))
 
+    def _grant(self, context: grpc.ServicerContext, teacher: str | None = None) -> Grant:
+        try:
+            grant = self._gate.grant(context)
+            if teacher is not None:
+                check_teacher(teacher, grant)
+        except SchoolhouseError as err:
+            status.abort(context, err)
+        return grant
+
     def _check_known(self, name: str, context: grpc.ServicerContext) -> None:
+        grant = self._grant(context, name)
         with self._changed:
-            names = sorted(self._entries)
+            names = sorted(filter(grant.sees, self._entries))
         if name not in names:
             text = f"no teacher {name!r}; there are: {', '.join(names) or 'none'}"
             status.abort(context, UnknownTeacherError(text, choices=names))
+
+
+def _seen(replicas: directory_pb2.ReplicaSet, grant: Grant) -> directory_pb2.ReplicaSet:
+    """What a token shows of a teacher: of jobs only its own, unless it is an admin's."""
+    if not grant.admin:
+        for replica in replicas.replicas:
+            own = [job for job in replica.load.jobs if grant.job is not None and job.job == grant.job]
+            del replica.load.jobs[:]
+            replica.load.jobs.extend(own)
+    return replicas
 
 
 def _identity(replicas: directory_pb2.ReplicaSet) -> tuple[object, ...]:

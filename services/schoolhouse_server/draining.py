@@ -14,6 +14,11 @@ class Leaving(Protocol):
     """A session that can be told that its replica is about to stop."""
 
     @property
+    def teacher(self) -> str:
+        """Whose features it asks for."""
+        ...
+
+    @property
     def outstanding(self) -> int:
         """Requests whose answers are not sent yet."""
         ...
@@ -35,6 +40,7 @@ class Drain:
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: set[Leaving] = set()
+        self._ended: set[str] = set()  # teachers that can serve no more
         self._deadline: float | None = None
         self._busy_at = 0.0
         self._calls = 0  # that had come when somebody looked last
@@ -54,6 +60,9 @@ class Drain:
         with self._lock:
             self.check()
             self._sessions.add(session)
+            ended = session.teacher in self._ended
+        if ended:
+            session.tell_draining()
 
     def leave(self, session: Leaving) -> None:
         """Take a session out, if it is in."""
@@ -68,6 +77,14 @@ class Drain:
             self._busy_at = self._clock()
             self._deadline = self._busy_at + timeout_s
             told = list(self._sessions)
+        for session in told:
+            session.tell_draining()
+
+    def tell(self, teacher: str) -> None:
+        """Tell the sessions of one teacher, which can serve them no more, that its replica is about to stop."""
+        with self._lock:
+            self._ended.add(teacher)
+            told = [session for session in self._sessions if session.teacher == teacher]
         for session in told:
             session.tell_draining()
 

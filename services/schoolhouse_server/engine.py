@@ -1,26 +1,27 @@
 """One teacher on one device: requests come in, wait, run by themselves or merged, and their features go out."""
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from schoolhouse.errors import (
     RevisionChangedError,
+    SchoolhouseError,
+    TeacherForwardError,
+    TeacherMemoryError,
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse.taps import Tap, tensors_of
+from schoolhouse.taps import tensors_of
 from schoolhouse.teachers import LocalTeacher
-from schoolhouse.wanted import Wanted
-from schoolhouse_wire.codec import Arguments, Declared
+from schoolhouse_wire.codec import Declared
 from schoolhouse_wire.tensors import bytes_of
 from schoolhouse_wire.v1 import directory_pb2
 
@@ -28,21 +29,28 @@ from schoolhouse_server import self_check
 from schoolhouse_server.batching import MergeSettings
 from schoolhouse_server.cache import FeatureCache
 from schoolhouse_server.counters import Counters
-from schoolhouse_server.device import Device, Span
+from schoolhouse_server.device import Device, lacks_memory
+from schoolhouse_server.finite import Kind
 from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.merging import Joint, Merger
-from schoolhouse_server.outlet import SENDING_S, Landing, Outlet, Part
+from schoolhouse_server.outlet import CLOSED, Outlet
 from schoolhouse_server.queueing import FairQueue
+from schoolhouse_server.runner import Runner
 from schoolhouse_server.sharing import COSTS, rows_of
-from schoolhouse_server.splitting import UnmergeableError
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, Watchdog, checked_timeout_s
 
-_CLOSED = "the teacher is shutting down"
 _LATE = "the request's deadline passed while it waited for the teacher"
-_AHEAD = 4
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What keeps an engine from work for good: a forward that does not return, or a device that does nothing more."""
+
+    stage: Literal["stuck", "broken"]
+    why: str
 
 
 class Engine:
@@ -50,6 +58,10 @@ class Engine:
 
     Two threads: one brings inputs to the device and starts forwards, one encodes features and brings them to the host.
     Receiving and sending happen in the threads of the sessions. So the next forward follows the last one at once.
+
+    Where one of the two is at one piece of work for `forward_timeout_s`, or the device is broken, all requests fail
+    with `TeacherUnavailableError`, so that others answer them, no more are taken, and `on_trouble` is called. A request
+    that was the only one on a device that broke is to blame, and fails with its own error.
 
     Raises:
         ConfigError: for a module whose requests cannot be merged as `merge` says.
@@ -65,11 +77,14 @@ class Engine:
         timer: Timer | None = None,
         merge: MergeSettings | None = None,
         example: Callable[[], Any] | None = None,
+        forward_timeout_s: float = FORWARD_TIMEOUT_S,
+        on_trouble: Callable[[], None] = lambda: None,
     ) -> None:
+        timeout_s = checked_timeout_s(forward_timeout_s)
         merge = merge or MergeSettings()
         self.description = dataclasses.replace(teacher.describe(), merge=merge.mode)
         self.teacher = teacher
-        self.served = self.running = self.joined = 0
+        self.served = self.joined = 0
         self.cache = FeatureCache(cache_bytes) if cache_bytes else None
         self.device = Device(self.description.device)
         # Torch counts no changes of inference tensors. There may be thousands, and each request looks at all of them.
@@ -85,21 +100,42 @@ class Engine:
             self.merger = Merger(merge, self.description, lambda: self.device.forward.recent_s)
             self_check.check_example(teacher, self.device, self.merger.former, example)
         self._queue: FairQueue[Job] = FairQueue(max_queued)
-        self._ahead: deque[Span] = deque(maxlen=_AHEAD)  # forwards that the device may be at still
-        self._outlet = Outlet(teacher, self.device, self.cache, self._end)
+        self._outlet = Outlet(
+            teacher, self.device, self.cache, end=self._end, again=self._queue.again, is_doubtful=self._is_doubtful
+        )
+        self.runner = Runner(
+            teacher,
+            self.device,
+            self.merger,
+            self._queue,
+            self._outlet,
+            self.counters,
+            admit=self._admit,
+            end=self._end,
+        )
         self._in_flight: dict[Hashable, Job] = {}
+        self._begun: set[Job] = set()  # they have left the queue
         self._lock = threading.Lock()
         self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
         self._threads = [
-            threading.Thread(target=target, name=f"schoolhouse-engine-{name}", daemon=True)
-            for name, target in (("in", self._run), ("out", self._outlet.run))
+            threading.Thread(target=self._guarded, args=(work,), name=f"schoolhouse-engine-{name}", daemon=True)
+            for name, work in (("in", self.runner.run), ("out", self._outlet.run))
         ]
+        pulses = (self.runner.pulse, self._outlet.pulse)
+        self._watchdog = Watchdog(self._timer, timeout_s, pulses, functools.partial(self._stuck, timeout_s))
+        self._on_trouble = on_trouble
+        self.trouble: Trouble | None = None
         self._closed = False
 
     @property
     def batch_limit_rows(self) -> int:
         """Rows that a merged forward may hold; 0 if nothing is merged."""
         return self.merger.settings.max_batch_rows if self.merger is not None else 0
+
+    @property
+    def running(self) -> int:
+        """Requests that have left the queue and are not answered."""
+        return len(self._begun)
 
     @property
     def queued(self) -> int:
@@ -125,6 +161,14 @@ class Engine:
         """Begin to work on what is queued."""
         for thread in self._threads:
             thread.start()
+        self._watchdog.start()
+
+    def check(self) -> None:
+        """Raise TeacherUnavailableError if it takes no requests any more."""
+        if self.trouble is not None:
+            raise TeacherUnavailableError(self.trouble.why)
+        if self._closed:
+            raise TeacherUnavailableError(CLOSED)
 
     def submit(self, job: Job) -> None:
         """Queue a request, or have an identical one in flight, or the cache, answer it too.
@@ -134,9 +178,9 @@ class Engine:
             TeacherUnavailableError: when it was closed.
         """
         job.rows, job.cost = rows_of(job.inputs), float(self._cost_of(job.inputs))
-        if self.merger is not None:
+        if self.merger is not None and not job.alone:
             self.merger.prepare(job)
-        if self.cache is not None:
+        if self.cache is not None and not job.alone:
             job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
             if found is not None:
@@ -146,8 +190,7 @@ class Engine:
                 return
         job.inputs = self.device.pin(job.inputs)  # may fail, so before others join
         with self._lock:
-            if self._closed:
-                raise TeacherUnavailableError(_CLOSED)
+            self.check()
             if self._join(job):
                 return
             job.queued_at = time.perf_counter()
@@ -202,44 +245,24 @@ class Engine:
         """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""
         with self._lock:  # nothing is queued from here on
             self._closed = True
-        for job in self._queue.close():
-            self._begin(job, charged=False)
-            self._end(job, TeacherUnavailableError(_CLOSED))
+        self._watchdog.end()
+        self._drop(self._queue.close(), CLOSED)
         end = time.monotonic() + timeout_s
         for thread in self._threads:
-            if thread.is_alive():
+            if thread.is_alive() and self.trouble is None:
                 thread.join(max(end - time.monotonic(), 0.0))
         if self._owns_timer:
             self._timer.close()
 
-    def _run(self) -> None:
-        while jobs := self._take():
-            self._compute(jobs)
-            del jobs
-        self._outlet.finish()
+    def _drop(self, jobs: list[Job], why: str) -> None:
+        """Fail jobs that still waited."""
+        for job in jobs:
+            if job not in self._begun:
+                self._begin(job, charged=False)
+            self._end(job, TeacherUnavailableError(why))
 
-    def _take(self) -> list[Job]:
-        if self.merger is None:
-            return self._queue.take()
-        with contextlib.suppress(Exception):  # a forward that failed on its device tells its own jobs
-            while len(self._ahead) > 1:  # the longer others may come, the fewer forwards there are
-                self.device.wait(self._ahead.popleft())
-        ask = functools.partial
-        jobs = self._queue.take(ask(_else, False, self.merger.fits), ask(_else, 0.0, self.merger.linger))
-        self.merger.waiting.ended(jobs)
-        return jobs
-
-    def _compute(self, jobs: list[Job]) -> None:
-        ready = [job for job in jobs if self._admit(job)]
-        while ready and self.merger is not None and (plan := _else(None, self.merger.plan, ready)) is not None:
-            joint, checked = plan
-            if checked is None:
-                self._together(self.merger, joint)
-                return
-            self._compared(self.merger, checked)
-            ready = ready[len(checked.jobs) :]
-        for job in ready:
-            self._alone(job)
+    def _is_doubtful(self, joint: Joint[Job], kinds: Sequence[Kind]) -> bool:
+        return self.merger is not None and self.merger.is_doubtful(joint, kinds)
 
     def _admit(self, job: Job) -> bool:
         self._begin(job)
@@ -250,110 +273,54 @@ class Engine:
             return False
         return True
 
-    def _alone(self, job: Job) -> bool:
-        """Run a job by itself; False if it failed, and was told so."""
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Run what a thread is for; where that fails, nobody waits for it."""
         try:
-            work = self._forward(job, job.wanted)
-            at_once = self._at_once(work)
-        except BaseException as err:  # a module may raise anything, and others wait for this thread
-            self._end(job, err)
-            return False
-        self._hand_over(work, at_once)
-        return True
+            work()
+        except BaseException:
+            _log.exception("a thread of the engine ended")
+            why = f"the engine of teacher {self.description.name!r} failed; its log says more; ask another replica"
+            with self._lock:
+                self._begun |= {*self._in_flight.values()}  # also what was taken and had not begun
+            self._break_down(Trouble("broken", why))
 
-    def _forward(self, job: Job, wanted: Wanted) -> Landing:
-        inputs, loaded = self.device.h2d.run(None, self.device.load, job.inputs)
-        values, computed = self.device.forward.run(loaded, self.teacher.forward, inputs, wanted)
-        self._ran(job.rows, computed)
-        return Landing([Part(job, values)], inputs, [loaded, computed])
+    def _stuck(self, timeout_s: float) -> None:
+        name = self.description.name
+        self._break_down(
+            Trouble("stuck", f"a forward of teacher {name!r} has not returned for {timeout_s:g} s; ask another replica")
+        )
 
-    def _ran(self, rows: int, computed: Span) -> None:
-        self.counters.forward(rows)
-        self._ahead.append(computed)
+    def _break_down(self, trouble: Trouble, blamed: Job | None = None) -> None:
+        """Answer all who wait, but for one that is told of its own error, and take no more."""
+        with self._lock:  # nothing is queued from here on
+            if self._closed or self.trouble is not None:
+                return
+            self.trouble = trouble
+            begun = self._begun - {blamed}
+        _log.error("the replica must be replaced: %s", trouble.why)
+        self._drop([*begun.union(self._queue.close())], trouble.why)
+        self._on_trouble()
 
-    def _at_once(self, work: Landing) -> bool:
-        """Whether this thread sends it off, as that is faster, unless others wait for a device that is slower."""
-        others_wait = len(self._queue) > 0 and self.device.forward.recent_s > SENDING_S
-        return self.device.is_host and work.is_small and not others_wait
-
-    def _hand_over(self, work: Landing, at_once: bool) -> None:
-        if at_once:
-            self._outlet.land(work)
-        else:
-            self._outlet.put(work)
-
-    def _together(self, merger: Merger[Job], joint: Joint[Job]) -> None:
-        """Run jobs as one forward; by themselves if it fails, so that only those fail that are to blame."""
-        work: Landing | None = None
-        raised, at_once = True, False
-        try:
-            inputs, values, spans = self._merged(joint)
-            parts = zip(joint.jobs, merger.split(joint, values), strict=True)
-            work = Landing([Part(job, part) for job, part in parts], inputs, spans)
-            at_once = self._at_once(work)
-        except UnmergeableError as err:
-            raised = False
-            _log.info("a merged forward was run again as single ones: %s", err)
-        except BaseException as err:  # nothing of it is kept: it holds all of the forward
-            _log.info("a merged forward raised %s; its requests are run by themselves", type(err).__name__)
-        if work is not None:
-            self._hand_over(work, at_once)
-            return
-        answered = [self._alone(job) for job in joint.jobs]
-        if raised and all(answered):
-            merger.too_large(joint)
-
-    def _compared(self, merger: Merger[Job], joint: Joint[Job]) -> None:
-        """Answer jobs from single forwards, and see whether a merged one is the same."""
-        before = self_check.traces(self.teacher.module, self.device)
-
-        def run(job: Job) -> tuple[Landing, tuple[bool, bool]]:
-            return self._forward(job, joint.wanted), before.changes()  # all taps, also those that only others want
-
-        works: tuple[Landing, ...] = ()
-        try:
-            made, changes = zip(*map(run, joint.jobs), strict=True)
-            why = self_check.why_not(changes, lambda: run(joint.jobs[0])[1])
-            works = made
-        except BaseException as err:  # nothing of it is kept: it holds all of a forward
-            _log.info("a forward raised %s while merging was checked", type(err).__name__)
-        if not works:
-            for job in joint.jobs:
-                self._alone(job)
-            return
-        singles = [work.parts[0].values for work in works]
-        for job, work in zip(joint.jobs, works, strict=True):
-            work.parts[0].values = {tap: work.parts[0].values[tap] for tap in job.wanted.taps}
-            self._hand_over(work, self._at_once(work))
-        if why:
-            merger.refuse(joint, why)
-        else:
-            self._learn(merger, joint, singles)
-
-    def _learn(self, merger: Merger[Job], joint: Joint[Job], singles: list[dict[Tap, Any]]) -> None:
-        try:
-            _, merged, _ = self._merged(joint)
-            self.device.forward.run(None, merger.learn, joint, merged, singles)
-        except BaseException as err:
-            _log.info("a merged forward raised %s, and single ones did not", type(err).__name__)
-            merger.too_large(joint)
-
-    def _merged(self, joint: Joint[Job]) -> tuple[Arguments, dict[Tap, Any], list[Span]]:
-        device = self.device
-        inputs, loaded = device.h2d.run(None, self._load, joint)
-        values, computed = device.forward.run(loaded, self.teacher.forward, inputs, joint.wanted, joint.like)
-        self._ran(joint.batch.layout.total, computed)
-        return inputs, values, [loaded, computed]
-
-    def _load(self, joint: Joint[Job]) -> Arguments:
-        merged: Arguments = self.device.kept(joint.batch.inputs([self.device.load(job.inputs) for job in joint.jobs]))
-        return merged
+    def _told(self, job: Job, error: BaseException) -> BaseException:
+        """What those who wait for a job are told of an error."""
+        if isinstance(error, SchoolhouseError) and not isinstance(error, TeacherForwardError):
+            return error
+        if lacks_memory(error):
+            return TeacherMemoryError("the teacher has no room for these features; ask for fewer rows or taps at once")
+        if not self.device.is_broken():
+            return error
+        alone = self._begun == {job}
+        why = f"the device of teacher {self.description.name!r} does nothing any more; ask another replica"
+        self._break_down(Trouble("broken", why), job if alone else None)
+        if not alone:
+            return TeacherUnavailableError(why)
+        return TeacherForwardError(f"the forward on this input broke the teacher's device: {error}")
 
     def _begin(self, job: Job, charged: bool = True) -> None:
         """A job has left the queue."""
         waited_s = time.perf_counter() - job.queued_at
         with self._lock:
-            self.running += 1
+            self._begun.add(job)
             self._outside_s["queue"] += waited_s
             if job.alarm is not None:
                 self._timer.cancel(job.alarm)
@@ -361,6 +328,8 @@ class Engine:
 
     def _check(self, job: Job) -> None:
         """Raise what keeps a job from the device."""
+        if self.trouble is not None:
+            raise TeacherUnavailableError(self.trouble.why)
         if job.cancelled:
             raise TeacherUnavailableError("nobody waits for the features any more")
         if time.monotonic() > job.deadline:
@@ -373,25 +342,21 @@ class Engine:
 
     def _end(self, job: Job, result: Declared | BaseException) -> None:
         """Answer all who wait for a job."""
-        answer = Answer(result, self.description.revision) if isinstance(result, Declared) else result
+        if isinstance(result, Declared):
+            answer: Answer | BaseException = Answer(result, self.description.revision)
+        else:
+            answer = self._told(job, result)
         with self._lock:
+            if job not in self._begun:  # it was answered when the engine broke down
+                return
+            self._begun.discard(job)
             self._forget(job)
-            self.running -= 1
             self.served += len(job.tickets)
             for ticket in job.tickets:
                 ticket.job = None
         for ticket in job.tickets:
             if not ticket.cancelled:
                 ticket.done(answer)
-
-
-def _else(default: T, ask: Callable[..., T], *args: Any) -> T:
-    """What is asked, or, if that fails, the default: requests that were taken already must not end with the thread."""
-    try:
-        return ask(*args)
-    except Exception:
-        _log.exception("whether requests may be merged could not be told; they run by themselves")
-        return default
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -52,6 +52,8 @@ class Job:
     cost: float = 1.0  # in the unit that the engine charges
     rows: int = 1
     alarm: Alarm | None = None  # at its deadline
+    alone: bool = False  # computed anew and by itself: its client compares the bits
+    again: int = 0  # times that it has run and was not answered with what came of it
 
     @property
     def job(self) -> str:

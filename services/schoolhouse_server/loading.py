@@ -13,6 +13,8 @@ from torch import nn
 
 from schoolhouse_server.config import TeacherSpec
 
+_MAX_TEXT = 500  # characters of what others say
+
 
 def load_teacher(spec: TeacherSpec, folder: Path) -> nn.Module:
     """Build the model that `spec` describes, on its device and in its dtype; paths are relative to `folder`.
@@ -61,10 +63,13 @@ def _from_checkpoint(spec: TeacherSpec, folder: Path) -> nn.Module:
         import transformers
     except ImportError as err:
         raise ConfigError("transformers: the package is not installed here; pip install transformers") from err
-    config = transformers.AutoConfig.from_pretrained(path)
-    named = (config.architectures or ["AutoModel"])[0]
-    kind = getattr(transformers, named, transformers.AutoModel)
-    model: nn.Module = kind.from_pretrained(path, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        named = (config.architectures or ["AutoModel"])[0]
+        kind = getattr(transformers, named, transformers.AutoModel)
+        model: nn.Module = kind.from_pretrained(path, local_files_only=True)
+    except Exception as err:  # a damaged checkpoint may make any of this raise anything
+        raise ConfigError(f"transformers: {spec.transformers} cannot be loaded: {_told(err)}") from err
     model.config.use_cache = False  # type: ignore[union-attr]  # a cache cannot travel
     return model
 
@@ -75,4 +80,11 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     except FileNotFoundError as err:
         raise ConfigError(f"weights: there is no file {path.name} beside the pool file") from err
     except RuntimeError as err:
-        raise ConfigError(f"weights: {path.name} does not fit the model: {err}") from err
+        raise ConfigError(f"weights: {path.name} does not fit the model: {_told(err)}") from err
+    except Exception as err:  # of safetensors, or of the system
+        raise ConfigError(f"weights: {path.name} cannot be read as safetensors: {_told(err)}") from err
+
+
+def _told(err: Exception) -> str:
+    """What an error says, in a line."""
+    return " ".join(f"{type(err).__name__}: {err}".split())[:_MAX_TEXT]

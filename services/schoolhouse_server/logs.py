@@ -1,18 +1,22 @@
 """Logs that machines read: one JSON object a line, with the job, session and request that a record is about.
 
 A library does not configure logging, so `serve` does not; the actors of a pool do, by `set_up`. No record holds inputs,
-features or what a teacher's own code said of them: of its errors only the type and where they were raised.
+features or what a teacher's own code said of them: of its errors only the type and where they were raised. Tokens,
+paths and numbers of tensors in a message are left out; files of a stack are named from where Python found them on.
 """
 
 import json
 import logging
+import sys
 import traceback
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, Literal
 
 from schoolhouse.errors import ConfigError, TeacherForwardError
+from schoolhouse_wire.scrubbing import scrub
 
 LogFormat = Literal["text", "json"]
 FORMATS: tuple[LogFormat, ...] = ("text", "json")
@@ -37,7 +41,8 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        line = {"time": moment, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        message = scrub(record.getMessage())
+        line = {"time": moment, "level": record.levelname, "logger": record.name, "message": message}
         found = line | _about(record, self._about) | _error_of(record)
         return json.dumps(found, default=str)
 
@@ -51,7 +56,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, and those of the stack."""
-        record.message, record.asctime = _printable(record.getMessage()), self.formatTime(record)
+        record.message, record.asctime = _printable(scrub(record.getMessage())), self.formatTime(record)
         about = " ".join(f"{name}={json.dumps(value)}" for name, value in _about(record, self._about).items())
         line = self.formatMessage(record) + (f" [{about}]" if about else "")
         error = _error_of(record)
@@ -141,9 +146,16 @@ def _error_of(record: logging.LogRecord) -> dict[str, Any]:
     found = {
         "error": type(error).__name__,
         "causes": _causes(error),
-        "stack": [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames],
+        "stack": [f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames],
     }
-    return found if isinstance(error, TeacherForwardError) else found | {"error_message": str(error)[:_MAX_TEXT]}
+    return found if isinstance(error, TeacherForwardError) else found | {"error_message": scrub(str(error))[:_MAX_TEXT]}
+
+
+def _short(filename: str) -> str:
+    """A file's name from the folder on in which Python looks for modules, or alone."""
+    path = Path(filename)
+    known = [Path(folder) for folder in sys.path if folder and path.is_relative_to(folder)]
+    return str(path.relative_to(max(known, key=lambda one: len(one.parts)))) if known else path.name
 
 
 def _causes(error: BaseException) -> list[str]:

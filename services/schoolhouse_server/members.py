@@ -142,6 +142,8 @@ class Member:
                 self.pending_where = self.actor.where.remote()
 
     def _take(self, report: Report) -> None:
+        if report.trouble:
+            raise ReplicaFailedError(report.trouble, starting=False)
         self.report = report
         self.load = directory_pb2.Load.FromString(report.load)
         if self.phase != "draining" and report.address:

@@ -14,6 +14,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_server.admission import Admission, Place
 from schoolhouse_server.counters import Counters
 from schoolhouse_server.lease import Lease
+from schoolhouse_server.sharing import Sharing
 from schoolhouse_server.timer import Timer
 
 _WEIGHTS = (0.01, 100.0)
@@ -23,7 +24,12 @@ class Member:
     """It begins with the session's Open, and ends with `leave`."""
 
     def __init__(
-        self, opened: teacher_pb2.Open, counters: Counters, admission: Admission, tell: Callable[[Message], None]
+        self,
+        opened: teacher_pb2.Open,
+        counters: Counters,
+        admission: Admission,
+        sharing: Sharing,
+        tell: Callable[[Message], None],
     ) -> None:
         """`tell` has a message sent. Raises `ProtocolError` for a weight that there is not, or a name too long."""
         if len(opened.job) > MAX_JOB_NAME:
@@ -37,8 +43,9 @@ class Member:
         self._counters = counters
         self._admission = admission
         self._tell = tell
-        self._place = Place(self.account.job, self._tell_wait, self._tell_resume)
+        self._place = Place(self.account.job, sharing, self._tell_wait, self._tell_resume)
         self._lease: Lease | None = None
+        self.teacher = opened.teacher
         self.calls = 0  # that came so far
         admission.enter(self._place)
 

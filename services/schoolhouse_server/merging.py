@@ -1,6 +1,7 @@
 """Which requests run together, how long to wait for them, and what is known of merging them."""
 
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -14,6 +15,7 @@ from schoolhouse.wanted import Wanted
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encodings import Hidden
 
+from schoolhouse_server import finite
 from schoolhouse_server.batching import Batch, Form, Former, MergeSettings, in_order
 from schoolhouse_server.splitting import Rules, UnmergeableError, VaryingError, learn
 
@@ -24,6 +26,7 @@ _CHECK_AT_LEAST_EVERY = 1024
 _MAX_CHECKED = 16
 _MIN_SINGLES = 16  # requests, where one has the expected number of rows by chance
 _MAX_WARNINGS = 20
+_MAX_SPOILT = 3  # requests of a session that gave NaN before its requests run by themselves
 _WINDOW_FORWARDS, _WINDOW_S = 10, 0.1  # a session is active for so long after a request, whichever is longer
 _LEAST_PATIENCE, _PROBE_EVERY = 1 / 16, 32
 _log = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ class Joint(Generic[R]):
         self.wanted = Wanted(tuple(tap for tap, _ in self.places), encodings)
 
     @property
-    def like(self) -> Hashable:
+    def like(self) -> tuple[Hashable, Hashable]:
         """Equal for batches that a forward treats alike."""
         return self.batch.key, self.batch.variant
 
@@ -94,7 +97,7 @@ class _Record:
 class Merger(Generic[R]):
     """The policy of merging for one teacher.
 
-    `prepare` may be called from any thread, the others from the one that takes requests.
+    `prepare` and `is_doubtful` may be called from any thread, the others from the one that takes requests.
     """
 
     def __init__(
@@ -105,17 +108,21 @@ class Merger(Generic[R]):
         self.refusals = 0  # pairs of a form of inputs and a tap that are not merged any more
         self._name = description.name
         self._modules = frozenset(description.modules)
-        self._records: OrderedDict[tuple[Hashable, Place], _Record] = OrderedDict()
+        self._records: OrderedDict[tuple[tuple[Hashable, Hashable], Place], _Record] = OrderedDict()
         self._refused: OrderedDict[tuple[Hashable, Place], str] = OrderedDict()
         self._doubts: OrderedDict[tuple[Hashable, Place], int] = OrderedDict()
         self._max_rows: OrderedDict[Hashable, int] = OrderedDict()
+        self._infinite: OrderedDict[Hashable, int] = OrderedDict()  # forwards that gave infinities, by form
+        self._spoilt: OrderedDict[Hashable, int] = OrderedDict()  # requests that gave NaN, by session
+        self._lock = threading.Lock()  # of these two
         self.waiting = Waiting(settings.max_wait_ms / 1e3, forward_s)
 
     def prepare(self, job: R) -> None:
         """Tell the form of a request, and that its session is active."""
         job.inputs = in_order(job.inputs)
         asked = {name for tap, head in places_of(job.wanted) for name in (tap.module, head)} - {None}
-        job.form = self.former.form(job.inputs) if asked <= self._modules else None
+        alone = not asked <= self._modules or self._spoilt.get(job.source, 0) >= _MAX_SPOILT
+        job.form = None if alone or not finite.is_finite(job.inputs) else self.former.form(job.inputs)
         self.waiting.seen(job.source)
 
     def fits(self, taken: list[R], other: R) -> bool:
@@ -183,6 +190,33 @@ class Merger(Generic[R]):
             except UnmergeableError as err:
                 self._refuse(joint, place, str(err))
 
+    def is_doubtful(self, joint: Joint[R], kinds: Sequence[finite.Kind]) -> bool:
+        """Whether features, of these kinds by request, are to be held against single ones before anybody gets them.
+
+        Always if there is a NaN, which may have come from another request; where there are infinities, which logits
+        have, too, the 1st, 2nd, 4th, 8th, ..., and each 1024th time.
+        """
+        with self._lock:
+            for job, kind in zip(joint.jobs, kinds, strict=True):
+                if kind == "nan" and job.source is not None:
+                    _remember(self._spoilt, job.source, self._spoilt.get(job.source, 0) + 1)
+            if "nan" in kinds or "infinite" not in kinds:
+                return "nan" in kinds
+            before = self._infinite.get(joint.batch.key, 0)
+            _remember(self._infinite, joint.batch.key, before + 1)
+        return before & (before + 1) == 0 or before % _CHECK_AT_LEAST_EVERY == 0
+
+    def knows(self, job: R) -> dict[Tap, Rules] | None:
+        """How features of such a request are split by its rows; None if that is not known."""
+        if job.form is None or self._is_refused(job):
+            return None
+        found: dict[Place, Rules] = {}
+        for (like, place), record in self._records.items():
+            if record.rules is not None and not record.rules.doubtful and like[0] == job.form.key:
+                found[place] = record.rules
+        places = places_of(job.wanted)
+        return {place[0]: found[place] for place in places} if found.keys() >= {*places} else None
+
     def refuse(self, joint: Joint[R], why: str) -> None:
         """Never merge such requests again."""
         for place in joint.places:
@@ -208,9 +242,9 @@ class Merger(Generic[R]):
         return parts
 
     def too_large(self, joint: Joint[R]) -> None:
-        """A batch failed though each of its requests did not: such batches are at most half as large from here on."""
+        """A batch failed and smaller ones did not, or had no room: such are at most half as large from here on."""
         rows = joint.batch.layout.total
-        _log.warning("teacher %r: a merged forward of %d rows failed; single ones did not", self._name, rows)
+        _log.warning("teacher %r: a merged forward of %d rows failed; later ones are smaller", self._name, rows)
         _remember(self._max_rows, joint.batch.key, rows // 2)
 
     def _hold(self, joint: Joint[R], place: Place, record: _Record, value: Any) -> None:

@@ -1,22 +1,31 @@
 """The way out of a device: features are encoded, brought to the host, declared and handed to those who wait."""
 
 import dataclasses
+import logging
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from schoolhouse.errors import TeacherUnavailableError
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse_wire.codec import Declared, pack
 from schoolhouse_wire.limits import INLINE_BYTES
 
+from schoolhouse_server import finite
 from schoolhouse_server.cache import FeatureCache
-from schoolhouse_server.device import Device, Span
+from schoolhouse_server.device import Device, Span, lacks_memory
 from schoolhouse_server.jobs import Job
+from schoolhouse_server.merging import Joint
 from schoolhouse_server.spans import tell_stages
 from schoolhouse_server.splitting import unshared
+from schoolhouse_server.watchdog import Pulse
 
+_log = logging.getLogger(__name__)
+CLOSED = "the teacher is shutting down"
+_MAX_AGAIN = 2
 _WAITING = 2  # forwards whose features are on the way out while the device goes on
 SENDING_S = 1e-3  # about what it takes to send small features off
 
@@ -39,6 +48,8 @@ class Landing:
     inputs: Any
     spans: list[Span]
     settled: bool = False  # the spans are counted
+    joint: Joint[Job] | None = None  # of a merged forward
+    total: torch.Tensor | None = None  # of its numbers; see `finite`
 
     @property
     def is_small(self) -> bool:
@@ -48,21 +59,34 @@ class Landing:
 
 
 class Outlet:
-    """Sends off what forwards made; `end` is told each job's features, or the error."""
+    """Sends off what forwards made; `end` is told each job's features, or the error.
+
+    `again` takes jobs that are to be run again, and tells whether somebody will: those whose features had no room, and
+    merged ones of which `is_doubtful` says that their numbers may be none of theirs.
+    """
 
     def __init__(
         self,
         teacher: LocalTeacher,
         device: Device,
         cache: FeatureCache | None,
+        *,
         end: Callable[[Job, Declared | BaseException], None],
+        again: Callable[[Sequence[Job]], bool],
+        is_doubtful: Callable[[Joint[Job], Sequence[finite.Kind]], bool],
     ) -> None:
         self._teacher, self._device, self._cache, self._end = teacher, device, cache, end
+        self._again, self._is_doubtful = again, is_doubtful
         self._waiting: queue.Queue[Landing | None] = queue.Queue(_WAITING)
+        self.pulse = Pulse()
 
     def put(self, work: Landing) -> None:
         """Hand over a forward; waits while enough others are on their way."""
         self._waiting.put(work)
+
+    def settle(self) -> None:
+        """Wait until all that was put is sent off. For the thread that puts."""
+        self._waiting.join()
 
     def finish(self) -> None:
         """End `run` when what was put before is on its way."""
@@ -71,13 +95,43 @@ class Outlet:
     def run(self) -> None:
         """Send off what comes, until the end."""
         while (work := self._waiting.get()) is not None:
-            self.land(work)
+            with self.pulse:
+                self.land(work)
             del work
+            self._waiting.task_done()
 
     def land(self, work: Landing) -> None:
         """Encode and fetch the features of all jobs, and then answer one after another."""
-        for part in [part for part in work.parts if self._send_off(part, work.spans[-1])]:
+        sent = [part for part in work.parts if self._send_off(part, work.spans[-1])]
+        if sent and work.joint is not None and work.total is not None and self._is_strange(work.joint, work):
+            self._run_again([part.job for part in sent])
+            return
+        for part in sent:
             self._deliver(part, work)
+
+    def _is_strange(self, joint: Joint[Job], work: Landing) -> bool:
+        """Whether a merged forward has to be held against single ones before anybody gets its features."""
+        try:
+            self._device.wait(work.spans[-1])
+            if finite.is_finite_total(work.total):
+                return False
+            return self._is_doubtful(joint, [finite.kind(part.values) for part in work.parts])
+        except BaseException:  # of the device: who waits for it is told so
+            return False
+
+    def _run_again(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.again += 1
+        if not self._again(jobs):
+            for job in jobs:
+                self._end(job, TeacherUnavailableError(CLOSED))
+
+    def _failed(self, job: Job, error: BaseException) -> None:
+        """Fail a job; run it again, twice at most, if there was no room for its features."""
+        if lacks_memory(error) and job.again < _MAX_AGAIN:
+            self._run_again([job])
+        else:
+            self._end(job, error)
 
     def _send_off(self, part: Part, computed: Span) -> bool:
         device = self._device
@@ -85,7 +139,7 @@ class Outlet:
             encoded, made = device.encode.run(computed, self._teacher.encode, part.values, part.job.wanted)
             part.here, landed = device.d2h.run(made, device.fetch, encoded)
         except BaseException as err:
-            self._end(part.job, err)
+            self._failed(part.job, err)
             return False
         part.spans = [made, landed]
         return True
@@ -100,12 +154,22 @@ class Outlet:
             tell_stages(job.tickets, job.queued_at, (*work.spans, *part.spans))
             here = unshared(part.here) if len(work.parts) > 1 else part.here
             features = declare([here[tap] for tap in job.wanted.taps])
-            if self._cache is not None and job.cache_key is not None:
-                self._cache.put(job.cache_key, features)
+            self._keep(job, features)
         except BaseException as err:
-            self._end(job, err)
+            self._failed(job, err)
             return
         self._end(job, features)
+
+    def _keep(self, job: Job, features: Declared) -> None:
+        """Put features into the cache, unless there is no memory for that."""
+        if self._cache is None or job.cache_key is None:
+            return
+        try:
+            self._cache.put(job.cache_key, features)
+        except (RuntimeError, MemoryError) as err:
+            if not lacks_memory(err):
+                raise
+            _log.warning("there is no memory to cache features: %s", err)
 
 
 def declare(features: list[Any]) -> Declared:

@@ -38,11 +38,12 @@ class Pool:
         self._directory = directory
         self._keeper = keeper
         self.address: str = ray.get(directory.address.remote(), timeout=_CALL_TIMEOUT_S)
+        self.directory_url: str = ray.get(directory.url.remote(), timeout=_CALL_TIMEOUT_S)
         self.page: str = ray.get(directory.page.remote(), timeout=_CALL_TIMEOUT_S)  # empty: it has none
 
     def url(self, teacher: str) -> str:
         """What a student connects to."""
-        return f"grpc://{self.address}/{teacher}"
+        return f"{self.directory_url}/{teacher}"
 
     def status(self) -> list[dict[str, Any]]:
         """A row for each replica: teacher, wanted, id, stage, address, revision, host and load."""

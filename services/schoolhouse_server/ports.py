@@ -6,17 +6,22 @@ from collections.abc import Sequence
 import grpc
 from schoolhouse.errors import TeacherUnavailableError
 
+from schoolhouse_server.tls import ServerTls
 
-def listen(server: grpc.Server, host: str, ports: Sequence[int]) -> int:
+
+def listen(server: grpc.Server, host: str, ports: Sequence[int], tls: ServerTls | None = None) -> int:
     """Bind to one of `ports`, from a random one on, since several servers start side by side; 0 is any free one.
 
     Raises:
         TeacherUnavailableError: none is free; names them.
     """
+    credentials = tls.credentials() if tls is not None else None
     first = random.SystemRandom().randrange(len(ports))  # not the global generator, which may be seeded
     for port in [*ports[first:], *ports[:first]]:
         try:
-            return server.add_insecure_port(f"{host}:{port}")
+            if credentials is None:
+                return server.add_insecure_port(f"{host}:{port}")
+            return server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError as err:
             failed = err
     if len(ports) == 1:

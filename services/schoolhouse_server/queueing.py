@@ -8,7 +8,7 @@ import heapq
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -66,6 +66,7 @@ class FairQueue(Generic[T]):
         self._flows: dict[str, _Flow[T]] = {}
         self._new: deque[_Flow[T]] = deque()  # of jobs that became active: they go first
         self._old: deque[_Flow[T]] = deque()
+        self._again: deque[list[T]] = deque()
         self._largest = 0.0
         self._count = 0
         self._closed = False
@@ -101,6 +102,14 @@ class FairQueue(Generic[T]):
                 self._list(flow, self._old)
             self._changed.notify()
 
+    def again(self, requests: Sequence[T]) -> bool:
+        """Have the next `take` return requests that one has returned before, these alone; False once it is closed."""
+        with self._changed:
+            if not self._closed:
+                self._again.append([*requests])
+                self._changed.notify()
+            return not self._closed
+
     def remove(self, request: T) -> bool:
         """Take a request out; False if it is not there, as it runs already."""
         with self._changed:
@@ -122,10 +131,12 @@ class FairQueue(Generic[T]):
         `linger(taken)` is asked how many more seconds to wait for one that fits; 0: none.
         """
         with self._changed:
-            while not self._count and not self._closed:
+            while not self._count and not self._again and not self._closed:
                 self._changed.wait()
             if self._closed:
                 return []
+            if self._again:
+                return self._again.popleft()
             flow, turns = self._next()
             taken = [self._charge(flow, 0)]
             self._take_along(taken, fits)
@@ -141,7 +152,9 @@ class FairQueue(Generic[T]):
         with self._changed:
             self._closed = True
             left = [request for flow in self._flows.values() for request in flow.waiting]
+            left += [request for requests in self._again for request in requests]
             self._flows.clear()
+            self._again.clear()
             self._count = 0
             self._changed.notify_all()
             return left

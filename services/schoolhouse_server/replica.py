@@ -1,8 +1,11 @@
 """A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
 
 import atexit
+import functools
+import os
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
@@ -10,20 +13,24 @@ from schoolhouse.errors import ConfigError
 from schoolhouse.teachers import LocalTeacher
 from schoolhouse.tracing import tracer
 from schoolhouse_wire import channel, forks, framing, memory
-from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.limits import MAX_NAME, Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
+from schoolhouse_server.auth import Doorkeeper, Gate
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.directory import Directory
-from schoolhouse_server.engine import Engine
+from schoolhouse_server.engine import Engine, Trouble
 from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.ports import listen
 from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, Sharing
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
-from schoolhouse_server.web import WebServer
+from schoolhouse_server.tls import ServerTls, check_exposure
+from schoolhouse_server.tokens import Tokens
+from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, checked_timeout_s
+from schoolhouse_server.web import WebServer, gate_of
 
 _MAX_SHARED_BYTES = 1 << 40
 Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
@@ -44,21 +51,28 @@ class Replica:
         merging: MergeSettings | None = None,
         example: Example = None,
         early_stop: bool = True,
-        max_sessions: int = 64,
+        max_sessions: int = 128,
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
         http_port: int | range | None = None,
         tracing: bool = False,
         replica_id: str = "",
+        tls: ServerTls | None = None,
+        insecure: bool = False,
+        tokens: str | Path | None = None,
+        allow_head: bool = False,
+        forward_timeout_s: float = FORWARD_TIMEOUT_S,
         **sharing: Any,
     ) -> None:
         """The settings are those of `serve`; `sharing` are those of `Sharing`."""
         if not modules:
             raise ConfigError("there is no teacher to serve; give a module, or a dict of names and modules")
         for name in modules:
-            if not name or "/" in name:
-                raise ConfigError(f"{name!r} cannot be a teacher's name; it must not be empty or contain '/'")
+            if not 0 < len(name) <= MAX_NAME or "/" in name:
+                raise ConfigError(
+                    f"{name!r:.80} cannot be a teacher's name; it must have 1 to {MAX_NAME} characters, and no '/'"
+                )
         if cache_bytes < 0:
             raise ConfigError(f"cache_bytes is {cache_bytes}; it must be 0, for no cache, or above")
         if not isinstance(shared_memory_bytes, int) or not 0 <= shared_memory_bytes <= _MAX_SHARED_BYTES:
@@ -66,6 +80,8 @@ class Replica:
                 f"shared_memory_bytes is {shared_memory_bytes!r}; it must be from 0, which switches shared memory off, "
                 f"to {_MAX_SHARED_BYTES}"
             )
+        check_exposure(host, tls, insecure=insecure)
+        self._tls = tls
         self._shared_memory_bytes = shared_memory_bytes
         self._modules = dict(modules)
         self._host, self._ports = host, port if isinstance(port, range) else (port,)
@@ -77,11 +93,19 @@ class Replica:
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
-        self._directory = Directory(self.load)
+        self._gate = Gate(Tokens.of(tokens))
+        self._allow_head = allow_head
+        self._directory = Directory(self.load, gate=self._gate)
         self._tracing, self._id = tracing, replica_id
+        self._forward_timeout_s = checked_timeout_s(forward_timeout_s)
         tracer(tracing)  # raises without OpenTelemetry
         self._server: grpc.Server | None = None
-        self.web = WebServer(self._directory.sets, host=host, port=http_port) if http_port is not None else None
+        self._pid = os.getpid()
+        self.web = None
+        if http_port is not None:
+            context = tls.context() if tls is not None else None
+            gate = gate_of(self._gate, host)
+            self.web = WebServer(self._directory.sets, host=host, port=http_port, gate=gate, tls=context)
         self.engines: dict[str, Engine] = {}
 
     @property
@@ -91,18 +115,20 @@ class Replica:
 
     @property
     def url(self) -> str:
-        """`grpc://HOST:PORT/NAME` of its only teacher; with several, use `urls`."""
+        """What clients connect to, of its only teacher; with several, use `urls`."""
         if len(self._modules) != 1:
             raise ConfigError(f"this server has several teachers, take one of .urls: {sorted(self._modules)}")
         return next(iter(self.urls.values()))
 
     @property
     def urls(self) -> dict[str, str]:
-        """`grpc://HOST:PORT/NAME` by the names of its teachers."""
-        return {name: f"grpc://{self._host}:{self._port}/{name}" for name in self._modules}
+        """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, by the names of its teachers."""
+        scheme = "grpc" if self._tls is None else "grpcs"
+        return {name: f"{scheme}://{self._host}:{self._port}/{name}" for name in self._modules}
 
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
+        self._pid = os.getpid()
         memory.keep_freed_memory()
         self._timer = Timer()
         self.engines = {
@@ -114,6 +140,8 @@ class Replica:
                 timer=self._timer,
                 merge=self._merging,
                 example=self._examples.get(name),
+                forward_timeout_s=self._forward_timeout_s,
+                on_trouble=functools.partial(self._fail, name),
             )
             for name, module in self._modules.items()
         }
@@ -122,11 +150,12 @@ class Replica:
         forks.before_grpc()
         server = grpc.server(
             self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
+            interceptors=[Doorkeeper(self._gate)],
             options=channel.SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_rpcs,
         )
         self._add_services(server)
-        self._port = listen(server, self._host, self._ports)
+        self._port = listen(server, self._host, self._ports, self._tls)
         for engine in self.engines.values():
             engine.start()
         for name, engine in self.engines.items():
@@ -134,6 +163,7 @@ class Replica:
             self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
         if self.web is not None:
             self.web.start()
+        self._gate.start()
         server.start()
         self._server = server
         atexit.register(self.close, 0.0)  # a thread that is within torch when the interpreter ends aborts the process
@@ -163,9 +193,8 @@ class Replica:
         Returns at once. Poll `drained`, which is true when no session is left or has had anything in flight for a
         while, and after `timeout_s` at the latest; then `close()`.
         """
-        for name, engine in self.engines.items():
-            own = self._described(name, engine, directory_pb2.Replica.DRAINING)
-            self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+        for name in self.engines:
+            self._publish_draining(name)
         self._teachers.drain.begin(timeout_s)
 
     @property
@@ -178,6 +207,21 @@ class Replica:
         """Whether it may be closed after `drain`."""
         return self._teachers.drain.over()
 
+    @property
+    def trouble(self) -> Trouble | None:
+        """What keeps one of its teachers from work for good; None: nothing. Who has it replaces the replica."""
+        return next((engine.trouble for engine in self.engines.values() if engine.trouble is not None), None)
+
+    def _fail(self, name: str) -> None:
+        """A teacher is at its end: say so to probes, to those who watch and to its sessions."""
+        self._report_failed(name)
+        self._publish_draining(name)
+        self._teachers.drain.tell(name)
+
+    def _publish_draining(self, name: str) -> None:
+        own = self._described(name, self.engines[name], directory_pb2.Replica.DRAINING)
+        self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+
     def _described(
         self, name: str, engine: Engine, state: directory_pb2.Replica.State = directory_pb2.Replica.SERVING
     ) -> directory_pb2.Replica:
@@ -185,14 +229,17 @@ class Replica:
         return directory_pb2.Replica(id=self._id or name, revision=engine.description.revision, state=state, host=host)
 
     def close(self, grace_s: float = 0.5) -> None:
-        """Stop listening and end all sessions. A process that ends does it by itself."""
+        """Stop listening and end all sessions. A process that ends does it by itself; in a fork it does nothing."""
         atexit.unregister(self.close)
+        if self._pid != os.getpid():
+            return
         self._directory.close()
         if self.web is not None:
             self.web.close()
         if self._server is not None:
             self._server.stop(grace_s).wait(grace_s + 5)
             self._workers.shutdown()
+        self._gate.close()
         for engine in self.engines.values():
             engine.close()
         if self._server is not None:
@@ -212,23 +259,27 @@ class Replica:
             shared_memory_bytes=self._shared_memory_bytes,
             sharing=self._sharing,
             timer=self._timer,
+            gate=self._gate,
+            allow_head=self._allow_head,
+            max_sessions=self._max_sessions,
             tracing=self._tracing,
         )
         session = grpc.stream_stream_rpc_method_handler(
             teachers.session,
-            request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
+            request_deserializer=lambda data: framing.received(teacher_pb2.ClientMessage, data),
             response_serializer=framing.write_message,
         )
         describe = grpc.unary_unary_rpc_method_handler(
             teachers.describe,
-            request_deserializer=teacher_pb2.DescribeRequest.FromString,
+            request_deserializer=lambda data: framing.parsed(teacher_pb2.DescribeRequest, data),
             response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
         )
         names = ("schoolhouse.v1.TeacherService", "schoolhouse.v1.DirectoryService")
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {"Session": session, "Describe": describe}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(names[0], methods),))
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
-        add_standard_services(server, (*names, *self._modules))
+        known = self._modules if self._gate.tokens is None else ()  # health is for all to ask: it tells no names then
+        self._report_failed = add_standard_services(server, (*names, *known))
 
 
 def _examples(
@@ -271,6 +322,11 @@ def serve(
     lease_s: float = LEASE_S,
     http_port: int | None = None,
     tracing: bool = False,
+    tls: ServerTls | None = None,
+    insecure: bool = False,
+    tokens: str | Path | None = None,
+    allow_head: bool = False,
+    forward_timeout_s: float = FORWARD_TIMEOUT_S,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
@@ -313,10 +369,33 @@ def serve(
     limited capacity that a larger batch fills up, or whose tokens were as many in all that was checked, a length that
     is cut to the longest in the batch, or state that changes no feature so far. Such teachers need `"never"`.
 
+    A forward that takes longer than `forward_timeout_s` (0: any time is right), compiling included, counts as one that
+    never returns. Then, and when the device is broken, the teacher is at its end: health says NOT_SERVING, its requests
+    fail with `TeacherUnavailableError`, so that clients ask another replica, and `server.trouble` says why.
+
+    A device that has no room for a merged forward runs it in halves. One that has none for a request by itself runs it
+    once more when it has nothing else to do, and then in parts of its rows, if what some rows give is what the halves
+    of those give: to the bit with `merge="never"`, up to rounding otherwise. If not, or if a row alone has no room,
+    that request fails with `TeacherMemoryError`, and the others go on. Such features are encoded on the host.
+
+    Requests whose inputs are not all finite run alone, as do those of a session of which three gave NaN. Merged
+    features with NaN, and now and then those with infinities, are held against single forwards before anybody gets
+    them. So what is not finite stays with its own request.
+
     With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
-    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs.
+    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs;
+    where it is not on loopback and there are `tokens`, only with an admin's one.
     `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
     extra `otel`, and a tracer provider that the program sets.
+
+    `tls=ServerTls(cert=..., key=...)` has all ports speak TLS, so that clients connect to `grpcs://`; with `client_ca`,
+    only those that have a certificate are answered. Without it, a `host` beyond loopback needs `insecure=True`: all
+    that goes to and fro there is plaintext.
+
+    With `tokens`, a file that `schoolhouse token` makes lines for, only who has one of its tokens is answered, as it
+    says: which teachers, which job, what quota; see `schoolhouse_server.tokens.Grant`. The file is read again as it
+    changes; sessions of a token that is gone are ended then. Without it nobody is asked. `allow_head` gives the weights
+    of a teacher's head to who asks, as `encodings.hidden` does.
 
     Raises:
         ConfigError: for a setting that cannot be, or a module that cannot be merged as it says.
@@ -345,4 +424,9 @@ def serve(
         lease_s=lease_s,
         http_port=http_port,
         tracing=tracing,
+        tls=tls,
+        insecure=insecure,
+        tokens=tokens,
+        allow_head=allow_head,
+        forward_timeout_s=forward_timeout_s,
     ).start()

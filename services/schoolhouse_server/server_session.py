@@ -7,7 +7,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -28,14 +27,24 @@ from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import FloodError
-from schoolhouse_server.calls import check_revision, head_answer, inputs_of
+from schoolhouse_server.calls import (
+    as_told,
+    check_call,
+    check_open,
+    check_released,
+    check_revision,
+    head_answer,
+    inputs_of,
+)
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.logs import SessionLog
 from schoolhouse_server.membership import Member
-from schoolhouse_server.sharing import rows_of
+from schoolhouse_server.receiving import Partial, Receiving
+from schoolhouse_server.sharing import LEASE_S, Sharing, rows_of
 from schoolhouse_server.spans import SessionSpans
 from schoolhouse_server.timer import Alarm
+from schoolhouse_server.tokens import Grant
 
 if TYPE_CHECKING:
     from schoolhouse_server.servicer import Teachers
@@ -45,20 +54,11 @@ _MAX_UNTOLD = 1024  # failures and the like that a client may leave unread
 _END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """A call whose payload is coming."""
-
-    call: teacher_pb2.Call
-    incoming: framing.Incoming
-    began: float  # on time.perf_counter's clock
-
-
 class ServerSession:
     """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
 
     def __init__(
-        self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, *, shared_memory_bytes: int
+        self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, grant: Grant, *, shared_memory_bytes: int
     ) -> None:
         self.outbox: Outbox[Message | bytes] = Outbox()
         self._untold: deque[Message] = deque()  # small messages that the stream has not taken yet
@@ -69,7 +69,8 @@ class ServerSession:
         self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
         self._messages = messages
         self._limits = limits
-        self._partial: dict[int, _Partial] = {}
+        self._grant = grant
+        self._receiving = Receiving(teachers.timer, teachers.sharing.lease_s or LEASE_S, self._fail)
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
         self._member: Member | None = None  # from Open on
@@ -83,8 +84,8 @@ class ServerSession:
 
     def start(self) -> None:
         """Begin to read; a client that says nothing, not even Open, has its time, too."""
-        if lease_s := self._teachers.sharing.lease_s:
-            self._unopened = self._teachers.timer.at(time.monotonic() + lease_s, self._expire)
+        lease_s = self._teachers.sharing.lease_s or LEASE_S
+        self._unopened = self._teachers.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
         threading.Thread(target=self._read, name="schoolhouse-reader", daemon=True).start()
 
     def close(self) -> None:
@@ -112,15 +113,17 @@ class ServerSession:
             if ticket is not None:
                 self._engine.cancel(ticket)
 
-    def _expire(self) -> None:
-        """The lease has run out. A stream that does not take the reason is cancelled."""
+    def _expire(self, lease_s: float) -> None:
+        self.end(LeaseExpiredError(f"the client said nothing for {lease_s} s, so its session was ended"))
+
+    def end(self, error: SchoolhouseError) -> None:
+        """End it, and say why. A stream that does not take the reason is cancelled."""
 
         def cancel() -> None:
             if self.cancel_stream is not None:
                 self.cancel_stream()
 
-        lease_s = self._teachers.sharing.lease_s
-        self.error = LeaseExpiredError(f"the client said nothing for {lease_s} s, so its session was ended")
+        self.error = error
         self.close()
         self._teachers.timer.at(time.monotonic() + _END_S, cancel)
 
@@ -147,7 +150,7 @@ class ServerSession:
             if self._pipes is not None:
                 break
         for data in self._pipes or ():
-            yield framing.read_message(teacher_pb2.ClientMessage, data)
+            yield framing.received(teacher_pb2.ClientMessage, data)
 
     def _read(self) -> None:
         try:
@@ -168,14 +171,17 @@ class ServerSession:
         self.close()  # and with it the pipes
         # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
         self.outbox.clear()
-        self._partial.clear()
+        self._receiving.clear()
         self._offered = self._segment = None
 
     def _receive(self, message: Any) -> None:
+        if isinstance(message, ProtocolError):
+            raise message
         if isinstance(message, framing.Frame):
             self._on_frame(message)
             return
         if message.released:
+            check_released(message.released)
             self._free(message.released)
         if message.HasField("call"):
             self._on_call(message.call)
@@ -191,11 +197,13 @@ class ServerSession:
             raise ProtocolError("Open came twice")
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
+        check_open(message)
         self._teachers.drain.check()
-        sharing = self._teachers.sharing
-        engine = self._engine = self._teachers.find(message.teacher)
+        message = self._teachers.gate.opened(message, self._grant)
+        sharing = self._teachers.sharing.within(self._grant.max_in_flight, self._grant.max_job_bytes)
+        engine = self._engine = self._teachers.find(message.teacher, self._grant)
         check_revision(message.revision, engine)
-        self._enter(message, engine)
+        self._enter(message, engine, sharing)
         self.log.info("a session began")
         opened = teacher_pb2.Opened(
             revision=engine.description.revision,
@@ -217,18 +225,19 @@ class ServerSession:
         if self._closed:  # meanwhile, so that nobody takes it out again
             self._teachers.drain.leave(self._member)
 
-    def _enter(self, message: teacher_pb2.Open, engine: Engine) -> None:
+    def _enter(self, message: teacher_pb2.Open, engine: Engine, sharing: Sharing) -> None:
         with self._closing:
             if self._closed:
                 raise ProtocolError("the session was closed")
             admission = self._teachers.admissions[message.teacher]
-            self._member = Member(message, engine.counters, admission, self._tell)
+            self._member = Member(message, engine.counters, admission, sharing, self._tell)
             self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
             self._stop_waiting_for_open()
-            self._member.start_lease(self._teachers.timer, self._teachers.sharing.lease_s, self._expire)
+            lease_s = self._teachers.sharing.lease_s
+            self._member.start_lease(self._teachers.timer, lease_s, lambda: self._expire(lease_s))
 
     def _on_cancel(self, request_id: int) -> None:
-        self._partial.pop(request_id, None)
+        self._receiving.drop(request_id)
         ticket = self._tickets.pop(request_id, None)
         if self._engine is not None and ticket is not None:
             self._engine.cancel(ticket)
@@ -263,6 +272,7 @@ class ServerSession:
             if self._member.has(call.request_id):
                 self._refuse_twin(call.request_id)
                 return
+            check_call(call)
             # Before memory is taken for it; the header is parsed once, if it is short.
             nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
             if not self._member.admit(call.request_id, nbytes):
@@ -271,11 +281,11 @@ class ServerSession:
             check_revision(call.revision, self._engine)
             began = time.perf_counter()
             incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
-            partial = _Partial(call, incoming, began)
+            partial = Partial(call, incoming, began)
             if partial.incoming.complete:
                 self._queue(partial)
             else:
-                self._partial[call.request_id] = partial
+                self._receiving.begin(partial)
         except FloodError:
             raise
         except Exception as err:
@@ -289,19 +299,13 @@ class ServerSession:
         self._tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
 
     def _on_frame(self, frame: framing.Frame) -> None:
-        if frame.request_id not in self._partial:
-            return  # refused or cancelled
-        partial = self._partial[frame.request_id]
         try:
-            partial.incoming.add(frame.offset, frame.data, frame.digest)
-            if partial.incoming.complete:
-                del self._partial[frame.request_id]
+            if (partial := self._receiving.add(frame)) is not None:
                 self._queue(partial)
         except Exception as err:
-            self._partial.pop(frame.request_id, None)
             self._fail(frame.request_id, err)
 
-    def _queue(self, partial: "_Partial") -> None:
+    def _queue(self, partial: Partial) -> None:
         assert self._engine is not None
         call, incoming = partial.call, partial.incoming
         inputs, mask = inputs_of(incoming.value())
@@ -309,7 +313,8 @@ class ServerSession:
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
         if any(tap.side == HEAD for tap in wanted.taps):
-            self._answer(request_id, digest, wanted, head_answer(self._engine, wanted, inputs))
+            head = head_answer(self._engine, wanted, inputs, allowed=self._teachers.allow_head)
+            self._answer(request_id, digest, wanted, head)
             return
 
         rows = rows_of(inputs)
@@ -322,9 +327,11 @@ class ServerSession:
         ticket = self._tickets[request_id] = Ticket(done, self._member.account)
         ticket.trace = self._spans.of(request_id)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
-        key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps))
+        # One that is computed alone is equal to no other, so that neither joins the other.
+        own = object() if call.alone else None
+        key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps), own)
         try:
-            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket], source=id(self)))
+            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket], source=id(self), alone=call.alone))
         except Exception:
             self._tickets.pop(request_id, None)
             raise
@@ -368,15 +375,19 @@ class ServerSession:
         began = time.perf_counter()
         try:
             yield from outgoing.messages(request_id, head, segment, lambda: member.wants(request_id))
-        except SchoolhouseError as err:
-            self._spans.failed(request_id, err)
-            yield teacher_pb2.ServerMessage(failure=status.to_failure(err, request_id))
+        except Exception as err:  # of this request alone, and the stream goes on
+            told = as_told(err)
+            if not isinstance(told, SchoolhouseError):
+                self.log.exception("a reply failed", request=request_id)
+            self._spans.failed(request_id, told)
+            yield teacher_pb2.ServerMessage(failure=status.to_failure(told, request_id))
         finally:
             member.sent(request_id)
             self._engine.count("send", time.perf_counter() - began)
             self._spans.sent(request_id, began)
 
     def _fail(self, request_id: int, error: BaseException) -> None:
+        error = as_told(error)
         self._spans.failed(request_id, error)
         if isinstance(error, SchoolhouseError):
             self.log.info("a request failed: %s", type(error).__name__, request=request_id)

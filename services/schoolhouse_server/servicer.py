@@ -1,5 +1,6 @@
 """TeacherService of one replica: what its teachers are, and a session for each client."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import grpc
 from google.protobuf.message import Message
 from schoolhouse.errors import (
     SchoolhouseError,
+    TeacherBusyError,
     UnknownTeacherError,
 )
 from schoolhouse.tracing import tracer
@@ -15,11 +17,14 @@ from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import Admission
+from schoolhouse_server.auth import EVERYBODY, Gate, check_teacher
+from schoolhouse_server.calls import check_describe
 from schoolhouse_server.draining import Drain
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.server_session import ServerSession
 from schoolhouse_server.sharing import Sharing
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.tokens import Grant
 
 
 class Teachers:
@@ -33,23 +38,38 @@ class Teachers:
         shared_memory_bytes: int,
         sharing: Sharing,
         timer: Timer,
+        gate: Gate,
+        allow_head: bool,
+        max_sessions: int,
         tracing: bool = False,
     ) -> None:
+        self._max_sessions = max_sessions
+        self._lock = threading.Lock()
         self._engines = engines
         self._limits = limits
         self._shared_memory_bytes = shared_memory_bytes
         self.sharing = sharing
         self.timer = timer
+        self.gate = gate
+        self.allow_head = allow_head
         self.admissions = {name: Admission(sharing, timer) for name in engines}
         self.tracer = tracer(tracing)
         self.sessions = 0
         self.drain = Drain()
 
-    def find(self, name: str) -> Engine:
-        """The engine of a teacher; raises `UnknownTeacherError` with those there are."""
+    def find(self, name: str, grant: Grant = EVERYBODY) -> Engine:
+        """The engine of a teacher that the grant is for.
+
+        Raises:
+            PermissionDeniedError: it is for others.
+            UnknownTeacherError: there is none; names those of the grant that there are.
+            TeacherUnavailableError: it serves no more.
+        """
+        check_teacher(name, grant)
         if name not in self._engines:
-            names = sorted(self._engines)
+            names = sorted(filter(grant.sees, self._engines))
             raise UnknownTeacherError(f"no teacher {name!r} here; there are: {', '.join(names)}", choices=names)
+        self._engines[name].check()
         return self._engines[name]
 
     def describe(
@@ -57,7 +77,8 @@ class Teachers:
     ) -> teacher_pb2.DescribeResponse:
         """Static facts of a teacher."""
         try:
-            found = self.find(request.teacher).description
+            check_describe(request)
+            found = self.find(request.teacher, self.gate.grant(context)).description
         except SchoolhouseError as err:
             status.abort(context, err)
         return teacher_pb2.DescribeResponse(
@@ -75,18 +96,31 @@ class Teachers:
 
     def session(self, messages: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Message | bytes]:
         """One client's stream: a thread reads requests, this one sends answers."""
-        session = ServerSession(self, messages, self._limits, shared_memory_bytes=self._shared_memory_bytes)
+        grant = self.gate.grant(context)
+        session = ServerSession(self, messages, self._limits, grant, shared_memory_bytes=self._shared_memory_bytes)
+        try:
+            self._enter()
+        except SchoolhouseError as err:
+            status.abort(context, err)
         session.cancel_stream = context.cancel
         context.add_callback(session.close)
-        self.sessions += 1
         try:
             session.start()
-            yield from session.answers()
+            with self.gate.held(grant, session.end):
+                yield from session.answers()
             if session.error is not None:
                 status.abort(context, session.error)
         finally:
-            self.sessions -= 1
+            with self._lock:
+                self.sessions -= 1
             session.cancel_stream = None
             session.close()
             session.log.info("a session ended")
             session.outbox.clear()
+
+    def _enter(self) -> None:
+        """Take one more session, of which there are so few that other calls have room; else `TeacherBusyError`."""
+        with self._lock:
+            if self.sessions >= self._max_sessions:
+                raise TeacherBusyError(f"{self.sessions} sessions are open here, as many as this replica takes")
+            self.sessions += 1

@@ -1,7 +1,7 @@
 """How jobs share a teacher: what a request costs, how much may be in flight, and how long silence is taken for life."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,14 @@ class Sharing:
     max_job_bytes: int = MAX_JOB_BYTES
     max_queued: int = MAX_QUEUED
     lease_s: float = LEASE_S
+
+    def within(self, max_in_flight: int | None, max_job_bytes: int | None) -> "Sharing":
+        """The same with these bounds of a job, where they are lower."""
+        return replace(
+            self,
+            max_in_flight=min(self.max_in_flight, max_in_flight or self.max_in_flight),
+            max_job_bytes=min(self.max_job_bytes, max_job_bytes or self.max_job_bytes),
+        )
 
     def __post_init__(self) -> None:
         if self.cost not in COSTS:

@@ -52,6 +52,10 @@ class Rows:
                 found = found.narrow(dim, 0, layout.lengths[i])
         return found
 
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor of all rows, of those of some rows each."""
+        return torch.cat([*parts])
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -68,6 +72,10 @@ class Constant:
     def part(self, tensor: torch.Tensor, _layout: Layout, _i: int) -> torch.Tensor:
         """Itself."""
         return tensor
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Any of them."""
+        return parts[0]
 
 
 Rule: TypeAlias = Rows | Constant

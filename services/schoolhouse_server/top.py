@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from schoolhouse.errors import ConfigError, SchoolhouseError
 from schoolhouse_wire import channel, status
+from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2_grpc
 from schoolhouse_wire.v1.directory_pb2 import JobLoad, ListTeachersRequest, Load, Replica, ReplicaSet
 
@@ -25,15 +26,16 @@ _MAX_NAME = 80
 
 
 def target_of(url: str) -> str:
-    """HOST:PORT of `HOST:PORT`, or of `grpc://HOST:PORT`, with a teacher's name or without.
+    """HOST:PORT of `HOST:PORT`, or of `grpc://HOST:PORT` or `grpcs://`, with a teacher's name or without.
 
     Raises:
         ConfigError: it is something else.
     """
-    target = url.removeprefix("grpc://").split("/")[0]
+    rest = url.removeprefix("grpc://").removeprefix("grpcs://")
+    target = rest.split("/")[0]
     host, _, port = target.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "://" in url.removeprefix("grpc://"):
-        raise ConfigError(f"{url!r} is no address of a server; expected HOST:PORT or grpc://HOST:PORT/NAME")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "://" in rest:
+        raise ConfigError(f"{url!r} is no address of a server; expected HOST:PORT, grpc://HOST:PORT/NAME or grpcs://")
     return target
 
 
@@ -235,7 +237,14 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def watch(target: str, console: Console, *, interval_s: float, once: bool) -> None:
+def watch(
+    target: str,
+    console: Console,
+    *,
+    interval_s: float,
+    once: bool,
+    security: ClientSecurity = ClientSecurity(),
+) -> None:
     """Show what the server at `target` says, every `interval_s` seconds, until 'q' or Ctrl-C; or `once`.
 
     Raises:
@@ -245,7 +254,7 @@ def watch(target: str, console: Console, *, interval_s: float, once: bool) -> No
     if not once and not console.is_terminal:
         raise ConfigError("a live view needs a terminal; print one table with --once")
     screen = Screen(target)
-    with channel.connect(target) as opened:
+    with channel.connect(target, security) as opened:
         stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
 
         def ask() -> None:

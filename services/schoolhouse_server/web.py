@@ -1,14 +1,18 @@
 """A small HTTP server that shows replica sets: /metrics for Prometheus, /api/state as JSON, and the page at /.
 
 It only reads, answers GET and HEAD of the paths that it knows, and takes no more of the process than a few threads.
+With a gate it answers only those who have an admin's token: as a bearer token, or as the password of a browser's login.
 """
 
+import base64
+import binascii
 import contextlib
 import functools
 import io
 import ipaddress
 import logging
 import socket
+import ssl
 import threading
 import time
 import urllib.parse
@@ -17,10 +21,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
-from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherUnavailableError
+from schoolhouse.errors import (
+    AuthenticationError,
+    ConfigError,
+    PermissionDeniedError,
+    SchoolhouseError,
+    TeacherUnavailableError,
+)
+from schoolhouse_wire.scrubbing import scrub
+from schoolhouse_wire.security import is_loopback
 from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
 
 from schoolhouse_server import metrics
+from schoolhouse_server.auth import Gate, bearer_of
 from schoolhouse_server.state import state_json
 
 Source = Callable[[], Iterable[ReplicaSet]]
@@ -43,14 +56,33 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "Connection": "close",
 }
+_MORE = {  # by status
+    401: {"WWW-Authenticate": 'Basic realm="schoolhouse: the password is an admin\'s token", charset="UTF-8"'},
+    405: {"Allow": "GET, HEAD"},
+}
 _log = logging.getLogger(__name__)
+
+
+def gate_of(gate: Gate, host: str) -> Gate | None:
+    """Whom an HTTP port on `host` asks for a token: nobody where no port asks, nor on loopback."""
+    return None if gate.tokens is None or is_loopback(host) else gate
 
 
 class WebServer:
     """Serves what `source()` gives at each request. `start()` listens; `close()` ends it."""
 
-    def __init__(self, source: Source, *, host: str = "127.0.0.1", port: int | range = 0) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        host: str = "127.0.0.1",
+        port: int | range = 0,
+        gate: Gate | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         """Without listening yet. Of a range of ports it takes the first that is free.
+
+        With a `gate` who asks needs an admin's token; without one, everybody is answered. With `tls` it speaks HTTPS.
 
         Raises:
             ConfigError: for what is no port.
@@ -59,6 +91,7 @@ class WebServer:
         if not all(isinstance(one, int) and 0 <= one <= 65535 for one in self._ports):
             raise ConfigError(f"the HTTP port is {port!r}; it must be from 0, for any free one, to 65535")
         self._source = source
+        self._gate, self._tls = gate, tls
         self._host, self._port = host, 0
         self._server: _Server | None = None
 
@@ -69,8 +102,8 @@ class WebServer:
 
     @property
     def url(self) -> str:
-        """`http://HOST:PORT`, where the page is."""
-        return f"http://{self._host}:{self._port}"
+        """`http://HOST:PORT`, where the page is; `https` with TLS."""
+        return f"{'https' if self._tls is not None else 'http'}://{self._host}:{self._port}"
 
     def start(self) -> "WebServer":
         """Listen.
@@ -86,7 +119,7 @@ class WebServer:
     def _listen(self) -> "_Server":
         for port in self._ports:
             try:
-                return _Server((self._host, port), functools.partial(_Handler, self._source))
+                return _Server((self._host, port), functools.partial(_Handler, self._source, self._gate), self._tls)
             except OSError as err:
                 failed = err
         ports = "-".join(map(str, sorted({self._ports[0], self._ports[-1]})))
@@ -115,7 +148,10 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 64
 
-    def __init__(self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler]) -> None:
+    def __init__(
+        self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler], tls: ssl.SSLContext | None
+    ) -> None:
+        self._tls = tls
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         super().__init__(address, handler)
 
@@ -147,6 +183,15 @@ class _Server(ThreadingHTTPServer):
         finally:
             self._slots.release()
 
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer over TLS, if so; its handshake is made here, in the connection's own thread."""
+        if self._tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_TIMEOUT_S)
+        with self._tls.wrap_socket(request, server_side=True) as wrapped:
+            super().finish_request(wrapped, client_address)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away, or was too slow, is no error of ours."""
         _log.debug("an HTTP connection ended early", exc_info=True)
@@ -157,8 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     timeout = _TIMEOUT_S  # of sending, which Python's sendall keeps as a whole
 
-    def __init__(self, source: Source, *args: Any) -> None:
-        self._source = source
+    def __init__(self, source: Source, gate: Gate | None, *args: Any) -> None:
+        self._source, self._gate = source, gate
         super().__init__(*args)
 
     def setup(self) -> None:
@@ -185,9 +230,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(403, "this server answers to localhost alone; open it as http://127.0.0.1")
             return
         try:
+            self._check_admin()
             found = self._content(self.path.split("?")[0])
+        except AuthenticationError as err:
+            self.send_error(401, err.message)
+            return
+        except PermissionDeniedError as err:
+            self.send_error(403, err.message)
+            return
         except SchoolhouseError as err:  # a directory that has just started, say
-            self.send_error(503, err.message)
+            self.send_error(503, scrub(err.message))
             return
         if found is None:
             self.send_error(404, f"not found; there are: {', '.join(('/metrics', '/api/state', *_PAGE))}")
@@ -200,6 +252,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_error(405, "this server only answers GET and HEAD")
 
     do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
+
+    def _check_admin(self) -> None:
+        """Raises `AuthenticationError` or `PermissionDeniedError` for who has no admin's token, where one is wanted."""
+        if self._gate is None:
+            return
+        given = self.headers.get_all("Authorization", [])
+        if len(given) != 1:
+            raise AuthenticationError("an admin's token is wanted, as a bearer token or as the password of a login")
+        if not self._gate.known(_token_of(given[0])).admin:
+            raise PermissionDeniedError(
+                "this token is no admin's; the tokens file says `admin: true` for those that are"
+            )
 
     def _is_local_name(self) -> bool:
         """Whether a server of this machine alone was asked by a name of it: else a foreign page could read it, by a
@@ -226,11 +290,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, code: int, body: bytes, content_type: str) -> None:
         self.send_response(code)
         headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **_HEADERS}
-        for name, value in (headers | ({"Allow": "GET, HEAD"} if code == 405 else {})).items():
+        for name, value in (headers | _MORE.get(code, {})).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _token_of(authorization: str) -> str:
+    """The token in `Bearer TOKEN`, or in `Basic` with any name and it as the password."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return bearer_of(authorization)
+    try:
+        return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError) as err:
+        raise AuthenticationError("the authorization that came is no login") from err
 
 
 class _UntilDeadline(io.RawIOBase):

@@ -1,0 +1,161 @@
+"""What a client shows and checks as it connects: TLS, its certificate, its token; plaintext only within a machine."""
+
+import dataclasses
+import ipaddress
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from schoolhouse_wire.errors import ConfigError
+
+_MAX_TOKEN = 4096
+_MAX_PEM_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSecurity:
+    """Contents of the files and the token that `connect` was given. A copy, as a pickled one, holds them too.
+
+    With `tls` every server must prove to be the one of `server_name`, by a certificate that `ca` vouches for, or one of
+    the authorities that gRPC knows. That is the host that the user typed: replicas that a directory lists prove the
+    same, so that it does not matter at which addresses they are.
+    """
+
+    tls: bool = False
+    server_name: str = ""
+    ca: bytes | None = field(default=None, repr=False)
+    cert: bytes | None = field(default=None, repr=False)
+    key: bytes | None = field(default=None, repr=False)
+    token: str = field(default="", repr=False)
+    insecure: bool = False
+
+    @classmethod
+    def read(
+        cls,
+        *,
+        ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
+        token: str | None = None,
+        insecure: bool = False,
+    ) -> "ClientSecurity":
+        """From PEM files, which are read here and not again.
+
+        Raises:
+            ConfigError: a file is missing, is not what it should be, or fits no other; the token cannot be one.
+        """
+        if (cert is None) != (key is None):
+            raise ConfigError(f"cert is {_shown(cert)} and key {_shown(key)}; give both, or neither")
+        if not isinstance(insecure, bool):
+            raise ConfigError(f"insecure is {insecure!r}; choices: True, False")
+        found = cls(
+            ca=read_pem("ca", ca),
+            cert=read_pem("cert", cert),
+            key=read_pem("key", key),
+            token=_checked(token),
+            insecure=insecure,
+        )
+        if found.ca is not None:
+            check_authorities("ca", found.ca, ca)
+        if cert is not None and key is not None:
+            check_pair(cert, key)
+        return found
+
+    def towards(self, host: str, *, tls: bool) -> "ClientSecurity":
+        """The same for the servers that the user knows as `host`.
+
+        Raises:
+            ConfigError: what is given is of no use without TLS, or with it.
+        """
+        given = [name for name in ("ca", "cert") if getattr(self, name) is not None]
+        if given and not tls:
+            raise ConfigError(f"{given[0]} is given, and grpc:// uses no certificates; connect to grpcs://")
+        if self.insecure and tls:
+            raise ConfigError(
+                "insecure=True allows grpc:// to other machines; grpcs:// always checks the server's certificate. "
+                "Leave it out, or connect to grpc://"
+            )
+        return dataclasses.replace(self, tls=tls, server_name=host if tls else "")
+
+    def allow(self, target: str) -> None:
+        """Raises `ConfigError` where `target` would be spoken to in plaintext, is elsewhere, and nobody said so."""
+        if self.tls or self.insecure or is_loopback(target.rpartition(":")[0]):
+            return
+        raise ConfigError(
+            f"{target} may be another machine, and grpc:// is plaintext: who is on the way can read and change inputs, "
+            "features and the token. Connect to grpcs://, to a loopback address (127.0.0.1, ::1, localhost), or say "
+            "insecure=True (--insecure)"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is sent to `host` stays on this machine; no name but `localhost` does, as none is looked up."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def read_pem(name: str, path: str | Path | None) -> bytes | None:
+    """The file's bytes; None without a path.
+
+    Raises:
+        ConfigError: it cannot be read, or is no PEM.
+    """
+    if path is None:
+        return None
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"{name} is of type {type(path).__name__}; it must be the path of a PEM file")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_PEM_BYTES)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{name}: cannot read {str(path)!r}: {getattr(err, 'strerror', None) or err}") from err
+    if b"-----BEGIN " not in data:
+        raise ConfigError(f"{name}: {str(path)!r} is no PEM file; it must have a line -----BEGIN ...-----")
+    return data
+
+
+def check_pair(cert: str | Path, key: str | Path) -> None:
+    """Raises `ConfigError` unless `cert` holds certificates, and `key` the unencrypted key of the first of them."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except ssl.SSLError as err:
+        if err.reason == "KEY_VALUES_MISMATCH":
+            why = "the key is of another certificate"
+        else:
+            why = "cert must hold a certificate, and key its private key, without a password, both as PEM"
+        raise ConfigError(f"cert {str(cert)!r} and key {str(key)!r} do not go together: {why}") from err
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"key {str(key)!r} cannot be used: {err}") from err
+
+
+def check_authorities(name: str, data: bytes, path: str | Path | None) -> None:
+    """Raises `ConfigError` unless `data` holds certificates."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=data.decode("ascii", "replace"))
+    except (ssl.SSLError, ValueError) as err:
+        raise ConfigError(f"{name}: {str(path)!r} holds no certificate of an authority that can be read") from err
+
+
+def _no_password() -> str:
+    raise ValueError("it is encrypted; give one without a password, that only its owner can read")
+
+
+def _checked(token: str | None) -> str:
+    if token is None:
+        return ""
+    if not isinstance(token, str) or not 0 < len(token) <= _MAX_TOKEN or not all("!" <= c <= "~" for c in token):
+        raise ConfigError(  # without the token
+            f"token must be a string of 1 to {_MAX_TOKEN} printable ASCII characters without spaces, as "
+            "`schoolhouse token` makes them, or None"
+        )
+    return token
+
+
+def _shown(path: str | Path | None) -> str:
+    return "missing" if path is None else repr(str(path))

@@ -1,0 +1,275 @@
+"""Replicas that die, hang, or answer with something else are left; with none, a student waits, says so, and goes on."""
+
+import logging
+import random
+import signal
+import time
+
+import pytest
+import schoolhouse as sh
+import torch
+from bad_replica import answered, bad_replica
+from directories import (
+    DirectoryServer,
+    Scale,
+    addresses,
+    answer,
+    ask,
+    elsewhere,
+    replicas,
+    revision_of,
+    sessions,
+)
+from memfd import soon
+from schoolhouse import errors
+from schoolhouse.budget import RetryBudget
+from schoolhouse.links import Links
+from schoolhouse.replicas import Replica, ReplicaSet
+from schoolhouse.request import Traffic
+from schoolhouse_server import serve
+from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+from torch import nn
+
+
+def failing(code):
+    def answers(call):
+        failure = teacher_pb2.Failure(request_id=call.request_id, code=code, message="no")
+        yield teacher_pb2.ServerMessage(failure=failure)
+
+    return answers
+
+
+WRONG = {
+    "inputs": lambda call: [answered(call, input_digest=b"another")],
+    "revision": lambda call: [answered(call, revision="another")],
+    "taps": lambda call: [answered(call, taps=[])],
+    "bytes": lambda call: [answered(call, payload=teacher_pb2.Payload(digest=b"0" * 16, data=b"12345678"))],
+    "structure": lambda call: [answered(call, features=b"\xff\xff\xff")],
+    "internal": failing(teacher_pb2.Failure.INTERNAL),
+    "unknown": failing(99),
+    "corrupt": failing(teacher_pb2.Failure.CORRUPT_PAYLOAD),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_replica_that_answers_wrongly_is_left_and_the_request_goes_to_another(wrong):
+    with replicas(Scale(2)) as (good,), bad_replica(revision_of(good), WRONG[wrong]) as (bad, calls):
+        with DirectoryServer() as directory:
+            directory.publish(bad, good)
+            with sh.connect(directory.url) as teacher:
+                assert soon(lambda: answer(teacher) == 2 and calls)  # each is asked
+                futures = [ask(teacher, i) for i in range(200)]
+                assert [future.result(20)[""][0].item() for future in futures] == [2 * i for i in range(200)]
+                if wrong not in ("internal", "unknown", "corrupt"):
+                    assert len(calls) <= 60  # it was left: else it had half of them
+
+
+@pytest.mark.parametrize("wrong", ["inputs", "bytes", "internal"])
+def test_where_there_is_no_other_the_error_is_that_of_the_answer(wrong):
+    with replicas(Scale(2)) as (good,), bad_replica(revision_of(good), WRONG[wrong]) as (bad, calls):
+        with DirectoryServer() as directory:
+            directory.publish(bad)
+            kinds = {"inputs": errors.FeatureMismatchError, "bytes": errors.CorruptPayloadError}
+            with sh.connect(directory.url) as teacher, pytest.raises(kinds.get(wrong, errors.TeacherInternalError)):
+                answer(teacher)
+            assert 2 <= len(calls) <= 4
+
+
+@pytest.mark.parametrize("kind", ["silent", "stopped"])
+def test_a_replica_that_hangs_is_left_within_the_deadline(kind):
+    with replicas(Scale(2)) as (good,), DirectoryServer() as directory:
+        hung = bad_replica(revision_of(good), lambda _call: []) if kind == "silent" else elsewhere(2)
+        with hung as found:
+            stopped = directory_pb2.Replica(id="bad", address=found[1], revision=found[2]) if len(found) > 2 else None
+            bad = stopped or found[0]
+            directory.publish(bad, good)
+            with sh.connect(directory.url, attempt_timeout_s=0.5, timeout_s=20) as teacher:
+                if kind == "stopped":
+                    assert soon(lambda: answer(teacher) == 2 and len(sessions(teacher)) == 2)
+                    found[0].send_signal(signal.SIGSTOP)
+                for _ in range(3):
+                    futures = [ask(teacher, i) for i in range(20)]
+                    assert [future.result(15)[""][0].item() for future in futures] == [2 * i for i in range(20)]
+                assert soon(lambda: addresses(good) <= sessions(teacher))
+                if kind == "stopped":
+                    found[0].send_signal(signal.SIGCONT)
+                    assert soon(lambda: answer(teacher) == 2 and bad.address in sessions(teacher), timeout_s=60)
+
+
+def test_where_all_are_slow_a_request_is_moved_once_at_most():
+    modules = [Scale(2), Scale(2)]
+    with replicas(*modules) as servers, DirectoryServer() as directory:
+        directory.publish(*servers)
+        entered = []
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_: entered.append(1))
+            module.gate.clear()
+        with sh.connect(directory.url, attempt_timeout_s=0.2, timeout_s=20) as teacher:
+            future = ask(teacher)
+            time.sleep(2)
+            assert not future.done()
+            for module in modules:
+                module.gate.set()
+            assert future.result(10)[""][0].item() == 2
+        assert len(entered) <= 2
+
+
+def test_a_lone_replica_that_is_slow_is_not_left():
+    module = Scale(2)
+    with serve(module) as server, sh.connect(server.url, attempt_timeout_s=0.2, timeout_s=20) as teacher:
+        assert answer(teacher) == 2
+        [session] = teacher.open_sessions()
+        module.gate.clear()
+        future = ask(teacher, 3)
+        time.sleep(1)
+        module.gate.set()
+        assert future.result(10)[""][0].item() == 6
+        assert teacher.open_sessions() == [session]
+
+
+class Opened:
+    """As much of a session as links look at."""
+
+    draining, revision, answered_at, slowest_s = False, "r", float("-inf"), 0.0
+
+    def __init__(self, address):
+        self.address, self.traffic = address, Traffic()
+
+
+def test_the_circuit_opens_after_three_strikes_and_is_tried_with_one_request():
+    links = Links(lambda link: Opened(link.replica.address), 10.0, random.Random(1))
+    links.update(ReplicaSet((Replica("a", revision="r"),)), 0.0)
+    now, rests = 0.0, []
+    for _ in range(3):
+        while links.pick("r", now) is None:
+            [link] = links
+            if link.session is not None:
+                links.opened(link)
+            now += 0.01
+        links.take(link, 1)
+        links.strike(link, errors.CorruptPayloadError("other bytes"))
+        assert links.pick("r", now) is None
+        links.lost(link, errors.TeacherUnavailableError("closed"), now)
+        links.give_back(link, 1)
+        assert "other bytes" in links.tried()
+        rests.append(link.retry_at - now)
+        assert link.retry_at == now or links.pick("r", now) is None
+    now = link.retry_at + 1
+    assert links.pick("r", now) is None
+    links.opened(link)
+    assert links.pick("r", now) is link
+    links.take(link, 1)
+    assert links.pick("r", now) is None  # one request at a time
+    link.session.traffic = Traffic(1)
+    assert links.pick("r", now) is link  # it has answered
+    assert all(0 <= rest <= 0.1 * 2**i for i, rest in enumerate(rests))
+
+
+def test_the_budget_is_a_part_of_what_is_asked():
+    budget = RetryBudget(0.0)
+    burst = sum(budget.take(0.0) for _ in range(1000))
+    assert burst == 256
+    assert budget.next_at == pytest.approx(0.1)
+    assert sum(budget.take(1.0) for _ in range(1000)) == 10
+    for _ in range(51):
+        budget.made()
+    assert sum(budget.take(1.0) for _ in range(1000)) == 10
+
+
+def test_what_is_beyond_the_budget_waits_and_is_not_lost():
+    with elsewhere(2) as (process, address, revision, _), replicas(Scale(2)) as (good,), DirectoryServer() as directory:
+        directory.publish(directory_pb2.Replica(id="a", address=address, revision=revision), good)
+        with sh.connect(directory.url) as teacher:
+            assert soon(lambda: answer(teacher) == 2 and len(sessions(teacher)) == 2)
+            futures = [ask(teacher, i) for i in range(100)]
+            teacher._dispatcher._budget._tokens = 0.0
+            process.kill()
+            assert [future.result(30)[""][0].item() for future in futures] == [2 * i for i in range(100)]
+
+
+def test_a_student_says_that_it_waits_and_then_what_to_do(caplog):
+    server = serve(Scale(2))
+    with sh.connect(server.url, teacher_timeout_s=3.0) as teacher, caplog.at_level(logging.WARNING, "schoolhouse"):
+        assert answer(teacher) == 2
+        server.close()
+        with pytest.raises(errors.TeacherUnavailableError, match=r"for 3 s .*schoolhouse status.*forward the batch"):
+            answer(teacher)
+        [said] = [record.message for record in caplog.records if "can be asked for" in record.message]
+        assert "1 requests wait" in said
+        assert "tried: 127.0.0.1" in said
+
+
+def test_the_requests_own_time_stands_still_while_there_is_no_teacher(caplog):
+    server = serve(Scale(2))
+    with sh.connect(server.url, timeout_s=1.5, teacher_timeout_s=30) as teacher:
+        assert answer(teacher) == 2
+        server.close()
+        future = ask(teacher, 4)
+        time.sleep(3)
+        assert not future.done()
+        with serve(Scale(2), port=server.port):
+            assert future.result(20)[""][0].item() == 8
+    assert any("is back after" in record.message for record in caplog.records)
+
+
+def test_its_own_time_goes_on_afterwards():
+    server = serve(Scale(2))
+    with sh.connect(server.url, timeout_s=1.0, teacher_timeout_s=30) as teacher:
+        assert answer(teacher) == 2
+        server.close()
+        future = ask(teacher, 4)
+        time.sleep(0.5)
+        slow = Scale(2)
+        slow.gate.clear()
+        with serve(slow, port=server.port):
+            with pytest.raises(errors.TeacherTimeoutError):
+                future.result(20)
+            slow.gate.set()
+
+
+def test_training_goes_on_from_the_batch_that_failed():
+    """Under prefetch too: nothing of the loader is lost, and the losses are those of an undisturbed run."""
+
+    def trained(disturb):
+        torch.manual_seed(0)
+        student, seen, failed = nn.Linear(3, 2), [], []
+        loader = [torch.randn(4, 3) for _ in range(6)]
+        server = serve(made())
+        with sh.connect(server.url, teacher_timeout_s=0.5) as teacher:
+            settings = {"teacher_model": teacher, "criterion": nn.MSELoss()}
+            model = sh.convert(student, mode=[("kd_loss", settings)])
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for i, x in enumerate(model.prefetch(loader, depth=2)):
+                if disturb and i == 2:
+                    server.close()
+                for _ in range(40):
+                    try:
+                        model(x)
+                        loss = model.compute_kd_loss()
+                        break
+                    except errors.TeacherUnavailableError:
+                        server = server if failed else serve(made(), port=server.port)
+                        failed.append(i)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                seen.append(loss.item())
+        server.close()
+        assert bool(failed) == disturb
+        return seen
+
+    assert trained(True) == trained(False)
+
+
+def made():
+    torch.manual_seed(1)
+    return nn.Linear(3, 2)
+
+
+def test_no_memory_on_the_device_is_the_requests_own_error():
+    with replicas(Scale(2)) as (good,), DirectoryServer() as directory:
+        with bad_replica(revision_of(good), failing(teacher_pb2.Failure.OUT_OF_MEMORY)) as (bad, calls):
+            directory.publish(bad)
+            with sh.connect(directory.url) as teacher, pytest.raises(errors.TeacherMemoryError):
+                answer(teacher)
+            assert len(calls) == 1

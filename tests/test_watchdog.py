@@ -1,0 +1,276 @@
+"""A replica that is at its end, by a forward that never returns or a device that broke: it says so, and is replaced."""
+
+import threading
+import time
+
+import pytest
+import schoolhouse as sh
+import torch
+from memfd import soon
+from merging import Asked, at_once, engine_of, pair, randn
+from models import Net
+from schoolhouse import errors
+from schoolhouse.teachers import LocalTeacher
+from schoolhouse_server import health, serve
+from schoolhouse_server.config import TeacherSpec
+from schoolhouse_server.engine import Engine
+from schoolhouse_server.timer import Timer
+from schoolhouse_server.watchdog import Pulse, Watchdog
+from schoolhouse_wire import framing
+from schoolhouse_wire.codec import Arguments
+from schoolhouse_wire.encodings import Hidden, encoding_to_wire
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+from stub import Stub
+from test_draining import listed
+from torch import nn
+
+UNAVAILABLE = teacher_pb2.Failure.UNAVAILABLE
+
+
+class Hanging(nn.Module):
+    """Does not return from an input of ones until told."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
+
+    def forward(self, x):
+        if x[0] == 1:
+            assert self.go.wait(60)
+        return x + 1
+
+
+def ask(client, request_id, x):
+    messages = framing.Outgoing(Arguments([x]), limits=Limits(), snapshot=True)
+    [message] = messages.messages(request_id, lambda payload: payload, None, lambda: True)
+    client.ask(request_id, message, messages.header)
+
+
+def test_a_forward_that_never_returns_ends_the_replica_and_nobody_waits():
+    module = Hanging()
+    with serve({"teacher": module, "other": Net()}, forward_timeout_s=0.6) as server:
+        address = f"127.0.0.1:{server.port}"
+        assert health.serves(address)
+        client = Stub(server, shared_memory=False)
+        ask(client, 1, torch.ones(2))
+        ask(client, 2, torch.zeros(2))  # waits behind it
+        told, failures = False, {}
+        while not told or len(failures) < 2:
+            message = next(client.answers)
+            told |= message.WhichOneof("kind") == "draining"
+            if message.HasField("failure"):
+                failures[message.failure.request_id] = message.failure
+        assert {failure.code for failure in failures.values()} == {UNAVAILABLE}
+        assert "not returned for 0.6 s" in failures[1].message
+        ask(client, 3, torch.zeros(2))
+        failure = next(a for a in client.answers if a.HasField("failure")).failure
+        assert (failure.request_id, failure.code) == (3, UNAVAILABLE)
+        assert not health.serves(address)
+        assert listed_state(server, "teacher") == directory_pb2.Replica.DRAINING
+        assert server.trouble.stage == "stuck"
+        with pytest.raises(errors.TeacherUnavailableError, match="has not returned"):
+            server._teachers.find("teacher")
+        with sh.connect(server.urls["other"]) as other:  # it goes on
+            assert other.submit((torch.ones(1, 8),), {}, [""]).result(20)[""].shape == (1, 5)
+        engine = server.engines["teacher"]
+        assert (engine.running, engine.queued) == (0, 0)
+        served = engine.served
+        module.go.set()
+        assert soon(lambda: not engine._threads[0].is_alive())  # and what it made goes nowhere
+        assert (engine.running, engine.served) == (0, served)
+        client.channel.close()
+
+
+def listed_state(server, name):
+    if len(server.engines) == 1:
+        return listed(server).state
+    return next(one for one in server._directory.sets() if one.teacher == name).replicas[0].state
+
+
+def test_a_head_is_not_waited_for_where_a_forward_keeps_the_module():
+    module = Hanging()
+    with serve(module, forward_timeout_s=0.3) as server:
+        client = Stub(server, shared_memory=False)
+        ask(client, 1, torch.ones(2))
+        assert next(a for a in client.answers if a.HasField("failure")).failure.code == UNAVAILABLE
+        messages = framing.Outgoing(Arguments([]), limits=Limits(), snapshot=True)
+        [payload] = messages.messages(2, lambda payload: payload, None, lambda: True)
+        encoding = encoding_to_wire(Hidden(head="fc"))
+        tap = teacher_pb2.Tap(module="", side=teacher_pb2.Tap.HEAD, encoding=encoding)
+        client.say(call=teacher_pb2.Call(request_id=2, taps=[tap], inputs=messages.header, payload=payload))
+        failure = next(a for a in client.answers if a.HasField("failure")).failure
+        assert (failure.request_id, failure.code) == (2, UNAVAILABLE)
+        module.go.set()
+        client.channel.close()
+
+
+def test_features_that_never_leave_the_device_count_too():
+    go = threading.Event()
+
+    class Stuck(LocalTeacher):
+        def encode(self, values, wanted):
+            assert go.wait(60)
+            return super().encode(values, wanted)
+
+    told = threading.Event()
+    engine = Engine(Stuck(nn.Identity()), max_queued=9, forward_timeout_s=0.3, on_trouble=told.set)
+    engine.start()
+    asked = [Asked(randn(5000, 8, seed=i)) for i in range(6)]
+    for one in asked:
+        engine.submit(one.job)
+    for one in asked:
+        assert isinstance(one.result(), errors.TeacherUnavailableError)
+    assert told.wait(10)
+    go.set()
+    engine.close()
+
+
+def test_forwards_that_each_return_in_time_are_no_hang_together():
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(0.1)
+            return x
+
+    engine = Engine(LocalTeacher(Slow()), max_queued=99, forward_timeout_s=1.5)
+    engine.start()
+    asked = [Asked(randn(1, 8, seed=i)) for i in range(25)]
+    for one in asked:
+        engine.submit(one.job)
+    for one in asked:
+        assert torch.equal(one.features[""], one.job.inputs[0])
+    engine.close()
+
+
+def test_a_student_goes_on_where_a_replica_hangs():
+    modules = Hanging(), Hanging()
+    modules[1].go.set()
+    with serve(modules[0], forward_timeout_s=0.5) as first, serve(modules[1]) as second:
+        replicas = [directory_pb2.Replica(id=str(s.port), address=f"127.0.0.1:{s.port}") for s in (first, second)]
+        first._directory.publish(directory_pb2.ReplicaSet(teacher="teacher", replicas=replicas))
+        with sh.connect(first.url, timeout_s=60) as teacher:
+            futures = [teacher.submit((torch.full((2,), float(i % 2)),), {}, [""]) for i in range(20)]
+            for i, future in enumerate(futures):
+                assert torch.equal(future.result(60)[""], torch.full((2,), float(i % 2) + 1))
+        modules[0].go.set()
+
+
+def fails(_x):
+    raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+class Asserting(nn.Module):
+    def forward(self, x, *_hold):
+        return fails(x) if (x > 90).any() else x
+
+
+def test_who_breaks_a_device_alone_is_told_so_and_no_more_is_taken():
+    told = threading.Event()
+    engine = Engine(LocalTeacher(Asserting()), max_queued=9, on_trouble=told.set)
+    engine.start()
+    bad = Asked(torch.full((2, 8), 99.0))
+    engine.submit(bad.job)
+    assert isinstance(bad.result(), errors.TeacherForwardError)  # the device is in order
+    assert engine.trouble is None
+    engine.device.is_broken = lambda: True
+    bad = Asked(torch.full((2, 8), 99.0))
+    engine.submit(bad.job)
+    error = bad.result()
+    assert isinstance(error, errors.TeacherForwardError)
+    assert "device-side assert" in str(error)
+    assert told.wait(10)
+    assert engine.trouble.stage == "broken"
+    with pytest.raises(errors.TeacherUnavailableError, match="ask another replica"):
+        engine.submit(Asked(randn(2, 8)).job)
+    engine.close()
+
+
+def test_those_who_were_on_a_device_together_as_it_broke_are_sent_elsewhere():
+    with engine_of(Asserting()) as engine:
+        engine.device.is_broken = lambda: True
+        asked, bad = pair(2, 3)[0], Asked(torch.full((2, 8), 99.0))
+        gate = engine.teacher.module
+        first = Asked(torch.ones(1), hold=True)
+        engine.submit(first.job)
+        assert gate.began.acquire(timeout=20)
+        for one in (bad, *asked):
+            engine.submit(one.job)
+        gate.go.release()
+        first.result()
+        answers = [one.result() for one in (bad, *asked)]
+        assert {type(answer) for answer in answers} == {errors.TeacherUnavailableError}
+        assert engine.running == 0
+
+
+@pytest.mark.parametrize("thread", ["in", "out"])
+def test_an_engine_whose_thread_ended_answers_nobody_but_says_so(thread):
+    engine = Engine(LocalTeacher(nn.Identity()), max_queued=9)
+    owner, name = (engine.runner, "compute") if thread == "in" else (engine._outlet, "land")
+    setattr(owner, name, fails)
+    engine.start()
+    asked = Asked(randn(5000, 8))
+    engine.submit(asked.job)
+    assert isinstance(asked.result(), errors.TeacherUnavailableError)
+    assert engine.trouble.stage == "broken"
+    engine.close()
+
+
+def test_ordinary_errors_ask_no_more_of_the_device():
+    with engine_of(Net()) as engine:
+        engine.device.is_broken = lambda: pytest.fail("it waits for all of the device's work")
+        asked = Asked(randn(2, 8), taps=["no_such_module"])
+        engine.submit(asked.job)
+        assert isinstance(asked.result(), errors.UnknownTapError)
+        assert len(at_once(engine, *pair(2)[0])) == 1
+
+
+def test_the_dog_barks_once_and_not_at_those_who_rest():
+    timer, pulse, barks = Timer(), Pulse(), []
+    dog = Watchdog(timer, 0.2, [pulse, Pulse()], lambda: barks.append(time.monotonic()))
+    dog.start()
+    for _ in range(8):
+        with pulse:
+            time.sleep(0.05)
+    assert not barks
+    with pulse:
+        began = time.monotonic()
+        assert soon(lambda: barks)
+        assert barks[0] - began >= 0.2
+        time.sleep(0.5)
+    assert len(barks) == 1
+    dog.end()
+    timer.close()
+
+
+@pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), "600", True, None])
+def test_a_time_that_is_none_is_refused(wrong):
+    with pytest.raises(errors.ConfigError, match="forward_timeout_s is .*; it must be seconds"):
+        serve(nn.Identity(), forward_timeout_s=wrong)
+
+
+@pytest.mark.ray
+def test_a_pool_replaces_a_replica_that_hangs_and_the_request_is_answered(cluster, tmp_path):
+    from schoolhouse_server.config import load_pool
+    from schoolhouse_server.pool import launch
+
+    flag, file = tmp_path / "hang-once", tmp_path / "pool.yaml"
+    flag.touch()
+    file.write_text(
+        "port: 0\nteachers: {net: {build: 'slow_model:HangingOnce', kwargs: {flag: '" + str(flag) + "'}, threads: 1, "
+        "forward_timeout_s: 1, resources: {num_cpus: 0.5}}}\n"
+    )
+    pool = launch(load_pool(file))
+    try:
+        pool.wait(120)
+        with sh.connect(pool.url("net"), timeout_s=120) as teacher:
+            assert torch.equal(teacher.submit((torch.ones(2),), {}, [""]).result(120)[""], torch.ones(2))
+        assert not flag.exists()
+    finally:
+        pool.down()
+
+
+def test_a_pool_file_may_say_it():
+    assert TeacherSpec(build="a:b", forward_timeout_s=1800).forward_timeout_s == 1800
+    assert TeacherSpec(build="a:b").forward_timeout_s == 600
+    with pytest.raises(ValueError, match="forward_timeout_s"):
+        TeacherSpec(build="a:b", forward_timeout_s=-1)
