@@ -75,6 +75,17 @@ def test_where_there_is_no_other_the_error_is_that_of_the_answer(wrong):
             assert 2 <= len(calls) <= 4
 
 
+def test_a_stream_that_breaks_is_opened_again_where_there_is_no_other():
+    def broken_once(call):
+        yield b"\xff\xff\xff" if len(calls) == 3 else answered(call)
+
+    with bad_replica("r1", broken_once) as (only, calls), DirectoryServer() as directory:
+        directory.publish(only)
+        with sh.connect(directory.url) as teacher:
+            assert [answer(teacher) for _ in range(6)] == [-1] * 6
+        assert len(calls) == 7
+
+
 @pytest.mark.parametrize("kind", ["silent", "stopped"])
 def test_a_replica_that_hangs_is_left_within_the_deadline(kind):
     with replicas(Scale(2)) as (good,), DirectoryServer() as directory:

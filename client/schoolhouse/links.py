@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from schoolhouse.errors import (
+    CorruptPayloadError,
+    ProtocolError,
     RevisionChangedError,
     SchoolhouseError,
     TeacherBusyError,
@@ -21,6 +23,7 @@ _RECOVERED = 32  # answers without one
 _NEXT_OPENING_S = 0.25
 _FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
 _PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError)
+_BROKEN = (CorruptPayloadError, ProtocolError)  # of a session that was open: its bytes are not those that were sent
 
 
 @dataclass(eq=False)
@@ -217,6 +220,8 @@ class Links:
         assert link.session is not None
         answered, draining = link.session.traffic.requests, link.session.draining
         strike, link.strike = link.strike, None
+        if strike is None and link.session.revision and isinstance(error, _BROKEN):
+            strike = error
         self._slowest_s = max(self._slowest_s, link.session.slowest_s)
         link.session, link.opened = None, False
         if answered >= _RECOVERED:
