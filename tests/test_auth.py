@@ -239,7 +239,7 @@ def test_a_head_is_given_out_only_where_that_is_allowed():
     module.add_module("fc", nn.Linear(3, 2))
     for allowed in (False, True):
         with (
-            serve(module, **({"allow_head": True} if allowed else {})) as server,
+            serve(module, allow_head=allowed) as server,
             sh.connect(server.url, head_folder=None, timeout_s=20) as teacher,
         ):
             ask = lambda: teacher.submit((torch.ones(4, 3),), {}, ["fc"], encodings=wish).result(20)["fc"]  # noqa: E731
@@ -249,6 +249,17 @@ def test_a_head_is_given_out_only_where_that_is_allowed():
                 with pytest.raises(errors.PermissionDeniedError, match=r"serve\(allow_head=True\)"):
                     ask()
                 assert teacher.submit((torch.ones(4, 3),), {}, ["fc"]).result(20)["fc"].shape == (4, 2)
+
+
+@pytest.mark.parametrize(("settings", "allowed"), [({}, True), ({"host": "0.0.0.0", "insecure": True}, False)])
+def test_serve_gives_heads_out_on_loopback_alone_unless_it_is_told(settings, allowed):
+    with serve(nn.Identity(), **settings) as server:
+        assert server._teachers.allow_head is allowed
+
+
+def test_serve_gives_no_heads_out_where_there_are_tokens(path):
+    with serve(nn.Identity(), tokens=path) as server:
+        assert not server._teachers.allow_head
 
 
 def test_tokens_go_over_tls(path):

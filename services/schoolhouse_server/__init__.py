@@ -5,7 +5,8 @@ import importlib.util
 if any(importlib.util.find_spec(name) is None for name in ("grpc_health", "grpc_reflection", "cryptography")):
     raise ImportError("schoolhouse_server needs the extra 'serve': pip install 'schoolhouse[serve]'")
 
-from schoolhouse_server.replica import Replica, serve
+from schoolhouse_server.replica import Replica
+from schoolhouse_server.serving import serve
 from schoolhouse_server.tls import ServerTls
 
 __all__ = ["Replica", "ServerTls", "serve"]
