@@ -56,7 +56,7 @@ class ServerTls:
         return context
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Read:
     """What the files hold."""
 
