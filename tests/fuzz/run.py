@@ -34,6 +34,7 @@ def main():
         fuzz(given.target, given.frames, given.seconds, given.seed)
     found = [run(target, given) for target in SHARES]
     total = {key: sum(one[key] for one in found) for key in ("frames", "crashes", "hangs", "seconds", "rss_growth_mb")}
+    total["rss_growth_mb"] = round(total["rss_growth_mb"], 1)
     total["faults"] = [fault for one in found for fault in one["faults"]]
     for key in ("sessions", "statuses"):
         total[key] = dict(sum((collections.Counter(one[key]) for one in found), collections.Counter()))
