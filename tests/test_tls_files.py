@@ -8,7 +8,6 @@ from schoolhouse import errors
 from schoolhouse_server import ServerTls, serve
 from schoolhouse_server.certs import Authority
 
-
 WRONG = {
     "a file that is missing": (lambda c, f: {"ca": f / "none.pem"}, "ca: cannot read .*No such file"),
     "no PEM": (lambda c, f: {"ca": written(f, b"\x00\x01")}, "ca: .*is no PEM file"),
