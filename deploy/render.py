@@ -23,8 +23,8 @@ _HEAD = """\
 #
 # needs the KubeRay operator, 1.3 or newer, in the namespace kuberay-operator, and the image of deploy/docker.
 # {traffic}
-# The NetworkPolicy admits pods of this namespace that have the label schoolhouse.student=true, if your cluster's network
-# enforces such policies.
+# The NetworkPolicy admits pods of this namespace that have the label schoolhouse.student=true, if your cluster's
+# network enforces such policies.
 """
 _TRAFFIC = {
     "cpu": "Traffic is plaintext, and nobody is asked who they are.",

@@ -1,18 +1,12 @@
-"""Certificates, keys and tokens that are wrong: one sentence each."""
+"""Certificates and keys that are wrong: one sentence at the side that has them, or at the one that is refused."""
 
 import pytest
 import schoolhouse as sh
 from authority import ours, theirs
+from models import Net
 from schoolhouse import errors
-from schoolhouse_server import ServerTls
-
-
-@pytest.mark.parametrize("token", ["", "two words", "näh", "x\r\ny", "x" * 5000, 5, b"bytes"])
-def test_what_cannot_be_a_token(token):
-    with pytest.raises(errors.ConfigError, match="token must be a string of 1 to 4096") as refused:
-        sh.connect("grpc://127.0.0.1:1/x", token=token)
-    assert not token or str(token) not in str(refused.value)
-
+from schoolhouse_server import ServerTls, serve
+from schoolhouse_server.certs import Authority
 
 WRONG = {
     "a file that is missing": (lambda c, f: {"ca": f / "none.pem"}, "ca: cannot read .*No such file"),
@@ -69,3 +63,27 @@ def test_certificates_and_schemes_that_do_not_go_together():
         sh.connect("grpc://127.0.0.1:1/x", ca=ours().ca)
     with pytest.raises(errors.ConfigError, match="grpcs:// always checks"):
         sh.connect("grpcs://127.0.0.1:1/x", insecure=True)
+
+
+def test_an_expired_certificate_is_refused(tmp_path, monkeypatch):
+    own = expired(tmp_path, monkeypatch)
+    with pytest.raises(errors.ConfigError, match=r"server.pem' has expired at \d{4}-"):
+        ServerTls(cert=own / "server.pem", key=own / "server-key.pem")
+
+
+def expired(folder, monkeypatch):
+    from schoolhouse_server import certs
+
+    authority = Authority.make(folder)
+    monkeypatch.setattr(certs, "_SKEW", certs.datetime.timedelta(days=9))  # so that it may end in the past
+    authority.add_server("server", ["localhost"], days=-1)
+    authority.add_client("client", days=-1)
+    return folder
+
+
+def test_an_expired_certificate_of_a_client_is_said(tmp_path, monkeypatch):
+    own = expired(tmp_path, monkeypatch)
+    with serve(Net(32, seed=1), tls=ours().server(client_ca=own / "ca.pem")) as server:
+        given = {"ca": ours().ca, "cert": own / "client.pem", "key": own / "client-key.pem"}
+        with pytest.raises(errors.AuthenticationError, match="has it expired"):
+            sh.connect(server.url, **given, connect_timeout_s=0.5)
