@@ -26,10 +26,10 @@ def replicas(*ids, name="net", revision="r1", state=SERVING, **load):
 
 @pytest.fixture
 def serving():
-    """A directory behind gRPC as the pool's is, and a stub of it."""
+    """A directory behind gRPC as the pool's is, and a stub of it, or one for each of several connections."""
     with contextlib.ExitStack() as stack:
 
-        def start(directory):
+        def start(directory, connections=1):
             executor = DaemonExecutor(module.MAX_WATCHERS + 64, "directory")
             server = grpc.server(executor, options=channel.SERVER_OPTIONS)
             directory_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, server)
@@ -38,8 +38,10 @@ def serving():
             stack.callback(executor.shutdown)
             stack.callback(lambda: server.stop(0).wait(5))
             stack.callback(directory.close)
-            opened = stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{port}", options=channel.CLIENT_OPTIONS))
-            return directory_pb2_grpc.DirectoryServiceStub(opened)
+            target, options = f"127.0.0.1:{port}", channel.CLIENT_OPTIONS
+            opened = [stack.enter_context(grpc.insecure_channel(target, options)) for _ in range(connections)]
+            stubs = [directory_pb2_grpc.DirectoryServiceStub(one) for one in opened]
+            return stubs if connections > 1 else stubs[0]
 
         yield start
 
@@ -106,8 +108,8 @@ def test_loads_of_its_own_server_reach_watchers(serving, monkeypatch):
 def test_as_many_watchers_as_it_takes_and_no_more(serving):
     directory = Directory()
     directory.publish(replicas("a"))
-    stub = serving(directory)
-    watches = [watch(stub, timeout=60) for _ in range(module.MAX_WATCHERS)]
+    stub, *others = serving(directory, connections=33)
+    watches = [watch(others[i % 32], timeout=60) for i in range(module.MAX_WATCHERS)]
     assert all(len(next(one).replicas) == 1 for one in watches)
     code, error = error_of(lambda: next(watch(stub)))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
