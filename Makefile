@@ -58,6 +58,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/sharing.py
 	$(BIN)/python benchmarks/pool.py
+	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/bytes_per_token.py
 	$(BIN)/python benchmarks/checksum.py
 

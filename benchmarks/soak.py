@@ -26,7 +26,6 @@ import ray
 import schoolhouse as sh
 import torch
 from ray.exceptions import RayError
-from schoolhouse.discovery import find
 from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE
 from schoolhouse_server.config import PoolConfig, Resources, TeacherSpec
 from schoolhouse_server.members import actors
@@ -165,7 +164,11 @@ class Faults:
 
     def _kill_the_directory(self) -> None:
         self._kill_actor(DIRECTORY)
-        self._until(lambda: bool(find(self.pool.address, "teacher", "", 2.0).replicas))
+        self._until(self._is_found)
+
+    def _is_found(self) -> bool:
+        with sh.connect(self.pool.url("teacher"), connect_timeout_s=2.0) as teacher:
+            return bool(teacher.describe().revision)
 
     def _kill_the_keeper(self) -> None:
         self._kill_actor(KEEPER)
