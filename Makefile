@@ -32,7 +32,7 @@ fuzz: $(STAMP)  ## a million mutated frames for the codec and a live server, in 
 	.venv-fuzz/bin/python tests/fuzz/run.py --frames 1000000 --seconds 540
 
 chaos: $(STAMP)  ## students train on while processes are killed and stopped, and connections cut, delayed and corrupted
-	$(BIN)/python -m pytest -m chaos tests/chaos tests/test_nodes.py
+	$(BIN)/python -m pytest -m chaos tests/chaos tests/test_nodes.py tests/test_benchmarks.py
 
 cluster: $(STAMP)  ## takes a node of a Ray cluster off its network, in network namespaces; needs root
 	$(BIN)/python -m pytest -m cluster tests/test_nodes.py

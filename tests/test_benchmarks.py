@@ -64,6 +64,7 @@ def test_pool():
 
 
 @pytest.mark.ray
+@pytest.mark.chaos
 def test_soak():
     found = figures("soak", "--seconds", "1")
     assert found["requests"] > 0

@@ -72,7 +72,7 @@ def test_where_there_is_no_other_the_error_is_that_of_the_answer(wrong):
             kinds = {"inputs": errors.FeatureMismatchError, "bytes": errors.CorruptPayloadError}
             with sh.connect(directory.url) as teacher, pytest.raises(kinds.get(wrong, errors.TeacherInternalError)):
                 answer(teacher)
-            assert 2 <= len(calls) <= 4
+            assert len(calls) == 1 if wrong == "internal" else 2 <= len(calls) <= 4
 
 
 def test_a_stream_that_breaks_is_opened_again_where_there_is_no_other():
@@ -107,23 +107,23 @@ def test_a_replica_that_hangs_is_left_within_the_deadline(kind):
                     assert soon(lambda: answer(teacher) == 2 and bad.address in sessions(teacher), timeout_s=60)
 
 
-def test_where_all_are_slow_nothing_is_asked_twice():
+def test_where_all_are_slow_none_is_left():
     modules = [Scale(2), Scale(2)]
     with replicas(*modules) as servers, DirectoryServer() as directory:
         directory.publish(*servers)
         with sh.connect(directory.url, attempt_timeout_s=0.2) as teacher:
             assert soon(lambda: answer(teacher) == 2 and len(sessions(teacher)) == 2)
-            before = sum(server.engines["teacher"].served for server in servers)
+            before = teacher.open_sessions()
             for module in modules:
                 module.gate.clear()
                 module.entered.clear()
             futures = [ask(teacher, i) for i in range(12)]
             assert all(module.entered.wait(20) for module in modules)
             time.sleep(1)
+            assert teacher.open_sessions() == before
             for module in modules:
                 module.gate.set()
             assert [future.result(20)[""][0].item() for future in futures] == [2 * i for i in range(12)]
-            assert sum(server.engines["teacher"].served for server in servers) == before + 12
 
 
 def test_a_lone_replica_that_is_slow_is_not_left():

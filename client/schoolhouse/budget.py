@@ -1,5 +1,7 @@
 """How often requests may be sent again: a part of those that are made, so that many clients make no storm."""
 
+from schoolhouse.request import Request
+
 _SHARE = 0.2  # of the requests that are made
 _PER_S = 10.0  # and so many a second anyway
 _BURST = 256.0  # as many as were in flight at replicas that are lost at once
@@ -13,6 +15,14 @@ class RetryBudget:
 
     def __init__(self, now: float) -> None:
         self._tokens, self._at = _BURST, now
+
+    def allows(self, request: Request, now: float) -> bool:
+        """Whether the request may be sent now: always, the first time."""
+        if not request.is_retry:
+            self.made()
+            return True
+        request.is_retry = not self.take(now)
+        return not request.is_retry
 
     def made(self) -> None:
         """A request is sent for the first time."""

@@ -9,7 +9,13 @@ from collections import deque
 from schoolhouse import at_exit
 from schoolhouse.budget import RetryBudget
 from schoolhouse.discovery import revision_changed
-from schoolhouse.errors import RevisionChangedError, SchoolhouseError, TeacherTimeoutError, TeacherUnavailableError
+from schoolhouse.errors import (
+    RevisionChangedError,
+    SchoolhouseError,
+    TeacherInternalError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
 from schoolhouse.links import Link, Links
 from schoolhouse.outstanding import Outstanding
 from schoolhouse.parking import Parking
@@ -137,7 +143,7 @@ class Dispatcher:
             self._parked.no_replica(now)
             return error or self._park(request, now if parked_at is None else parked_at)
         self._parked.found_replica(now)
-        if not self._may_send(request, now):
+        if not self._budget.allows(request, now):
             return self._park(request, now if parked_at is None else parked_at)
         if request.start_clock(now):
             self.outstanding.reschedule(request)
@@ -147,14 +153,6 @@ class Dispatcher:
             self.forget(request)
             return None
         return link
-
-    def _may_send(self, request: Request, now: float) -> bool:
-        """Whether the budget allows it, if it is to be sent again."""
-        if not request.is_retry:
-            self._budget.made()
-            return True
-        request.is_retry = not self._budget.take(now)
-        return not request.is_retry
 
     def _hopeless(self, request: Request, now: float) -> SchoolhouseError | None:
         if self.closed:
@@ -271,13 +269,13 @@ class Dispatcher:
         self._again(request, error)
 
     def on_broken(self, session: Session, request: Request, error: SchoolhouseError) -> None:
-        """Send it to another replica, if there is one."""
+        """Send it to another replica; where there is none, once more if only its bytes were damaged."""
         with self._lock:
             link = self._links.of(session)
             alone = link is None or self._links.other(link, time.monotonic()) is None
         request.losses += 1
         request.apart_from = session.address
-        if alone and request.losses > 1:
+        if alone and (request.losses > 1 or isinstance(error, TeacherInternalError)):
             self.forget(request)
             request.fail(error)
         else:
