@@ -239,6 +239,16 @@ def test_its_own_time_goes_on_afterwards():
             slow.gate.set()
 
 
+def test_a_replica_that_refuses_all_requests_keeps_none_for_ever():
+    refusing = failing(teacher_pb2.Failure.UNAVAILABLE)
+    with bad_replica("r1", refusing) as (only, calls), DirectoryServer() as directory:
+        directory.publish(only)
+        with sh.connect(directory.url, timeout_s=1.0, teacher_timeout_s=2.0) as teacher:
+            with pytest.raises((errors.TeacherUnavailableError, errors.TeacherTimeoutError)):
+                answer(teacher, timeout_s=10)
+        assert len(calls) > 1  # it was tried again
+
+
 def test_training_goes_on_from_the_batch_that_failed():
     """Under prefetch too: nothing of the loader is lost, and the losses are those of an undisturbed run."""
 

@@ -121,6 +121,7 @@ class Dispatcher:
             with self._lock:
                 self._links.ended(session)
             self.forget(request)
+            parked_at = None  # its clock went on
         if parked_at is None:
             self.outstanding.stir()
 
