@@ -177,6 +177,24 @@ def test_the_circuit_opens_after_three_strikes_and_is_tried_with_one_request():
     assert all(0 <= rest <= 0.1 * 2**i for i, rest in enumerate(rests))
 
 
+def test_a_second_computation_does_not_wait_for_a_replica_that_hangs():
+    links = Links(lambda link: Opened(link.replica.address), 10.0, random.Random(1))
+    links.update(ReplicaSet((Replica("a", revision="r"),)), 0.0)
+    links.pick("r", 0.0)
+    [a] = links
+    links.opened(a)
+    links.update(ReplicaSet((Replica("a", revision="r"), Replica("b", revision="r"))), 0.0)
+    assert links.pick("r", 1.0, "a", soon=True) is None  # the other one is opened
+    [_, b] = links
+    links.lost(b, errors.TeacherUnavailableError("no answer"), 10.0)
+    now = b.retry_at
+    assert links.pick("r", now, "a") is None  # it is opened again
+    assert b.session is not None
+    assert links.pick("r", now, "a", soon=True) is a
+    links.opened(b)
+    assert links.pick("r", now, "a", soon=True) is b
+
+
 def test_the_budget_is_a_part_of_what_is_asked():
     budget = RetryBudget(0.0)
     burst = sum(budget.take(0.0) for _ in range(1000))

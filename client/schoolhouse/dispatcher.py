@@ -130,7 +130,7 @@ class Dispatcher:
         now = time.monotonic()
         self._begin()
         self._settle()
-        link = None if self.closed else self._links.pick(request.revision, now, request.apart_from)
+        link = None if self.closed else self._links.pick(request.revision, now, request.apart_from, request.alone)
         if link is None:
             error = self._hopeless(request, now)
             if isinstance(error, RevisionChangedError) and self._follow(request):

@@ -123,16 +123,19 @@ class Links:
         there = [link.revision for link in self if not link.leaving and link.revision]
         self.current = next((r for r in (wanted, self.current, *there) if r in there), self.current)
 
-    def pick(self, revision: str, now: float, apart_from: str = "") -> Link | None:
+    def pick(self, revision: str, now: float, apart_from: str = "", soon: bool = False) -> Link | None:
         """An open one for that revision. A better one that is not open yet is opened meanwhile.
 
-        The one at the address `apart_from` only if there is no other.
+        The one at the address `apart_from` only if there is no other; with `soon`, also if the others could not be
+        reached when that was last tried.
         """
         until, tiers = self._tiers.get(revision, (0.0, []))
         if now >= until:
             until, tiers = self._tiers[revision] = self._usable(revision, now)
         if apart_from:
-            tiers = _those(tiers, lambda link: link.replica.address != apart_from) or tiers
+            others = _those(tiers, lambda link: link.replica.address != apart_from)
+            hopeful = _those(others, lambda link: link.opened or not link.failures) if soon else others
+            tiers = hopeful or tiers
         if any(link.strikes for tier in tiers for link in tier):
             tiers = _those(tiers, lambda link: not (link.on_trial and link.requests))
         if not tiers:
