@@ -142,10 +142,10 @@ def test_a_lone_replica_that_is_slow_is_not_left():
 class Opened:
     """As much of a session as links look at."""
 
-    draining, revision, answered_at, slowest_s = False, "r", float("-inf"), 0.0
+    draining, answered_at, slowest_s = False, float("-inf"), 0.0
 
-    def __init__(self, address):
-        self.address, self.traffic = address, Traffic()
+    def __init__(self, address, revision="r"):
+        self.address, self.revision, self.traffic = address, revision, Traffic()
 
 
 def test_the_circuit_opens_after_three_strikes_and_is_tried_with_one_request():
@@ -175,6 +175,18 @@ def test_the_circuit_opens_after_three_strikes_and_is_tried_with_one_request():
     link.session.traffic = Traffic(1)
     assert links.pick("r", now) is link  # it has answered
     assert all(0 <= rest <= 0.1 * 2**i for i, rest in enumerate(rests))
+
+
+def test_an_opening_that_breaks_is_tried_again_before_that_is_the_error():
+    links = Links(lambda link: Opened(link.replica.address, revision=""), 10.0, random.Random(1))
+    links.update(ReplicaSet((Replica("a", revision="r"),)), 0.0)
+    [link], now, hopeless = links, 1.0, []
+    for _ in range(4):
+        links.pick("r", now)
+        links.lost(link, errors.ProtocolError("what is this"), now)
+        hopeless.append(links.hopeless("r", now) is not None)
+        now = link.retry_at + 1
+    assert hopeless == [False, False, True, True]
 
 
 def test_a_second_computation_does_not_wait_for_a_replica_that_hangs():

@@ -10,6 +10,7 @@ from schoolhouse.errors import (
     RevisionChangedError,
     SchoolhouseError,
     TeacherBusyError,
+    TeacherInternalError,
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
@@ -24,6 +25,8 @@ _NEXT_OPENING_S = 0.25
 _FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
 _PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError)
 _BROKEN = (CorruptPayloadError, ProtocolError)  # of a session that was open: its bytes are not those that were sent
+_PUZZLING = (*_BROKEN, TeacherInternalError)  # of one that was to open: it may pass, unless it comes again
+_BELIEVED_AFTER = 3  # openings in a row
 
 
 @dataclass(eq=False)
@@ -41,6 +44,7 @@ class Link:
     failures: int = 0  # in a row
     strikes: int = 0  # of them, what it did wrong: it was silent, or answered with something else
     strike: SchoolhouseError | None = None  # for which its session is being closed
+    puzzles: int = 0  # openings in a row that ended so
     retry_at: float = 0.0
     error: SchoolhouseError | None = None  # that the last session ended with
 
@@ -67,7 +71,8 @@ class Link:
 
     def refuses(self, now: float) -> bool:
         """Whether it said, lately, what does not pass by itself, such as that it has other weights."""
-        return self.error is not None and not isinstance(self.error, _PASSING) and now < self.retry_at
+        passing = isinstance(self.error, _PASSING) or 0 < self.puzzles < _BELIEVED_AFTER
+        return self.error is not None and not passing and now < self.retry_at
 
     def others(self, now: float) -> int:
         """Requests of others that wait there, as far as was said lately."""
@@ -113,7 +118,7 @@ class Links:
         for replica in found.replicas:
             link = self._by_address.setdefault(replica.address, Link(replica, now))
             if link.replica.id != replica.id or link.replica.revision != replica.revision:  # another one, anew
-                link.failures = link.strikes = 0
+                link.failures = link.strikes = link.puzzles = 0
                 link.retry_at, link.error = 0.0, None
             link.replica, link.told_at, link.listed = replica, now, True
         self._settle_current(found.current)
@@ -225,6 +230,8 @@ class Links:
         strike, link.strike = link.strike, None
         if strike is None and link.session.revision and isinstance(error, _BROKEN):
             strike = error
+        puzzles = not link.session.revision and isinstance(error, _PUZZLING)
+        link.puzzles = link.puzzles + 1 if puzzles else 0
         self._slowest_s = max(self._slowest_s, link.session.slowest_s)
         link.session, link.opened = None, False
         if answered >= _RECOVERED:
