@@ -25,8 +25,13 @@ from schoolhouse import errors
 from schoolhouse.budget import RetryBudget
 from schoolhouse.links import Links
 from schoolhouse.replicas import Replica, ReplicaSet
-from schoolhouse.request import Traffic
+from schoolhouse.request import Request, Traffic
+from schoolhouse.session import Session
+from schoolhouse.wanted import Wanted
 from schoolhouse_server import serve
+from schoolhouse_wire import framing
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 from torch import nn
 
@@ -137,6 +142,30 @@ def test_a_lone_replica_that_is_slow_is_not_left():
         module.gate.set()
         assert future.result(10)[""][0].item() == 6
         assert teacher.open_sessions() == [session]
+
+
+def test_a_session_that_was_idle_is_not_silent_since_then_where_two_threads_ask_at_once():
+    now, others = 0.0, []
+
+    def clock():
+        if others:  # as another thread that sends between two steps of this one
+            session.send(others.pop())
+        return now
+
+    def request():
+        outgoing = framing.Outgoing([torch.ones(2)], limits=Limits(), snapshot=True)
+        return Request(outgoing, Wanted((), ()), "r", 1e6, {}, Limits())
+
+    session = Session(
+        "a", "teacher", job="", weight=1.0, shared_memory=False, checksums=False, security=ClientSecurity(),
+        owner=None, clock=clock,
+    )  # fmt: skip
+    session.alive = True
+    session._window.grant(teacher_pb2.Opened(max_in_flight=8))
+    now, others = 100.0, [request()]
+    assert session.send(request())
+    assert len(session.asked()) == 2
+    assert session.silent_since == 100
 
 
 class Opened:
