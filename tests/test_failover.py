@@ -308,6 +308,20 @@ def test_a_replica_that_refuses_all_requests_keeps_none_for_ever():
         assert len(calls) > 1  # it was tried again
 
 
+def test_a_port_that_went_to_another_teacher_is_not_the_last_word():
+    with DirectoryServer() as directory:
+        with serve(Scale(2)) as server:
+            directory.publish(server)
+            teacher = sh.connect(directory.url)
+            assert answer(teacher) == 2
+        with teacher, serve(Scale(3), name="other", port=server.port):
+            future = ask(teacher, 4)
+            assert soon(lambda: "no teacher 'teacher' here" in teacher._dispatcher._tried())
+            with serve(Scale(2)) as moved:
+                directory.publish(moved)
+                assert future.result(20)[""][0].item() == 8
+
+
 def test_training_goes_on_from_the_batch_that_failed():
     """Under prefetch too: nothing of the loader is lost, and the losses are those of an undisturbed run."""
 

@@ -13,6 +13,7 @@ from schoolhouse.errors import (
     TeacherInternalError,
     TeacherTimeoutError,
     TeacherUnavailableError,
+    UnknownTeacherError,
 )
 from schoolhouse.replicas import Replica, ReplicaSet, backoff_s, choose
 from schoolhouse.request import Request
@@ -23,7 +24,8 @@ _TRIAL_AFTER = 3  # strikes in a row, until it has answered
 _RECOVERED = 32  # answers without one
 _NEXT_OPENING_S = 0.25
 _FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
-_PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError)
+# Of another teacher: a replica that is gone may be listed, and its port have gone to that one's.
+_PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError, UnknownTeacherError)
 _BROKEN = (CorruptPayloadError, ProtocolError)  # of a session that was open: its bytes are not those that were sent
 _PUZZLING = (*_BROKEN, TeacherInternalError)  # of one that was to open: it may pass, unless it comes again
 _BELIEVED_AFTER = 3  # openings in a row
