@@ -25,8 +25,13 @@ from schoolhouse import errors
 from schoolhouse.budget import RetryBudget
 from schoolhouse.links import Links
 from schoolhouse.replicas import Replica, ReplicaSet
-from schoolhouse.request import Traffic
+from schoolhouse.request import Request, Traffic
+from schoolhouse.session import Session
+from schoolhouse.wanted import Wanted
 from schoolhouse_server import serve
+from schoolhouse_wire import framing
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 from torch import nn
 
@@ -139,13 +144,37 @@ def test_a_lone_replica_that_is_slow_is_not_left():
         assert teacher.open_sessions() == [session]
 
 
+def test_a_session_that_was_idle_is_not_silent_since_then_where_two_threads_ask_at_once():
+    now, others = 0.0, []
+
+    def clock():
+        if others:  # as another thread that sends between two steps of this one
+            session.send(others.pop())
+        return now
+
+    def request():
+        outgoing = framing.Outgoing([torch.ones(2)], limits=Limits(), snapshot=True)
+        return Request(outgoing, Wanted((), ()), "r", 1e6, {}, Limits())
+
+    session = Session(
+        "a", "teacher", job="", weight=1.0, shared_memory=False, checksums=False, security=ClientSecurity(),
+        owner=None, clock=clock,
+    )  # fmt: skip
+    session.alive = True
+    session._window.grant(teacher_pb2.Opened(max_in_flight=8))
+    now, others = 100.0, [request()]
+    assert session.send(request())
+    assert len(session.asked()) == 2
+    assert session.silent_since == 100
+
+
 class Opened:
     """As much of a session as links look at."""
 
-    draining, revision, answered_at, slowest_s = False, "r", float("-inf"), 0.0
+    draining, answered_at, slowest_s = False, float("-inf"), 0.0
 
-    def __init__(self, address):
-        self.address, self.traffic = address, Traffic()
+    def __init__(self, address, revision="r"):
+        self.address, self.revision, self.traffic = address, revision, Traffic()
 
 
 def test_the_circuit_opens_after_three_strikes_and_is_tried_with_one_request():
@@ -175,6 +204,36 @@ def test_the_circuit_opens_after_three_strikes_and_is_tried_with_one_request():
     link.session.traffic = Traffic(1)
     assert links.pick("r", now) is link  # it has answered
     assert all(0 <= rest <= 0.1 * 2**i for i, rest in enumerate(rests))
+
+
+def test_an_opening_that_breaks_is_tried_again_before_that_is_the_error():
+    links = Links(lambda link: Opened(link.replica.address, revision=""), 10.0, random.Random(1))
+    links.update(ReplicaSet((Replica("a", revision="r"),)), 0.0)
+    [link], now, hopeless = links, 1.0, []
+    for _ in range(4):
+        links.pick("r", now)
+        links.lost(link, errors.ProtocolError("what is this"), now)
+        hopeless.append(links.hopeless("r", now) is not None)
+        now = link.retry_at + 1
+    assert hopeless == [False, False, True, True]
+
+
+def test_a_second_computation_does_not_wait_for_a_replica_that_hangs():
+    links = Links(lambda link: Opened(link.replica.address), 10.0, random.Random(1))
+    links.update(ReplicaSet((Replica("a", revision="r"),)), 0.0)
+    links.pick("r", 0.0)
+    [a] = links
+    links.opened(a)
+    links.update(ReplicaSet((Replica("a", revision="r"), Replica("b", revision="r"))), 0.0)
+    assert links.pick("r", 1.0, "a", soon=True) is None  # the other one is opened
+    [_, b] = links
+    links.lost(b, errors.TeacherUnavailableError("no answer"), 10.0)
+    now = b.retry_at
+    assert links.pick("r", now, "a") is None  # it is opened again
+    assert b.session is not None
+    assert links.pick("r", now, "a", soon=True) is a
+    links.opened(b)
+    assert links.pick("r", now, "a", soon=True) is b
 
 
 def test_the_budget_is_a_part_of_what_is_asked():
@@ -237,6 +296,30 @@ def test_its_own_time_goes_on_afterwards():
             with pytest.raises(errors.TeacherTimeoutError):
                 future.result(20)
             slow.gate.set()
+
+
+def test_a_replica_that_refuses_all_requests_keeps_none_for_ever():
+    refusing = failing(teacher_pb2.Failure.UNAVAILABLE)
+    with bad_replica("r1", refusing) as (only, calls), DirectoryServer() as directory:
+        directory.publish(only)
+        with sh.connect(directory.url, timeout_s=1.0, teacher_timeout_s=2.0) as teacher:
+            with pytest.raises((errors.TeacherUnavailableError, errors.TeacherTimeoutError)):
+                answer(teacher, timeout_s=10)
+        assert len(calls) > 1  # it was tried again
+
+
+def test_a_port_that_went_to_another_teacher_is_not_the_last_word():
+    with DirectoryServer() as directory:
+        with serve(Scale(2)) as server:
+            directory.publish(server)
+            teacher = sh.connect(directory.url)
+            assert answer(teacher) == 2
+        with teacher, serve(Scale(3), name="other", port=server.port):
+            future = ask(teacher, 4)
+            assert soon(lambda: "no teacher 'teacher' here" in teacher._dispatcher._tried())
+            with serve(Scale(2)) as moved:
+                directory.publish(moved)
+                assert future.result(20)[""][0].item() == 8
 
 
 def test_training_goes_on_from_the_batch_that_failed():

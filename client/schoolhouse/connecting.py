@@ -60,9 +60,9 @@ def connect(
         checksums: check every byte that comes through shared memory too, as those of the stream always are, which
             is slower; otherwise the first KiB of each 64 KiB.
         head_folder: where teachers' heads are kept, by revision, for `encodings.hidden`; None: in memory alone.
-        teacher_timeout_s: how long a request waits, in seconds, while no replica of the teacher can take it; its own
-            time stands still meanwhile, and the log says that the student waits. Then it fails with
-            `TeacherUnavailableError`, and the batch may be forwarded again. None: as long as `timeout_s`.
+        teacher_timeout_s: how long a request waits, in seconds and all its waits together, while no replica of the
+            teacher can take it; its own time stands still meanwhile, and the log says that the student waits. Then it
+            fails with `TeacherUnavailableError`, and the batch may be forwarded again. None: as long as `timeout_s`.
         attempt_timeout_s: a replica that has requests and has said nothing for so long, in seconds, and for twice as
             long as the slowest answer took, is left, if there is another; a request is moved so once. None: a third of
             `timeout_s`.

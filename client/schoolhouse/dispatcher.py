@@ -127,6 +127,7 @@ class Dispatcher:
             with self._lock:
                 self._links.ended(session)
             self.forget(request)
+            parked_at = None  # its clock went on
         if parked_at is None:
             self.outstanding.stir()
 
@@ -135,7 +136,7 @@ class Dispatcher:
         now = time.monotonic()
         self._begin()
         self._settle()
-        link = None if self.closed else self._links.pick(request.revision, now, request.apart_from)
+        link = None if self.closed else self._links.pick(request.revision, now, request.apart_from, request.alone)
         if link is None:
             error = self._hopeless(request, now)
             if isinstance(error, RevisionChangedError) and self._follow(request):

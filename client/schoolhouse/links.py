@@ -10,8 +10,10 @@ from schoolhouse.errors import (
     RevisionChangedError,
     SchoolhouseError,
     TeacherBusyError,
+    TeacherInternalError,
     TeacherTimeoutError,
     TeacherUnavailableError,
+    UnknownTeacherError,
 )
 from schoolhouse.replicas import Replica, ReplicaSet, backoff_s, choose
 from schoolhouse.request import Request
@@ -22,8 +24,11 @@ _TRIAL_AFTER = 3  # strikes in a row, until it has answered
 _RECOVERED = 32  # answers without one
 _NEXT_OPENING_S = 0.25
 _FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
-_PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError)
+# Of another teacher: a replica that is gone may be listed, and its port have gone to that one's.
+_PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError, UnknownTeacherError)
 _BROKEN = (CorruptPayloadError, ProtocolError)  # of a session that was open: its bytes are not those that were sent
+_PUZZLING = (*_BROKEN, TeacherInternalError)  # of one that was to open: it may pass, unless it comes again
+_BELIEVED_AFTER = 3  # openings in a row
 
 
 @dataclass(eq=False)
@@ -41,6 +46,7 @@ class Link:
     failures: int = 0  # in a row
     strikes: int = 0  # of them, what it did wrong: it was silent, or answered with something else
     strike: SchoolhouseError | None = None  # for which its session is being closed
+    puzzles: int = 0  # openings in a row that ended so
     retry_at: float = 0.0
     error: SchoolhouseError | None = None  # that the last session ended with
 
@@ -67,7 +73,8 @@ class Link:
 
     def refuses(self, now: float) -> bool:
         """Whether it said, lately, what does not pass by itself, such as that it has other weights."""
-        return self.error is not None and not isinstance(self.error, _PASSING) and now < self.retry_at
+        passing = isinstance(self.error, _PASSING) or 0 < self.puzzles < _BELIEVED_AFTER
+        return self.error is not None and not passing and now < self.retry_at
 
     def others(self, now: float) -> int:
         """Requests of others that wait there, as far as was said lately."""
@@ -113,7 +120,7 @@ class Links:
         for replica in found.replicas:
             link = self._by_address.setdefault(replica.address, Link(replica, now))
             if link.replica.id != replica.id or link.replica.revision != replica.revision:  # another one, anew
-                link.failures = link.strikes = 0
+                link.failures = link.strikes = link.puzzles = 0
                 link.retry_at, link.error = 0.0, None
             link.replica, link.told_at, link.listed = replica, now, True
         self._settle_current(found.current)
@@ -123,16 +130,19 @@ class Links:
         there = [link.revision for link in self if not link.leaving and link.revision]
         self.current = next((r for r in (wanted, self.current, *there) if r in there), self.current)
 
-    def pick(self, revision: str, now: float, apart_from: str = "") -> Link | None:
+    def pick(self, revision: str, now: float, apart_from: str = "", soon: bool = False) -> Link | None:
         """An open one for that revision. A better one that is not open yet is opened meanwhile.
 
-        The one at the address `apart_from` only if there is no other.
+        The one at the address `apart_from` only if there is no other; with `soon`, also if the others could not be
+        reached when that was last tried.
         """
         until, tiers = self._tiers.get(revision, (0.0, []))
         if now >= until:
             until, tiers = self._tiers[revision] = self._usable(revision, now)
         if apart_from:
-            tiers = _those(tiers, lambda link: link.replica.address != apart_from) or tiers
+            others = _those(tiers, lambda link: link.replica.address != apart_from)
+            hopeful = _those(others, lambda link: link.opened or not link.failures) if soon else others
+            tiers = hopeful or tiers
         if any(link.strikes for tier in tiers for link in tier):
             tiers = _those(tiers, lambda link: not (link.on_trial and link.requests))
         if not tiers:
@@ -222,6 +232,8 @@ class Links:
         strike, link.strike = link.strike, None
         if strike is None and link.session.revision and isinstance(error, _BROKEN):
             strike = error
+        puzzles = not link.session.revision and isinstance(error, _PUZZLING)
+        link.puzzles = link.puzzles + 1 if puzzles else 0
         self._slowest_s = max(self._slowest_s, link.session.slowest_s)
         link.session, link.opened = None, False
         if answered >= _RECOVERED:

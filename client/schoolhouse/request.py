@@ -52,6 +52,8 @@ class Request:
     moved: bool = False  # away from a replica that said nothing
     asked_at: float = 0.0
     left_s: float | None = None  # of its own time, while that stands still
+    stopped_at: float = 0.0  # since when it does
+    waited_s: float = 0.0  # for how long it did before
     told_to_wait: bool = False  # a replica had no room for it
     alone: bool = False  # to be computed by itself and anew, as its bits are compared
     apart_from: str = ""  # the address of a replica that is to be asked only if there is no other
@@ -72,10 +74,11 @@ class Request:
         return self.future.done()
 
     def stop_clock(self, since: float, wait_s: float) -> bool:
-        """Let its own time stand still for up to `wait_s`; False if it does already."""
+        """Let its own time stand still for up to `wait_s`, all such waits together; False if it does already."""
         if self.left_s is not None:
             return False
-        self.left_s, self.deadline = max(self.deadline - since, 0.0), since + wait_s
+        self.left_s, self.stopped_at = max(self.deadline - since, 0.0), since
+        self.deadline = since + max(wait_s - self.waited_s, 0.0)
         return True
 
     def start_clock(self, now: float) -> bool:
@@ -83,6 +86,7 @@ class Request:
         if self.left_s is None:
             return False
         self.deadline, self.left_s = now + self.left_s, None
+        self.waited_s += now - self.stopped_at
         return True
 
     def sent(self) -> str:

@@ -167,10 +167,11 @@ class Session:
 
     def _pump(self) -> None:
         """Send what waits, as far as the window goes."""
+        idle = not self._window.in_flight  # before: another thread may send meanwhile
         while (found := self._window.next()) is not None:
             found[1].asked_at = self._clock()
-            if self._window.in_flight == 1:
-                self._busy_since = found[1].asked_at
+            if idle:
+                self._busy_since, idle = found[1].asked_at, False
             self._outbox.put(self._messages(*found))
 
     def renew(self) -> float | None:
