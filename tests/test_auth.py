@@ -13,7 +13,7 @@ from directories import Scale
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from memfd import soon
 from schoolhouse import errors
-from schoolhouse_server import serve
+from schoolhouse_server import health, serve
 from schoolhouse_server.tokens import new_token
 from schoolhouse_wire import channel, framing, status
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
@@ -104,6 +104,15 @@ def test_nothing_is_answered_without_a_known_token(ask, name):
 def test_probes_have_no_token_and_learn_nothing_but_that_it_serves(ask):
     assert ask("health").status == health_pb2.HealthCheckResponse.SERVING
     assert isinstance(ask("health of a teacher"), Exception)
+
+
+def test_probes_learn_no_name_of_a_teacher_that_serves_no_more(path):
+    with serve({"wide": nn.Linear(2, 2)}, tokens=path) as server:
+        server._report_failed("wide")
+        assert not health.serves(f"127.0.0.1:{server.port}")
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as opened, pytest.raises(grpc.RpcError) as refused:
+            health_pb2_grpc.HealthStub(opened).Check(health_pb2.HealthCheckRequest(service="wide"), timeout=20)
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 def test_a_client_without_a_token_is_told_what_to_do_and_the_log_that_it_was_there(server, caplog):

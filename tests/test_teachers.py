@@ -1,6 +1,7 @@
 """What a teacher promises wherever it lives: features as modules made them, and the student's batch left alone."""
 
 import socket
+import time
 from collections import UserDict
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from models import Net
 from schoolhouse import errors
 from schoolhouse.revision import revision_of
+from schoolhouse.taps import check_modules
 from schoolhouse_server import serve
 from torch import nn
 
@@ -353,3 +355,18 @@ def test_nested_tensors_reach_a_local_teacher(layout):
     with model.only_student_forward():
         model(x)
     assert torch.equal(model.compute_kd_loss(), want)
+
+
+def test_a_wrong_tap_of_a_model_of_very_many_modules_is_told_at_once():
+    layers = [
+        f"layers.{i}.experts.{j}.{part}" for i in range(32) for j in range(256) for part in ("up", "gate", "down")
+    ]
+    known = dict.fromkeys(["", "head", *layers])
+    began = time.perf_counter()
+    with pytest.raises(errors.UnknownTapError) as caught:
+        check_modules(["layers.3.experts.11.upp"], known, "it")
+    assert caught.value.choices[0] == "layers.3.experts.11.up"
+    with pytest.raises(errors.UnknownTapError) as caught:
+        check_modules(["layers.99.experts.11.upp"], known, "it")
+    assert caught.value.choices[0] == "layers.0.experts.0.up"
+    assert time.perf_counter() - began < 2

@@ -1,8 +1,11 @@
 """Certificates and keys that are wrong: one sentence at the side that has them, or at the one that is refused."""
 
+import ssl
+
 import pytest
 import schoolhouse as sh
 from authority import ours, theirs
+from loads import fetch
 from models import Net
 from schoolhouse import errors
 from schoolhouse_server import ServerTls, serve
@@ -87,3 +90,25 @@ def test_an_expired_certificate_of_a_client_is_said(tmp_path, monkeypatch):
         given = {"ca": ours().ca, "cert": own / "client.pem", "key": own / "client-key.pem"}
         with pytest.raises(errors.AuthenticationError, match="has it expired"):
             sh.connect(server.url, **given, connect_timeout_s=0.5)
+
+
+def test_an_authority_of_clients_that_was_taken_out_is_known_no_more(tmp_path):
+    known = tmp_path / "clients.pem"
+    known.write_bytes(theirs().ca.read_bytes())
+    old = {"cert": theirs().client()["cert"], "key": theirs().client()["key"], "ca": ours().ca}
+    with serve(Net(32, seed=1), tls=ours().server(client_ca=known), http_port=0) as server:
+        assert page(server, **old) == 200
+        sh.connect(server.url, **old).close()
+        known.write_bytes(ours().ca.read_bytes())
+        assert page(server, **ours().client()) == 200
+        with pytest.raises(OSError):  # noqa: PT011  # whichever of the alert and the reset comes first
+            page(server, **old)
+        sh.connect(server.url, **ours().client()).close()
+        with pytest.raises(errors.AuthenticationError):
+            sh.connect(server.url, **old, connect_timeout_s=0.5)
+
+
+def page(server, ca, cert, key):
+    context = ssl.create_default_context(cafile=ca)
+    context.load_cert_chain(cert, key)
+    return fetch(server.web.url + "/metrics", context=context)[0]

@@ -142,6 +142,28 @@ def test_forwards_that_each_return_in_time_are_no_hang_together():
     engine.close()
 
 
+@pytest.mark.parametrize("work", ["learn", "split"])
+def test_what_waits_for_the_device_beside_forwards_counts_too(work):
+    """A merged forward is only begun when it returns; who looks at what it makes waits for it."""
+    go, told = threading.Event(), threading.Event()
+    with engine_of(Net(), forward_timeout_s=0.5, on_trouble=told.set) as engine:
+        if work == "split":
+            for _ in range(2):  # so that it is learned
+                at_once(engine, *pair(2, 3)[0])
+        setattr(engine.merger, work, lambda *_args: go.wait(60))
+        gate = engine.teacher.module
+        first = Asked(torch.ones(1), hold=True)
+        engine.submit(first.job)
+        assert gate.began.acquire(timeout=20)
+        asked = pair(2, 3)[0]
+        for one in asked:
+            engine.submit(one.job)
+        gate.go.release()
+        assert told.wait(20)
+        assert engine.trouble.stage == "stuck"
+        go.set()
+
+
 def test_a_student_goes_on_where_a_replica_hangs():
     modules = Hanging(), Hanging()
     modules[1].go.set()

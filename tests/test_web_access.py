@@ -34,6 +34,7 @@ def login(name, token):
 def test_with_a_gate_only_an_admin_is_answered(gate, path):
     with WebServer(sets, gate=gate) as server:
         for wrong in ({}, {"Authorization": f"Bearer {new_token()}"}, login("x", "y"), {"Authorization": "Basic %%"},
+                      {"Authorization": "Basic \xe9"}, {"Authorization": "Bearer \xe9"},
                       {"Authorization": ADMIN}, {"Authorization": "Bearer"}):  # fmt: skip
             code, headers, body = fetch(server.url + path, headers=wrong)
             assert code == 401

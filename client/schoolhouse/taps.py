@@ -3,6 +3,7 @@
 import collections
 import difflib
 import functools
+import re
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ class Tap(NamedTuple):
 TapLike: TypeAlias = Tap | tuple[str, str] | str
 _WHOLE = Tap("", "output")
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_MAX_COMPARED = 1024  # names, with one that is not known
+_NUMBERS = re.compile(r"\d+")
 _COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 
 
@@ -85,10 +88,27 @@ def check_modules(names: Iterable[str], known: Collection[str], whose: str) -> N
     """Raise `UnknownTapError`, with close matches, for the first name that is not among `known`."""
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or list(known)[:20]
+            close = _close_to(name, known) or list(known)[:20]
             raise UnknownTapError(
                 f"{whose} has no submodule {name!r}; close to it are: {', '.join(map(repr, close))}", choices=close
             )
+
+
+def _close_to(name: str, known: Collection[str]) -> list[str]:
+    """The names most like one. Of very many, as experts have, one stands for all that differ in nothing but numbers."""
+    if len(known) <= _MAX_COMPARED:
+        return difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    kinds: dict[str, str] = {}
+    for one in known:
+        kinds.setdefault(_NUMBERS.sub("0", one), one)
+    asked = _NUMBERS.findall(name)
+    found = difflib.get_close_matches(_NUMBERS.sub("0", name), list(kinds)[:_MAX_COMPARED], n=5, cutoff=0.5)
+    return [one if (one := _with_numbers(kind, asked)) in known else kinds[kind] for kind in found]
+
+
+def _with_numbers(kind: str, numbers: Sequence[str]) -> str:
+    left = iter(numbers)
+    return _NUMBERS.sub(lambda match: next(left, match.group()), kind)
 
 
 class _Stopped(BaseException):

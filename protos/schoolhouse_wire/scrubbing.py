@@ -12,7 +12,7 @@ _RULES = (
     (re.compile(r"\bfile:/\S*"), "<path>"),
     (re.compile(rf"(['\"]){_NAME}[^'\"\n]+\1"), r"\1<path>\1"),  # a quoted one may have blanks
     (re.compile(rf"(?<![\w/.~<])(?!(?<=:)//){_NAME}[\w.~@+%-][^\s'\"<>:;,)\]}}|]*"), "<path>"),
-    (re.compile(rf"(?:[-+]?\d+\.\d{{3,}}(?:e[-+]?\d+)?[\s,;\[\]()]+){{{_MANY},}}", re.IGNORECASE), "… "),
+    (re.compile(rf"(?<!\d)(?:[-+]?\d+\.\d{{3,}}(?:e[-+]?\d+)?[\s,;\[\]()]+){{{_MANY},}}", re.IGNORECASE), "… "),
 )
 _TENSOR = re.compile(r"\b(?:Parameter containing:\s*)?(?:tensor|array)\((?=[\[\d.+-]|nan|inf|True|False)")
 

@@ -12,16 +12,18 @@ from schoolhouse_wire import channel, forks
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 from torch import nn
 
-from schoolhouse_server.auth import Doorkeeper, Gate
+from schoolhouse_server.auth import Gate
 from schoolhouse_server.config import PoolConfig, TeacherSpec
 from schoolhouse_server.desired import Desired
 from schoolhouse_server.directory import MAX_WATCHERS, Directory
+from schoolhouse_server.doorkeeper import Doorkeeper
 from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.loading import load_example, load_teacher
 from schoolhouse_server.logs import RingHandler, set_up
 from schoolhouse_server.ports import listen
 from schoolhouse_server.replica import Replica
 from schoolhouse_server.standard import add_standard_services
+from schoolhouse_server.timer import Timer
 from schoolhouse_server.tokens import Tokens
 from schoolhouse_server.web import WebServer, gate_of
 
@@ -181,7 +183,7 @@ class DirectoryActor(PoolActor):
         forks.before_grpc()
         server = grpc.server(
             DaemonExecutor(_DIRECTORY_RPCS, "schoolhouse-directory"),  # type: ignore[arg-type]  # it uses what every Executor has
-            interceptors=[Doorkeeper(self._gate)],
+            interceptors=[Doorkeeper(self._gate, Timer())],
             options=channel.SERVER_OPTIONS,
             maximum_concurrent_rpcs=_DIRECTORY_RPCS,
         )

@@ -3,9 +3,7 @@
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import grpc
 from schoolhouse.errors import (
@@ -14,16 +12,13 @@ from schoolhouse.errors import (
     SchoolhouseError,
     TeacherUnavailableError,
 )
-from schoolhouse_wire import status
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.tokens import Grant, Tokens
 
 EVERYBODY = Grant(sha256="0" * 64, teachers=("*",), admin=True)  # who asks a server without tokens
 _KEY, _SCHEME = "authorization", "bearer "
-_OPEN = ("/grpc.health.v1.Health/Check",)  # probes have no token
 _WEIGHT = 1.0  # at most, of who has a token that says nothing of it
-_QUIET_S = 10.0  # between two log records of strangers
 
 _log = logging.getLogger(__name__)
 
@@ -139,74 +134,3 @@ def check_teacher(name: str, grant: Grant) -> None:
         names = sorted(grant.teachers)
         text = f"the token may not use the teacher {name!r}; it may use: {', '.join(names) or 'none'}"
         raise PermissionDeniedError(text, choices=names)
-
-
-class Doorkeeper(grpc.ServerInterceptor):
-    """Turns away RPCs without a known token, and lets no error out but ours."""
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-        self._refused, self._said_at = 0, -_QUIET_S
-
-    def intercept_service(
-        self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
-    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """The method's handler, or one that says why not."""
-        handler = continuation(handler_call_details)
-        if handler is None:
-            return None
-        if handler_call_details.method not in _OPEN:
-            try:
-                self._gate.grant_of(handler_call_details.invocation_metadata)
-            except AuthenticationError as err:
-                return _with_behavior(handler, self._refusing(err))
-        return _with_behavior(handler, _guarded(handler))
-
-    def _refusing(self, error: AuthenticationError) -> Callable[[Any, Any], Any]:
-        def refuse(_request: Any, context: grpc.ServicerContext) -> Any:
-            self._refused += 1
-            if time.monotonic() - self._said_at >= _QUIET_S:
-                _log.warning(
-                    "%d calls without a known token were refused, the last from %s", self._refused, context.peer()
-                )
-                self._refused, self._said_at = 0, time.monotonic()
-            status.abort(context, error)
-
-        return refuse
-
-
-def _with_behavior(handler: Any, behavior: Callable[[Any, Any], Any]) -> "grpc.RpcMethodHandler[Any, Any]":
-    make: Any = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[bool(handler.request_streaming), bool(handler.response_streaming)]
-    made: grpc.RpcMethodHandler[Any, Any] = make(behavior, handler.request_deserializer, handler.response_serializer)
-    return made
-
-
-def _guarded(handler: Any) -> Callable[[Any, Any], Any]:
-    """The handler's behavior; gRPC tells a client the text of what it raises, which is none of its business."""
-    unary, streams = handler.unary_unary or handler.stream_unary, handler.unary_stream or handler.stream_stream
-
-    def fail(context: grpc.ServicerContext, err: Exception) -> None:
-        if type(err) is Exception:  # what context.abort raises
-            raise err
-        if not isinstance(err, SchoolhouseError):
-            _log.exception("an RPC failed")
-        status.abort(context, err)
-
-    def answer(request: Any, context: grpc.ServicerContext) -> Any:
-        try:
-            return unary(request, context)
-        except Exception as err:
-            return fail(context, err)
-
-    def answers(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        try:
-            yield from streams(request, context)
-        except Exception as err:
-            fail(context, err)
-
-    return answers if streams is not None else answer

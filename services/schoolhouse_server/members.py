@@ -89,14 +89,21 @@ class Member:
             ready, _ = ray.wait([self.pending], timeout=0)
             if ready:
                 self._take(ray.get(self.pending))
-            elif time.monotonic() - self.asked_at > (_LOAD_TIMEOUT_S if self.phase == "starting" else _HUNG_S):
-                raise ReplicaFailedError("it did not answer for too long", starting=self.phase == "starting")
+            else:
+                self._check_time()
         except ActorUnavailableError:
+            self._check_time()
             self._ask(again=True)  # the network may return, and `asked_at` holds on
         except RayActorError as err:
             raise ReplicaFailedError("its process or its node died", starting=self.phase == "starting") from err
         except RayError as err:  # start() raised
             raise ReplicaFailedError(str(getattr(err, "cause", err)), starting=True) from err
+
+    def _check_time(self) -> None:
+        """Raises `ReplicaFailedError` for one that was asked too long ago."""
+        starting = self.phase == "starting"
+        if time.monotonic() - self.asked_at > (_LOAD_TIMEOUT_S if starting else _HUNG_S):
+            raise ReplicaFailedError("it did not answer for too long", starting=starting)
 
     def stage(self) -> str:
         """What it is doing, for an operator to read."""

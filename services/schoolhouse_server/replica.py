@@ -17,9 +17,10 @@ from schoolhouse_wire.limits import MAX_NAME, Limits
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
-from schoolhouse_server.auth import Doorkeeper, Gate
+from schoolhouse_server.auth import Gate
 from schoolhouse_server.batching import MergeSettings
 from schoolhouse_server.directory import Directory
+from schoolhouse_server.doorkeeper import Doorkeeper
 from schoolhouse_server.engine import Engine, Trouble
 from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.ports import listen
@@ -150,7 +151,7 @@ class Replica:
         forks.before_grpc()
         server = grpc.server(
             self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
-            interceptors=[Doorkeeper(self._gate)],
+            interceptors=[Doorkeeper(self._gate, self._timer)],
             options=channel.SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_rpcs,
         )

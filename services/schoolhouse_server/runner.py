@@ -184,8 +184,10 @@ class Runner:
         raised, short, at_once = True, False, False
         try:
             inputs, values, total, spans = self._merged(joint)
-            parts = zip(joint.jobs, merger.split(joint, values), strict=True)
-            work = Landing([Part(job, part) for job, part in parts], inputs, spans, joint=joint, total=total)
+            with self.pulse:  # it may wait for the device
+                parts = merger.split(joint, values)
+            pairs = zip(joint.jobs, parts, strict=True)
+            work = Landing([Part(job, part) for job, part in pairs], inputs, spans, joint=joint, total=total)
             at_once = self._at_once(work)
         except UnmergeableError as err:
             raised = False
@@ -242,7 +244,8 @@ class Runner:
     def _learn(self, merger: Merger[Job], joint: Joint[Job], singles: list[dict[Tap, Any]]) -> None:
         try:
             _, merged, _, _ = self._merged(joint)
-            self._device.forward.run(None, merger.learn, joint, merged, singles)
+            with self.pulse:  # it waits for the device
+                self._device.forward.run(None, merger.learn, joint, merged, singles)
         except BaseException as err:
             _log.info("a merged forward raised %s, and single ones did not", type(err).__name__)
             merger.too_large(joint)

@@ -23,7 +23,7 @@ def add_standard_services(server: grpc.Server, names: Iterable[str]) -> Callable
     reflection.enable_server_reflection((*ours, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
     def fail(name: str) -> None:
-        for one in ("", name):
+        for one in {"", name}.intersection(("", *names)):  # it tells no others
             checks.set(one, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     return fail

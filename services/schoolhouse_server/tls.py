@@ -99,19 +99,22 @@ class _Context(ssl.SSLContext):
     def follow(self, tls: ServerTls) -> None:
         """Use these files."""
         self._tls, self._files = tls, _Files(tls)
-        self._load()
-
-    def _load(self) -> None:
-        self.load_cert_chain(self._tls.cert, self._tls.key)
-        if self._tls.client_ca is not None:
-            self.verify_mode = ssl.CERT_REQUIRED
-            self.load_verify_locations(self._tls.client_ca)
+        self._now = _context_of(tls)
 
     def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
         """Begin a connection."""
         if self._files.changed() is not None:
-            self._load()
-        return super().wrap_socket(*args, **kwargs)
+            self._now = _context_of(self._tls)  # another one: a context forgets no authority that it once knew
+        return self._now.wrap_socket(*args, **kwargs)
+
+
+def _context_of(tls: ServerTls) -> ssl.SSLContext:
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    made.load_cert_chain(tls.cert, tls.key)
+    if tls.client_ca is not None:
+        made.verify_mode = ssl.CERT_REQUIRED
+        made.load_verify_locations(tls.client_ca)
+    return made
 
 
 def check_exposure(host: str, tls: ServerTls | None, *, insecure: bool) -> None:

@@ -5,7 +5,6 @@ With a gate it answers only those who have an admin's token: as a bearer token, 
 """
 
 import base64
-import binascii
 import contextlib
 import functools
 import io
@@ -304,7 +303,7 @@ def _token_of(authorization: str) -> str:
         return bearer_of(authorization)
     try:
         return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-    except (binascii.Error, UnicodeDecodeError) as err:
+    except ValueError as err:  # also of what is no base64, or not even ASCII
         raise AuthenticationError("the authorization that came is no login") from err
 
 
