@@ -6,6 +6,7 @@ import time
 import pytest
 import schoolhouse as sh
 import torch
+from directories import DirectoryServer
 from memfd import soon
 from merging import Asked, at_once, engine_of, pair, randn
 from models import Net
@@ -167,10 +168,9 @@ def test_what_waits_for_the_device_beside_forwards_counts_too(work):
 def test_a_student_goes_on_where_a_replica_hangs():
     modules = Hanging(), Hanging()
     modules[1].go.set()
-    with serve(modules[0], forward_timeout_s=0.5) as first, serve(modules[1]) as second:
-        replicas = [directory_pb2.Replica(id=str(s.port), address=f"127.0.0.1:{s.port}") for s in (first, second)]
-        first._directory.publish(directory_pb2.ReplicaSet(teacher="teacher", replicas=replicas))
-        with sh.connect(first.url, timeout_s=60) as teacher:
+    with serve(modules[0], forward_timeout_s=0.5) as first, serve(modules[1]) as second, DirectoryServer() as directory:
+        directory.publish(first, second)
+        with sh.connect(directory.url, timeout_s=60) as teacher:
             futures = [teacher.submit((torch.full((2,), float(i % 2)),), {}, [""]) for i in range(20)]
             for i, future in enumerate(futures):
                 assert torch.equal(future.result(60)[""], torch.full((2,), float(i % 2) + 1))
