@@ -236,8 +236,9 @@ def _free_port() -> int:
 def ray_cluster(address: str | None = None, num_cpus: int | None = None) -> Iterator[str]:
     """Connect this process to the Ray cluster at `address`, or to a local one that it starts; yields its address.
 
-    A local one ends with the context. Ray gives its processes 30 s to come up, which a busy machine may need more
-    than once: a local start is tried three times.
+    A local one ends with the context. Its actors have the priority of any other process, where Ray would have them be
+    nice by 15: students that train on the same machine would take the teacher's time. Ray gives its processes 30 s to
+    come up, which a busy machine may need more than once: a local start is tried three times.
 
     Raises:
         TeacherUnavailableError: no cluster answers at `address`, or a local one did not come up.
@@ -268,6 +269,7 @@ def _start(num_cpus: int | None) -> Any:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
+                _system_config={"worker_niceness": 0},
             )
         except Exception as err:  # Ray raises a bare Exception where its processes are late
             started = set(here.children(recursive=True)) - others
