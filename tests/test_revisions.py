@@ -1,5 +1,6 @@
 """A job keeps to one revision of its teacher, or follows them; what it gets is of the one that it asked for."""
 
+import concurrent.futures
 import pickle
 import time
 
@@ -151,6 +152,31 @@ def test_heads_are_those_of_the_features_revision():
                 assert soon(lambda server=server: logits()[0] == revision_of(server))
                 expected = F.linear(F.linear(x, module[0].weight, module[0].bias), module[1].weight, module[1].bias)
                 torch.testing.assert_close(logits()[1].dense(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_waits_for_heads_that_are_gone_gets_those_of_the_next_revision(cached, monkeypatch):
+    """Hidden states travel with the revision's head: both are of the next one, never one of each."""
+    monkeypatch.setattr("schoolhouse.replicas.DOUBT_S", 0.2)
+    old, new = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    x, wish = torch.randn(5, 4), {"1": encodings.hidden("1")}
+    with replicas(old, new) as (one, other), DirectoryServer() as directory:
+        directory.publish(one, revision=revision_of(one))
+        with sh.connect(directory.url, follow_revisions=True, head_folder=None) as teacher:
+            if cached:
+                teacher.submit((x,), {}, ["1"], encodings=wish).result(20)
+            one.close()
+            assert soon(lambda: not teacher.open_sessions())
+            with concurrent.futures.ThreadPoolExecutor(3) as pool:
+                futures = [pool.submit(teacher.submit, (x,), {}, ["1"], encodings=wish) for _ in range(3)]
+                if cached:
+                    futures = [future.result(20) for future in futures]  # they wait for a replica
+                directory.publish(other, revision=revision_of(other))
+                for future in futures:
+                    found = future.result(20)
+                    features = found if cached else found.result(20)
+                    assert features.revision == revision_of(other)
+                    torch.testing.assert_close(features["1"].dense(), new(x).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_copies_keep_the_revision_while_both_are_there(roll):

@@ -269,8 +269,9 @@ def test_a_deadline_is_kept_although_the_device_is_busy():
 def test_a_cancelled_request_leaves_the_queue_at_once():
     gate = Gate()
     with serve(gate) as server, sh.connect(server.url, job="j") as teacher:
-        futures = [ask(teacher, i) for i in range(5)]
+        futures = [ask(teacher, 0)]
         assert gate.entered.acquire(timeout=10)
+        futures += [ask(teacher, i) for i in range(1, 5)]
         assert soon(lambda: load_of(server).queued == 4)
         futures[2].cancel()
         assert soon(lambda: load_of(server).queued == 3)

@@ -69,8 +69,8 @@ def connect(
         zone: where this client is, as replicas say it of themselves (`zone` in the pool file). Those of the same
             machine, and then those of the same zone, are preferred unless they are clearly busier.
         revision: of the teacher, as `describe()` says it; empty: the present one. Features are of this revision alone.
-        follow_revisions: ask each request of the revision that is present when it is submitted, in place of keeping
-            to the first; `Features.revision` says which it was.
+        follow_revisions: ask each request of the revision that is present when it is submitted, or of the next one if
+            that is gone before the answer, in place of keeping to the first; `Features.revision` says which it was.
         tracing: make an OpenTelemetry span of each request, within the current one; the replica's are in the same
             trace, if it traces too. It needs the extra `otel`, and a tracer provider that the program sets.
         verify_every: compute one request in so many a second time, at another replica, or at the same if there is no

@@ -119,7 +119,7 @@ class Dispatcher:
                 found = self._assign(request, parked_at)
                 session = found.session if isinstance(found, Link) else None
             if isinstance(found, SchoolhouseError):
-                request.fail(found)  # without the lock, as callbacks run
+                request.refuse(found)  # without the lock, as callbacks run
             if session is None:
                 break
             if session.send(request):

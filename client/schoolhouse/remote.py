@@ -20,7 +20,7 @@ from schoolhouse_wire.limits import Limits
 
 from schoolhouse import discovery
 from schoolhouse.dispatcher import Dispatcher
-from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherUnavailableError
+from schoolhouse.errors import ConfigError, RevisionChangedError, SchoolhouseError, TeacherUnavailableError
 from schoolhouse.facts import Facts
 from schoolhouse.fetched_heads import FetchedHeads
 from schoolhouse.heads import Head
@@ -178,14 +178,44 @@ class RemoteTeacher:
             raise ConfigError(f"{self!r} is closed; connect again")
         facts, dispatcher = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
-        heads = {tap: self._heads.get(facts.revision, name, tap.module) for tap, name in wanted.heads().items()}
+        facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeout_s)
         inputs = Arguments(args, kwargs)
         given = inputs if wanted.mask is None else (inputs, wanted.mask)
         request = self._request(facts, given, wanted, heads, revision=facts.revision)
+        if heads and self._settings.follow_revisions:
+            request.follow = self._follow_with
         if not self._verifier.is_due():
             return self._send(dispatcher, request)
         request.alone = True
         return Pair(self._verifier, request, functools.partial(self._send, dispatcher)).start(self._again)
+
+    def _with_heads(self, facts: Facts, wanted: Wanted, deadline: float) -> tuple[Facts, dict[Tap, Head]]:
+        """The heads of what is wanted, of the present revision if that one is gone meanwhile and others may follow."""
+        while True:
+            try:
+                names = wanted.heads().items()
+                return facts, {tap: self._heads.get(facts.revision, name, tap.module) for tap, name in names}
+            except RevisionChangedError:
+                if not self._settings.follow_revisions or time.monotonic() + _ASK_AGAIN_S > deadline:
+                    raise
+            time.sleep(_ASK_AGAIN_S)
+            facts, _ = self._connected()
+
+    def _follow_with(self, request: Request) -> None:
+        """Have a request whose revision is gone answered by the present one, with the heads of that one.
+
+        In a thread of its own, as heads may have to be asked for.
+        """
+        try:
+            facts, dispatcher = self._connected()
+            while facts.revision == request.revision and not (request.done or self._closed):
+                time.sleep(_ASK_AGAIN_S)
+                facts, dispatcher = self._connected()
+            facts, request.heads = self._with_heads(facts, request.wanted, request.deadline)
+            request.revision = facts.revision
+            dispatcher.dispatch(request)
+        except Exception as err:
+            request.fail(err)
 
     def _request(
         self,

@@ -1,7 +1,8 @@
 """A request on its way to features, and what answered ones moved."""
 
 import contextlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
 
-from schoolhouse.errors import FeatureMismatchError, ProtocolError
+from schoolhouse.errors import FeatureMismatchError, ProtocolError, RevisionChangedError, SchoolhouseError
 from schoolhouse.heads import Head
 from schoolhouse.sparse import decoded
 from schoolhouse.taps import Tap
@@ -58,6 +59,7 @@ class Request:
     alone: bool = False  # to be computed by itself and anew, as its bits are compared
     apart_from: str = ""  # the address of a replica that is to be asked only if there is no other
     answered_by: str = ""  # the address of the replica that answered
+    follow: "Callable[[Request], None] | None" = None  # has it asked of the present revision, if its own is gone
 
     def __post_init__(self) -> None:
         if self.span is not None:
@@ -107,6 +109,14 @@ class Request:
         """Give the error to who waits, unless it cancelled."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
+
+    def refuse(self, error: SchoolhouseError) -> None:
+        """No replica can answer it: fail it, unless its revision is gone and it may follow to the present one."""
+        if isinstance(error, RevisionChangedError) and self.follow is not None and not self.done:
+            with contextlib.suppress(RuntimeError):  # no thread can be had
+                threading.Thread(target=self.follow, args=(self,), name="schoolhouse-follow", daemon=True).start()
+                return
+        self.fail(error)
 
 
 def traced(
