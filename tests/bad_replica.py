@@ -11,8 +11,11 @@ from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 
 
 @contextlib.contextmanager
-def bad_replica(revision, answers):
-    """`answers(call)` gives the messages for a call. Yields what a directory says of it, and the calls that came."""
+def bad_replica(revision, answers, modules=("",)):
+    """`answers(call)` gives the messages for a call; None: the session ends.
+
+    Yields what a directory says of it, and the calls that came. It is a directory of itself, too.
+    """
     calls = []
 
     def session(messages, _context):
@@ -21,11 +24,15 @@ def bad_replica(revision, answers):
                 yield teacher_pb2.ServerMessage(opened={"revision": revision, "max_in_flight": 8})
             elif message.HasField("call"):
                 calls.append(message.call)
-                yield from answers(message.call)
+                said = answers(message.call)
+                if said is None:
+                    return
+                yield from said
 
     described = teacher_pb2.DescribeResponse(
-        teacher="teacher", revision=revision, modules=[""], max_request_bytes=1 << 20, max_in_flight=8
+        teacher="teacher", revision=revision, modules=modules, max_request_bytes=1 << 20, max_in_flight=8
     )
+    itself = directory_pb2.ReplicaSet(teacher="teacher", replicas=[directory_pb2.Replica(revision=revision)])
     methods = {
         "Session": grpc.stream_stream_rpc_method_handler(
             session,
@@ -37,7 +44,15 @@ def bad_replica(revision, answers):
         ),
     }
     server = grpc.server(ThreadPoolExecutor(8), options=channel.SERVER_OPTIONS)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("schoolhouse.v1.TeacherService", methods),))
+    listing = {
+        "ListTeachers": grpc.unary_unary_rpc_method_handler(
+            lambda *_: directory_pb2.ListTeachersResponse(teachers=[itself]),
+            response_serializer=directory_pb2.ListTeachersResponse.SerializeToString,
+        )
+    }
+    for service, found in {"TeacherService": methods, "DirectoryService": listing}.items():
+        handler = grpc.method_handlers_generic_handler(f"schoolhouse.v1.{service}", found)
+        server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
@@ -45,6 +60,11 @@ def bad_replica(revision, answers):
         yield directory_pb2.Replica(id="bad", address=address, revision=revision), calls
     finally:
         server.stop(0).wait(10)
+
+
+def url_of(replica):
+    """What `connect` takes, to ask this replica alone."""
+    return f"grpc://{replica.address}/teacher"
 
 
 def answered(call, value=-1.0, **changes):

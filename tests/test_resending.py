@@ -1,11 +1,10 @@
 """A request whose replica is lost is sent again, and waits for one to its deadline."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-import grpc
 import pytest
 import schoolhouse as sh
+from bad_replica import bad_replica, url_of
 from directories import (
     DirectoryServer,
     Scale,
@@ -20,8 +19,7 @@ from directories import (
 from memfd import soon
 from schoolhouse import errors
 from schoolhouse_server import serve
-from schoolhouse_wire import channel, framing
-from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+from schoolhouse_wire.v1 import directory_pb2
 
 
 def test_a_replica_that_restarts_loses_no_request():
@@ -140,56 +138,8 @@ def test_answers_that_are_errors_are_not_asked_for_again():
             assert len(entered) == 1
 
 
-def ending_server():
-    """A replica that ends its session at the first call; it counts them."""
-    calls = []
-
-    def session(messages, _context):
-        for message in messages:
-            if message.HasField("open"):
-                yield teacher_pb2.ServerMessage(opened={"revision": "r1", "max_in_flight": 8})
-            elif message.HasField("call"):
-                calls.append(message.call.request_id)
-                return
-
-    found = directory_pb2.ReplicaSet(teacher="t", replicas=[directory_pb2.Replica()])
-    described = teacher_pb2.DescribeResponse(teacher="t", revision="r1", modules=[""], max_request_bytes=1 << 20)
-    handlers = {
-        "TeacherService": {
-            "Session": grpc.stream_stream_rpc_method_handler(
-                session,
-                request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
-                response_serializer=framing.write_message,
-            ),
-            "Describe": grpc.unary_unary_rpc_method_handler(
-                lambda *_: described, response_serializer=teacher_pb2.DescribeResponse.SerializeToString
-            ),
-        },
-        "DirectoryService": {
-            "ListTeachers": grpc.unary_unary_rpc_method_handler(
-                lambda *_: directory_pb2.ListTeachersResponse(teachers=[found]),
-                response_serializer=directory_pb2.ListTeachersResponse.SerializeToString,
-            )
-        },
-    }
-    server = grpc.server(ThreadPoolExecutor(8), options=channel.SERVER_OPTIONS)
-    server.add_generic_rpc_handlers(
-        tuple(
-            grpc.method_handlers_generic_handler(f"schoolhouse.v1.{name}", methods)
-            for name, methods in handlers.items()
-        )
-    )
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    return server, f"grpc://127.0.0.1:{port}/t", calls
-
-
 def test_a_request_that_ends_every_replica_is_given_up():
-    server, url, calls = ending_server()
-    try:
-        with sh.connect(url) as teacher:
-            with pytest.raises(errors.TeacherUnavailableError, match="4 replicas were lost"):
-                ask(teacher).result(20)
-            assert len(calls) == 4
-    finally:
-        server.stop(0).wait(10)
+    with bad_replica("r1", lambda _call: None) as (replica, calls), sh.connect(url_of(replica)) as teacher:
+        with pytest.raises(errors.TeacherUnavailableError, match="4 replicas were lost"):
+            ask(teacher).result(20)
+        assert len(calls) == 4

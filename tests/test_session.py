@@ -15,15 +15,14 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
+from bad_replica import answered, bad_replica, url_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from models import Net
 from schoolhouse import encodings, errors
 from schoolhouse.session import Session
 from schoolhouse_server import serve
-from schoolhouse_wire import channel, framing
-from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 from torch import nn
 
 
@@ -182,58 +181,6 @@ def test_memory_that_a_module_writes_again_is_delivered_as_it_was():
             assert future.result(60)[""].eq(i).all()
 
 
-def lying_server(change):
-    """A server that answers every call with one prepared reply, changed by `change`."""
-    reply_value = framing.Outgoing([torch.ones(2)], limits=Limits(), snapshot=False)
-
-    def session(messages, _context):
-        for message in messages:
-            if message.HasField("open"):
-                yield teacher_pb2.ServerMessage(opened={"revision": "r1", "max_in_flight": 8})
-            elif message.HasField("call"):
-                reply = teacher_pb2.Reply(
-                    request_id=message.call.request_id,
-                    revision="r1",
-                    taps=message.call.taps,
-                    input_digest=message.call.payload.digest,
-                    features=reply_value.header,
-                    payload=reply_value.payload,
-                )
-                change(reply)
-                yield teacher_pb2.ServerMessage(reply=reply)
-
-    found = directory_pb2.ReplicaSet(teacher="t", replicas=[directory_pb2.Replica()])
-    teacher_methods = {
-        "Session": grpc.stream_stream_rpc_method_handler(
-            session,
-            request_deserializer=lambda data: framing.read_message(teacher_pb2.ClientMessage, data),
-            response_serializer=framing.write_message,
-        ),
-        "Describe": grpc.unary_unary_rpc_method_handler(
-            lambda *_: teacher_pb2.DescribeResponse(
-                teacher="t", revision="r1", modules=["", "a"], max_request_bytes=1 << 20
-            ),
-            request_deserializer=teacher_pb2.DescribeRequest.FromString,
-            response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
-        ),
-    }
-    list_teachers = grpc.unary_unary_rpc_method_handler(
-        lambda *_: directory_pb2.ListTeachersResponse(teachers=[found]),
-        request_deserializer=directory_pb2.ListTeachersRequest.FromString,
-        response_serializer=directory_pb2.ListTeachersResponse.SerializeToString,
-    )
-    server = grpc.server(ThreadPoolExecutor(8), options=channel.SERVER_OPTIONS)
-    server.add_generic_rpc_handlers(
-        (
-            grpc.method_handlers_generic_handler("schoolhouse.v1.TeacherService", teacher_methods),
-            grpc.method_handlers_generic_handler("schoolhouse.v1.DirectoryService", {"ListTeachers": list_teachers}),
-        )
-    )
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    return server, f"grpc://127.0.0.1:{port}/t"
-
-
 def other_inputs(reply):
     reply.input_digest = bytes(16)
 
@@ -262,17 +209,18 @@ def other_bytes(reply):
     ids=["honest", "inputs", "revision", "tap", "bytes"],
 )
 def test_features_of_another_request_are_refused(change, error):
-    server, url = lying_server(change)
-    try:
-        with sh.connect(url) as teacher:
-            future = teacher.submit((torch.ones(1),), {}, [""])
-            if error is None:
-                assert torch.equal(future.result(10)[""], torch.ones(2))
-            else:
-                with pytest.raises(error):
-                    future.result(10)
-    finally:
-        server.stop(0).wait()
+    def answers(call):
+        message = answered(call, 1.0)
+        change(message.reply)
+        return [message]
+
+    with bad_replica("r1", answers, ["", "a"]) as (replica, _), sh.connect(url_of(replica)) as teacher:
+        future = teacher.submit((torch.ones(1),), {}, [""])
+        if error is None:
+            assert torch.equal(future.result(10)[""], torch.ones(2))
+        else:
+            with pytest.raises(error):
+                future.result(10)
 
 
 def test_a_teacher_pickles_as_its_address():
