@@ -17,6 +17,7 @@ sys.path.insert(0, HERE)
 ONE_WORKER = {  # whose tests share a Ray cluster, or look at what processes of the machine hold
     "test_benchmarks.py",
     "test_chaos_memory.py",
+    "test_chaos_pool.py",
     "test_chaos_processes.py",
     "test_cli.py",
     "test_demo.py",

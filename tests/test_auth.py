@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import queue
 import threading
 
 import grpc
@@ -60,6 +61,16 @@ def result(teacher, number=1.0):
     return teacher.submit((torch.full((2,), number),), {}, [""]).result(20)[""].tolist()
 
 
+def first_answer(session, message, **how):
+    """What a stream answers to its first request. Who ends the requests wants no answer any more, so they stay open."""
+    requests = queue.SimpleQueue()
+    requests.put(message)
+    try:
+        return next(session(iter(requests.get, None), **how))
+    finally:
+        requests.put(None)
+
+
 @pytest.fixture
 def ask(server):
     """Calls an RPC with the authorization that is given, and returns the answer, or the error."""
@@ -78,8 +89,8 @@ def ask(server):
             "list": lambda **how: directory.ListTeachers(directory_pb2.ListTeachersRequest(), **how),
             "watch": lambda **how: next(directory.Watch(directory_pb2.WatchRequest(teacher="one"), **how)),
             "describe": lambda **how: describe(teacher_pb2.DescribeRequest(teacher="one"), **how),
-            "session": lambda **how: next(session(iter([opening]), **how)),
-            "reflection": lambda **how: next(reflect(iter([directory_pb2.ListTeachersRequest()]), **how)),
+            "session": lambda **how: first_answer(session, opening, **how),
+            "reflection": lambda **how: first_answer(reflect, directory_pb2.ListTeachersRequest(), **how),
             "health": lambda **how: health.Check(health_pb2.HealthCheckRequest(), **how),
             "health of a teacher": lambda **how: health.Check(health_pb2.HealthCheckRequest(service="one"), **how),
             "health, watched": lambda **how: next(health.Watch(health_pb2.HealthCheckRequest(), **how)),

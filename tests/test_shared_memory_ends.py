@@ -132,18 +132,34 @@ def served_elsewhere():
         process.stdin.close()
 
 
-def shmem_kib():
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("Shmem:"))
+def segments_here():
+    """The inodes of the segments that this process has mapped."""
+    with open("/proc/self/maps") as maps:
+        return {int(line.split()[4]) for line in maps if "memfd:schoolhouse" in line}
+
+
+def holders(inodes):
+    """The processes that keep these segments: while there is one, the system keeps their memory."""
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.stat(f"/proc/{pid}/fd/{fd}").st_ino in inodes and "memfd" in os.readlink(f"/proc/{pid}/fd/{fd}"):
+                        found.add(int(pid))
+            with open(f"/proc/{pid}/maps") as maps:
+                if any("memfd:schoolhouse" in line and int(line.split()[4]) in inodes for line in maps):
+                    found.add(int(pid))
+    return found
 
 
 def test_a_killed_replica_leaves_what_it_delivered_and_nothing_else():
-    named, held = set(os.listdir("/dev/shm")), shmem_kib()
     with served_elsewhere() as (process, url):
         teacher = sh.connect(url, teacher_timeout_s=0.5)
         assert teacher.describe().transport == "shared memory"
         kept = [ask(teacher, 4_000_000, i).result(20)[""] for i in range(4)]
-        assert shmem_kib() >= held + 30_000  # so that it is seen to go
+        inodes = segments_here()
+        assert holders(inodes) == {os.getpid(), process.pid}
         rest = [ask(teacher, 4_000_000, i) for i in range(8)]
         process.send_signal(signal.SIGKILL)
         process.wait(20)
@@ -153,10 +169,11 @@ def test_a_killed_replica_leaves_what_it_delivered_and_nothing_else():
         assert all(feature.eq(i).all() for i, feature in enumerate(kept))
         teacher.close()
         assert all(feature.eq(i).all() for i, feature in enumerate(kept))
-        assert set(os.listdir("/dev/shm")) == named
+        assert holders(inodes) == {os.getpid()}
+        assert not any("schoolhouse" in name for name in os.listdir("/dev/shm"))
         del teacher, kept, rest, future
     assert soon(lambda: memfds() == (0, 0))
-    assert soon(lambda: shmem_kib() < held + 20_000)
+    assert not holders(inodes)
 
 
 def test_a_fork_gives_nothing_back():

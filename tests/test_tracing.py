@@ -182,6 +182,7 @@ def test_cancelled_on_both_sides(x):
         soon(lambda: any(span.name == "schoolhouse.answer" for span in EXPORTER.get_finished_spans()))
         gated.open.set()
         running.result()
+        soon(lambda: sum(span.name == "schoolhouse.answer" for span in EXPORTER.get_finished_spans()) == 2)
     spans = EXPORTER.get_finished_spans()
     for name in ("schoolhouse.features", "schoolhouse.answer"):
         assert sum(span.attributes.get("schoolhouse.cancelled", False) for span in spans if span.name == name) == 1

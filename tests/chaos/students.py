@@ -7,6 +7,7 @@ from typing import Any
 
 import schoolhouse as sh
 import torch
+from leaks import Held, settled
 from models import Net, bits
 from rooms import WIDTH, teacher_model
 from torch.nn import functional as F
@@ -95,3 +96,20 @@ def run_student(commands: Any, url: str, settings: dict[str, Any]) -> None:
     with sh.connect(url, **settings) as teacher:
         commands.send((0, ""))  # it has no port
         train(teacher, 1 << 30, on_step=commands.send)
+
+
+def run_slowly(commands: Any, url: str, steps: int) -> None:
+    """A student in a process of its own: tells each step and waits for leave; then the run, and what it leaked."""
+
+    def on_step(step: int) -> None:
+        commands.send(step)
+        commands.recv()
+
+    torch.set_num_threads(1)
+    with sh.connect(url) as teacher:
+        train(teacher, 2)
+    before = Held.now()
+    commands.send((0, ""))
+    with sh.connect(url) as teacher:
+        run = train(teacher, steps, on_step)
+    commands.send((run, settled(before)))

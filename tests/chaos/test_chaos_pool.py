@@ -1,0 +1,121 @@
+"""A pool on Ray whose parts are killed, and all of it, while a student trains: its losses are those of a run without."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import schoolhouse as sh
+from faults import EVERY
+from memfd import memfds, soon
+from rooms import WIDTH, start
+from schoolhouse import errors
+from students import run_slowly
+
+ray = pytest.importorskip("ray")
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:kd_loss_weight sums to less than 1")]
+TIMEOUT_S = 120.0
+
+
+def received(student):
+    assert student.commands.poll(TIMEOUT_S), "the student hangs"
+    return student.commands.recv()
+
+
+class KilledPool:
+    """A pool, and what is done to it."""
+
+    def __init__(self, path):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]  # of the directory, which a pool that is started anew has again
+        path.write_text(
+            f"port: {port}\nteachers: {{teacher: {{build: 'models:Net', kwargs: {{width: {WIDTH}, seed: 1}}, "
+            "replicas: 2, threads: 1, resources: {num_cpus: 0.5}}}\n"
+        )
+        self.path, self.restarting = path, None
+        self.launch()
+
+    def launch(self):
+        from schoolhouse_server import config, pool
+
+        self.pool = pool.launch(config.load_pool(self.path))
+        self.pool.wait(TIMEOUT_S)
+
+    def pids(self, prefix):
+        """Those of the actors whose names begin so."""
+        from schoolhouse_server.actors import NAMESPACE
+
+        names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith(prefix)]
+        found = [ray.get_actor(name, namespace=NAMESPACE) for name in names]
+        return ray.get([one.__ray_call__.remote(lambda self: os.getpid()) for one in found], timeout=TIMEOUT_S)
+
+    def kill_a_replica(self):
+        os.kill(self.pids("teacher/")[0], signal.SIGKILL)
+
+    def kill_directory_and_replica(self):
+        from schoolhouse_server.actors import DIRECTORY
+
+        replica = self.pids("teacher/")[0]
+        for pid in (*self.pids(DIRECTORY), replica):
+            os.kill(pid, signal.SIGKILL)
+
+    def kill_keeper_and_replica(self):
+        from schoolhouse_server.actors import KEEPER
+
+        replica = self.pids("teacher/")[0]
+        for pid in (*self.pids(KEEPER), replica):
+            os.kill(pid, signal.SIGKILL)
+
+    def restart(self):
+        """All of it, while the student goes on as far as it can."""
+        self.restarting = threading.Thread(target=self._restart)
+        self.restarting.start()
+
+    def _restart(self):
+        self.pool.down()
+        while self.pids(""):
+            time.sleep(0.05)
+        self.launch()
+
+    def recover(self):
+        """Wait for as many replicas as before, and that new clients find them."""
+        if self.restarting is not None:
+            self.restarting.join(TIMEOUT_S)
+        assert soon(self._is_whole, TIMEOUT_S)
+
+    def _is_whole(self):
+        with contextlib.suppress(ray.exceptions.RayError, errors.SchoolhouseError):
+            if [row["stage"] for row in self.pool.status()] == ["serving", "serving"]:
+                with sh.connect(self.pool.url("teacher"), connect_timeout_s=2) as teacher:
+                    return bool(teacher.describe().revision)
+        return False
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("times", [1, pytest.param(5, marks=[pytest.mark.chaos, pytest.mark.timeout(900)])])
+def test_parts_of_a_pool_are_killed_and_all_of_it(cluster, tmp_path, times):
+    killed = KilledPool(tmp_path / "pool.yaml")
+    faults = [killed.kill_a_replica, killed.kill_directory_and_replica, killed.kill_keeper_and_replica, killed.restart]
+    steps = EVERY * (len(faults) * times + 1)
+    try:
+        student = start(run_slowly, killed.pool.url("teacher"), steps)
+        try:
+            for step in range(steps):
+                assert received(student) == step
+                if step and step % EVERY == 0:
+                    faults[step // EVERY % len(faults) - 1]()
+                elif step > EVERY and step % EVERY == EVERY - 5:
+                    killed.recover()
+                student.commands.send("go on")
+            run, leaked = received(student)
+        finally:
+            student.kill()
+        assert run.errors == []
+        run.assert_undisturbed(steps)
+        assert leaked == {}
+        assert soon(lambda: all(memfds(pid) == (0, 0) for pid in killed.pids("teacher/")))
+    finally:
+        killed.pool.down()
