@@ -1,6 +1,7 @@
 """What a replica does not take: each limit refuses by a typed error, before memory or time is spent on it."""
 
 import abc
+import concurrent.futures
 import dataclasses
 import socket
 import time
@@ -324,7 +325,7 @@ def test_sessions_are_few_and_leave_room_for_other_calls():
             Stub(server, shared_memory=False)
         error = status.from_rpc_error(caught.value, "it")
         assert type(error) is errors.TeacherBusyError
-        assert "2 sessions are open here, as many as this replica takes" in error.message
+        assert "max_sessions is 2, and as many are open at this replica" in error.message
         describe = stubs[0].channel.unary_unary(
             "/schoolhouse.v1.TeacherService/Describe",
             request_serializer=teacher_pb2.DescribeRequest.SerializeToString,
@@ -335,6 +336,20 @@ def test_sessions_are_few_and_leave_room_for_other_calls():
         assert soon(lambda: server.load("teacher").sessions == 1)
         Stub(server, shared_memory=False).channel.close()
         stubs[1].channel.close()
+
+
+def test_a_client_beyond_the_sessions_of_a_replica_waits_for_one_to_end():
+    with serve(nn.Identity(), max_sessions=1) as server:
+        first, x = sh.connect(server.url), torch.ones(1, 8)
+        first.submit((x,), {}, [""]).result(20)
+        with sh.connect(server.url, teacher_timeout_s=1) as late, pytest.raises(errors.TeacherUnavailableError) as told:
+            late.submit((x,), {}, [""]).result(20)
+        assert "max_sessions is 1, and as many are open at this replica" in str(told.value)
+        with sh.connect(server.url) as patient:
+            waiting = patient.submit((x,), {}, [""])
+            assert not concurrent.futures.wait([waiting], 0.5).done
+            first.close()
+            assert waiting.result(20)
 
 
 def test_a_payload_that_dribbles_in_is_dropped_and_the_session_goes_on(monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import schoolhouse as sh
@@ -143,9 +144,9 @@ def holders(inodes):
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            for fd in os.listdir(f"/proc/{pid}/fd"):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
-                    if os.stat(f"/proc/{pid}/fd/{fd}").st_ino in inodes and "memfd" in os.readlink(f"/proc/{pid}/fd/{fd}"):
+                    if "memfd:schoolhouse" in os.readlink(fd) and fd.stat().st_ino in inodes:
                         found.add(int(pid))
             with open(f"/proc/{pid}/maps") as maps:
                 if any("memfd:schoolhouse" in line and int(line.split()[4]) in inodes for line in maps):

@@ -334,7 +334,15 @@ def test_weights_and_settings_out_of_bounds():
         for wrong in ({"weight": float("nan")}, {"weight": -1.0}, {"job": 257 * "x"}):
             with pytest.raises(grpc.RpcError, match="Open came with"):
                 Stub(server, **wrong)
-    for wrong in ({"cost": "bytes"}, {"max_in_flight": 0}, {"max_job_bytes": 0}, {"max_queued": 0}, {"lease_s": -1}):
+    for wrong in (
+        {"cost": "bytes"},
+        {"max_in_flight": 0},
+        {"max_job_bytes": 0},
+        {"max_queued": 0},
+        {"lease_s": -1},
+        {"max_sessions": 0},
+        {"max_sessions": 1025},
+    ):
         with pytest.raises(errors.ConfigError, match=next(iter(wrong))):
             serve(nn.Identity(), **wrong)
 
