@@ -18,6 +18,7 @@ import torch
 from bad_replica import answered, bad_replica, url_of
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from memfd import soon
 from models import Net
 from schoolhouse import encodings, errors
 from schoolhouse.session import Session
@@ -114,6 +115,25 @@ def test_a_callback_that_would_wait_for_its_own_thread_is_refused(timeout_s):
         assert ended.get(timeout=10).result(10)["fc"].shape == (1, 2)
         teacher.submit((x,), {}, ["fc"]).add_done_callback(submit)
         assert ended.get(timeout=10).result(10)["fc"].shape == (1, 2)  # the head is here by now
+
+
+def test_a_head_that_waits_for_a_forward_holds_up_nobody():
+    late, x = Late(), torch.ones(1, 3)
+    with (
+        serve(late, allow_head=True) as server,
+        sh.connect(server.url, head_folder=None) as teacher,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        engine, first = server.engines["teacher"], teacher.submit((x,), {}, [""])
+        assert soon(lambda: engine.running == 1)
+        second = teacher.submit((x + 1,), {}, [""])
+        states = pool.submit(lambda: teacher.submit((x,), {}, ["fc"], encodings={"fc": encodings.hidden("fc")}))
+        assert soon(lambda: sum(job.in_flight for job in server.load("teacher").jobs) == 3)
+        assert engine.queued == 1
+        second.cancel()
+        assert soon(lambda: engine.queued == 0)  # the session still hears what its client says
+        late.opened.set()
+        assert torch.allclose(states.result(20).result(20)["fc"].dense(), first.result(20)[""])
 
 
 def test_features_for_which_there_is_no_memory_fail_at_once_and_alone(monkeypatch):
@@ -247,6 +267,7 @@ def test_a_spawned_process_connects_anew():
 
 SERVER = """
 import sys
+from memfd import soon
 from models import Net
 from schoolhouse_server import serve
 with serve(Net()) as server:

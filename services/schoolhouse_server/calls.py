@@ -1,7 +1,8 @@
 """What a call asks for: the inputs of a forward, or a head; what none may ask for, and what it is told."""
 
 import logging
-from collections.abc import Sized
+import threading
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
@@ -35,7 +36,22 @@ def inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
     return inputs, mask
 
 
-def head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:
+def answer_head(
+    engine: Engine, wanted: Wanted, inputs: Arguments, done: Callable[[Answer | BaseException], None], *, allowed: bool
+) -> None:
+    """Have `done` get a head, from a thread of its own: it waits for the forward that runs, and who asks does not."""
+
+    def run() -> None:
+        try:
+            found: Answer | BaseException = _head_answer(engine, wanted, inputs, allowed=allowed)
+        except Exception as err:
+            found = err
+        done(found)
+
+    threading.Thread(target=run, name="schoolhouse-head", daemon=True).start()
+
+
+def _head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:
     """A head, or its digest, by which a client tells whether the one that it has is the same.
 
     Raises:

@@ -1,6 +1,7 @@
 """One client's session on a replica: its requests come in, are queued, and are answered in any order."""
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -28,12 +29,12 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import FloodError
 from schoolhouse_server.calls import (
+    answer_head,
     as_told,
     check_call,
     check_open,
     check_released,
     check_revision,
-    head_answer,
     inputs_of,
 )
 from schoolhouse_server.engine import Engine
@@ -313,8 +314,8 @@ class ServerSession:
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
         if any(tap.side == HEAD for tap in wanted.taps):
-            head = head_answer(self._engine, wanted, inputs, allowed=self._teachers.allow_head)
-            self._answer(request_id, digest, wanted, head)
+            answer = functools.partial(self._answer, request_id, digest, wanted)
+            answer_head(self._engine, wanted, inputs, answer, allowed=self._teachers.allow_head)
             return
 
         rows = rows_of(inputs)
