@@ -348,9 +348,16 @@ def test_weights_and_settings_out_of_bounds():
 
 
 def test_clients_without_a_name_are_jobs_of_their_own():
-    with serve(nn.Identity()) as server, sh.connect(server.url) as a, sh.connect(server.url) as b:
-        ask(a, 1).result(20), ask(b, 1).result(20), ask(b, 2).result(20)
+    with (
+        serve(nn.Identity()) as server,
+        sh.connect(server.url, job="anonymous-2") as named,
+        sh.connect(server.url) as a,
+        sh.connect(server.url) as b,
+    ):
+        for teacher in (named, a, b, b):
+            ask(teacher, 1).result(20)
         assert sorted((job.job, job.requests) for job in load_of(server).jobs) == [
             ("anonymous-1", 1),
-            ("anonymous-2", 2),
+            ("anonymous-2", 1),
+            ("anonymous-3", 2),
         ]
