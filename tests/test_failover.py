@@ -4,6 +4,7 @@ import logging
 import random
 import signal
 import time
+from unittest import mock
 
 import pytest
 import schoolhouse as sh
@@ -24,6 +25,7 @@ from memfd import soon
 from schoolhouse import errors
 from schoolhouse.budget import RetryBudget
 from schoolhouse.links import Links
+from schoolhouse.parking import Parking
 from schoolhouse.replicas import Replica, ReplicaSet
 from schoolhouse.request import Request, Traffic
 from schoolhouse.session import Session
@@ -255,7 +257,21 @@ def test_what_is_beyond_the_budget_waits_and_is_not_lost():
             futures = [ask(teacher, i) for i in range(100)]
             teacher._dispatcher._budget._tokens = 0.0
             process.kill()
-            assert [future.result(30)[""][0].item() for future in futures] == [2 * i for i in range(100)]
+            assert [future.result(60)[""][0].item() for future in futures] == [2 * i for i in range(100)]
+
+
+def test_what_is_held_back_says_so(caplog):
+    held_back = "replicas of the teacher 'net' lost more requests than may be sent again at once, so some are held back"
+    parking = Parking("net", 5.0, lambda: "tried: everything")
+    parking.put(mock.Mock(), 10.0)
+    assert parking.say(11.0) == 12.0
+    assert not caplog.records
+    assert [parking.say(now) for now in (12.0, 13.0, 41.0)] == [42.0] * 3
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said == f"{held_back} for 2 s; 1 requests wait, for up to 5 s each (teacher_timeout_s); tried: everything"
+    assert f"{held_back} for 5 s (teacher_timeout_s); tried: everything" in str(parking.over())
+    parking.no_replica(0.0)
+    assert "no replica of the teacher 'net' can be asked for 5 s (teacher_timeout_s)" in str(parking.over())
 
 
 def test_a_student_says_that_it_waits_and_then_what_to_do(caplog):
