@@ -21,6 +21,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_server.device import lacks_memory
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.jobs import Answer
+from schoolhouse_server.sharing import Sharing
 
 _log = logging.getLogger(__name__)
 _HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
@@ -72,6 +73,24 @@ def _head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: 
     head = engine.teacher.head(name, tap.module)
     value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
     return Answer(pack([value]), engine.description.revision, _HEAD_LIMITS)
+
+
+def opened_by(engine: Engine, sharing: Sharing, limits: Limits) -> teacher_pb2.Opened:
+    """What a client is told as its session begins, but for shared memory."""
+    return teacher_pb2.Opened(
+        revision=engine.description.revision,
+        max_in_flight=sharing.max_in_flight,
+        max_request_bytes=limits.max_payload_bytes,
+        max_bytes_in_flight=sharing.max_job_bytes,
+        lease_s=sharing.lease_s,
+    )
+
+
+def reply_of(request_id: int, digest: bytes, wanted: Wanted, answer: Answer, header: bytes) -> teacher_pb2.Reply:
+    """A reply that says what it answers, so that it can be held against what was asked."""
+    return teacher_pb2.Reply(
+        request_id=request_id, revision=answer.revision, taps=wanted.to_wire(), input_digest=digest, features=header
+    )
 
 
 def as_told(error: BaseException) -> BaseException:

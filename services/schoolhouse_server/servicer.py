@@ -112,9 +112,8 @@ class Teachers:
             with self._lock:
                 self.sessions -= 1
             session.cancel_stream = None
-            session.close()
+            session.ended()
             session.log.info("a session ended")
-            session.outbox.clear()
 
     def _enter(self) -> None:
         """Take one more session, of which there are so few that other calls have room; else `TeacherBusyError`."""
