@@ -1,9 +1,8 @@
-"""A pool on Ray whose parts are killed, and all of it, while a student trains: its losses are those of a run without."""
+"""A pool on Ray, killed piece by piece and as a whole while a student trains: its losses are those of a run without."""
 
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 
@@ -28,9 +27,8 @@ def received(student):
 class KilledPool:
     """A pool, and what is done to it."""
 
-    def __init__(self, path):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]  # of the directory, which a pool that is started anew has again
+    def __init__(self, path, port):
+        """`port` is the directory's, which a pool that is started anew has again."""
         path.write_text(
             f"port: {port}\nteachers: {{teacher: {{build: 'models:Net', kwargs: {{width: {WIDTH}, seed: 1}}, "
             "replicas: 2, threads: 1, resources: {num_cpus: 0.5}}}\n"
@@ -96,8 +94,8 @@ class KilledPool:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("times", [1, pytest.param(5, marks=[pytest.mark.chaos, pytest.mark.timeout(900)])])
-def test_parts_of_a_pool_are_killed_and_all_of_it(cluster, tmp_path, times):
-    killed = KilledPool(tmp_path / "pool.yaml")
+def test_parts_of_a_pool_are_killed_and_all_of_it(cluster, tmp_path, kept_port, times):
+    killed = KilledPool(tmp_path / "pool.yaml", kept_port)
     faults = [killed.kill_a_replica, killed.kill_directory_and_replica, killed.kill_keeper_and_replica, killed.restart]
     steps = EVERY * (len(faults) * times + 1)
     try:
