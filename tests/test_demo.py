@@ -1,5 +1,6 @@
 """The demo, as a newcomer runs it: to its end, and interrupted."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,8 +16,20 @@ pytest.importorskip("matplotlib")
 DEMO = [sys.executable, "-c", "from schoolhouse_server.cli import main; main()", "demo", "--seeds", "1"]
 
 
+def is_alive(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def alive(processes):
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in processes if is_alive(process)]
+
+
+def is_student(process):
+    with contextlib.suppress(psutil.NoSuchProcess):  # a zombie, too
+        return "schoolhouse.demo.student" in process.cmdline()
+    return False
 
 
 def test_the_demo_ends_with_a_table_and_a_picture(tmp_path):
@@ -31,8 +44,8 @@ def test_the_demo_ends_with_a_table_and_a_picture(tmp_path):
 def test_ctrl_c_ends_all_that_the_demo_started(tmp_path):
     process = subprocess.Popen(DEMO, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline, descendants = time.monotonic() + 90, []
-    while time.monotonic() < deadline and not any("schoolhouse.demo.student" in p.cmdline() for p in descendants):
-        descendants = [p for p in psutil.Process(process.pid).children(recursive=True) if alive([p])]
+    while time.monotonic() < deadline and not any(map(is_student, descendants)):
+        descendants = alive(psutil.Process(process.pid).children(recursive=True))
         time.sleep(0.2)
     assert len(descendants) > 2  # Ray, and a student
     process.send_signal(signal.SIGINT)

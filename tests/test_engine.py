@@ -104,6 +104,7 @@ def test_small_features_hold_up_no_slow_device_for_which_others_wait():
     engine.start()
     first, answers = job(torch.zeros(1, 8), "first")
     engine.submit(first)
+    assert teacher.module.began.acquire(timeout=20)
     time.sleep(0.05)  # that a forward takes
     teacher.module.go.set()
     teacher.go.set()

@@ -6,7 +6,6 @@ import time
 import pytest
 import schoolhouse as sh
 import torch
-from memfd import soon
 from merging import Asked, at_once, close, engine_of, pair, randn
 from models import Net
 from schoolhouse import encodings, errors
@@ -229,9 +228,10 @@ class Held(sh.LocalTeacher):
 
     def __init__(self, module):
         super().__init__(module)
-        self.may = threading.Event()
+        self.began, self.may = threading.Event(), threading.Event()
 
     def encode(self, values, wanted):
+        self.began.set()
         assert self.may.wait(20)
         time.sleep(0.2)
         return super().encode(values, wanted)
@@ -245,7 +245,7 @@ def test_a_forward_runs_again_whole_once_the_features_before_it_have_left_the_de
     engine.start()
     first, second = (Asked(randn(4000, 8)) for _ in range(2))
     engine.submit(first.job)
-    assert soon(lambda: module.shapes)
+    assert teacher.began.wait(20)
     left = []
 
     def fail():

@@ -2,10 +2,12 @@
 
 import logging
 import random
+import threading
 
 import pytest
 import schoolhouse as sh
 import torch
+from memfd import soon
 from merging import Words, at_once, engine_of, ids, pair
 from models import Net
 from schoolhouse.errors import ConfigError
@@ -156,11 +158,14 @@ class Centred(nn.Module):
         return x - x.mean((0, 1))
 
 
-def test_an_encoder_of_transformers_is_padded_and_each_gets_its_own_length():
+def test_an_encoder_of_transformers_is_padded_and_each_gets_its_own_length(monkeypatch):
     model, alone = bert(), bert()
     taps = ["", "encoder.layer.0", ("encoder.layer.1.output.dense", "input"), "pooler"]
     rng = random.Random(0)
     with serve(model, merge="pad", pad=BERT_PAD, max_wait_ms=20) as server:
+        engine = server.engines["teacher"]
+        forward, go = engine.teacher.forward, threading.Event()
+        monkeypatch.setattr(engine.teacher, "forward", lambda *args: go.wait(20) and forward(*args))
         teachers = [sh.connect(server.url, job=f"job-{i}") for i in range(3)]
         for step in range(12):
             batches = []
@@ -171,7 +176,10 @@ def test_an_encoder_of_transformers_is_padded_and_each_gets_its_own_length():
                     batch["attention_mask"] = torch.ones(rows, length, dtype=torch.int64)
                     batch["attention_mask"][0, length - length // 3 :] = 0
                 batches.append(batch)
+            go.clear()
             futures = [teachers[i % 3].submit((), batch, taps) for i, batch in enumerate(batches)]
+            assert soon(lambda: engine.queued + engine.running == 6)
+            go.set()
             for batch, future in zip(batches, futures, strict=True):
                 features = future.result(30)
                 with torch.no_grad():
@@ -184,7 +192,6 @@ def test_an_encoder_of_transformers_is_padded_and_each_gets_its_own_length():
                 first = first if isinstance(first, torch.Tensor) else first[0]
                 near(first[counts], expected.hidden_states[1][counts])
                 assert features[taps[2]][0].shape == (*batch["input_ids"].shape, 32)
-        engine = server.engines["teacher"]
         assert engine.merger.refusals == 0
         assert engine.counters.rows > 1.3 * engine.counters.forwards * 2.5  # of 2.5 in a request
         [teacher.close() for teacher in teachers]

@@ -6,6 +6,7 @@ import time
 import pytest
 import schoolhouse as sh
 import torch
+from directories import Scale, stopped_in_mid_forward
 from models import Net
 from schoolhouse import errors
 from schoolhouse_server import serve
@@ -173,26 +174,24 @@ def test_no_server_within_the_connect_timeout():
         assert time.monotonic() - start < 10
 
 
-class Slow(nn.Module):
-    def forward(self, x):
-        time.sleep(2.0)
-        return x
-
-
 def test_server_gone_mid_call():
-    server = serve(Slow())
+    module = Scale()
+    module.gate.clear()
+    server = serve(module)
     with sh.connect(server.url, teacher_timeout_s=1.0) as remote:
+        remote.describe()  # has a session open
         future = remote.submit((torch.ones(1),), {}, [""])
-        time.sleep(0.3)
-        server.close()
-        with pytest.raises(errors.TeacherUnavailableError):
+        with stopped_in_mid_forward(server, module, remote), pytest.raises(errors.TeacherUnavailableError):
             future.result(30)
 
 
 def test_the_deadline_ends_the_wait():
-    with serve(Slow()) as server, sh.connect(server.url, timeout_s=0.3) as remote:
+    module = Scale()
+    module.gate.clear()
+    with serve(module) as server, sh.connect(server.url, timeout_s=0.3, teacher_timeout_s=20) as remote:
         with pytest.raises(errors.TeacherTimeoutError):
             remote.submit((torch.ones(1),), {}, [""]).result(30)
+        module.gate.set()
 
 
 def test_gradients_and_parameters_stay_with_the_student(teacher):

@@ -279,6 +279,8 @@ class Links:
             moving, other = session.asked(), self.other(link, now)
             if other is None or _is_silent(other, now - patience_s) or all(request.moved for request in moving):
                 continue
+            if not _goes_on(other, session.silent_since):  # they may be as slow, and this one was asked first
+                continue
             if not other.opened:
                 self._open(other, now)
                 continue
@@ -344,6 +346,14 @@ class Links:
 def _is_silent(link: Link, since: float) -> bool:
     silent_since = link.session.silent_since if link.session is not None and link.opened else None
     return silent_since is not None and silent_since <= since
+
+
+def _goes_on(link: Link, since: float | None) -> bool:
+    """Whether it has answered since then, or has nothing to answer."""
+    session = link.session
+    if session is None or not link.opened or session.silent_since is None or since is None:
+        return True
+    return session.answered_at > since
 
 
 def _those(tiers: list[list[Link]], wanted: Callable[[Link], bool]) -> list[list[Link]]:
