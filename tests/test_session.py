@@ -218,10 +218,10 @@ def test_features_of_another_request_are_refused(change, error):
     with bad_replica("r1", answers, ["", "a"]) as (replica, _), sh.connect(url_of(replica)) as teacher:
         future = teacher.submit((torch.ones(1),), {}, [""])
         if error is None:
-            assert torch.equal(future.result(10)[""], torch.ones(2))
+            assert torch.equal(future.result(30)[""], torch.ones(2))
         else:
             with pytest.raises(error):
-                future.result(10)
+                future.result(30)
 
 
 def test_a_teacher_pickles_as_its_address():
