@@ -25,10 +25,13 @@ def answers(url: str, job: str, rows: int) -> Iterator[int]:
             pending.append(teacher.submit((images,), {}, ["fc"]))
 
 
-def ask(url: str, job: str, until: float, served: dict[str, int]) -> None:
-    """Ask as one job until then, and note the rows that were served."""
+def ask(url: str, job: str, seconds: float, served: dict[str, int]) -> None:
+    """Ask as one job for so long from its first answer on, and note the rows that were served."""
+    until = None
     for rows in answers(url, job, JOBS[job]):
-        if time.monotonic() > until:
+        now = time.monotonic()
+        until = now + seconds if until is None else until
+        if now > until:
             return
         served[job] += rows
 
@@ -41,8 +44,7 @@ def main() -> None:
     torch.set_num_threads(1)
     served = dict.fromkeys(JOBS, 0)
     with serve(Digits(width=64)) as server:
-        until = time.monotonic() + seconds
-        threads = [threading.Thread(target=ask, args=(server.url, job, until, served)) for job in JOBS]
+        threads = [threading.Thread(target=ask, args=(server.url, job, seconds, served)) for job in JOBS]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -1,6 +1,7 @@
 """Fixtures that tests share: one local Ray cluster a session, started when first asked for."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def teach(request):
     yield make
     for one in open_ones:
         one.close()
+
+
+@pytest.fixture
+def kept_port():
+    """A port for servers that come one after another: nobody who asks for any free one is given it in between."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does, which may thus listen there
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def helm(*arguments):
     if subprocess.run([sys.executable, "-c", "import helm_python"], capture_output=True).returncode:
         pytest.skip("Helm (helm-python-sdk) is not installed")
     command = [sys.executable, ROOT / "deploy/render.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=150)
 
 
 def rendered(given, folder):

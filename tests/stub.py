@@ -2,6 +2,7 @@
 
 import grpc
 from schoolhouse_wire import channel, framing
+from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -33,3 +34,15 @@ class Stub:
     def call(self, request_id, payload, header):
         self.ask(request_id, payload, header)
         return next(answer for answer in self.answers if answer.WhichOneof("kind"))
+
+
+def inline(value):
+    """Fields of a call whose inputs stand in it."""
+    outgoing = framing.Outgoing(value, limits=Limits(), snapshot=True)
+    return {"inputs": outgoing.header, "payload": outgoing.payload}
+
+
+def to_payload(value):
+    """The same for `Stub.call`."""
+    made = inline(value)
+    return {"payload": made["payload"], "header": made["inputs"]}

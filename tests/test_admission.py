@@ -1,5 +1,7 @@
 """Who is let in, told to wait and told to go on, without a server."""
 
+import threading
+
 import pytest
 from memfd import soon
 from schoolhouse_server import admission
@@ -54,7 +56,9 @@ def test_more_than_a_jobs_bytes_goes_alone_and_without_end_only_then(timer):
 
 
 def test_a_place_is_kept_for_who_waits_but_not_for_ever(timer, monkeypatch):
-    monkeypatch.setattr(admission, "_RESERVED_S", 0.2)
+    monkeypatch.setattr(admission, "_RESERVED_S", 0.05)
+    at, go_on = timer.at, threading.Semaphore(0)
+    monkeypatch.setattr(timer, "at", lambda when, ring: at(when, lambda: go_on.acquire(timeout=20) and ring()))
     among = Admission(Sharing(max_in_flight=1), timer)
     one, two, three = (Session(among, "j") for _ in range(3))
     assert among.admit(one, 1, 1)
@@ -63,10 +67,12 @@ def test_a_place_is_kept_for_who_waits_but_not_for_ever(timer, monkeypatch):
     among.end(one, 1)
     assert not among.admit(one, 2, 1)
     assert (two.told, three.told) == ([1, "go on"], [1])
+    go_on.release()
     assert soon(lambda: three.told == [1, "go on"])  # the second does not come
     among.leave(three)
     assert one.told == [2, "go on"]
     assert among.in_flight() == {"j": 1}  # reserved
+    go_on.release(2)  # also what rings for the third, which has left
     assert soon(lambda: among.in_flight() == {})
 
 

@@ -52,14 +52,14 @@ def served_elsewhere(value, port=0):
             process.kill()
 
 
-def test_copies_keep_the_revision_that_was_begun_with():
+def test_copies_keep_the_revision_that_was_begun_with(kept_port):
     x = torch.ones(1, 2)
-    with serve(constant(1.0)) as server, sh.connect(server.url) as teacher:
+    with serve(constant(1.0), port=kept_port) as server, sh.connect(server.url) as teacher:
         settings = {"teacher_model": teacher, "criterion": nn.MSELoss()}
         model = sh.convert(nn.Linear(2, 2), mode=[("kd_loss", settings)])
         copies = [pickle.loads(pickle.dumps(teacher)), copy.deepcopy(teacher)]
         student = pickle.loads(pickle.dumps(model))
-    with serve(constant(2.0), port=server.port):
+    with serve(constant(2.0), port=kept_port):
         for teacher in copies:
             with pytest.raises(errors.RevisionChangedError, match="Connect again"):
                 teacher.submit((x,), {}, [""])
@@ -69,12 +69,12 @@ def test_copies_keep_the_revision_that_was_begun_with():
             assert anew.submit((x,), {}, [""]).result()[""].tolist() == [[4, 4]]
 
 
-def test_a_fork_keeps_the_revision_that_was_begun_with():
+def test_a_fork_keeps_the_revision_that_was_begun_with(kept_port):
     x = torch.ones(1, 2)
-    with served_elsewhere(1.0) as url:
+    with served_elsewhere(1.0, port=kept_port) as url:
         teacher = sh.connect(url)
         assert teacher.submit((x,), {}, [""]).result()[""].tolist() == [[2, 2]]
-    with served_elsewhere(2.0, port=url.split(":")[2].split("/")[0]):
+    with served_elsewhere(2.0, port=kept_port):
 
         def ask():
             with pytest.raises(errors.RevisionChangedError):
@@ -120,7 +120,7 @@ def test_pings_of_a_client_that_waits_are_welcome():
         (name, value // 100 if value == channel._CLIENT_PING_MS else value) for name, value in channel.CLIENT_OPTIONS
     ]
     assert channel._SERVER_MIN_PING_MS < channel._CLIENT_PING_MS
-    handler = grpc.unary_unary_rpc_method_handler(lambda *_: (time.sleep(4), b"done")[1])
+    handler = grpc.unary_unary_rpc_method_handler(lambda *_: (time.sleep(2), b"done")[1])
     server = grpc.server(ThreadPoolExecutor(2), options=server_options)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Slow", {"Call": handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -142,7 +142,7 @@ teacher.submit((torch.ones(1, 2),), {{}}, [""]).result()
 futures = [teacher.submit((torch.ones(100_000, 2),), {{}}, [""]) for _ in range(50)]
 {ending}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=150)
     assert done.returncode == (3 if "SystemExit" in ending else 1)
     assert ("as scripts do" in done.stderr) == ("ValueError" in ending)
 

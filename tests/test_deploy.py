@@ -1,7 +1,9 @@
 """Images, `ray up` files, the Slurm script and the walk-through: valid, and of things that exist."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -169,14 +171,21 @@ def programs(folder):
     return str(folder)
 
 
+def free_port():
+    """One that is free until it is taken: the system gives ports below 32768 to nobody who asks for any."""
+    for port in random.SystemRandom().sample(range(25_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
+    pytest.fail("no port is free")
+
+
 @pytest.mark.ray
 def test_the_laptop_of_the_walk_through(tmp_path):
     pytest.importorskip("ray")
     files, shell = laptop()
     assert sorted(files) == ["my_models.py", "pool.yaml", "train.py"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     for name, text in files.items():
         (tmp_path / name).write_text(text.replace("7070", port))
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")}

@@ -202,7 +202,6 @@ def test_a_teacher_that_is_sharded_on_its_own(job):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_teacher_that_fails_on_one_rank(ranks, how):
     (waited, waited_s), (failed, failed_s) = (found["failing"][how] for found in ranks)
-    assert failed == "TeacherForwardError"
-    assert failed_s < GIVE_UP_S
+    assert failed == "TeacherForwardError"  # its own, and not that it waited for the other
     assert waited != "nothing"
-    assert waited_s < GIVE_UP_S + 5
+    assert max(waited_s, failed_s) < GIVE_UP_S + 20  # of a group's 30 minutes

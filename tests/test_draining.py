@@ -41,15 +41,16 @@ def listed(server):
 
 
 @pytest.mark.parametrize("shared_memory", [False, True])
-def test_what_is_in_flight_is_answered_and_the_session_is_told(shared_memory):
+def test_what_is_in_flight_is_answered_and_the_session_is_told(shared_memory, monkeypatch):
+    monkeypatch.setattr(draining, "IDLE_S", 60.0)
     gate = Gate()
     with serve(gate) as server:
         client = Stub(server, shared_memory=shared_memory)
         messages = framing.Outgoing(Arguments([torch.ones(2)], {}), limits=Limits(), snapshot=True)
         [message] = messages.messages(1, lambda payload: payload, None, lambda: True)
         client.ask(1, message, messages.header)
-        assert gate.entered.wait(10)
-        server.drain(30)
+        assert gate.entered.wait(20)
+        server.drain(60)
         assert next(a for a in client.answers if a.WhichOneof("kind")).WhichOneof("kind") == "draining"
         assert listed(server).state == directory_pb2.Replica.DRAINING
         assert not server.drained

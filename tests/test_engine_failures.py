@@ -195,6 +195,9 @@ def test_nobody_joins_a_request_that_is_about_to_fail():
 def test_a_client_that_does_not_read_is_not_answered_without_end():
     outgoing = framing.Outgoing(Arguments([torch.ones(10, 8)]), limits=Limits(), snapshot=True)
     with serve(Wide(), cache_bytes=10 << 20) as server:
+        other = Stub(server, shared_memory=False)
+        other.call(0, outgoing.payload, outgoing.header)  # from here on the cache answers, at once
+        other.channel.close()
         stub = Stub(server, shared_memory=False)
         for i in range(4 * MAX_IN_FLIGHT):
             stub.ask(i, outgoing.payload, outgoing.header)

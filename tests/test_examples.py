@@ -89,7 +89,7 @@ def test_example(name):
         pytest.importorskip("transformers")
     processes = [start(name, where) for where in ("local", "remote")]
     try:
-        (local, local_errors), (remote, remote_errors) = (process.communicate(timeout=80) for process in processes)
+        (local, local_errors), (remote, remote_errors) = (process.communicate(timeout=150) for process in processes)
     finally:
         for process in processes:
             process.kill()
@@ -102,7 +102,7 @@ def test_example(name):
 
 def test_shared_teacher():
     done = subprocess.run(
-        [sys.executable, FOLDER / "shared_teacher.py", "--seconds", "2"], capture_output=True, text=True, timeout=80
+        [sys.executable, FOLDER / "shared_teacher.py", "--seconds", "1"], capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -23,7 +23,6 @@ from directories import (
 )
 from memfd import soon
 from schoolhouse import errors, parking
-from schoolhouse.budget import RetryBudget
 from schoolhouse.links import Links
 from schoolhouse.replicas import Replica, ReplicaSet
 from schoolhouse.request import Request, Traffic
@@ -251,28 +250,6 @@ def test_of_two_that_are_slow_the_one_that_was_asked_first_is_not_left():
     b.answered_at = b.silent_since = 1.26  # and it has another one to answer
     assert links.silent(1.3, 0.2) == [a]
     assert request.moved
-
-
-def test_the_budget_is_a_part_of_what_is_asked():
-    budget = RetryBudget(0.0)
-    burst = sum(budget.take(0.0) for _ in range(1000))
-    assert burst == 256
-    assert budget.next_at == pytest.approx(0.1)
-    assert sum(budget.take(1.0) for _ in range(1000)) == 10
-    for _ in range(51):
-        budget.made()
-    assert sum(budget.take(1.0) for _ in range(1000)) == 10
-
-
-def test_what_is_beyond_the_budget_waits_and_is_not_lost():
-    with elsewhere(2) as (process, address, revision, _), replicas(Scale(2)) as (good,), DirectoryServer() as directory:
-        directory.publish(directory_pb2.Replica(id="a", address=address, revision=revision), good)
-        with sh.connect(directory.url) as teacher:
-            assert soon(lambda: answer(teacher) == 2 and len(sessions(teacher)) == 2)
-            futures = [ask(teacher, i) for i in range(100)]
-            teacher._dispatcher._budget._tokens = 0.0
-            process.kill()
-            assert [future.result(30)[""][0].item() for future in futures] == [2 * i for i in range(100)]
 
 
 def test_a_student_says_that_it_waits_and_then_what_to_do(caplog, monkeypatch):

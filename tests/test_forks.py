@@ -4,8 +4,8 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 import threading
-from pathlib import Path
 
 import pytest
 import schoolhouse as sh
@@ -132,10 +132,11 @@ def test_workers_of_a_data_loader_may_ask():
             assert torch.cat(list(loader))[:, 0].tolist() == list(range(8))
 
 
-def test_the_path_without_memory_files(monkeypatch):
+def test_the_path_without_memory_files(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     x = torch.ones(1, 2)
     with serve(nn.Identity()) as server, sh.connect(server.url) as teacher:
         teacher.submit((x,), {}, [""]).result()
         assert in_a_fork(lambda: 6 + len(teacher.submit((x,), {}, [""]).result(30)[""])) == 7
-        assert not list(Path("/tmp").glob("*cygrpc*"))
+        assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ def live():
         threads = threading.active_count()
         assert soon(lambda: found.server.load("teacher").sessions == 0)
         assert soon(lambda: memfds()[0] == 0)
-        assert threading.active_count() <= threads
+        assert soon(lambda: threading.active_count() <= threads)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])

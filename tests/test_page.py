@@ -101,7 +101,7 @@ def test_the_numbers_are_those_of_the_replicas(browser, page):
             ["TeacherForwardError", "1"],
         ]
         assert "No replica of llama serves" in text(browser, "#notice")
-        assert text(browser, "#news") == "live"
+        until(browser, lambda: text(browser, "#news") == "live")
 
 
 @browser_needed
@@ -184,10 +184,12 @@ def test_it_fits_narrow_screens_and_is_dark_for_who_wants_it(browser, page):
             until(browser, lambda: shown(browser))
             light = browser.execute_script(ground)
             emulate("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-            assert browser.execute_script(ground) != light
+            until(browser, lambda: browser.execute_script(ground) != light)
             for width in (400, 1280):
                 emulate("setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width == 400)
-                assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+                until(
+                    browser, lambda w=width: browser.execute_script("return document.documentElement.scrollWidth") <= w
+                )
     finally:
         emulate("setEmulatedMedia", features=[])
         emulate("clearDeviceMetricsOverride")

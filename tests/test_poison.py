@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import Asked, at_once, close, engine_of, pair, randn
 from models import Net
@@ -159,6 +159,7 @@ def test_a_crash_hits_only_its_own_request():
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e4m3fn]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.5, -448.0, NAN, INF, -INF]), min_size=1), st.sampled_from(DTYPES))
 def test_what_is_finite_is_told_of_any_dtype(numbers, dtype):
     tensor = torch.tensor(numbers, dtype=torch.float32).to(dtype)

@@ -51,7 +51,7 @@ def test_a_killed_replica_loses_no_request():
             process.kill()
             futures += [ask(teacher, i) for i in range(300, 400)]
             assert [future.result(20)[""][0].item() for future in futures] == [2 * i for i in range(400)]
-            assert sessions(teacher) == addresses(other)
+            assert soon(lambda: sessions(teacher) == addresses(other))
 
 
 def test_a_session_that_the_server_ends_is_opened_again():
@@ -83,7 +83,10 @@ def test_what_was_tried_is_told_at_the_deadline():
         directory.publish(server)
         with sh.connect(directory.url, teacher_timeout_s=1) as teacher:
             server.close()
+            first = ask(teacher)
+            assert soon(lambda: "efused" in teacher._dispatcher._links.tried())
             error = ask(teacher).exception(20)
+            assert first.done()
             assert isinstance(error, errors.TeacherUnavailableError)
             for words in (
                 "for 1 s",

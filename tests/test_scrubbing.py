@@ -62,9 +62,9 @@ def test_what_says_what_to_do_stays(text):
 def test_a_long_text_takes_no_long_time():
     for text in ("/a" * 10**6, "tensor([" * 10**5, "1.0000, " * 10**6, "'/" * 10**6, "~" * 10**6, "1" * 10**6,
                  "1." + "1" * 10**6):  # fmt: skip
-        began = time.perf_counter()
+        began = time.thread_time()  # of this thread alone: the machine may be busy with others
         assert len(scrub(text)) <= 65_536 + 16
-        assert time.perf_counter() - began < 2
+        assert time.thread_time() - began < 2
 
 
 def test_a_failure_is_told_without_them():

@@ -12,6 +12,7 @@ from models import Net
 from schoolhouse import errors
 from schoolhouse_server.config import load_pool
 from schoolhouse_server.desired import Desired
+from schoolhouse_server.sharing import Sharing
 from schoolhouse_server.tokens import new_token
 from schoolhouse_wire.v1 import directory_pb2
 
@@ -64,12 +65,25 @@ def test_a_roll_changes_no_tokens_file(load):
     assert now.rolled(load("{tokens: tokens.yaml, allow_head: true}"), ["net"]).config.security.allow_head
 
 
-def test_directory_and_replicas_ask_for_the_same_tokens(load, monkeypatch):
-    """Both actors without Ray, which they need only to know where they are."""
-    actors = pytest.importorskip("schoolhouse_server.actors")
+@pytest.fixture
+def actors(monkeypatch):
+    """The actors without Ray, which they need only to know where they are."""
+    found = pytest.importorskip("schoolhouse_server.actors")
     context = SimpleNamespace(get_actor_name=lambda: "teacher/net/a1")
-    monkeypatch.setattr(actors.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(actors, "set_up", lambda *args, **about: None)
+    monkeypatch.setattr(found.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(found, "set_up", lambda *args, **about: None)
+    return found
+
+
+def test_a_replica_shares_as_the_pool_file_says(load, actors):
+    said = {name: i + 2 for i, name in enumerate(vars(Sharing())) if name != "cost"} | {"cost": "tokens"}
+    pool = load("{}")
+    actor = actors.TeacherActor("net", replace(pool.teachers["net"], **said), pool)
+    logging.getLogger().removeHandler(actor._ring)
+    assert actor._make(Net())._sharing == Sharing(**said)
+
+
+def test_directory_and_replicas_ask_for_the_same_tokens(load, actors):
     pool = replace(load("{tokens: tokens.yaml}"), port=0)
     directory = actors.DirectoryActor(pool)
     actor = actors.TeacherActor("net", pool.teachers["net"], pool)

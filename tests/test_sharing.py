@@ -61,8 +61,9 @@ def test_a_light_job_does_not_wait_for_all_that_a_heavy_one_has_queued():
         sh.connect(server.url, job="heavy") as heavy,
         sh.connect(server.url, job="light") as light,
     ):
+        heavy.describe()  # its session is open: what is asked before goes in any order
         many = [ask(heavy, i, rows=8) for i in range(30)]
-        assert gate.entered.acquire(timeout=10)
+        assert gate.entered.acquire(timeout=20)
         assert soon(lambda: load_of(server).queued == 29)
         few = [ask(light, 100 + i, rows=8) for i in range(3)]
         assert soon(lambda: load_of(server).queued == 32)
@@ -81,7 +82,7 @@ def test_weights_and_rows_decide_about_shares():
     with serve(gate, max_in_flight=200) as server:
         teachers = {job: sh.connect(server.url, job=job, weight=weight) for job, (weight, _) in settings.items()}
         futures = [ask(teachers["c"], 0)]
-        assert gate.entered.acquire(timeout=10)
+        assert gate.entered.acquire(timeout=20)
         for i, (job, (_, rows)) in enumerate(settings.items()):
             futures += [ask(teachers[job], 1000 * (i + 1) + n, rows) for n in range(150)]
         assert soon(lambda: load_of(server).queued == 450)
@@ -143,7 +144,7 @@ def test_a_job_keeps_to_its_bytes_and_a_request_larger_than_that_goes_alone(shar
 
 def test_the_bound_of_the_queue_makes_jobs_wait_and_none_of_them_starves():
     gate = Gate()
-    gate.pause_s = 0.002
+    gate.pause_s = 0.005
     with serve(gate, max_queued=4) as server:
         teachers = [sh.connect(server.url, job=f"job-{i}") for i in range(6)]
         futures = [ask(teacher, 100 * t + i) for i in range(20) for t, teacher in enumerate(teachers)]
@@ -151,7 +152,7 @@ def test_the_bound_of_the_queue_makes_jobs_wait_and_none_of_them_starves():
         assert soon(lambda: sum(job.waits > 0 for job in load_of(server).jobs) >= 5)
         gate.opened.set()
         answers(futures, [100 * t + i for i in range(20) for t in range(6)])
-        first = [n // 100 for n in gate.seen[:60]]
+        first = [n // 100 for n in gate.seen[:90]]  # who starved would come after the 100 of the others
         assert all(first.count(t) >= 3 for t in range(6)), gate.seen
         for teacher in teachers:
             teacher.close()
@@ -159,16 +160,16 @@ def test_the_bound_of_the_queue_makes_jobs_wait_and_none_of_them_starves():
 
 def test_a_greedy_rank_does_not_keep_another_from_its_turn():
     gate = Gate()
-    gate.pause_s = 0.005
+    gate.pause_s = 0.01
     with serve(gate, max_in_flight=2) as server:
         greedy, modest = (sh.connect(server.url, job="ddp") for _ in range(2))
         futures = [ask(greedy, i) for i in range(100)]
-        assert gate.entered.acquire(timeout=10)
+        assert gate.entered.acquire(timeout=20)
         one = ask(modest, 1000)
         assert soon(lambda: job_of(server, "ddp").waits >= 1)
         gate.opened.set()
         answers([one], [1000])
-        assert gate.seen.index(1000) < 10
+        assert gate.seen.index(1000) < 60  # as soon as its threads run; one that is kept from its turn is the last
         answers(futures, range(100))
         greedy.close()
         modest.close()
@@ -200,7 +201,7 @@ def test_many_that_are_cancelled_over_quota_do_not_cost_the_session(shared_memor
     with serve(gate, max_in_flight=1) as server:
         one, other = (sh.connect(server.url, job="ddp", shared_memory=shared_memory) for _ in range(2))
         first = ask(one, 0)
-        assert gate.entered.acquire(timeout=10)
+        assert gate.entered.acquire(timeout=20)
         other.describe()
         [session] = other.open_sessions()
         kept = []
@@ -218,11 +219,16 @@ def test_many_that_are_cancelled_over_quota_do_not_cost_the_session(shared_memor
 def test_a_deadline_that_passes_over_quota_says_so():
     gate = Gate()
     with serve(gate, max_in_flight=1) as server:
-        with sh.connect(server.url, job="j") as one, sh.connect(server.url, job="j", timeout_s=0.5) as other:
+        with sh.connect(server.url, job="j") as one, sh.connect(server.url, job="j") as other:
             first = ask(one, 0)
-            assert gate.entered.acquire(timeout=10)
+            assert gate.entered.acquire(timeout=20)
+            second, outstanding = ask(other, 1), other._dispatcher.outstanding
+            [request] = outstanding._requests.values()
+            assert soon(lambda: request.told_to_wait)
+            request.deadline = time.monotonic()
+            outstanding.reschedule(request)
             with pytest.raises(errors.TeacherTimeoutError, match="over its quota"):
-                ask(other, 1).result(10)
+                second.result(20)
             gate.opened.set()
             answers([first, ask(other, 2)], [0, 2])
             assert 1 not in gate.seen
@@ -252,7 +258,7 @@ def test_a_deadline_is_kept_although_the_device_is_busy():
     outgoing = framing.Outgoing(Arguments([torch.ones(1, 1)]), limits=Limits(), snapshot=True)
     with serve(gate) as server, sh.connect(server.url) as teacher:
         first = ask(teacher, 0)
-        assert gate.entered.acquire(timeout=10)
+        assert gate.entered.acquire(timeout=20)
         stub = Stub(server, shared_memory=False)
         tap = teacher_pb2.Tap(module="", side=teacher_pb2.Tap.OUTPUT)
         call = {"taps": [tap], "inputs": outgoing.header, "payload": outgoing.payload}
@@ -270,7 +276,7 @@ def test_a_cancelled_request_leaves_the_queue_at_once():
     gate = Gate()
     with serve(gate) as server, sh.connect(server.url, job="j") as teacher:
         futures = [ask(teacher, 0)]
-        assert gate.entered.acquire(timeout=10)
+        assert gate.entered.acquire(timeout=20)
         futures += [ask(teacher, i) for i in range(1, 5)]
         assert soon(lambda: load_of(server).queued == 4)
         futures[2].cancel()
@@ -292,8 +298,7 @@ def test_a_client_that_ignores_wait_is_ended(shared_memory):
         with pytest.raises(Exception, match="calls came after the client was told to wait"):
             for _ in stub.answers:
                 pass
-        assert soon(lambda: load_of(server).queued == 0)
-        assert sum(job.in_flight for job in load_of(server).jobs) == 0
+        assert soon(lambda: load_of(server).queued == sum(job.in_flight for job in load_of(server).jobs) == 0)
         gate.opened.set()
         stub.channel.close()
 
@@ -334,15 +339,30 @@ def test_weights_and_settings_out_of_bounds():
         for wrong in ({"weight": float("nan")}, {"weight": -1.0}, {"job": 257 * "x"}):
             with pytest.raises(grpc.RpcError, match="Open came with"):
                 Stub(server, **wrong)
-    for wrong in ({"cost": "bytes"}, {"max_in_flight": 0}, {"max_job_bytes": 0}, {"max_queued": 0}, {"lease_s": -1}):
+    for wrong in (
+        {"cost": "bytes"},
+        {"max_in_flight": 0},
+        {"max_job_bytes": 0},
+        {"max_queued": 0},
+        {"lease_s": -1},
+        {"max_sessions": 0},
+        {"max_sessions": 1025},
+    ):
         with pytest.raises(errors.ConfigError, match=next(iter(wrong))):
             serve(nn.Identity(), **wrong)
 
 
 def test_clients_without_a_name_are_jobs_of_their_own():
-    with serve(nn.Identity()) as server, sh.connect(server.url) as a, sh.connect(server.url) as b:
-        ask(a, 1).result(20), ask(b, 1).result(20), ask(b, 2).result(20)
+    with (
+        serve(nn.Identity()) as server,
+        sh.connect(server.url, job="anonymous-2") as named,
+        sh.connect(server.url) as a,
+        sh.connect(server.url) as b,
+    ):
+        for teacher in (named, a, b, b):
+            ask(teacher, 1).result(20)
         assert sorted((job.job, job.requests) for job in load_of(server).jobs) == [
             ("anonymous-1", 1),
-            ("anonymous-2", 2),
+            ("anonymous-2", 1),
+            ("anonymous-3", 2),
         ]

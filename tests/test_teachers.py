@@ -362,11 +362,11 @@ def test_a_wrong_tap_of_a_model_of_very_many_modules_is_told_at_once():
         f"layers.{i}.experts.{j}.{part}" for i in range(32) for j in range(256) for part in ("up", "gate", "down")
     ]
     known = dict.fromkeys(["", "head", *layers])
-    began = time.perf_counter()
+    began = time.thread_time()  # of this thread alone: the machine may be busy with others
     with pytest.raises(errors.UnknownTapError) as caught:
         check_modules(["layers.3.experts.11.upp"], known, "it")
     assert caught.value.choices[0] == "layers.3.experts.11.up"
     with pytest.raises(errors.UnknownTapError) as caught:
         check_modules(["layers.99.experts.11.upp"], known, "it")
     assert caught.value.choices[0] == "layers.0.experts.0.up"
-    assert time.perf_counter() - began < 2
+    assert time.thread_time() - began < 2

@@ -1,5 +1,6 @@
 """Certificates and keys that are wrong: one sentence at the side that has them, or at the one that is refused."""
 
+import socket
 import ssl
 
 import pytest
@@ -84,6 +85,14 @@ def expired(folder, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """The look at why a server cannot be talked to has the time that a loaded machine takes."""
+    monkeypatch.setattr("schoolhouse.handshake._STEP_TIMEOUT_S", 20.0)
+    monkeypatch.setattr("schoolhouse.handshake._TIMEOUT_S", 30.0)
+
+
+@pytest.mark.usefixtures("patient")
 def test_an_expired_certificate_of_a_client_is_said(tmp_path, monkeypatch):
     own = expired(tmp_path, monkeypatch)
     with serve(Net(32, seed=1), tls=ours().server(client_ca=own / "ca.pem")) as server:
@@ -92,6 +101,13 @@ def test_an_expired_certificate_of_a_client_is_said(tmp_path, monkeypatch):
             sh.connect(server.url, **given, connect_timeout_s=0.5)
 
 
+def test_a_server_that_says_nothing_is_not_told_to_speak_no_tls():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(errors.TeacherUnavailableError, match="no server answered"):
+            sh.connect(f"grpcs://127.0.0.1:{silent.getsockname()[1]}/x", ca=ours().ca, connect_timeout_s=0.3)
+
+
+@pytest.mark.usefixtures("patient")
 def test_an_authority_of_clients_that_was_taken_out_is_known_no_more(tmp_path):
     known = tmp_path / "clients.pem"
     known.write_bytes(theirs().ca.read_bytes())

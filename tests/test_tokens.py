@@ -111,7 +111,7 @@ def test_a_file_that_is_not_there_or_is_another_is_told(tmp_path):
     with pytest.raises(ConfigError, match="cannot read the tokens file .*: No such file"):
         Tokens(tmp_path / "none")
     (tmp_path / "large").write_bytes(bytes((1 << 20) + 1))
-    with pytest.raises(ConfigError, match="larger than 1048576 bytes"):
+    with pytest.raises(ConfigError, match="more than 1048576 bytes"):
         Tokens(tmp_path / "large")
     (tmp_path / "binary").write_bytes(b"\x80\x81")
     with pytest.raises(ConfigError, match="is not YAML"):

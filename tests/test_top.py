@@ -137,7 +137,7 @@ def test_live_in_a_terminal_while_the_server_goes_and_comes_until_q():
         with directory(running, int(target.split(":")[1])):
             terminal.until("serving")
             terminal.press(b"q")
-            assert terminal.process.wait(15) == 0
+            assert terminal.process.wait(30) == 0
     finally:
         terminal.close()
 

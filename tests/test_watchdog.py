@@ -1,7 +1,7 @@
 """A replica that is at its end, by a forward that never returns or a device that broke: it says so, and is replaced."""
 
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 import schoolhouse as sh
@@ -12,7 +12,7 @@ from merging import Asked, at_once, engine_of, pair, randn
 from models import Net
 from schoolhouse import errors
 from schoolhouse.teachers import LocalTeacher
-from schoolhouse_server import health, serve
+from schoolhouse_server import health, serve, watchdog
 from schoolhouse_server.config import TeacherSpec
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.timer import Timer
@@ -51,6 +51,7 @@ def ask(client, request_id, x):
 def test_a_forward_that_never_returns_ends_the_replica_and_nobody_waits():
     module = Hanging()
     with serve({"teacher": module, "other": Net()}, forward_timeout_s=0.6) as server:
+        server.engines["other"]._watchdog.end()  # else a machine that stands still for so long ends it, too
         address = f"127.0.0.1:{server.port}"
         assert health.serves(address)
         client = Stub(server, shared_memory=False)
@@ -116,24 +117,45 @@ def test_features_that_never_leave_the_device_count_too():
 
     told = threading.Event()
     engine = Engine(Stuck(nn.Identity()), max_queued=9, forward_timeout_s=0.3, on_trouble=told.set)
-    engine.start()
     asked = [Asked(randn(5000, 8, seed=i)) for i in range(6)]
     for one in asked:
         engine.submit(one.job)
+    engine.start()
     for one in asked:
         assert isinstance(one.result(), errors.TeacherUnavailableError)
-    assert told.wait(10)
+    assert told.wait(20)
     go.set()
     engine.close()
 
 
-def test_forwards_that_each_return_in_time_are_no_hang_together():
+class Clock:
+    """Time, and a timer on it, that go on when they are told to."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.alarms = 1000.0, []
+        monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def at(self, when, ring):
+        self.alarms.append((when, ring))
+
+    def go_on(self, seconds):
+        end = self.now + seconds
+        while due := sorted((alarm for alarm in self.alarms if alarm[0] <= end), key=lambda alarm: alarm[0]):
+            self.alarms.remove(due[0])
+            self.now = max(self.now, due[0][0])
+            due[0][1]()
+        self.now = end
+
+
+def test_forwards_that_each_return_in_time_are_no_hang_together(monkeypatch):
     class Slow(nn.Module):
         def forward(self, x):
-            time.sleep(0.1)
+            clock.go_on(1.0)
             return x
 
+    clock = Clock(monkeypatch)
     engine = Engine(LocalTeacher(Slow()), max_queued=99, forward_timeout_s=1.5)
+    engine._watchdog._timer = clock
     engine.start()
     asked = [Asked(randn(1, 8, seed=i)) for i in range(25)]
     for one in asked:
@@ -147,11 +169,12 @@ def test_forwards_that_each_return_in_time_are_no_hang_together():
 def test_what_waits_for_the_device_beside_forwards_counts_too(work):
     """A merged forward is only begun when it returns; who looks at what it makes waits for it."""
     go, told = threading.Event(), threading.Event()
-    with engine_of(Net(), forward_timeout_s=0.5, on_trouble=told.set) as engine:
+    with engine_of(Net(), on_trouble=told.set) as engine:
         if work == "split":
             for _ in range(2):  # so that it is learned
                 at_once(engine, *pair(2, 3)[0])
-        setattr(engine.merger, work, lambda *_args: go.wait(60))
+        inside = threading.Event()
+        setattr(engine.merger, work, lambda *_args: (inside.set(), go.wait(60)))
         gate = engine.teacher.module
         first = Asked(torch.ones(1), hold=True)
         engine.submit(first.job)
@@ -160,6 +183,9 @@ def test_what_waits_for_the_device_beside_forwards_counts_too(work):
         for one in asked:
             engine.submit(one.job)
         gate.go.release()
+        assert inside.wait(20)
+        engine._watchdog._timeout_s = 0.2  # not before: what comes first may take its time
+        engine._watchdog._look()
         assert told.wait(20)
         assert engine.trouble.stage == "stuck"
         go.set()
@@ -200,7 +226,7 @@ def test_who_breaks_a_device_alone_is_told_so_and_no_more_is_taken():
     error = bad.result()
     assert isinstance(error, errors.TeacherForwardError)
     assert "device-side assert" in str(error)
-    assert told.wait(10)
+    assert told.wait(20)
     assert engine.trouble.stage == "broken"
     with pytest.raises(errors.TeacherUnavailableError, match="ask another replica"):
         engine.submit(Asked(randn(2, 8)).job)
@@ -246,20 +272,28 @@ def test_ordinary_errors_ask_no_more_of_the_device():
         assert len(at_once(engine, *pair(2)[0])) == 1
 
 
-def test_the_dog_barks_once_and_not_at_those_who_rest():
-    timer, pulse, barks = Timer(), Pulse(), []
-    dog = Watchdog(timer, 0.2, [pulse, Pulse()], lambda: barks.append(time.monotonic()))
+def test_the_dog_barks_once_and_not_at_those_who_rest(monkeypatch):
+    clock, pulse, barks = Clock(monkeypatch), Pulse(), []
+    dog = Watchdog(clock, 0.2, [pulse, Pulse()], lambda: barks.append(clock.now))
     dog.start()
     for _ in range(8):
         with pulse:
-            time.sleep(0.05)
+            clock.go_on(0.05)
+    clock.go_on(1.0)
     assert not barks
     with pulse:
-        began = time.monotonic()
-        assert soon(lambda: barks)
-        assert barks[0] - began >= 0.2
-        time.sleep(0.5)
-    assert len(barks) == 1
+        began = clock.now
+        clock.go_on(1.0)
+    assert barks == [pytest.approx(began + 0.2)]
+    assert not clock.alarms
+
+
+def test_the_dog_looks_at_the_real_time():
+    timer, pulse, barked = Timer(), Pulse(), threading.Event()
+    dog = Watchdog(timer, 0.1, [pulse], barked.set)
+    dog.start()
+    with pulse:
+        assert barked.wait(20)
     dog.end()
     timer.close()
 

@@ -59,7 +59,7 @@ def _over_tls(opened: socket.socket, target: str, security: ClientSecurity) -> S
             f"the server at {target} does not speak TLS as it should ({err.reason}); connect to grpc://{target}/NAME "
             "if it has none"
         )
-    except (ConnectionError, TimeoutError):
+    except ConnectionError:  # one that is slow may speak it
         return ConfigError(f"the server at {target} does not speak TLS; connect to grpc://{target}/NAME if it has none")
     with wrapped:
         return _after_handshake(wrapped, target, security)

@@ -1,4 +1,4 @@
-"""Requests that no replica can take at present: since when, what is said of it, and their stopped clocks."""
+"""Requests that wait, as no replica can take them or they are held back: what is said of it, and stopped clocks."""
 
 import logging
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from schoolhouse.errors import TeacherUnavailableError
 from schoolhouse.request import Request
 
 _SAY_AFTER_S, _SAY_AGAIN_S = 2.0, 30.0
+_ALONE = "no replica of the teacher %r can be asked"
+_HELD_BACK = "replicas of the teacher %r lost more requests than may be sent again at once, so some are held back"
 _log = logging.getLogger("schoolhouse")
 
 
@@ -51,7 +53,7 @@ class Parking:
     def no_replica(self, now: float) -> None:
         """A request found none."""
         if self._alone_since is None:
-            self._alone_since, self._say_at = now, now + _SAY_AFTER_S
+            self._alone_since, self._say_at = now, now
 
     def found_replica(self, now: float) -> None:
         """One can take requests."""
@@ -61,25 +63,29 @@ class Parking:
 
     def say(self, now: float) -> float | None:
         """Tell whoever looks at the student that it waits; returns when to call again."""
-        if not self._since or self._alone_since is None:
+        if not self._since:
             return None
-        if now >= self._say_at:
-            self._said, self._say_at = True, now + _SAY_AGAIN_S
-            _log.warning(
-                "no replica of the teacher %r can be asked for %.0f s; %d requests wait, for up to %g s each "
-                "(teacher_timeout_s); %s",
-                self._teacher,
-                now - self._alone_since,
-                len(self._since),
-                self._timeout_s,
-                self._why(),
-            )
+        alone = self._alone_since is not None
+        since = self._alone_since if self._alone_since is not None else min(list(self._since.values()), default=now)
+        if now < (say_at := max(self._say_at, since + _SAY_AFTER_S)):
+            return say_at
+        self._said, self._say_at = alone, now + _SAY_AGAIN_S
+        _log.warning(
+            f"{_ALONE if alone else _HELD_BACK} for %.0f s; %d requests wait, for up to %g s each "
+            "(teacher_timeout_s); %s",
+            self._teacher,
+            now - since,
+            len(self._since),
+            self._timeout_s,
+            self._why(),
+        )
         return self._say_at
 
     def over(self) -> TeacherUnavailableError:
         """What a request fails with that was here for too long."""
+        state = (_ALONE if self._alone_since is not None else _HELD_BACK) % self._teacher
         return TeacherUnavailableError(
-            f"no replica of {self._teacher!r} could be asked for {self._timeout_s:g} s (teacher_timeout_s); "
+            f"{state} for {self._timeout_s:g} s (teacher_timeout_s); "
             f"{self._why()}. Start the teacher again, or see what `schoolhouse status` and `schoolhouse logs` say of "
             "it; then forward the batch again: training goes on from there. Raise teacher_timeout_s in connect() to "
             "wait for longer"

@@ -34,7 +34,7 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_concurrent_streams", 64),  # of one connection
     ("grpc.max_allowed_incoming_connections", 2048),
     ("grpc.server_handshake_timeout_ms", 20_000),  # for a connection that does not say what it is for
-    ("grpc.max_connection_idle_ms", 300_000),  # without a stream; a channel connects again as it is used
+    ("grpc.max_connection_idle_ms", 60_000),  # without a stream; a channel connects again as it is used
     ("grpc.http2.min_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),  # received ones; gRPC's C name for it
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.so_reuseport", 0),

@@ -160,6 +160,7 @@ class TeacherActor(PoolActor):
             max_job_bytes=self._spec.max_job_bytes,
             max_queued=self._spec.max_queued,
             lease_s=self._spec.lease_s,
+            max_sessions=self._spec.max_sessions,
             forward_timeout_s=self._spec.forward_timeout_s,
             merging=self._spec.merging,
             example=load_example(self._spec, self._pool.folder),

@@ -1,7 +1,8 @@
 """What a call asks for: the inputs of a forward, or a head; what none may ask for, and what it is told."""
 
 import logging
-from collections.abc import Sized
+import threading
+from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_server.device import lacks_memory
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.jobs import Answer
+from schoolhouse_server.sharing import Sharing
 
 _log = logging.getLogger(__name__)
 _HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
@@ -35,7 +37,22 @@ def inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
     return inputs, mask
 
 
-def head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:
+def answer_head(
+    engine: Engine, wanted: Wanted, inputs: Arguments, done: Callable[[Answer | BaseException], None], *, allowed: bool
+) -> None:
+    """Have `done` get a head, from a thread of its own: it waits for the forward that runs, and who asks does not."""
+
+    def run() -> None:
+        try:
+            found: Answer | BaseException = _head_answer(engine, wanted, inputs, allowed=allowed)
+        except Exception as err:
+            found = err
+        done(found)
+
+    threading.Thread(target=run, name="schoolhouse-head", daemon=True).start()
+
+
+def _head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:
     """A head, or its digest, by which a client tells whether the one that it has is the same.
 
     Raises:
@@ -56,6 +73,24 @@ def head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: b
     head = engine.teacher.head(name, tap.module)
     value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
     return Answer(pack([value]), engine.description.revision, _HEAD_LIMITS)
+
+
+def opened_by(engine: Engine, sharing: Sharing, limits: Limits) -> teacher_pb2.Opened:
+    """What a client is told as its session begins, but for shared memory."""
+    return teacher_pb2.Opened(
+        revision=engine.description.revision,
+        max_in_flight=sharing.max_in_flight,
+        max_request_bytes=limits.max_payload_bytes,
+        max_bytes_in_flight=sharing.max_job_bytes,
+        lease_s=sharing.lease_s,
+    )
+
+
+def reply_of(request_id: int, digest: bytes, wanted: Wanted, answer: Answer, header: bytes) -> teacher_pb2.Reply:
+    """A reply that says what it answers, so that it can be held against what was asked."""
+    return teacher_pb2.Reply(
+        request_id=request_id, revision=answer.revision, taps=wanted.to_wire(), input_digest=digest, features=header
+    )
 
 
 def as_told(error: BaseException) -> BaseException:

@@ -9,7 +9,15 @@ from schoolhouse.errors import ConfigError
 
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.logs import LogFormat
-from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_LEASE_S, MAX_QUEUED
+from schoolhouse_server.sharing import (
+    LEASE_S,
+    MAX_IN_FLIGHT,
+    MAX_JOB_BYTES,
+    MAX_LEASE_S,
+    MAX_QUEUED,
+    MAX_SESSIONS,
+    MOST_SESSIONS,
+)
 from schoolhouse_server.tls import ServerTls
 from schoolhouse_server.tokens import Tokens
 from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, MAX_FORWARD_TIMEOUT_S
@@ -122,6 +130,7 @@ class TeacherSpec:
     max_job_bytes: Annotated[int, Field(ge=1)] = MAX_JOB_BYTES
     max_queued: Annotated[int, Field(ge=1)] = MAX_QUEUED
     lease_s: Annotated[float, Field(ge=0, le=MAX_LEASE_S)] = LEASE_S
+    max_sessions: Annotated[int, Field(ge=1, le=MOST_SESSIONS)] = MAX_SESSIONS
     forward_timeout_s: Annotated[float, Field(ge=0, le=MAX_FORWARD_TIMEOUT_S)] = FORWARD_TIMEOUT_S
     merge: Literal["never", "same-shape", "pad"] = "never"
     max_batch_rows: Annotated[int, Field(ge=1)] = 256

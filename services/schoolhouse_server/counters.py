@@ -1,6 +1,7 @@
 """What a replica counts, by job: requests, rows, waits, bytes and errors."""
 
 import bisect
+import itertools
 import math
 import threading
 import time
@@ -47,7 +48,7 @@ class Counters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._began = time.monotonic()
-        self._anonymous = 0
+        self._unnamed = (f"anonymous-{number}" for number in itertools.count(1))
         self._live: dict[str, JobCounters] = {}
         self._ended: OrderedDict[str, JobCounters] = OrderedDict()
         self._oldest = JobCounters(ENDED)
@@ -61,8 +62,7 @@ class Counters:
         """A session of a job begins. One without a name is a job of its own."""
         with self._lock:
             if not job:
-                self._anonymous += 1
-                job = f"anonymous-{self._anonymous}"
+                job = next(name for name in self._unnamed if name not in self._live and name not in self._ended)
             found = self._live.get(job) or self._ended.pop(job, None) or JobCounters(job)
             self._live[job] = found
             found.weight = weight

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from schoolhouse.errors import TeacherTimeoutError
+from schoolhouse.errors import ProtocolError, TeacherTimeoutError
 from schoolhouse_wire import framing
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -62,6 +62,12 @@ class Receiving:
         if alarm is not None:
             self._timer.cancel(alarm)
         return partial is not None
+
+    def give_up(self) -> None:
+        """Nothing more will come: those that are not whole fail."""
+        for request_id in list(self._partial):
+            if self.drop(request_id):
+                self._fail(request_id, ProtocolError("the stream of requests ended within this call's payload"))
 
     def clear(self) -> None:
         """Forget all."""

@@ -52,7 +52,6 @@ class Replica:
         merging: MergeSettings | None = None,
         example: Example = None,
         early_stop: bool = True,
-        max_sessions: int = 128,
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
@@ -90,7 +89,6 @@ class Replica:
         self._early_stop = early_stop
         self._merging = merging or MergeSettings()
         self._examples = _examples(example, self._merging, self._modules)
-        self._max_sessions = max_sessions
         self._limits = Limits(max_payload_bytes=max_request_bytes)
         self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
@@ -146,7 +144,7 @@ class Replica:
             )
             for name, module in self._modules.items()
         }
-        max_rpcs = 2 * self._max_sessions + 16  # a client has a session, and watches the directory
+        max_rpcs = 2 * self._sharing.max_sessions + 16  # a client has a session, and watches the directory
         self._workers = DaemonExecutor(max_rpcs, "schoolhouse-rpc")
         forks.before_grpc()
         server = grpc.server(
@@ -262,7 +260,6 @@ class Replica:
             timer=self._timer,
             gate=self._gate,
             allow_head=self._allow_head,
-            max_sessions=self._max_sessions,
             tracing=self._tracing,
         )
         session = grpc.stream_stream_rpc_method_handler(

@@ -1,11 +1,11 @@
 """One client's session on a replica: its requests come in, are queued, and are answered in any order."""
 
 import contextlib
+import functools
 import logging
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,15 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import FloodError
 from schoolhouse_server.calls import (
+    answer_head,
     as_told,
     check_call,
     check_open,
     check_released,
     check_revision,
-    head_answer,
     inputs_of,
+    opened_by,
+    reply_of,
 )
 from schoolhouse_server.engine import Engine
 from schoolhouse_server.jobs import Answer, Job, Ticket
@@ -43,6 +45,7 @@ from schoolhouse_server.membership import Member
 from schoolhouse_server.receiving import Partial, Receiving
 from schoolhouse_server.sharing import LEASE_S, Sharing, rows_of
 from schoolhouse_server.spans import SessionSpans
+from schoolhouse_server.telling import Telling
 from schoolhouse_server.timer import Alarm
 from schoolhouse_server.tokens import Grant
 
@@ -50,7 +53,6 @@ if TYPE_CHECKING:
     from schoolhouse_server.servicer import Teachers
 
 _log = logging.getLogger(__name__)
-_MAX_UNTOLD = 1024  # failures and the like that a client may leave unread
 _END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
 
 
@@ -61,7 +63,8 @@ class ServerSession:
         self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, grant: Grant, *, shared_memory_bytes: int
     ) -> None:
         self.outbox: Outbox[Message | bytes] = Outbox()
-        self._untold: deque[Message] = deque()  # small messages that the stream has not taken yet
+        self._telling = Telling(self.outbox, self._end_if_answered)
+        self._asked_all = False  # the client ended its half of the stream, and waits for the rest of the answers
         self.error: SchoolhouseError | None = None
         self.cancel_stream: Callable[[], object] | None = None
         self._teachers = teachers
@@ -135,20 +138,13 @@ class ServerSession:
             elif not self._pipes.send(framing.write_message(message)):
                 return
 
-    def _tell(self, message: Message) -> None:
-        """Say something small. Who does not read it sends no more calls: see `_on_call`."""
-
-        def messages() -> Iterator[Message]:
-            yield self._untold.popleft()
-
-        self._untold.append(message)
-        self.outbox.put(messages())
-
     def _arrivals(self) -> Iterator[Any]:
         for message in self._messages:
             yield message
             if self._pipes is not None:
                 break
+        else:
+            self._asked_all = not self._closed
         for data in self._pipes or ():
             yield framing.received(teacher_pb2.ClientMessage, data)
 
@@ -160,6 +156,10 @@ class ServerSession:
                 self._receive(message)
                 if self._member is not None:
                     self._member.hear(listening=True)
+            if self._asked_all:
+                self._receiving.give_up()
+                self._end_if_answered()
+                return
         except SchoolhouseError as err:
             self.error = err
         except grpc.RpcError:
@@ -169,7 +169,21 @@ class ServerSession:
                 self.log.exception("a session failed")
                 self.error = TeacherInternalError("the session failed; the server's log says why")
         self.close()  # and with it the pipes
-        # What grpc raised refers to this frame, and grpc to that: what is large is not left to the garbage collector.
+        self._clear()
+
+    def _end_if_answered(self) -> None:
+        """Have the stream end if the client will ask for nothing more, and has got all that it did ask for."""
+        outstanding = self._member.outstanding if self._member is not None else 0
+        if self._asked_all and not outstanding and not self._telling:
+            self.outbox.close()
+
+    def ended(self) -> None:
+        """The stream is at its end."""
+        self.close()
+        self._clear() if self._asked_all else self.outbox.clear()  # the rest is with the one who reads
+
+    def _clear(self) -> None:
+        """What grpc raised refers to a frame, and grpc to that: what is large is not left to the garbage collector."""
         self.outbox.clear()
         self._receiving.clear()
         self._offered = self._segment = None
@@ -205,13 +219,7 @@ class ServerSession:
         check_revision(message.revision, engine)
         self._enter(message, engine, sharing)
         self.log.info("a session began")
-        opened = teacher_pb2.Opened(
-            revision=engine.description.revision,
-            max_in_flight=sharing.max_in_flight,
-            max_request_bytes=self._limits.max_payload_bytes,
-            max_bytes_in_flight=sharing.max_job_bytes,
-            lease_s=sharing.lease_s,
-        )
+        opened = opened_by(engine, sharing, self._limits)
         if message.shared_memory and self._shared_memory_bytes:
             with contextlib.suppress(OSError):  # this system has none: the stream does
                 offered_pipes = pipes.Offered()
@@ -219,7 +227,7 @@ class ServerSession:
                 opened.shared_memory.CopyFrom(offered.offer)
                 offered_pipes.describe_in(opened.shared_memory)
                 self._offered = offered, offered_pipes
-        self.outbox.put(iter([teacher_pb2.ServerMessage(opened=opened)]))
+        self._telling.tell(teacher_pb2.ServerMessage(opened=opened))
         assert self._member is not None
         self._teachers.drain.join(self._member)
         if self._closed:  # meanwhile, so that nobody takes it out again
@@ -230,7 +238,7 @@ class ServerSession:
             if self._closed:
                 raise ProtocolError("the session was closed")
             admission = self._teachers.admissions[message.teacher]
-            self._member = Member(message, engine.counters, admission, sharing, self._tell)
+            self._member = Member(message, engine.counters, admission, sharing, self._telling.tell)
             self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
             self._stop_waiting_for_open()
             lease_s = self._teachers.sharing.lease_s
@@ -264,8 +272,7 @@ class ServerSession:
                 self._segment.free(offset)
 
     def _on_call(self, call: teacher_pb2.Call) -> None:
-        if len(self._untold) > _MAX_UNTOLD:
-            raise FloodError(f"calls went on although {len(self._untold)} messages to the client were not read")
+        self._telling.check_read()
         try:
             if self._engine is None or self._member is None:
                 raise ProtocolError("a call came before Open")
@@ -296,7 +303,7 @@ class ServerSession:
 
     def _refuse_twin(self, request_id: int) -> None:
         error = ProtocolError(f"a call came with the id {request_id} of one that is in flight")
-        self._tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
+        self._telling.tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
 
     def _on_frame(self, frame: framing.Frame) -> None:
         try:
@@ -313,8 +320,8 @@ class ServerSession:
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
         if any(tap.side == HEAD for tap in wanted.taps):
-            head = head_answer(self._engine, wanted, inputs, allowed=self._teachers.allow_head)
-            self._answer(request_id, digest, wanted, head)
+            answer = functools.partial(self._answer, request_id, digest, wanted)
+            answer_head(self._engine, wanted, inputs, answer, allowed=self._teachers.allow_head)
             return
 
         rows = rows_of(inputs)
@@ -348,14 +355,8 @@ class ServerSession:
             return
         try:
             outgoing = framing.Outgoing(result.features, limits=result.limits, snapshot=False)
-            reply = teacher_pb2.Reply(
-                request_id=request_id,
-                revision=result.revision,
-                taps=wanted.to_wire(),
-                input_digest=digest,
-                features=outgoing.header,
-                queued=self._engine.queued,
-            )
+            reply = reply_of(request_id, digest, wanted, result, outgoing.header)
+            reply.queued = self._engine.queued
             assert self._member is not None
             self._member.answered(request_id, rows, wanted, result.features)
             self.outbox.put(self._reply(request_id, reply, outgoing))
@@ -385,6 +386,7 @@ class ServerSession:
             member.sent(request_id)
             self._engine.count("send", time.perf_counter() - began)
             self._spans.sent(request_id, began)
+            self._end_if_answered()
 
     def _fail(self, request_id: int, error: BaseException) -> None:
         error = as_told(error)
@@ -393,6 +395,5 @@ class ServerSession:
             self.log.info("a request failed: %s", type(error).__name__, request=request_id)
         else:
             self.log.error("a request failed", exc_info=error, request=request_id)
-        if self._member is not None:
-            self._member.failed(request_id, error)
-        self._tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
+        failure, member = teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)), self._member
+        self._telling.tell(failure, lambda: member.failed(request_id, error) if member is not None else None)

@@ -40,10 +40,8 @@ class Teachers:
         timer: Timer,
         gate: Gate,
         allow_head: bool,
-        max_sessions: int,
         tracing: bool = False,
     ) -> None:
-        self._max_sessions = max_sessions
         self._lock = threading.Lock()
         self._engines = engines
         self._limits = limits
@@ -114,13 +112,14 @@ class Teachers:
             with self._lock:
                 self.sessions -= 1
             session.cancel_stream = None
-            session.close()
+            session.ended()
             session.log.info("a session ended")
-            session.outbox.clear()
 
     def _enter(self) -> None:
         """Take one more session, of which there are so few that other calls have room; else `TeacherBusyError`."""
         with self._lock:
-            if self.sessions >= self._max_sessions:
-                raise TeacherBusyError(f"{self.sessions} sessions are open here, as many as this replica takes")
+            if self.sessions >= self.sharing.max_sessions:
+                raise TeacherBusyError(
+                    f"max_sessions is {self.sharing.max_sessions}, and as many are open at this replica"
+                )
             self.sessions += 1

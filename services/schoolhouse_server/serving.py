@@ -9,7 +9,7 @@ from torch import nn
 
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.replica import Example, Replica
-from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED
+from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, MAX_SESSIONS
 from schoolhouse_server.tls import ServerTls
 from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S
 
@@ -35,6 +35,7 @@ def serve(
     max_job_bytes: int = MAX_JOB_BYTES,
     max_queued: int = MAX_QUEUED,
     lease_s: float = LEASE_S,
+    max_sessions: int = MAX_SESSIONS,
     http_port: int | None = None,
     tracing: bool = False,
     tls: ServerTls | None = None,
@@ -57,7 +58,7 @@ def serve(
     "rows", the first dimension of the first tensor, or in "tokens", batch times length. A job, over all its sessions,
     has up to `max_in_flight` requests and `max_job_bytes` of inputs in flight, and all jobs together `max_queued`
     requests; its clients wait when there is no room. A client that says nothing for `lease_s` loses its session; 0: it
-    may be silent for ever.
+    may be silent for ever. Up to `max_sessions` clients have one at once; others wait, as long as they are told to.
 
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 
@@ -139,6 +140,7 @@ def serve(
         max_job_bytes=max_job_bytes,
         max_queued=max_queued,
         lease_s=lease_s,
+        max_sessions=max_sessions,
         http_port=http_port,
         tracing=tracing,
         tls=tls,

@@ -10,6 +10,7 @@ from schoolhouse.taps import tensors_of
 
 MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
 MAX_LEASE_S = 86_400.0
+MAX_SESSIONS, MOST_SESSIONS = 128, 1024  # unless said, and at most: each has threads of its own
 
 
 def rows_of(inputs: Any) -> int:
@@ -47,6 +48,7 @@ class Sharing:
     max_job_bytes: int = MAX_JOB_BYTES
     max_queued: int = MAX_QUEUED
     lease_s: float = LEASE_S
+    max_sessions: int = MAX_SESSIONS
 
     def within(self, max_in_flight: int | None, max_job_bytes: int | None) -> "Sharing":
         """The same with these bounds of a job, where they are lower."""
@@ -59,10 +61,12 @@ class Sharing:
     def __post_init__(self) -> None:
         if self.cost not in COSTS:
             raise ConfigError(f"cost is {self.cost!r}; choices: {', '.join(map(repr, COSTS))}")
-        for name in ("max_in_flight", "max_job_bytes", "max_queued"):
+        for name in ("max_in_flight", "max_job_bytes", "max_queued", "max_sessions"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
+        if self.max_sessions > MOST_SESSIONS:
+            raise ConfigError(f"max_sessions is {self.max_sessions}; it must be at most {MOST_SESSIONS}")
         if not isinstance(self.lease_s, int | float) or not 0 <= self.lease_s <= MAX_LEASE_S:
             raise ConfigError(
                 f"lease_s is {self.lease_s!r}; it must be seconds up to {MAX_LEASE_S:.0f}, or 0 for a lease without end"

@@ -15,9 +15,11 @@ from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
 from schoolhouse_wire.limits import MAX_JOB_NAME
 
+from schoolhouse_server.yaml_files import read_bytes
+
 PREFIX = "sht_"  # by it a token is known in a log or a repository that it should not be in
 _BYTES = 32  # of a token, from the system's random numbers
-_MAX_FILE_BYTES = 1 << 20
+_WHAT = "tokens file"
 _MAX_TOKENS = 4096
 _MAX_TOKEN_LENGTH = 4096  # characters; longer ones are not looked for
 _LOOK_S = 0.5  # between two looks at the file; it is taken when two in a row found the same
@@ -96,7 +98,7 @@ class Tokens:
             ConfigError: it cannot be read, or is wrong; one sentence says where.
         """
         self._path = path
-        self._data = self._refused = _read(path)
+        self._data = self._refused = read_bytes(path, _WHAT)
         self._grants = _parse(self._data, path)
         self._changed: list[Callable[[], None]] = []
         self._stop = threading.Event()
@@ -148,7 +150,7 @@ class Tokens:
         before = self._data
         while not self._stop.wait(_LOOK_S):
             try:
-                found = _read(self._path)
+                found = read_bytes(self._path, _WHAT)
                 if found == before and found not in (self._data, self._refused):  # nobody is writing it
                     self._take(found)
             except ConfigError as err:
@@ -175,17 +177,6 @@ class Tokens:
         if data != self._refused:
             self._refused = data
             _log.warning("the tokens file changed and is not taken; those known so far are kept: %s", err.message)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as err:
-        raise ConfigError(f"cannot read the tokens file {path}: {err.strerror}") from err
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"the tokens file {path} is larger than {_MAX_FILE_BYTES} bytes; is it another file?")
-    return data
 
 
 def _parse(data: bytes, path: Path) -> tuple[Grant, ...]:

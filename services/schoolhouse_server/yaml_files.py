@@ -1,4 +1,4 @@
-"""A YAML file -> plain values, or one sentence that says what is wrong with it."""
+"""A YAML file -> bytes, or plain values, or one sentence that says what is wrong with it."""
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,14 @@ def read_yaml(path: Path, what: str) -> Any:
     Raises:
         ConfigError: it cannot be read, is no YAML, or holds too much.
     """
+    value = _parsed(path, read_bytes(path, what))
+    if _count(value) > _MAX_VALUES:
+        raise ConfigError(f"the {what} {path} holds more than {_MAX_VALUES} values, aliases counted at each use")
+    return value
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """All of a file that has no more than a settings file may have; raises `ConfigError` as `read_yaml` does."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -24,10 +32,7 @@ def read_yaml(path: Path, what: str) -> Any:
         raise ConfigError(f"cannot read the {what} {path}: {err.strerror}") from err
     if len(data) > _MAX_BYTES:
         raise ConfigError(f"the {what} {path} has more than {_MAX_BYTES} bytes; is it the right one?")
-    value = _parsed(path, data)
-    if _count(value) > _MAX_VALUES:
-        raise ConfigError(f"the {what} {path} holds more than {_MAX_VALUES} values, aliases counted at each use")
-    return value
+    return data
 
 
 def _parsed(path: Path, data: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""A pool on Ray whose parts are killed, and all of it, while a student trains: its losses are those of a run without."""
+"""A pool on Ray, of which parts and all are killed while a student trains: its losses are those of a run without."""
 
 import contextlib
 import os

@@ -65,8 +65,9 @@ class TeacherServiceServicer:
         never the session.
         A call for which there is no room, since its job is over its quota or the queue is full, is answered with Wait and
         dropped; the client sends no more calls until Resume, and then the dropped ones again.
-        The session is the job's lease: when it ends, what it queued is dropped. It ends, too, when the client has said
-        nothing for Opened.lease_s, not even Renew. A call whose payload comes slower than 64 KiB/s, after lease_s of
+        The session is the job's lease: when it ends, what it queued is dropped. A client that ends its half of the
+        stream is answered what it asked for, for up to lease_s, and then told OK. The session ends, too, when the client
+        has said nothing for Opened.lease_s, not even Renew. A call whose payload comes slower than 64 KiB/s, after lease_s of
         grace, is answered with TIMEOUT. Names, taps, structures and tensors have bounds: see limits.py.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
