@@ -25,12 +25,12 @@ def soon(check, timeout_s=20.0, collect=True):
     """Whether it becomes true."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        if collect:
-            gc.collect()
         if check():
             return True
+        if collect:
+            gc.collect()
         time.sleep(0.05)
-    return False
+    return bool(check())  # the machine may have stood still
 
 
 @contextlib.contextmanager
