@@ -110,6 +110,6 @@ def run_slowly(commands: Any, url: str, steps: int) -> None:
         train(teacher, 2)
     before = Held.now()
     commands.send((0, ""))
-    with sh.connect(url) as teacher:
+    with sh.connect(url, teacher_timeout_s=200) as teacher:
         run = train(teacher, steps, on_step)
     commands.send((run, settled(before)))
