@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -228,10 +227,9 @@ def test_a_killed_writer_leaves_the_former_checkpoint(path):
     sh.save(Net(seed=3), path)  # one who writes at the same time is left alone
     assert len(list(path.parent.iterdir())) == 2
     writer.send_signal(signal.SIGKILL)
-    writer.wait(10)
+    writer.wait(20)
     writer.stdout.close()
     assert same(sh.restore(Net(seed=4), path), Net(seed=3))
-    time.sleep(0.1)
     sh.save(Net(seed=5), path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert same(sh.restore(Net(seed=4), path), Net(seed=5))

@@ -42,4 +42,4 @@ def test_few_modules_know_ray():
 
 def test_the_student_side_works_where_ray_cannot_be_imported():
     code = "import sys; sys.modules['ray'] = None; import schoolhouse; print(schoolhouse.__all__)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=150)

@@ -120,7 +120,7 @@ def programs():
 def test_programs_run(code, tmp_path):
     arguments = ["-W", "ignore:kd_loss_weight sums to less than 1"]
     done = subprocess.run(
-        [sys.executable, *arguments, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, *arguments, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr
     assert "Error" not in done.stderr

@@ -1,11 +1,13 @@
 """Bytes that change on their way never reach a step, over any transport; features say what made them."""
 
+import contextlib
 import random
 
 import pytest
 import schoolhouse as sh
 import torch
 import xxhash
+from google.protobuf.message import DecodeError
 from models import converted
 from schoolhouse import errors
 from schoolhouse.revision import revision_of
@@ -81,6 +83,56 @@ def test_a_bit_that_changes_on_the_way_is_found(way, side, at, monkeypatch):
         monkeypatch.setattr(owner, name, original)
         with sh.connect(server.url, **settings) as teacher:
             assert torch.equal(teacher.submit((x,), {}, [""]).result(20)[""], -x)
+
+
+CHANGES = {
+    "id": lambda call: setattr(call, "request_id", call.request_id ^ 4),
+    "tap": lambda call: setattr(call.taps[0], "module", "another"),
+    "revision": lambda call: setattr(call, "revision", "another"),
+    "deadline": lambda call: setattr(call, "timeout_s", 1e-9),
+    "structure": lambda call: setattr(call, "inputs", call.inputs[:-1]),
+}
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_call_that_changes_on_the_way_is_sent_again(what, size, monkeypatch):
+    original, changed_ones = Session._messages, []
+
+    def changing(self, *args):
+        for message in original(self, *args):
+            if not changed_ones and isinstance(message, teacher_pb2.ClientMessage) and message.HasField("call"):
+                CHANGES[what](message.call)
+                changed_ones.append(message)
+            yield message
+
+    x = torch.arange(1.0, size + 1)
+    with serve(Negative()) as server, sh.connect(server.url) as teacher:
+        monkeypatch.setattr(Session, "_messages", changing)
+        assert torch.equal(teacher.submit((x,), {}, [""]).result(20)[""], -x)
+        assert changed_ones
+        assert server.engines["teacher"].served == 1
+
+
+def test_any_bit_of_a_call_that_changes_is_found():
+    outgoing = framing.Outgoing(codec.Arguments((torch.ones(SMALL),)), limits=Limits(), snapshot=False)
+    call = teacher_pb2.Call(
+        request_id=7, taps=[TAP], revision="r", timeout_s=9.0, inputs=outgoing.header, payload=outgoing.payload
+    )
+    framing.add_checksum(call)
+    sent = call.SerializeToString()
+    at = sent.index(outgoing.payload.data)
+    assert framing.unchanged(teacher_pb2.Call.FromString(sent)) == call
+    for bit in range(8 * len(sent)):
+        if bit // 8 in range(at, at + len(outgoing.payload.data)):
+            continue  # it has a digest of its own
+        flipped = bytearray(sent)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(DecodeError):
+            arrived = teacher_pb2.Call.FromString(bytes(flipped))
+            if arrived.checksum:  # else that is what changed, and the rest is as it was
+                with pytest.raises(errors.CorruptPayloadError):
+                    framing.unchanged(arrived)
 
 
 def test_a_step_is_not_computed_from_what_was_corrupt(monkeypatch):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import schoolhouse as sh
 import torch
+from memfd import soon
 from models import Net
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
 
@@ -60,11 +61,14 @@ def test_a_teacher_that_cannot_be_built_says_why(cluster, tmp_path):
             broken.wait(120)
     finally:
         broken.down()
-    deadline = time.monotonic() + 20
-    while find(required=False) is not None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert find(required=False) is None
-    assert not [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("teacher/")]
+
+    def is_gone():
+        with contextlib.suppress(ray.exceptions.RayError):  # it was found as it ended
+            named = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("teacher/")]
+            return find(required=False) is None and not named
+        return False
+
+    assert soon(is_gone)
 
 
 def test_a_pool_serves_and_is_kept_at_strength(pool):
@@ -79,7 +83,7 @@ def test_a_pool_serves_and_is_kept_at_strength(pool):
         os.kill(pids()[0], signal.SIGKILL)
         for _ in range(50):  # the other replica takes over meanwhile
             assert torch.equal(teacher.submit((x,), {}, [""]).result(60)[""], model(x))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             rows = pool.status()
             if len(rows) == 2 and all(r["stage"] == "serving" for r in rows) and {r["id"] for r in rows} != before:
@@ -105,7 +109,7 @@ def test_keeper_and_directory_may_die(pool):
                 rows = pool.status()
             time.sleep(0.2)
         assert {row["id"] for row in rows} == before  # adopted, not started anew
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         try:
             with sh.connect(pool.url("net")) as teacher:

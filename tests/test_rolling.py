@@ -78,7 +78,7 @@ class Student:
         self._teacher.close()
 
 
-def eventually(true, timeout_s=60.0):
+def eventually(true, timeout_s=100.0):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with contextlib.suppress(ray.exceptions.RayError):

@@ -196,6 +196,7 @@ class Session:
                 traceparent=request.sent(),
                 alone=request.alone,
             )
+            framing.add_checksum(call)
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
         segment = self._segment

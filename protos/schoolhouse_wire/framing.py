@@ -126,6 +126,31 @@ def _read_frame(data: bytes) -> Frame | None:
     return None
 
 
+def add_checksum(call: teacher_pb2.Call) -> None:
+    """Before a call leaves; `unchanged` looks at it where it arrives."""
+    call.checksum = _checksum(call)
+
+
+def unchanged(call: teacher_pb2.Call) -> teacher_pb2.Call:
+    """The call as it was sent, but for the payload, which has a digest of its own.
+
+    Raises:
+        CorruptPayloadError: something of it is not as it was sent; that may be its id.
+    """
+    if call.checksum and call.checksum != _checksum(call):
+        raise CorruptPayloadError("a call arrived whose checksum does not match its fields")
+    return call
+
+
+def _checksum(call: teacher_pb2.Call) -> int:
+    bare = teacher_pb2.Call()
+    bare.CopyFrom(call)
+    bare.ClearField("checksum")
+    if bare.HasField("payload"):
+        bare.payload.ClearField("data")
+    return xxhash.xxh3_64_intdigest(bare.SerializeToString(deterministic=True))
+
+
 def write_message(message: Message | bytes) -> bytes:
     """Serialize a session message; frames are serialized already."""
     return message if isinstance(message, bytes) else message.SerializeToString()

@@ -198,7 +198,7 @@ class ServerSession:
             check_released(message.released)
             self._free(message.released)
         if message.HasField("call"):
-            self._on_call(message.call)
+            self._on_call(framing.unchanged(message.call))
         elif message.HasField("cancel"):
             self._on_cancel(message.cancel.request_id)
         elif message.HasField("attached"):

@@ -32,7 +32,7 @@ class Held:
         return cls(
             threads=threading.active_count() if pid is None else 0,
             os_threads=process.num_threads(),
-            children=sum(child.status() != psutil.STATUS_ZOMBIE for child in _children(process)),
+            children=sum(map(_is_alive, _children(process))),
             fds=process.num_fds(),
             memfds=memfds(process.pid),
             named=frozenset(name for name in os.listdir("/dev/shm") if "schoolhouse" in name),
@@ -54,6 +54,12 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.children(recursive=True)
     return []
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def settled(before: Held, pid: int | None = None, timeout_s: float = 20.0) -> dict[str, object]:

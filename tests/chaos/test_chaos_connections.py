@@ -5,12 +5,26 @@ import time
 
 import pytest
 import schoolhouse as sh
+import torch
 from faults import EVERY, proxied
+from memfd import soon
 from students import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:kd_loss_weight sums to less than 1")
 OVER_TCP = {"shared_memory": False, "timeout_s": 30.0, "connect_timeout_s": 3.0}
 SILENCE_S = 5.0
+
+
+def connected(room):
+    """A teacher with a session for each replica."""
+    teacher = sh.connect(room.url, **OVER_TCP)
+
+    def asked():
+        teacher.submit((torch.ones(1, 8),), {}, [""]).result(20)
+        return len(teacher.open_sessions()) == len(room.replicas)
+
+    assert soon(asked)
+    return teacher
 
 
 @proxied
@@ -22,7 +36,7 @@ def test_connections_are_cut(room, rounds):
             for replica in room.replicas:
                 replica.proxy.cut()
 
-    with sh.connect(room.url, **OVER_TCP) as teacher:
+    with connected(room) as teacher:
         run = train(teacher, rounds.steps, on_step)
     assert sum(replica.proxy.cuts for replica in room.replicas) > rounds.count
     assert run.errors == []
@@ -71,7 +85,7 @@ def test_connections_are_corrupted(room, rounds, towards):
         if (number := rounds.of(step)) is not None:
             room.replicas[number % 2].proxy.corrupt(3, towards)
 
-    with sh.connect(room.url, **OVER_TCP) as teacher:
+    with connected(room) as teacher:
         run = train(teacher, rounds.steps, on_step)
     assert sum(replica.proxy.flipped for replica in room.replicas) >= rounds.count
     assert run.errors == []

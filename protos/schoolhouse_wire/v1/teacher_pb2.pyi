@@ -231,7 +231,7 @@ class Hidden(_message.Message):
     def __init__(self, head: _Optional[str] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("request_id", "taps", "revision", "timeout_s", "inputs", "payload", "traceparent", "alone")
+    __slots__ = ("request_id", "taps", "revision", "timeout_s", "inputs", "payload", "traceparent", "alone", "checksum")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TAPS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -240,6 +240,7 @@ class Call(_message.Message):
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     ALONE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     taps: _containers.RepeatedCompositeFieldContainer[Tap]
     revision: str
@@ -248,7 +249,8 @@ class Call(_message.Message):
     payload: Payload
     traceparent: str
     alone: bool
-    def __init__(self, request_id: _Optional[int] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., revision: _Optional[str] = ..., timeout_s: _Optional[float] = ..., inputs: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., traceparent: _Optional[str] = ..., alone: _Optional[bool] = ...) -> None: ...
+    checksum: int
+    def __init__(self, request_id: _Optional[int] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., revision: _Optional[str] = ..., timeout_s: _Optional[float] = ..., inputs: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., traceparent: _Optional[str] = ..., alone: _Optional[bool] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
     __slots__ = ("request_id", "revision", "taps", "input_digest", "features", "payload", "queued")
