@@ -301,7 +301,7 @@ dist.destroy_process_group()
 
 
 def test_a_sharded_student_that_refuses_is_put_back(path):
-    ran = subprocess.run([sys.executable, "-c", SHARDED, str(path)], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", SHARDED, str(path)], capture_output=True, text=True, timeout=150)
     assert ran.stdout.split() == ["refused", "restored"], ran.stderr
 
 

@@ -84,7 +84,7 @@ def test_a_stopped_student_frees_its_places_and_goes_on_when_it_wakes(shared_mem
             os.kill(student.pid, signal.SIGSTOP)
             shorten_lease_of_student(server)
             assert soon(lambda: job_of(server, "student").sessions == 0)
-            assert (job_of(server, "student").in_flight, load_of(server).queued) == (0, 0)
+            assert soon(lambda: (job_of(server, "student").in_flight, load_of(server).queued) == (0, 0))
             gate.opened.set()
             answers([ask(other, 50)], [50])
             assert soon(lambda: load_of(server).sessions == 1)

@@ -108,9 +108,10 @@ def test_infinities_that_belong_there_are_looked_at_ever_more_rarely():
         ran = []
         for _ in range(9):
             asked, _ = pair(2, 3)
-            ran.append([rows for rows, _ in at_once(engine, *asked)])
+            at_once(engine, *asked)
             for one in asked:
                 assert torch.equal(one.features[""], Masked()(one.job.inputs[0]))
+            ran.append([rows for rows, _ in engine.teacher.module.batches])  # with what ran again before it answered
         assert ran.count([5]) >= 3
         assert any(rows[:1] == [5] and len(rows) > 1 for rows in ran)  # held against single ones after all
         assert engine.merger.refusals == 0

@@ -53,7 +53,7 @@ def test_a_forward_that_never_returns_ends_the_replica_and_nobody_waits():
     with serve({"teacher": module, "other": Net()}, forward_timeout_s=0.6) as server:
         server.engines["other"]._watchdog.end()  # else a machine that stands still for so long ends it, too
         address = f"127.0.0.1:{server.port}"
-        assert health.serves(address)
+        assert health.serves(address, timeout_s=20)
         client = Stub(server, shared_memory=False)
         ask(client, 1, torch.ones(2))
         ask(client, 2, torch.zeros(2))  # waits behind it

@@ -1,6 +1,7 @@
 """A student that trains on a teacher, step after step, and what is compared of two of its runs."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,18 +99,19 @@ def run_student(commands: Any, url: str, settings: dict[str, Any]) -> None:
         train(teacher, 1 << 30, on_step=commands.send)
 
 
-def run_slowly(commands: Any, url: str, steps: int) -> None:
-    """A student in a process of its own: tells each step and waits for leave; then the run, and what it leaked."""
+def run_slowly(commands: Any, url: str, settings: dict[str, Any]) -> None:
+    """A student in a process of its own: tells each step and is told whether to go on; then (run, what it leaked)."""
+    going = [True]
 
     def on_step(step: int) -> None:
         commands.send(step)
-        commands.recv()
+        going[0] = commands.recv()
 
     torch.set_num_threads(1)
-    with sh.connect(url) as teacher:
+    with sh.connect(url, **settings) as teacher:
         train(teacher, 2)
     before = Held.now()
-    commands.send((0, ""))
-    with sh.connect(url) as teacher:
-        run = train(teacher, steps, on_step)
+    commands.send((0, ""))  # it has no port
+    with sh.connect(url, **settings) as teacher:
+        run = train(teacher, itertools.takewhile(lambda _: going[0], itertools.count()), on_step)
     commands.send((run, settled(before)))
