@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # a minute where nothing else runs
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
 def figures(name, *options):
     command = [sys.executable, FOLDER / f"{name}.py", "--json", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # and nothing else
 

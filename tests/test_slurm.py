@@ -89,9 +89,10 @@ def left(scratch):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(300)
 def test_a_job_serves_its_command_and_cleans_up(slurm, tmp_path):
     job = slurm(["node1", "node2"], "pool.yaml", sys.executable, "student.py")
-    shown, _ = job.communicate(timeout=150)
+    shown, _ = job.communicate(timeout=250)
     assert job.returncode == 0, shown
     assert "student: the same" in shown
     assert re.search(r"^grpc://\S+/net$", shown, flags=re.MULTILINE)
