@@ -35,6 +35,7 @@ def test_help_teaches(run):
     assert all(command in shown for command in ("up", "status", "down"))
 
 
+@pytest.mark.timeout(360)  # eight commands, of which each takes seconds to begin
 def test_up_status_down(run, tmp_path):
     (tmp_path / "pool.yaml").write_text(
         "port: 0\nteachers: {net: {build: 'models:Net', kwargs: {width: 32, seed: 1}, threads: 1}}\n"

@@ -181,6 +181,7 @@ def free_port():
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(360)
 def test_the_laptop_of_the_walk_through(tmp_path):
     pytest.importorskip("ray")
     files, shell = laptop()
@@ -192,7 +193,7 @@ def test_the_laptop_of_the_walk_through(tmp_path):
     environment["PATH"] = os.pathsep.join([programs(tmp_path / "bin"), os.environ["PATH"]])
     script = f"set -e\ntrap 'schoolhouse down' ERR\n{shell}"
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=340
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"students connect to  grpc://127.0.0.1:{port}/teacher" in done.stdout
