@@ -18,6 +18,9 @@ from students import run_slowly
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore:kd_loss_weight sums to less than 1")]
 TIMEOUT_S = 120.0
+REPLICA, ALL = "teacher/", ()
+SHORT = [("keeper", "directory", REPLICA), ALL]
+LONG = [(REPLICA,), ("directory", REPLICA), ("keeper", REPLICA), *SHORT] * 4
 
 
 def received(student):
@@ -56,23 +59,12 @@ class KilledPool:
         found = [ray.get_actor(name, namespace=NAMESPACE) for name in names() if name.startswith(prefix)]
         return ray.get([one.__ray_call__.remote(lambda self: os.getpid()) for one in found], timeout=TIMEOUT_S)
 
-    def kill(self, *pids):
+    def kill_one_of_each(self, prefixes):
+        """Of the actors whose names begin so."""
+        pids = [self.pids(prefix)[0] for prefix in prefixes]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         self.gone |= {*pids}
-
-    def kill_a_replica(self):
-        self.kill(self.pids("teacher/")[0])
-
-    def kill_directory_and_replica(self):
-        from schoolhouse_server.actors import DIRECTORY
-
-        self.kill(*self.pids(DIRECTORY), self.pids("teacher/")[0])
-
-    def kill_keeper_and_replica(self):
-        from schoolhouse_server.actors import KEEPER
-
-        self.kill(*self.pids(KEEPER), self.pids("teacher/")[0])
 
     def restart(self):
         """All of it, while the student goes on as far as it can."""
@@ -93,7 +85,7 @@ class KilledPool:
 
     def _is_whole(self):
         with contextlib.suppress(ray.exceptions.RayError, errors.SchoolhouseError, ValueError):
-            there = {*self.pids("teacher/")}  # the keeper may not have seen yet who is gone
+            there = {*self.pids(REPLICA)}  # the keeper may not have seen yet who is gone
             stages = [row["stage"] for row in self.pool.status()]
             if len(there - self.gone) == 2 and stages == ["serving", "serving"]:
                 with sh.connect(self.pool.url("teacher"), connect_timeout_s=2) as teacher:
@@ -102,17 +94,21 @@ class KilledPool:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("times", [1, pytest.param(5, marks=[pytest.mark.chaos, pytest.mark.timeout(900)])])
-def test_parts_of_a_pool_are_killed_and_all_of_it(cluster, tmp_path, times):
+@pytest.mark.parametrize(
+    "faults",
+    [SHORT, pytest.param(LONG, marks=[pytest.mark.chaos, pytest.mark.timeout(900)])],
+    ids=["short", "long"],
+)
+def test_parts_of_a_pool_are_killed_and_all_of_it(cluster, tmp_path, faults):
     killed = KilledPool(tmp_path / "pool.yaml")
-    faults = [killed.kill_a_replica, killed.kill_directory_and_replica, killed.kill_keeper_and_replica, killed.restart]
-    steps = EVERY * (len(faults) * times + 1)
+    steps = EVERY * (len(faults) + 1)
     try:
         student = start(run_slowly, killed.pool.url("teacher"), {"teacher_timeout_s": 200.0})
         try:
             while isinstance(step := received(student), int):
                 if 0 < step < steps and step % EVERY == 0:
-                    faults[step // EVERY % len(faults) - 1]()
+                    fault = faults[step // EVERY - 1]
+                    killed.restart() if fault == ALL else killed.kill_one_of_each(fault)
                 elif step > EVERY and step % EVERY == EVERY - 5:
                     killed.recover()
                 student.commands.send(step < steps)
@@ -123,6 +119,6 @@ def test_parts_of_a_pool_are_killed_and_all_of_it(cluster, tmp_path, times):
         assert len(run.used) > steps
         run.assert_undisturbed(len(run.used))
         assert leaked == {}
-        assert soon(lambda: all(memfds(pid) == (0, 0) for pid in killed.pids("teacher/")))
+        assert soon(lambda: all(memfds(pid) == (0, 0) for pid in killed.pids(REPLICA)))
     finally:
         killed.pool.down()
