@@ -58,7 +58,7 @@ def serve(
     "rows", the first dimension of the first tensor, or in "tokens", batch times length. A job, over all its sessions,
     has up to `max_in_flight` requests and `max_job_bytes` of inputs in flight, and all jobs together `max_queued`
     requests; its clients wait when there is no room. A client that says nothing for `lease_s` loses its session; 0: it
-    may be silent for ever. Up to `max_sessions` clients have one at once; others wait, as long as they are told to.
+    may be silent for ever. Up to `max_sessions` clients have one at once; more wait, up to their `teacher_timeout_s`.
 
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 
