@@ -1,6 +1,7 @@
 """Connections, streams and sessions are bounded, and those that say nothing, or dribble, are ended in time."""
 
 import concurrent.futures
+import gc
 import socket
 import time
 
@@ -9,7 +10,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from fuzzing import Tiny
-from memfd import soon
+from memfd import no_collector, soon
 from models import Net
 from schoolhouse import errors
 from schoolhouse_server import receiving, serve, server_session
@@ -95,6 +96,25 @@ def open_stream(plain, opening, timeout=20):
         next(stream)
     stream.add_callback(outbox.close)
     return stream
+
+
+@pytest.mark.parametrize("end", ["cancel", "error", "half-close"])
+def test_sessions_that_ended_are_no_streams_of_their_connection_any_more(end):
+    """gRPC counts a call for as long as Python holds it, and refuses those beyond the limit."""
+    opening = teacher_pb2.ClientMessage(open=teacher_pb2.Open(protocol=channel.PROTOCOL, teacher="teacher"))
+    wrong = teacher_pb2.ClientMessage(open=teacher_pb2.Open(protocol=0))
+    with serve(Tiny()) as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as plain, no_collector():
+        session = plain.stream_stream(channel.SESSION_METHOD, request_serializer=framing.write_message)
+        for _ in range(200):  # of 64
+            if end == "cancel":
+                open_stream(plain, opening).cancel()
+            elif end == "error":
+                with pytest.raises(grpc.RpcError, match="protocol 0"):
+                    list(session(iter([wrong]), timeout=20))
+            else:
+                assert len(list(session(iter([opening]), timeout=20))) == 1
+        calls = [found for found in gc.get_objects() if type(found).__module__ == "grpc._server"]
+        assert sum(type(found).__name__ == "_RequestIterator" for found in calls) <= 5  # those that are about to end
 
 
 def test_sessions_are_few_and_leave_room_for_other_calls():

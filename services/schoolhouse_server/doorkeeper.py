@@ -109,11 +109,14 @@ def _guarded(handler: Any, wait: Callable[[Iterator[Any], grpc.ServicerContext],
             raise ProtocolError("a request came that cannot be parsed") from err
 
     def fail(context: grpc.ServicerContext, err: Exception) -> None:
-        if type(err) is Exception or isinstance(err, grpc.RpcError):  # context.abort raises it; the client is gone
-            raise err
-        if not isinstance(err, SchoolhouseError):
-            _log.exception("an RPC failed")
-        status.abort(context, err)
+        try:
+            if type(err) is Exception or isinstance(err, grpc.RpcError):  # context.abort raises it; the client is gone
+                raise err
+            if not isinstance(err, SchoolhouseError):
+                _log.exception("an RPC failed")
+            status.abort(context, err)
+        finally:
+            del err  # which has this frame, and by it the RPC: it would count as open until the garbage collector runs
 
     def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         try:

@@ -160,14 +160,13 @@ class ServerSession:
                 self._receiving.give_up()
                 self._end_if_answered()
                 return
-        except SchoolhouseError as err:
-            self.error = err
-        except grpc.RpcError:
-            pass  # the client went away
         except Exception as err:
-            if type(err) is not Exception:  # grpc says "the client went away" with a bare one
+            if isinstance(err, SchoolhouseError):
+                self.error = err
+            elif type(err) is not Exception and not isinstance(err, grpc.RpcError):  # by these the client went away
                 self.log.exception("a session failed")
                 self.error = TeacherInternalError("the session failed; the server's log says why")
+            err.__traceback__ = None  # grpc keeps what it raised, and this frame has all of the session
         self.close()  # and with it the pipes
         self._clear()
 
@@ -183,8 +182,9 @@ class ServerSession:
         self._clear() if self._asked_all else self.outbox.clear()  # the rest is with the one who reads
 
     def _clear(self) -> None:
-        """What grpc raised refers to a frame, and grpc to that: what is large is not left to the garbage collector."""
+        """Leave nothing to the garbage collector that is large, or grpc's: calls that are there count as open ones."""
         self.outbox.clear()
+        self._messages = iter(())
         self._receiving.clear()
         self._offered = self._segment = None
 
