@@ -6,6 +6,7 @@ import time
 import grpc
 import pytest
 import schoolhouse as sh
+from memfd import no_collector
 from schoolhouse_server import doorkeeper
 from schoolhouse_server.replica import Replica
 from schoolhouse_server.timer import Timer
@@ -96,3 +97,16 @@ def test_who_watches_is_told_for_longer_than_a_request_may_take(monkeypatch):
         assert alarm.ring is None  # nothing ends it when the request would have been late
         assert watch.is_active()
         watch.cancel()
+
+
+@pytest.mark.parametrize(("method", "request_", "authorization", "code"), [
+    (DESCRIBE, b"\xff", TOKEN, "FAILED_PRECONDITION"),
+    (DESCRIBE, b"\x0a\x01x", TOKEN, "NOT_FOUND"),
+    (DESCRIBE, b"\x0a\x01t", new_token(), "UNAUTHENTICATED"),
+    (WATCH, b"\x0a\x01x", TOKEN, "NOT_FOUND"),
+])  # fmt: skip
+def test_calls_that_failed_are_no_streams_of_their_connection_any_more(call, method, request_, authorization, code):
+    """gRPC counts a call for as long as Python holds it, and refuses those beyond the limit, of 64."""
+    metadata = [("authorization", f"Bearer {authorization}")]
+    with no_collector():
+        assert {call(method, iter([request_]), metadata=metadata, timeout=20).code().name for _ in range(150)} == {code}

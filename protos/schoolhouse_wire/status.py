@@ -78,7 +78,12 @@ def from_failure(failure: teacher_pb2.Failure) -> SchoolhouseError:
 
 
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
-    """End an RPC with `error`; raises, as `context.abort` does."""
+    """End an RPC with `error`; raises, as `context.abort` does.
+
+    The error loses its traceback: a frame of that may have the error, and the RPC, which is kept until the garbage
+    collector runs then; so long gRPC counts it as one that is open.
+    """
+    error.__traceback__ = None
     failure = to_failure(error)
     details = failure.message[: 4 * _MAX_DETAILS if failure.message.isascii() else _MAX_DETAILS]
     if failure.ByteSize() > _MAX_FAILURE_BYTES:

@@ -46,7 +46,7 @@ class Doorkeeper(grpc.ServerInterceptor):
             try:
                 self._gate.grant_of(handler_call_details.invocation_metadata)
             except AuthenticationError as err:
-                return _with_behavior(handler, self._refusing(err))
+                return _with_behavior(handler, self._refusing(err.with_traceback(None)))
         return _with_behavior(handler, _guarded(handler, self._wait_as_stranger if is_open else self._wait))
 
     def _refusing(self, error: AuthenticationError) -> Callable[[Any, Any], Any]:
@@ -116,7 +116,7 @@ def _guarded(handler: Any, wait: Callable[[Iterator[Any], grpc.ServicerContext],
                 _log.exception("an RPC failed")
             status.abort(context, err)
         finally:
-            del err  # which has this frame, and by it the RPC: it would count as open until the garbage collector runs
+            del err  # which has this frame; see `status.abort`
 
     def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         try:
