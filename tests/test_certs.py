@@ -100,14 +100,14 @@ def pool(folder, text):
 
 
 def test_a_pool_beyond_loopback_says_how_it_is_safe(tmp_path):
-    for host in ("0.0.0.0", "teachers.example", "::1"):  # the last listens on all interfaces, as any other
+    for host in ("0.0.0.0", "::", "teachers.example", "10.0.0.0/24"):
         with pytest.raises(
             errors.ConfigError, match=r"traffic would be plaintext: give security: {tls: .*insecure: tr"
         ):
             pool(tmp_path, f"host: '{host}'")
         assert pool(tmp_path, f"host: '{host}'\nsecurity: {{insecure: true}}").tls is None
-    for host in ("127.0.0.1", "localhost"):
-        assert pool(tmp_path, f"host: {host}").tls is None
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert pool(tmp_path, f"host: '{host}'").tls is None
 
 
 def test_the_certificate_of_a_pool_lies_beside_its_file(tmp_path):

@@ -20,7 +20,7 @@ from schoolhouse_server.doorkeeper import Doorkeeper
 from schoolhouse_server.executor import DaemonExecutor
 from schoolhouse_server.loading import load_example, load_teacher
 from schoolhouse_server.logs import RingHandler, set_up
-from schoolhouse_server.ports import listen
+from schoolhouse_server.ports import EVERYWHERE, joined, listen, own_address
 from schoolhouse_server.replica import Replica
 from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
@@ -114,7 +114,7 @@ class TeacherActor(PoolActor):
         module = load_teacher(self._spec, self._pool.folder)
         self._stage = "reading the revision"
         replica = self._make(module).start()
-        self._address = f"{host}:{replica.port}"
+        self._address = joined(host, replica.port)
         self._replica = replica
         self._stage = "serving"
         _log.info("%s: serving at %s", self._name, self._address)
@@ -150,7 +150,7 @@ class TeacherActor(PoolActor):
     def _make(self, module: nn.Module) -> Replica:
         return Replica(
             {self._name: module},
-            host=bound(self._pool),
+            host=own_address(self._pool.host),
             port=self._pool.replica_ports,
             early_stop=self._spec.early_stop,
             cache_bytes=self._spec.cache_bytes,
@@ -190,19 +190,19 @@ class DirectoryActor(PoolActor):
         )
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
         add_standard_services(server, ("schoolhouse.v1.DirectoryService",))
-        host, tls = advertised(pool), pool.tls
-        port = listen(server, bound(pool), (pool.port,), tls)
+        bound, host, tls = own_address(pool.host), advertised(pool), pool.tls
+        port = listen(server, bound, (pool.port,), tls)
         self._gate.start()
         server.start()
-        self._address = f"{host}:{port}"
+        self._address = joined(host, port)
         self._server = server
         self._url = f"{'grpc' if tls is None else 'grpcs'}://{self._address}"
         self._page = ""
         if pool.http_port is not None:
             context = tls.context() if tls is not None else None
-            gate = gate_of(self._gate, bound(pool))
-            web = WebServer(self._directory.sets, host=bound(pool), port=pool.http_port, gate=gate, tls=context).start()
-            self._page = f"{'http' if tls is None else 'https'}://{host}:{web.port}"
+            gate = gate_of(self._gate, bound)
+            web = WebServer(self._directory.sets, host=bound, port=pool.http_port, gate=gate, tls=context).start()
+            self._page = f"{'http' if tls is None else 'https'}://{joined(host, web.port)}"
 
     def address(self) -> str:
         """host:port that students connect to."""
@@ -221,18 +221,15 @@ class DirectoryActor(PoolActor):
         self._directory.publish_all([directory_pb2.ReplicaSet.FromString(data) for data in table])
 
 
-def bound(pool: PoolConfig) -> str:
-    """Where a server of the pool listens."""
-    return "127.0.0.1" if pool.only_here else "0.0.0.0"
-
-
 def advertised(pool: PoolConfig) -> str:
     """The host that students reach a server of this node at.
 
     Raises:
-        ConfigError: `advertise` is a mapping without this node.
+        ConfigError: `host` is not of this node, or `advertise` is a mapping without it.
     """
-    own = "127.0.0.1" if pool.only_here else str(ray.util.get_node_ip_address())
+    own = own_address(pool.host)
+    if own in EVERYWHERE:
+        own = str(ray.util.get_node_ip_address())
     if not isinstance(pool.advertise, dict):
         return pool.advertise or own
     if own not in pool.advertise:

@@ -1,11 +1,13 @@
 """pool.yaml -> frozen dataclasses, validated once."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
+from schoolhouse_wire.security import is_loopback
 
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.logs import LogFormat
@@ -210,12 +212,14 @@ class SecuritySpec:
 class PoolConfig:
     """A pool: its teachers by name, and where its directory listens (port 0: any free one).
 
-    Replicas listen on a free port of the range `ports` (`"7100-7199"`; without it, on any). With `host` of 127.0.0.1
-    only this machine is served; with any other, each server listens on all interfaces and is known by the address that
-    Ray gives its node. Behind NAT or a load balancer `advertise` says what students connect to in its place: one name
-    for all, or a mapping from a node's address to the one outside. A replica's zone is its node's label `zone_label`.
+    Replicas listen on a free port of the range `ports` (`"7100-7199"`; without it, on any). `host` is where all servers
+    of the pool listen, those of HTTP included: 127.0.0.1 serves this machine alone; an address, or a name of one, is
+    for a pool whose nodes all have it, as a pool on one node; of a network, as 10.0.0.0/24, each node listens on its
+    own address; 0.0.0.0 and :: are all interfaces, and then a server is known by the address that Ray gives its node.
+    Behind NAT or a load balancer `advertise` says what students connect to in place of these: one name for all, or a
+    mapping from a node's address to the one outside. A replica's zone is its node's label `zone_label`.
 
-    With any other host than that the pool needs `security: {tls: {cert: server.pem, key: server.key}}`, or
+    Beyond loopback the pool needs `security: {tls: {cert: server.pem, key: server.key}}`, or
     `insecure: true` there: then what goes to and fro is plaintext. With `client_ca` beside them students need a
     certificate of it. Of each server the certificate must hold the name, or the address, that students connect to.
 
@@ -224,7 +228,7 @@ class PoolConfig:
 
     With an `http_port` (0: any free one) the directory has a page with charts of the whole pool, and Prometheus metrics
     at `/metrics`; with `metrics_ports`, a range, each replica has its own, for a Prometheus that asks each by itself.
-    With `security: {tokens: FILE}` they want an admin's token, unless `host` is 127.0.0.1.
+    With `security: {tokens: FILE}` they want an admin's token, unless `host` is loopback.
     `log_format` is that of the actors, on stderr and in `schoolhouse logs`: "text", or "json", one object a line.
     `tracing` makes OpenTelemetry spans, for the tracer provider that the teacher's module sets as it is imported.
     """
@@ -252,6 +256,14 @@ class PoolConfig:
         return self
 
     @model_validator(mode="after")
+    def _host(self) -> "PoolConfig":
+        if not self.host or any(c.isspace() for c in self.host):
+            raise ValueError(f"host is {self.host!r}; expected an address, a name or a network, as in 10.0.0.0/24")
+        if "/" in self.host:
+            ipaddress.ip_network(self.host, strict=False)  # raises ValueError
+        return self
+
+    @model_validator(mode="after")
     def _not_in_plaintext(self) -> "PoolConfig":
         if not self.only_here and self.security.tls is None and not self.security.insecure:
             raise ValueError(
@@ -264,7 +276,7 @@ class PoolConfig:
     @property
     def only_here(self) -> bool:
         """Whether its servers listen on loopback alone."""
-        return self.host in ("127.0.0.1", "localhost")
+        return is_loopback(self.host)
 
     @property
     def tls(self) -> ServerTls | None:

@@ -190,9 +190,7 @@ def launch(config: PoolConfig) -> Pool:
         ) from err
     except RayError as err:
         ray.kill(directory)
-        raise TeacherUnavailableError(
-            f"the directory cannot listen on {config.host}:{config.port}; is it taken? {_reason(err)}"
-        ) from err
+        raise TeacherUnavailableError(f"the directory cannot start: {_reason(err)}") from err
     keeper = ray.remote(KeeperActor).options(name=KEEPER, max_concurrency=16, **detached).remote(config, directory)
     return Pool(directory, keeper)
 

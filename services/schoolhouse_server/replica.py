@@ -23,7 +23,7 @@ from schoolhouse_server.directory import Directory
 from schoolhouse_server.doorkeeper import Doorkeeper
 from schoolhouse_server.engine import Engine, Trouble
 from schoolhouse_server.executor import DaemonExecutor
-from schoolhouse_server.ports import listen
+from schoolhouse_server.ports import joined, listen
 from schoolhouse_server.servicer import Teachers
 from schoolhouse_server.sharing import Sharing
 from schoolhouse_server.standard import add_standard_services
@@ -123,7 +123,7 @@ class Replica:
     def urls(self) -> dict[str, str]:
         """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, by the names of its teachers."""
         scheme = "grpc" if self._tls is None else "grpcs"
-        return {name: f"{scheme}://{self._host}:{self._port}/{name}" for name in self._modules}
+        return {name: f"{scheme}://{joined(self._host, self._port)}/{name}" for name in self._modules}
 
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""

@@ -46,7 +46,8 @@ def serve(
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
-    Use it in a `with`, or call `close()`. `early_stop` is that of `schoolhouse.LocalTeacher`. `cache_bytes` of host
+    Use it in a `with`, or call `close()`. It listens on `host` alone, an address of this machine or a name of one;
+    0.0.0.0 and :: are all interfaces. `early_stop` is that of `schoolhouse.LocalTeacher`. `cache_bytes` of host
     memory keep the features of each teacher, so that inputs that come again, in the next epoch or in another job, are
     not computed again; they are kept as they were computed, merged or not.
 

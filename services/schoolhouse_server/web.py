@@ -33,6 +33,7 @@ from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
 
 from schoolhouse_server import metrics
 from schoolhouse_server.auth import Gate, bearer_of
+from schoolhouse_server.ports import joined, own_address
 from schoolhouse_server.state import state_json
 
 Source = Callable[[], Iterable[ReplicaSet]]
@@ -102,12 +103,13 @@ class WebServer:
     @property
     def url(self) -> str:
         """`http://HOST:PORT`, where the page is; `https` with TLS."""
-        return f"{'https' if self._tls is not None else 'http'}://{self._host}:{self._port}"
+        return f"{'https' if self._tls is not None else 'http'}://{joined(self._host, self._port)}"
 
     def start(self) -> "WebServer":
         """Listen.
 
         Raises:
+            ConfigError: the host is not of this node.
             TeacherUnavailableError: the port is taken, or all of them.
         """
         self._server = self._listen()
@@ -116,14 +118,15 @@ class WebServer:
         return self
 
     def _listen(self) -> "_Server":
+        address = own_address(self._host)
         for port in self._ports:
             try:
-                return _Server((self._host, port), functools.partial(_Handler, self._source, self._gate), self._tls)
+                return _Server((address, port), functools.partial(_Handler, self._source, self._gate), self._tls)
             except OSError as err:
                 failed = err
         ports = "-".join(map(str, sorted({self._ports[0], self._ports[-1]})))
         raise TeacherUnavailableError(
-            f"cannot listen on {self._host}:{ports} for HTTP; is the port taken? Port 0 takes a free one"
+            f"cannot listen on {address}, port {ports}, for HTTP; is the port taken? Port 0 takes a free one"
         ) from failed
 
     def close(self) -> None:
@@ -152,6 +155,7 @@ class _Server(ThreadingHTTPServer):
     ) -> None:
         self._tls = tls
         self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
@@ -268,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Whether a server of this machine alone was asked by a name of it: else a foreign page could read it, by a
         name of its own that it lets point here.
         """
-        if not self.connection.getsockname()[0].startswith("127."):
+        if not is_loopback(self.connection.getsockname()[0]):
             return True
         try:
             name = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
