@@ -5,15 +5,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 from schoolhouse.errors import ConfigError, SchoolhouseError
+
+from schoolhouse_server.shown import job_table, replica_table
 
 if TYPE_CHECKING:  # it imports Ray, which takes seconds
     from schoolhouse_server.pool import Pool
@@ -32,6 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out = Console()
+if not out.is_terminal:
+    out.width = 1000  # a pipe has no edge at which to leave out columns
 err = Console(stderr=True)
 
 Address = Annotated[
@@ -66,7 +67,7 @@ def up(
             launched = launch(config)
             try:
                 with Live(console=out, refresh_per_second=4) as live:
-                    launched.wait(timeout_s, lambda rows: live.update(_table(rows)))
+                    launched.wait(timeout_s, lambda rows: live.update(replica_table(rows)))
             except BaseException:
                 launched.down()
                 raise
@@ -84,7 +85,7 @@ def up(
 def status(address: Address = None) -> None:
     """Show the pool: its teachers, revisions, replicas and load."""
     with _pool(address) as found:
-        out.print(_table(found.status()))
+        out.print(replica_table(found.status()))
         out.print(f"directory at {found.address}", soft_wrap=True)
         if found.page:
             out.print(f"charts at {found.page}", soft_wrap=True)
@@ -131,7 +132,7 @@ def roll(
     names = teachers or list(config.teachers)
     with _pool(address) as found:
         with Live(console=out, refresh_per_second=4) as live:
-            found.roll(config, names, timeout_s, lambda rows: live.update(_table(rows)))
+            found.roll(config, names, timeout_s, lambda rows: live.update(replica_table(rows)))
         for name, one in found.teachers().items():
             if name in names:
                 left = f"; {one['old']} replicas stay for jobs that began before" if one["old"] else ""
@@ -141,15 +142,9 @@ def roll(
 @app.command()
 def jobs(address: Address = None) -> None:
     """Show the jobs that use the pool, and what each of them got."""
-    titles = ("teacher", "job", "weight", "sessions", "in_flight", "requests", "rows", "waits", "errors", "revision")
     with _pool(address) as found:
         rows = found.jobs()
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in titles:
-        table.add_column(title.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(row[title])) for title in titles))
-    out.print(table if rows else "no job has asked for anything yet")
+    out.print(job_table(rows) if rows else "no job has asked for anything yet")
 
 
 @app.command()
@@ -322,20 +317,6 @@ def _pool(address: str | None) -> Iterator["Pool"]:
         found = find()
         assert found is not None
         yield found
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in ("teacher", "replica", "state", "revision", "address", "load"):
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        load = f"{row['sessions']} sessions, {row['queued'] + row['in_flight']} waiting, {row['served']} served"
-        if row["joined"]:
-            load += f", {row['joined']} of them with another"
-        if row["cached"] + row["missed"]:
-            load += f", {row['cached'] / (row['cached'] + row['missed']):.0%} found in the cache"
-        table.add_row(row["teacher"], row["id"], row["stage"], row["revision"], row["address"], load)
-    return table
 
 
 def main() -> None:

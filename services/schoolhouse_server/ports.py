@@ -38,7 +38,7 @@ def own_address(host: str) -> str:
         has = ", ".join(one for one in own if not is_loopback(one))
         raise ConfigError(
             f"host is {host!r}{known}, and this node has: {has}. Give one of its addresses, or, for a pool "
-            "on several nodes, a network of theirs, as in 10.0.0.0/24, of which each listens on its own address; 0.0.0.0 "
+            "on several nodes, a network of theirs, as in 10.0.0.0/24, of which each listens on its own; 0.0.0.0 "
             "is all interfaces"
         )
     return found[0]

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherUnavailableError
 from schoolhouse.handshake import why_not
@@ -20,10 +18,40 @@ from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2_grpc
 from schoolhouse_wire.v1.directory_pb2 import JobLoad, ListTeachersRequest, Load, Replica, ReplicaSet
 
+from schoolhouse_server.tables import Column, FittingTable
+
 _TIMEOUT_S = 5.0
 _SILENT_S = 10.0  # a replica whose clock stands this long has not been heard of
 _MAX_JOBS = 40
 _MAX_NAME = 80
+_REPLICA_COLUMNS = (
+    Column("teacher"),
+    Column("replica"),
+    Column("state"),
+    Column("revision", rank=7),
+    Column("address", rank=6),
+    Column("rows/s", rank=1, number=True),
+    Column("busy", rank=1, number=True),
+    Column("delay ms", rank=2, number=True),
+    Column("rows/forward", rank=5, number=True),
+    Column("in flight", rank=4, number=True),
+    Column("queued", rank=3, number=True),
+    Column("sessions", rank=3, number=True),
+    Column("cache", rank=5, number=True),
+    Column("errors", rank=2, number=True),
+)
+_JOB_COLUMNS = (
+    Column("teacher"),
+    Column("job"),
+    Column("weight", rank=4, number=True),
+    Column("sessions", rank=4, number=True),
+    Column("in flight", rank=3, number=True),
+    Column("rows/s", rank=1, number=True),
+    Column("share", rank=1, number=True),
+    Column("rows", rank=2, number=True),
+    Column("waits", rank=3, number=True),
+    Column("errors", rank=2, number=True),
+)
 
 
 def target_of(url: str) -> str:
@@ -110,38 +138,21 @@ class Screen:
             lines += [self._replicas(now), self._jobs(now)]
         return Group(*lines)
 
-    def _replicas(self, now: float) -> Table:
-        table = _table("teacher", "replica", "state", "revision", "address")
-        for title in (
-            "rows/s",
-            "busy",
-            "delay ms",
-            "rows/forward",
-            "in flight",
-            "queued",
-            "sessions",
-            "cache",
-            "errors",
-        ):
-            table.add_column(title, justify="right")
+    def _replicas(self, now: float) -> FittingTable:
+        table = FittingTable(_REPLICA_COLUMNS)
         for found in self._sets:
             for replica in found.replicas:
                 known = self._known[found.teacher, replica.id]
-                table.add_row(*_replica_cells(found.teacher, replica, known, self._target, now))
+                table.rows.append(_replica_cells(found.teacher, replica, known, self._target, now))
             if not found.replicas:
-                table.add_row(_plain(found.teacher), "-", Text(f"none of {found.wanted} serves", style="red"))
+                none = Text(f"none of {found.wanted} serves", style="red")
+                table.rows.append([_plain(found.teacher), "-", none, *[""] * (len(_REPLICA_COLUMNS) - 3)])
         return table
 
-    def _jobs(self, now: float) -> Table:
-        table = _table("teacher", "job")
-        for title in ("weight", "sessions", "in flight", "rows/s", "share", "rows", "waits", "errors"):
-            table.add_column(title, justify="right")
-        for found in self._sets:
-            for cells in self._job_rows(found)[:_MAX_JOBS]:
-                table.add_row(*cells)
-        return table
+    def _jobs(self, now: float) -> FittingTable:
+        return FittingTable(_JOB_COLUMNS, [row for found in self._sets for row in self._job_rows(found)[:_MAX_JOBS]])
 
-    def _job_rows(self, found: ReplicaSet) -> list[list[RenderableType]]:
+    def _job_rows(self, found: ReplicaSet) -> list[list[str | Text]]:
         """One for each job of a teacher, its replicas together; those that work most come first."""
         rates = [rates for r in found.replicas if (rates := self._known[found.teacher, r.id].rates) is not None]
         rows: dict[str, float] = {}
@@ -186,14 +197,7 @@ def _together(jobs: Iterator[JobLoad]) -> list[JobLoad]:
     return list(found.values())
 
 
-def _table(*titles: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    return table
-
-
-def _replica_cells(teacher: str, replica: Replica, known: _Known, target: str, now: float) -> list[RenderableType]:
+def _replica_cells(teacher: str, replica: Replica, known: _Known, target: str, now: float) -> list[str | Text]:
     load, rates = replica.load, known.rates
     silent_s = now - known.heard_at
     state = Text(Replica.State.Name(replica.state).lower(), style="yellow" if replica.state else "green")
