@@ -10,6 +10,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from models import Net
+from typer.testing import CliRunner
 
 pytest.importorskip("ray")
 PATHS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -69,3 +70,39 @@ def test_a_wrong_pool_file_is_one_sentence(run, tmp_path):
     assert up.returncode == 1
     assert "either 'build" in up.stderr
     assert "Traceback" not in up.stderr
+
+
+@pytest.mark.parametrize("command", ["up", "roll"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{transformers: none}", "teachers.a.transformers: there is no checkpoint (config.json) in {folder}/none"),
+        ("{build: 'm:f', weights: w.pt}", "teachers.a.weights: there is no file {folder}/w.pt"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_found_before_ray_starts(command, given, said, tmp_path, monkeypatch):
+    from schoolhouse_server import cli, local_cluster
+
+    def reached(*_args, **_kwargs):
+        raise AssertionError("it went on")
+
+    for name in ("running", "start"):
+        monkeypatch.setattr(local_cluster, name, reached)
+    path = tmp_path / "pool.yaml"
+    path.write_text(f"teachers: {{a: {given}}}\n")
+    done = CliRunner().invoke(cli.app, [command, str(path)])
+    assert isinstance(done.exception, sh.errors.ConfigError), done.exception
+    assert said.format(folder=tmp_path) in str(done.exception)
+    monkeypatch.setattr(cli, "_connected", reached)  # the paths are those of the cluster's nodes, for them to look at
+    elsewhere = CliRunner().invoke(cli.app, [command, str(path), "--address", "10.0.0.1:6379"])
+    assert isinstance(elsewhere.exception, AssertionError), elsewhere.exception
+
+
+def test_a_roll_looks_at_the_teachers_that_it_rolls_alone(tmp_path, monkeypatch):
+    from schoolhouse_server import cli
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = tmp_path / "pool.yaml"
+    path.write_text("teachers: {a: {transformers: none}, b: {build: 'm:f'}}\n")
+    done = CliRunner().invoke(cli.app, ["roll", str(path), "b"])
+    assert "no local pool is running" in str(done.exception)

@@ -55,6 +55,8 @@ def up(
     from schoolhouse_server.config import load_pool
 
     config = load_pool(pool)
+    if address is None:  # else the paths are those of the cluster's nodes
+        config.check_files(list(config.teachers))
     started = False
     with out.status("starting Ray"):
         if address is None and local_cluster.running() is None:
@@ -130,6 +132,8 @@ def roll(
     if linger_s is not None:
         config = replace(config, linger_s=linger_s)
     names = teachers or list(config.teachers)
+    if address is None:
+        config.check_files(names)
     with _pool(address) as found:
         with Live(console=out, refresh_per_second=4) as live:
             found.roll(config, names, timeout_s, lambda rows: live.update(replica_table(rows)))

@@ -1,6 +1,7 @@
 """pool.yaml -> frozen dataclasses, validated once."""
 
 import ipaddress
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -295,6 +296,24 @@ class PoolConfig:
     def tokens(self) -> Path | None:
         """The tokens file, on this node; None without one."""
         return self.folder / self.security.tokens if self.security.tokens is not None else None
+
+    def check_files(self, names: Collection[str]) -> None:
+        """Look for the checkpoints and the weights of these teachers on this machine.
+
+        Raises:
+            ConfigError: there are some that are not there; names them.
+        """
+        missing = [
+            f"teachers.{n}.{text}" for n in names if n in self.teachers for text in self._missing(self.teachers[n])
+        ]
+        if missing:
+            raise ConfigError("; ".join(missing))
+
+    def _missing(self, spec: TeacherSpec) -> Iterator[str]:
+        if spec.transformers is not None and not (self.folder / spec.transformers / "config.json").is_file():
+            yield f"transformers: there is no checkpoint (config.json) in {self.folder / spec.transformers}"
+        if spec.weights is not None and not (self.folder / spec.weights).is_file():
+            yield f"weights: there is no file {self.folder / spec.weights}"
 
     @property
     def replica_ports(self) -> range:
