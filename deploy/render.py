@@ -21,7 +21,7 @@ _HEAD = """\
 #
 #   kubectl apply -f deploy/kuberay/{variant}.yaml
 #
-# needs the KubeRay operator, 1.3 or newer, in the namespace kuberay-operator, and the image of deploy/docker.
+# needs the KubeRay operator, 1.5.1 or newer, in the namespace kuberay-operator, and the image of deploy/docker.
 # {traffic}
 # The NetworkPolicy admits pods of this namespace that have the label schoolhouse.student=true, if your cluster's
 # network enforces such policies.

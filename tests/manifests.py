@@ -21,7 +21,7 @@ CUSTOM = json.loads((ROOT / "tests/schemas/custom.json").read_text())
 
 def committed(variant):
     """The objects of the committed manifest."""
-    return list(yaml.safe_load_all((ROOT / f"deploy/kuberay/{variant}.yaml").read_text()))
+    return list(filter(None, yaml.safe_load_all((ROOT / f"deploy/kuberay/{variant}.yaml").read_text())))
 
 
 def values(variant):
@@ -49,7 +49,7 @@ def rendered(given, folder):
     (folder / "values.yaml").write_text(yaml.safe_dump(given))
     done = helm(folder / "values.yaml")
     assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+    return list(filter(None, yaml.safe_load_all(done.stdout)))
 
 
 @cache
@@ -77,9 +77,7 @@ def one(items, kind, name=""):
 def pods(items):
     """The pod templates, by who makes the pod."""
     cluster = one(items, "RayCluster")["spec"]
-    found = {"head": cluster["headGroupSpec"]["template"], "launcher": one(items, "Job")["spec"]["template"]}
-    for cron in [item for item in items if item["kind"] == "CronJob"]:
-        found["keep"] = cron["spec"]["jobTemplate"]["spec"]["template"]
+    found = {"head": cluster["headGroupSpec"]["template"], "launcher": one(items, "Deployment")["spec"]["template"]}
     return found | {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
 
 

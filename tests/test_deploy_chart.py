@@ -1,6 +1,6 @@
 """The Helm chart: what it makes is valid, fits together, and is what deploy/kuberay has."""
 
-import re
+import os
 import subprocess
 from copy import deepcopy
 
@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from schoolhouse_server import launcher
 from schoolhouse_server.loading import load_teacher
 
 pytest.importorskip("kubernetes_validate")
@@ -27,7 +28,7 @@ from manifests import (
     values,
 )
 
-KINDS = {"ConfigMap", "CronJob", "Job", "NetworkPolicy", "PodDisruptionBudget", "RayCluster", "Service"}
+KINDS = {"ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "RayCluster", "Service"}
 ALL_ON = {
     "nameOverride": "teachers",
     "image": {"tag": "9", "pullSecrets": [{"name": "pull"}]},
@@ -36,7 +37,35 @@ ALL_ON = {
     "pool": {"security": {"insecure": False}},
     "tls": {"secretName": "certificate", "mutual": True},
     "tokens": {"secretName": "tokens"},
-    "head": {"nodeSelector": {"a": "b"}, "tolerations": [{"operator": "Exists"}], "affinity": {"nodeAffinity": {}}},
+    "authentication": {"secretName": "ray-token"},
+    "serviceAccount": {"create": True, "name": "teachers", "annotations": {"cloud.example/role": "reader"}},
+    "head": {
+        "nodeSelector": {"a": "b"},
+        "tolerations": [{"operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}},
+        "runtimeClassName": "runc",
+        "labels": {"ray.io/availability-zone": "a"},
+    },
+    "workerGroups": [
+        {
+            "name": "gpu",
+            "replicas": 4,
+            "minReplicas": 4,
+            "maxReplicas": 4,
+            "minAvailable": 2,
+            "checkpointGiB": 140,
+            "resources": {"requests": {"cpu": "8"}, "limits": {"cpu": "8"}},
+            "runtimeClassName": "nvidia",
+            "labels": {"ray.io/availability-zone": "b"},
+        },
+        {
+            "name": "one",
+            "replicas": 1,
+            "minReplicas": 1,
+            "maxReplicas": 1,
+            "resources": {"requests": {"memory": "4Gi"}, "limits": {"memory": "4Gi"}},
+        },
+    ],
     "autoscaling": {"enabled": True},
     "gcsFaultTolerance": {
         "enabled": True,
@@ -54,7 +83,7 @@ ALL_ON = {
     "env": [{"name": "A", "value": "b"}],
 }
 ALL_OFF = {
-    "launcher": {"keep": {"enabled": False, "schedule": "*/5 * * * *"}},
+    "authentication": {"enabled": False},
     "spread": {"enabled": False},
     "autoscaling": {"enabled": False},
     "networkPolicy": {"enabled": False},
@@ -79,7 +108,10 @@ def test_the_manifests_are_valid(variant, version):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
     ("changes", "kinds"),
-    [(ALL_ON, KINDS | {"ServiceMonitor"}), (ALL_OFF, KINDS - {"CronJob", "NetworkPolicy", "PodDisruptionBudget"})],
+    [
+        (ALL_ON, KINDS | {"ServiceAccount", "ServiceMonitor"}),
+        (ALL_OFF, KINDS - {"NetworkPolicy", "PodDisruptionBudget"}),
+    ],
     ids=["all on", "all off"],
 )
 def test_every_setting_makes_valid_objects(changes, kinds, version, tmp_path):
@@ -97,11 +129,11 @@ def test_every_setting_makes_valid_objects(changes, kinds, version, tmp_path):
         ("RayCluster", "spec.headGroupSpec.template.spec", "securityContext", "securityContexts"),
         ("RayCluster", "spec.workerGroupSpecs.0.template.spec.containers.0", "volumeMounts", "mounts"),
         ("RayCluster", "spec.workerGroupSpecs.0.template.spec.containers.0.lifecycle", "preStop", "prestop"),
-        ("Job", "spec.template.spec", "restartPolicy", "restart"),
-        ("CronJob", "spec", "jobTemplate", "job"),
+        ("RayCluster", "spec.authOptions", "mode", "modes"),
+        ("Deployment", "spec", "template", "jobTemplate"),
         ("Service", "spec.ports.0", "targetPort", "target"),
         ("NetworkPolicy", "spec.ingress.3.ports.1", "endPort", "lastPort"),
-        ("PodDisruptionBudget", "spec", "maxUnavailable", "unavailable"),
+        ("PodDisruptionBudget", "spec", "minAvailable", "available"),
     ],
 )
 def test_a_misspelt_field_is_an_error(kind, path, right, wrong):
@@ -126,6 +158,8 @@ def test_a_misspelt_field_is_an_error(kind, path, right, wrong):
         ({"pool": {"http_port": 70000}}, "http_port"),
         ({"serviceMonitor": {"enabled": True}, "pool": {"http_port": None}}, "http_port"),
         ({"objectStore": {"bytes": 1}}, "bytes"),
+        ({"podDisruptionBudget": {"maxUnavailable": 1}}, "maxUnavailable"),
+        ({"serviceAccount": {"create": True}}, "serviceAccount.name"),
         ({"networkPolicy": {"studentLabels": {"schoolhouse.student": None}}}, "studentLabels"),
     ],
 )
@@ -214,7 +248,7 @@ def test_students_reach_the_pool_and_not_ray(tmp_path):
     anywhere = merged(values("cpu"), {"pool": {"ports": None, "http_port": None}})  # as Linux hands them out
     del anywhere["pool"]["ports"], anywhere["pool"]["http_port"]
     assert admitted(rendered(anywhere, tmp_path), student) == [(7070, 7070), (32768, 60999)]
-    launcher = one(items, "Job")["spec"]["template"]["metadata"]["labels"]
+    launcher = pods(items)["launcher"]["metadata"]["labels"]
     labels = {key: launcher[key] for key in ("app.kubernetes.io/instance", "app.kubernetes.io/component")}
     assert admitted(items, {"podSelector": {"matchLabels": labels}}) == [(8265, 8265)]
     for rule in one(items, "NetworkPolicy")["spec"]["ingress"]:
@@ -242,26 +276,114 @@ def test_the_launcher_names_what_there_is(variant):
     items = committed(variant)
     container = pods(items)["launcher"]["spec"]["containers"][0]
     cluster = one(items, "RayCluster")["metadata"]["name"]
-    assert container["command"][3] == f"--address=http://{cluster}-head-svc:8265"  # KubeRay's Service of the head
+    digest = one(items, "ConfigMap")["data"]["digest"]
+    assert container["command"][:3] == ["python", "-m", launcher.__name__]
+    options = dict(option[2:].split("=") for option in container["command"][3:-1])
+    assert options.pop("address") == f"http://{cluster}-head-svc:8265"  # KubeRay's Service of the head
+    assert options == {"prefix": f"{cluster}-", "state": digest, "attempts": "12", "ready-file": "/tmp/launched"}
+    assert container["readinessProbe"]["exec"]["command"] == ["test", "-e", options["ready-file"]]
     shell, flag, script = container["args"]
     assert subprocess.run([shell, "-n", flag, script], capture_output=True).returncode == 0
     mounts = pods(items)["head"]["spec"]["containers"][0]["volumeMounts"]
     assert "/etc/schoolhouse/pool.yaml" in script
     assert {"name": "pool", "mountPath": "/etc/schoolhouse", "readOnly": True} in mounts
-    assert one(items, "ConfigMap")["data"]["digest"] in script
-    kept = pods(items)["keep"]["spec"]["containers"][0]
-    roll = re.search(r"schoolhouse roll /etc/schoolhouse/pool.yaml [^;]*", script).group()
-    assert kept == {**container, "args": [shell, flag, script.replace(roll, "true")]}
+    assert digest in script
 
 
-def test_a_changed_pool_is_a_new_job(tmp_path):
-    def name(changes):
-        return one(rendered(merged(values("cpu"), changes), tmp_path), "Job")["metadata"]["name"]
+@pytest.mark.parametrize(("running", "done"), [(True, "roll"), (False, "up")])
+def test_the_launched_job_starts_a_pool_or_rolls_it(running, done, tmp_path):
+    shell, flag, script = pods(committed("cpu"))["launcher"]["spec"]["containers"][0]["args"]
+    for name, text in (
+        ("grep", "exit 0"),
+        ("schoolhouse", f"echo $* >> {tmp_path}/calls; test $1 != status || {running!s}"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text.replace('True', 'true').replace('False', 'false')}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run([shell, flag, script], env=environment, timeout=30).returncode == 0
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "status --address auto",
+        f"{done} /etc/schoolhouse/pool.yaml --address auto --timeout-s 1800",
+    ]
 
-    before = name({})
-    assert name({"head": {"nodeSelector": {"a": "b"}}}) == before
-    others = [name({"pool": {"port": 7071}}), name({"files": {"m.py": "x = 1"}}), name({"image": {"tag": "2"}})]
+
+def test_nothing_makes_a_driver_now_and_then():
+    for variant in VARIANTS:
+        assert not {"CronJob", "Job"} & {item["kind"] for item in committed(variant)}
+
+
+def test_a_changed_pool_is_launched_anew(tmp_path):
+    def state(changes):
+        command = pods(rendered(merged(values("cpu"), changes), tmp_path))["launcher"]["spec"]["containers"][0][
+            "command"
+        ]
+        return next(option for option in command if option.startswith("--state="))
+
+    before = state({})
+    assert state({"head": {"nodeSelector": {"a": "b"}}}) == before
+    others = [state({"pool": {"port": 7071}}), state({"files": {"m.py": "x = 1"}}), state({"image": {"tag": "2"}})]
     assert len({before, *others}) == 4
+
+
+def budgets(items):
+    """The PodDisruptionBudgets, by the group of workers that they are of."""
+    found = [item["spec"] for item in items if item["kind"] == "PodDisruptionBudget"]
+    return {spec["selector"]["matchLabels"]["ray.io/group"]: spec for spec in found}
+
+
+def test_a_machine_can_be_emptied(tmp_path):
+    """For pods of an owner without `scale` Kubernetes knows `minAvailable` in pods; with anything else it evicts none."""
+    changed = rendered(merged(values("cpu"), ALL_ON), tmp_path)
+    assert {group: spec["minAvailable"] for group, spec in budgets(changed).items()} == {"gpu": 2}  # none of one worker
+    for items in (committed("cpu"), committed("gpu"), changed):
+        for group in one(items, "RayCluster")["spec"]["workerGroupSpecs"]:
+            spec = budgets(items).get(group["groupName"], {"minAvailable": 0})
+            assert "maxUnavailable" not in spec
+            assert type(spec["minAvailable"]) is int
+            assert spec["minAvailable"] < group["minReplicas"]
+            assert spec.get("unhealthyPodEvictionPolicy", "AlwaysAllow") == "AlwaysAllow"
+
+
+def test_ray_asks_for_its_token(tmp_path):
+    def environment(template):
+        return {one["name"]: one.get("value", one.get("valueFrom")) for one in template["spec"]["containers"][0]["env"]}
+
+    def secret(name):
+        return {"secretKeyRef": {"name": name, "key": "auth_token"}}
+
+    for items, options, name in (
+        (committed("gpu"), {"mode": "token"}, "schoolhouse"),  # KubeRay's, which has the cluster's name
+        (rendered(merged(values("cpu"), ALL_ON), tmp_path), {"mode": "token", "secretName": "ray-token"}, "ray-token"),
+    ):
+        assert one(items, "RayCluster")["spec"]["authOptions"] == options
+        for template in pods(items).values():
+            found = environment(template)
+            assert (found["RAY_AUTH_MODE"], found["RAY_AUTH_TOKEN"]) == ("token", secret(name))
+    off = rendered(merged(values("cpu"), ALL_OFF), tmp_path)
+    assert one(off, "RayCluster")["spec"]["authOptions"] == {"mode": "disabled"}
+    for template in pods(off).values():
+        assert environment(template)["RAY_AUTH_MODE"] == "disabled"
+        assert "RAY_AUTH_TOKEN" not in environment(template)
+
+
+def test_pods_have_their_runtime_their_account_and_their_labels(tmp_path):
+    items = rendered(merged(values("cpu"), ALL_ON), tmp_path)
+    cluster, specs = one(items, "RayCluster")["spec"], {name: pod["spec"] for name, pod in pods(items).items()}
+    assert {name: spec.get("runtimeClassName") for name, spec in specs.items()} == {
+        "head": "runc", "launcher": None, "gpu": "nvidia", "one": None
+    }  # fmt: skip
+    assert {spec["serviceAccountName"] for spec in specs.values()} == {"teachers"}
+    account = one(items, "ServiceAccount")["metadata"]
+    assert (account["name"], account["annotations"]) == ("teachers", {"cloud.example/role": "reader"})
+    assert cluster["headGroupSpec"]["labels"] == {"ray.io/availability-zone": "a"}
+    assert [group.get("labels") for group in cluster["workerGroupSpecs"]] == [{"ray.io/availability-zone": "b"}, None]
+
+
+def test_memory_follows_the_checkpoint(tmp_path):
+    specs = {name: pod["spec"] for name, pod in pods(rendered(merged(values("cpu"), ALL_ON), tmp_path)).items()}
+    for name, memory in (("gpu", "148Gi"), ("one", "4Gi")):
+        resources = specs[name]["containers"][0]["resources"]
+        assert {resources[kind]["memory"] for kind in ("requests", "limits")} == {memory}
 
 
 def test_versions_agree():

@@ -60,12 +60,12 @@ def slurm(tmp_path):
     }
     started = []
 
-    def start(nodes, *arguments):
+    def start(nodes, *arguments, **variables):
         program(bin_folder / "scontrol", "#!/bin/sh\n" + "".join(f"echo {node}\n" for node in nodes))
         started.append(
             subprocess.Popen(
                 ["bash", SCRIPT, *arguments],
-                env=environment,
+                env=environment | variables,
                 cwd=tmp_path,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -98,7 +98,7 @@ def test_a_job_serves_its_command_and_cleans_up(slurm, tmp_path):
     assert re.search(r"^grpc://\S+/net$", shown, flags=re.MULTILINE)
     calls = (tmp_path / "calls").read_text()
     assert len(re.findall(r"--nodelist=node1 .* ray start --head ", calls)) == 1
-    assert len(re.findall(r"--nodelist=node2 .* ray start --block --address=", calls)) == 1
+    assert len(re.findall(r"--nodelist=node2 .* ray start --block --address=\S+ --node-ip-address=", calls)) == 1
     assert (slurm.folder / "token").stat().st_mode & 0o077 == 0
     assert soon(lambda: left(slurm.scratch) == []), left(slurm.scratch)
     assert not slurm.scratch.exists()
@@ -130,6 +130,35 @@ def test_a_job_without_a_command_ends_with_its_time(slurm, tmp_path):
     assert first.endswith("stopped")
     assert second.endswith("stopped")
     assert removed.endswith(f"rm -rf -- {slurm.scratch}")
+
+
+# A system that knows itself by a loopback address, and has a network for each of its cards.
+HOSTNAME = """#!/bin/sh
+case $1 in
+    --all-ip-addresses) echo "127.0.1.1 10.0.0.5 10.1.7.5 fd00::5 " ;;
+    *) echo 127.0.1.1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("network", "address"), [("", "10.0.0.5"), ("10.1.*", "10.1.7.5")])
+def test_nodes_know_one_another_by_an_address_of_the_network(slurm, tmp_path, network, address):
+    for name, text in (("ray", STOPS), ("schoolhouse", STOPS), ("hostname", HOSTNAME)):
+        program(tmp_path / "bin" / name, text)
+    job = slurm(["node1", "node2"], "pool.yaml", "true", SCHOOLHOUSE_NETWORK=network)
+    shown, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, shown
+    calls = (tmp_path / "calls").read_text()
+    assert len(re.findall(rf"ray start .*--node-ip-address={re.escape(address)} ", calls)) == 2
+    assert re.search(rf"ray start --block --address={re.escape(address)}:\d+ ", calls)
+
+
+def test_a_node_outside_the_network_is_said(slurm, tmp_path):
+    program(tmp_path / "bin/hostname", HOSTNAME)
+    job = slurm(["node1"], "pool.yaml", SCHOOLHOUSE_NETWORK="192.168.*")
+    shown, _ = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "node1 has no address like 192.168.*; set SCHOOLHOUSE_NETWORK" in shown
 
 
 def test_a_head_that_does_not_start_is_said(slurm, tmp_path):

@@ -53,6 +53,7 @@ securityContext:
   {{- toYaml .Values.securityContext | nindent 2 }}
 env:
   - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+  {{- include "schoolhouse.authentication" . | nindent 2 }}
   {{- with .Values.env }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -80,9 +81,15 @@ automountServiceAccountToken: {{ and .head .root.Values.autoscaling.enabled }}
 terminationGracePeriodSeconds: {{ .root.Values.shutdown.terminationGracePeriodSeconds }}
 securityContext:
   {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+{{- with .root.Values.serviceAccount.name }}
+serviceAccountName: {{ . }}
+{{- end }}
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .group.runtimeClassName }}
+runtimeClassName: {{ . }}
 {{- end }}
 {{- with .group.nodeSelector }}
 nodeSelector:
@@ -117,42 +124,26 @@ volumes:
   {{- end }}
 {{- end -}}
 
-{{/*
-The pod that runs `schoolhouse` as a job on the head: drivers must run on a node of the cluster. Takes `root` and `running`,
-what is done where the pool runs already.
-*/}}
-{{- define "schoolhouse.launcher" -}}
-{{- $values := .root.Values -}}
-metadata:
-  labels:
-    {{- include "schoolhouse.labels" .root | nindent 4 }}
-    app.kubernetes.io/component: launcher
-spec:
-  restartPolicy: Never
-  automountServiceAccountToken: false
-  securityContext:
-    {{- toYaml $values.podSecurityContext | nindent 4 }}
-  {{- with $values.image.pullSecrets }}
-  imagePullSecrets:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  containers:
-    - name: launcher
-      image: {{ include "schoolhouse.image" .root }}
-      imagePullPolicy: {{ $values.image.pullPolicy }}
-      command: [ray, job, submit, "--address=http://{{ include "schoolhouse.fullname" .root }}-head-svc:8265", --]
-      args:
-        - sh
-        - -c
-        - >-
-          for _ in $(seq 180); do grep -q {{ include "schoolhouse.digest" .root }} /etc/schoolhouse/digest && break; sleep 1; done;
-          if schoolhouse status --address auto; then {{ .running }};
-          else schoolhouse up /etc/schoolhouse/pool.yaml --address auto
-          --timeout-s {{ $values.launcher.timeoutSeconds }}; fi
-      env:
-        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-      securityContext:
-        {{- toYaml $values.securityContext | nindent 8 }}
-      resources:
-        {{- toYaml $values.launcher.resources | nindent 8 }}
+{{/* The Secret with Ray's token: yours, or the one that KubeRay makes, which has the cluster's name. */}}
+{{- define "schoolhouse.authentication" -}}
+{{- if .Values.authentication.enabled -}}
+- {name: RAY_AUTH_MODE, value: token}
+- name: RAY_AUTH_TOKEN
+  valueFrom:
+    secretKeyRef: {name: {{ default (include "schoolhouse.fullname" .) .Values.authentication.secretName }}, key: auth_token}
+{{- else -}}
+- {name: RAY_AUTH_MODE, value: disabled}
+{{- end -}}
+{{- end -}}
+
+{{/* The resources of a worker's container: those of its group, with memory for the checkpoint where it says its size. */}}
+{{- define "schoolhouse.workerResources" -}}
+{{- $resources := deepCopy .resources -}}
+{{- if hasKey . "checkpointGiB" -}}
+{{- $memory := dict "memory" (printf "%dGi" (add (int .checkpointGiB) 8)) -}}
+{{- range list "requests" "limits" -}}
+{{- $_ := set $resources . (merge (deepCopy (get $resources .)) $memory) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $resources -}}
 {{- end -}}
