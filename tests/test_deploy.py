@@ -74,6 +74,36 @@ def test_the_client_image_has_no_ray():
     assert '"ray[default]==' in found["server"]  # the agents that KubeRay's probes ask
 
 
+def test_the_server_image_has_what_models_need():
+    """Triton compiles what it launches, quantized checkpoints need accelerate, and a version decides over features."""
+    text = DOCKERFILE.read_text()
+    (models,) = re.findall(r'^ARG TRANSFORMERS="(.*)"$', text, flags=re.MULTILINE)
+    assert [re.fullmatch(r"([a-z]+)==[\d.]+", one).group(1) for one in models.split()] == ["transformers", "accelerate"]
+    packages = next(rest for word, rest in stages()["server"] if "apt-get install" in rest)
+    assert "g++" in packages.split()
+
+
+def test_ray_in_a_container_asks_for_a_token(tmp_path):
+    server = stages()["server"]
+    assert ("ENV", "RAY_AUTH_MODE=token") in server
+    shell, flag, script = json.loads(next(rest for word, rest in server if word == "CMD"))
+    program = tmp_path / "ray"
+    program.write_text('#!/bin/sh\necho "$*" >> "$CALLS"; echo a-token\n')
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    done = subprocess.run([shell, flag, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "calls").read_text().splitlines() == ["get-auth-token --generate", "start --head --block"]
+    assert done.stdout == "a-token\n"  # that of the second: the token is in no log
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_rays_cluster_files_have_its_token(path):
+    config = yaml.safe_load(path.read_text())
+    assert "~/.ray/auth_token" in config["file_mounts"].values()
+    for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
+        assert [c for c in config[commands] if "ray start" in c and "RAY_AUTH_MODE=token" not in c] == []
+
+
 def test_the_health_check_asks_the_pool(capsys):
     (check,) = [rest for word, rest in stages()["server"] if word == "HEALTHCHECK"]
     command = json.loads(check[check.index("[") :])
