@@ -332,7 +332,7 @@ def budgets(items):
 
 
 def test_a_machine_can_be_emptied(tmp_path):
-    """For pods of an owner without `scale` Kubernetes knows `minAvailable` in pods; with anything else it evicts none."""
+    """For pods of an owner without `scale` Kubernetes counts `minAvailable` in pods; else it evicts none."""
     changed = rendered(merged(values("cpu"), ALL_ON), tmp_path)
     assert {group: spec["minAvailable"] for group, spec in budgets(changed).items()} == {"gpu": 2}  # none of one worker
     for items in (committed("cpu"), committed("gpu"), changed):

@@ -48,5 +48,6 @@ class FittingTable:
             justify: JustifyMethod = "right" if column.number else "left"
             table.add_column(column.title, justify=justify, overflow="ellipsis", no_wrap=column.number)
         for row in self.rows:
-            table.add_row(*(Text(row[i]) if isinstance(row[i], str) else row[i] for i in shown))
+            cells = (row[i] for i in shown)
+            table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))  # no markup
         return table, Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).maximum
