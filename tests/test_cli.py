@@ -44,7 +44,7 @@ def test_up_status_down(run, tmp_path):
     up = run("up", "pool.yaml")
     try:
         assert up.returncode == 0, up.stderr
-        url = re.search(r"grpc://\S+/net", up.stdout).group()
+        url = re.search(r"^students connect to  (grpc://\S+/net)$", up.stdout, flags=re.MULTILINE).group(1)
         x = torch.randn(3, 8)
         with sh.connect(url) as teacher:
             assert torch.equal(teacher.submit((x,), {}, [""]).result()[""], Net(32, seed=1)(x))

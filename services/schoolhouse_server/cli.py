@@ -3,9 +3,9 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -68,8 +68,8 @@ def up(
 
             launched = launch(config)
             try:
-                with Live(console=out, refresh_per_second=4) as live:
-                    launched.wait(timeout_s, lambda rows: live.update(replica_table(rows)))
+                with _progress() as show:
+                    launched.wait(timeout_s, show)
             except BaseException:
                 launched.down()
                 raise
@@ -135,8 +135,8 @@ def roll(
     if address is None:
         config.check_files(names)
     with _pool(address) as found:
-        with Live(console=out, refresh_per_second=4) as live:
-            found.roll(config, names, timeout_s, lambda rows: live.update(replica_table(rows)))
+        with _progress() as show:
+            found.roll(config, names, timeout_s, show)
         for name, one in found.teachers().items():
             if name in names:
                 left = f"; {one['old']} replicas stay for jobs that began before" if one["old"] else ""
@@ -321,6 +321,15 @@ def _pool(address: str | None) -> Iterator["Pool"]:
         found = find()
         assert found is not None
         yield found
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+    """Gives what shows rows of replicas in the place of those before."""
+    with Live(console=out, refresh_per_second=4) as live:
+        yield lambda rows: live.update(replica_table(rows))
+    if not out.is_terminal:
+        out.line()  # a terminal's view ends its last line itself
 
 
 def main() -> None:
