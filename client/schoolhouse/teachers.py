@@ -18,6 +18,7 @@ from torch import nn
 from schoolhouse.errors import SchoolhouseError, TeacherForwardError, UnknownTapError
 from schoolhouse.head_description import check_head
 from schoolhouse.heads import Head
+from schoolhouse.module_tree import module_tree
 from schoolhouse.own_heads import OwnHeads
 from schoolhouse.revision import revision_of
 from schoolhouse.sparse import decoded
@@ -28,7 +29,6 @@ from schoolhouse.taps import (
     TapLike,
     as_tap,
     check_modules,
-    module_names,
     owned,
     run_with_taps,
     signature_of,
@@ -36,10 +36,13 @@ from schoolhouse.taps import (
 )
 from schoolhouse.wanted import Wanted
 
+_SHOWN_PARAMETERS = 6
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TeacherDescription:
-    """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model.
+    """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model. `module_classes` are what
+    they are, or empty where the server does not say it, and `parameters` the names that the forward takes.
 
     `transport` says how its features come: "in process", "shared memory", or "stream: " and why it is that. Where some
     found no room in shared memory, it says of how many so far.
@@ -54,6 +57,22 @@ class TeacherDescription:
     device: str
     merge: str = "never"
     transport: str = "in process"
+    module_classes: tuple[str, ...] = ()
+
+    def tree(self) -> str:
+        """The modules as `print(module)` shows them, with layers that are alike as one."""
+        return module_tree(self.class_name.rpartition(".")[2], self.modules, self.module_classes)
+
+    def __repr__(self) -> str:
+        more = len(self.parameters) - _SHOWN_PARAMETERS
+        taken = ", ".join(self.parameters[:_SHOWN_PARAMETERS]) + (f" and {more} more" if more > 0 else "")
+        return (
+            f"TeacherDescription(name={self.name!r}, revision={self.revision!r},\n"
+            f"  class_name={self.class_name!r},\n"
+            f"  dtype={self.dtype!r}, device={self.device!r}, merge={self.merge!r}, transport={self.transport!r},\n"
+            f"  parameters: {taken or 'none'},\n"
+            f"  modules: {len(self.modules)}, whose names are in .modules, and .tree() shows them)"
+        )
 
 
 class Features(dict[Tap, Any]):
@@ -111,7 +130,8 @@ class LocalTeacher:
         self._compiled = any(map(_is_compiled, module.modules()))
         self._name = name
         self._early = EarlyStop(allowed=early_stop)
-        self._modules = dict.fromkeys(module_names(module))  # ordered, and quick to search
+        named = self._plain.named_modules(remove_duplicate=False)
+        self._modules = {name: type(inner).__name__ for name, inner in named}
         self._revision = ""
         self._heads = OwnHeads(self._plain)
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
@@ -127,6 +147,7 @@ class LocalTeacher:
             revision=self._revision,
             class_name=_qualified_name(self._plain),
             modules=tuple(self._modules),
+            module_classes=tuple(self._modules.values()),
             parameters=tuple(inspect.signature(self._plain.forward).parameters),
             dtype=str(floating).removeprefix("torch.") if floating else "",
             device=str(parameter.device) if parameter is not None else "cpu",
