@@ -149,7 +149,7 @@ def test_the_command_shows_a_served_teacher(describe):
         "device": "cpu",
         "merge": "same-shape",
         "transport": "shared memory",
-        "parameters": "input_ids, attention_mask, more",
+        "parameters": ", ".join(found.parameters),
         "modules": "70",
     }
     assert max(map(len, done.stdout.splitlines())) <= 80
