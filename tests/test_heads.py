@@ -5,12 +5,14 @@ import itertools
 import json
 import math
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memfd import no_collector
 from schoolhouse import errors
 from schoolhouse.head_description import check_head, head_of
 from schoolhouse.head_operations import (
@@ -186,6 +188,17 @@ def test_the_copies_on_other_devices_are_made_once(monkeypatch):
     assert moves == [torch.device("cpu")] * len(head.operations)
     assert there.digest == head.digest
     assert there.to("cpu") is head.to("cpu")
+
+
+def test_a_head_ends_with_its_copies_on_other_devices(monkeypatch):
+    head = some_head()
+    monkeypatch.setattr(Head, "device", torch.device("cuda", 0))  # so that the CPU is another device
+    monkeypatch.setattr(Operation, "to", lambda self, device: self)
+    with no_collector():
+        ends = [weakref.ref(head), weakref.ref(head.to("cpu"))]
+        assert ends[1]() is head.to("cpu")  # kept meanwhile
+        del head
+        assert [end() for end in ends] == [None, None]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,9 +1,11 @@
 """A job keeps to one revision of its teacher, or follows them; what it gets is of the one that it asked for."""
 
 import concurrent.futures
+import functools
 import itertools
 import pickle
 import time
+import weakref
 
 import grpc
 import pytest
@@ -20,8 +22,11 @@ from directories import (
     sessions,
     stopped_in_mid_forward,
 )
-from memfd import soon
+from memfd import no_collector, soon
 from schoolhouse import encodings, errors
+from schoolhouse.fetched_heads import FetchedHeads
+from schoolhouse.head_operations import linear
+from schoolhouse.heads import Head
 from schoolhouse_server import serve
 from schoolhouse_wire import channel, framing
 from schoolhouse_wire.v1 import teacher_pb2
@@ -155,6 +160,42 @@ def test_heads_are_those_of_the_features_revision():
                 assert soon(lambda server=server: logits()[0] == revision_of(server))
                 expected = F.linear(F.linear(x, module[0].weight, module[0].bias), module[1].weight, module[1].bias)
                 torch.testing.assert_close(logits()[1].dense(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_heads_of_revisions_that_were_rolled_away_are_let_go():
+    modules = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)) for _ in range(4)]
+    x, wish, heads = torch.randn(5, 4), {"1": encodings.hidden("1")}, []
+    with replicas(*modules) as servers, DirectoryServer() as directory, no_collector():
+        directory.publish(servers[0], revision=revision_of(servers[0]))
+        with sh.connect(directory.url, follow_revisions=True, head_folder=None) as teacher:
+
+            def has_come(revision):
+                features = teacher.submit((x,), {}, ["1"], encodings=wish).result(20)
+                if features.revision != revision:
+                    return False
+                heads.append(weakref.ref(features["1"].head))
+                return True
+
+            for server in servers:
+                directory.publish(server, revision=revision_of(server))
+                assert soon(functools.partial(has_come, revision_of(server)), collect=False)
+            assert soon(lambda: [head() is None for head in heads] == [True, True, True, False], collect=False)
+
+
+def test_a_teacher_keeps_a_bounded_number_of_heads():
+    made = {}
+
+    def ask(_revision, inputs, wanted):
+        name = wanted.heads()[wanted.taps[0]]
+        head = made.setdefault(name, Head([linear(torch.full((2, 2), float(len(made))))]))
+        return {wanted.taps[0]: head.digest if inputs.kwargs else head.to_value()}
+
+    heads = FetchedHeads(None, ask)
+    with no_collector():
+        found = [weakref.ref(heads.get("r", str(i % 60), "")) for i in range(120)]
+        kept = [head for head in found if head() is not None]
+        assert 1 < len(kept) < 20
+        assert kept == found[-len(kept) :]
 
 
 @pytest.mark.parametrize("cached", [False, True])

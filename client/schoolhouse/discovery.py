@@ -125,6 +125,7 @@ def _in_words(found: teacher_pb2.DescribeResponse) -> TeacherDescription:
         revision=found.revision,
         class_name=found.class_name,
         modules=tuple(found.modules),
+        module_classes=tuple(found.module_classes),
         parameters=tuple(found.parameters),
         dtype=found.dtype,
         device=found.device,

@@ -1,4 +1,4 @@
-"""The heads of a remote teacher: asked for once, and kept."""
+"""The heads of a remote teacher: asked for once, and kept while they are of use."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,15 @@ from schoolhouse.heads_cache import HeadCache
 from schoolhouse.taps import HEAD, Tap
 from schoolhouse.wanted import Wanted
 
+_MAX_KEPT = 8
+
 
 class FetchedHeads:
-    """Heads of one teacher. `ask(revision, inputs, wanted)` returns what the teacher answers, by tap."""
+    """The last heads that were asked for of one teacher, all of one revision: a roll lets go of those before it.
+
+    Requests hold their own heads as long as they need them. `ask(revision, inputs, wanted)` returns what the teacher
+    answers, by tap.
+    """
 
     def __init__(self, folder: str | Path | None, ask: Callable[[str, Arguments, Wanted], Any]) -> None:
         self._cache = HeadCache(folder)
@@ -31,11 +37,13 @@ class FetchedHeads:
             tap = Tap(tap_module, HEAD)
             wanted = Wanted((tap,), (Hidden(head=name),))
             digest = self._ask(revision, Arguments((), {"digest_only": True}), wanted)[tap]
-            found = self._known[revision, name, tap_module] = self._cache.fetch(
+            found = self._cache.fetch(
                 revision,
                 name,
                 tap_module,
                 lambda: Head.from_value(self._ask(revision, Arguments(), wanted)[tap]),
                 digest=str(digest),
             )
+            kept = [(key, head) for key, head in self._known.items() if key[0] == revision]
+            self._known = dict([*kept, ((revision, name, tap_module), found)][-_MAX_KEPT:])
         return found

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class Head:
         self.hidden_size, self.classes = _widths(self.operations)
         self.dtype = _the_dtype(self.operations)
         self._family = _Family()
+        self._copies: list[Head] = []  # that this one made
         self._versions = [version_of(weight) for weight in self._weights()]
 
     @property
@@ -70,7 +72,7 @@ class Head:
         return value
 
     def to(self, device: torch.device | str) -> "Head":
-        """This head with its weights on a device. They are moved once and kept there as long as any of its copies."""
+        """This head with its weights on a device. They are moved once, and kept there as long as this head is."""
         there = torch.empty(0, device=device).device  # which says the index of the current GPU
         if there == self.device:
             self._check_unchanged()
@@ -78,12 +80,13 @@ class Head:
         family = self._family
         with family.lock:
             family.members.setdefault(self.device, self)
-            if there not in family.members:
+            found = family.members.get(there)
+            if found is None:
                 self._check_unchanged()
-                moved = Head([operation.to(there) for operation in self.operations])
-                moved._family = family
-                family.members[there] = moved
-            return family.members[there]
+                found = family.members[there] = Head([operation.to(there) for operation in self.operations])
+                found._family = family
+                self._copies.append(found)
+            return found
 
     def to_value(self) -> dict[str, Any]:
         """Dicts, lists, strings, floats and tensors, which the codec can carry."""
@@ -140,12 +143,12 @@ class Head:
 
 
 class _Family:
-    """What the copies of a head on several devices share."""
+    """What the copies of a head on several devices share. It keeps none of them: each keeps those that it made."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.digest = ""
-        self.members: dict[torch.device, Head] = {}
+        self.members: weakref.WeakValueDictionary[torch.device, Head] = weakref.WeakValueDictionary()
 
 
 def _widths(operations: tuple[Operation, ...]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +43,10 @@ Address = Annotated[
         "Without it: a local one, started by `up` and stopped by `down`."
     ),
 ]
+Ca = Annotated[Path | None, typer.Option(help="PEM file of who vouches for the server.")]
+Cert = Annotated[Path | None, typer.Option(help="PEM file of a certificate to show.")]
+Key = Annotated[Path | None, typer.Option(help="PEM file of its key.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plaintext to other machines.")]
 
 
 @app.command()
@@ -176,11 +181,11 @@ def top(
     once: Annotated[
         bool, typer.Option("--once", help="Print one table, of the rates of one interval, and end.")
     ] = False,
-    ca: Annotated[Path | None, typer.Option(help="PEM file of who vouches for the server.")] = None,
-    cert: Annotated[Path | None, typer.Option(help="PEM file of a certificate to show.")] = None,
-    key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     token_file: Annotated[Path | None, typer.Option(help="File with a token; an admin's sees all jobs.")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plaintext to other machines.")] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Watch replicas and jobs, live; 'q' ends it."""
     from schoolhouse_wire.security import ClientSecurity
@@ -191,13 +196,49 @@ def top(
         with _pool(address) as found:
             url = found.directory_url
     target, tls = target_of(url), url.startswith("grpcs://")
-    token = _token_in(token_file) if token_file is not None else None
-    read = ClientSecurity.read(ca=ca, cert=cert, key=key, token=token, insecure=insecure)
+    read = ClientSecurity.read(ca=ca, cert=cert, key=key, token=_token_in(token_file), insecure=insecure)
     security = read.towards(target.rpartition(":")[0].strip("[]"), tls=tls)
     watch(target, out, interval_s=interval_s, once=once, security=security)
 
 
-def _token_in(path: Path) -> str:
+@app.command()
+def describe(
+    url: Annotated[str, typer.Argument(help="The teacher: grpc://HOST:PORT/NAME, or grpcs:// with TLS.")],
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with a token that may use the teacher.")] = None,
+    insecure: Insecure = False,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for the server, in seconds.")] = 10.0,
+) -> None:
+    """Show what a teacher is, and the modules of it that may be tapped; it needs no Ray."""
+    from schoolhouse import connect
+
+    token = _token_in(token_file)
+    with connect(
+        url, ca=ca, cert=cert, key=key, token=token, insecure=insecure, connect_timeout_s=timeout_s
+    ) as teacher:
+        found = teacher.describe()
+    facts = {
+        "teacher": found.name,
+        "revision": found.revision,
+        "class": found.class_name,
+        "dtype": found.dtype,
+        "device": found.device,
+        "merge": found.merge,
+        "transport": found.transport,
+        "parameters": ", ".join(found.parameters) or "none",
+        "modules": str(len(found.modules)),
+    }
+    for title, fact in facts.items():
+        lines = wrap(f"{title:10}  {fact}", out.width, subsequent_indent=" " * 12, break_long_words=False)
+        out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    out.print(f"\n{found.tree()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _token_in(path: Path | None) -> str | None:
+    if path is None:
+        return None
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -84,6 +84,7 @@ class Teachers:
             revision=found.revision,
             class_name=found.class_name,
             modules=found.modules,
+            module_classes=found.module_classes,
             parameters=found.parameters,
             dtype=found.dtype,
             device=found.device,

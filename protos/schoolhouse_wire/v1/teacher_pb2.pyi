@@ -15,7 +15,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, teacher: _Optional[str] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("teacher", "revision", "class_name", "modules", "parameters", "dtype", "device", "merge", "max_request_bytes", "max_in_flight")
+    __slots__ = ("teacher", "revision", "class_name", "modules", "parameters", "dtype", "device", "merge", "max_request_bytes", "max_in_flight", "module_classes")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     CLASS_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,7 @@ class DescribeResponse(_message.Message):
     MERGE_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    MODULE_CLASSES_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     revision: str
     class_name: str
@@ -36,7 +37,8 @@ class DescribeResponse(_message.Message):
     merge: str
     max_request_bytes: int
     max_in_flight: int
-    def __init__(self, teacher: _Optional[str] = ..., revision: _Optional[str] = ..., class_name: _Optional[str] = ..., modules: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., merge: _Optional[str] = ..., max_request_bytes: _Optional[int] = ..., max_in_flight: _Optional[int] = ...) -> None: ...
+    module_classes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, teacher: _Optional[str] = ..., revision: _Optional[str] = ..., class_name: _Optional[str] = ..., modules: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., merge: _Optional[str] = ..., max_request_bytes: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., module_classes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ClientMessage(_message.Message):
     __slots__ = ("open", "call", "cancel", "attached", "renew", "frame", "released")
