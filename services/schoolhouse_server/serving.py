@@ -9,7 +9,15 @@ from torch import nn
 
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.replica import Example, Replica
-from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, MAX_SESSIONS
+from schoolhouse_server.sharing import (
+    LEASE_S,
+    MAX_IN_FLIGHT,
+    MAX_JOB_BYTES,
+    MAX_JOB_UNSENT_BYTES,
+    MAX_QUEUED,
+    MAX_SESSIONS,
+    MAX_UNSENT_BYTES,
+)
 from schoolhouse_server.tls import ServerTls
 from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S
 
@@ -34,6 +42,8 @@ def serve(
     max_in_flight: int = MAX_IN_FLIGHT,
     max_job_bytes: int = MAX_JOB_BYTES,
     max_queued: int = MAX_QUEUED,
+    max_unsent_bytes: int = MAX_UNSENT_BYTES,
+    max_job_unsent_bytes: int = MAX_JOB_UNSENT_BYTES,
     lease_s: float = LEASE_S,
     max_sessions: int = MAX_SESSIONS,
     http_port: int | None = None,
@@ -57,8 +67,14 @@ def serve(
     Jobs share each teacher fairly, by the weights that they connect with: each is charged the `cost` of its requests in
     "rows", the first dimension of the first tensor, or in "tokens", batch times length. A job, over all its sessions,
     has up to `max_in_flight` requests and `max_job_bytes` of inputs in flight, and all jobs together `max_queued`
-    requests; its clients wait when there is no room. A client that says nothing for `lease_s` loses its session; 0: it
-    may be silent for ever. Up to `max_sessions` clients have one at once; more wait, up to their `teacher_timeout_s`.
+    requests; its clients wait when there is no room. Features of a job that are being made, or are made and not sent
+    yet, take up to `max_job_unsent_bytes` of host memory, and those of all jobs and teachers here `max_unsent_bytes`:
+    beyond that requests wait in the queue, before their forward, so that a client that does not read gets few features
+    made and others are served. How many bytes a request will take is known from the last one with the same taps and
+    encodings, as features grow with the inputs; the first of a kind runs when its job has nothing else that is made or
+    unsent. What is larger than one of the bounds fails with `MessageTooLargeError` once its size is known. A client
+    that says nothing for `lease_s` loses its session; 0: it may be silent for ever. Up to `max_sessions` clients have
+    one at once; more wait, up to their `teacher_timeout_s`.
 
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 
@@ -139,6 +155,8 @@ def serve(
         max_in_flight=max_in_flight,
         max_job_bytes=max_job_bytes,
         max_queued=max_queued,
+        max_unsent_bytes=max_unsent_bytes,
+        max_job_unsent_bytes=max_job_unsent_bytes,
         lease_s=lease_s,
         max_sessions=max_sessions,
         http_port=http_port,
