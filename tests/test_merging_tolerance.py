@@ -1,4 +1,4 @@
-"""How far merged features may be from single ones: errors among small numbers are found beside those that are massive."""
+"""How far merged features may be from single ones: errors of small ones are found beside massive ones."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ MASSIVE = pytest.mark.parametrize(
 
 
 class Massive(nn.Module):
-    """Hidden states `[rows, 16, 64]` of about 1, but for a channel of the first token; `mixed` of the batch in others."""
+    """Hidden states `[rows, 16, 64]` of about 1, massive in a channel of the first token, and `mixed` in others."""
 
     def __init__(self, dtype, massive, mixed):
         super().__init__()

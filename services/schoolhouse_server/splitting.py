@@ -199,10 +199,10 @@ def _check_close(part: torch.Tensor, single: torch.Tensor, tolerance: float) -> 
     excess = difference - tolerance * size
     worst = int(excess.argmax())
     if excess.flatten()[worst] > 0:
+        by, number, usual = (tensor.flatten()[worst].item() for tensor in (difference, own, size))
         raise UnmergeableError(
-            f"a merged feature differs from the single one by {difference.flatten()[worst].item():.3g}, in a number of "
-            f"{own.flatten()[worst].item():.3g} where {size.flatten()[worst].item():.3g} is usual, and {tolerance:g} of "
-            "that is allowed for rounding"
+            f"a merged feature differs from the single one by {by:.3g}, in a number of {number:.3g} where {usual:.3g} "
+            f"is usual, and {tolerance:g} of that is allowed for rounding"
         )
 
 
