@@ -97,7 +97,7 @@ def test_a_client_that_does_not_read_waits_and_keeps_nobody_else_out(timer):
     deaf, other = Session(among, "j"), Session(among, "j")
     for i in range(4):
         assert among.admit(deaf, i, 1)
-        among.end(deaf, i, replying=True)
+        among.reply(deaf, i)
     assert not among.admit(deaf, 4, 1)
     assert among.admit(other, 1, 1)
     among.sent(deaf, 0)

@@ -344,6 +344,8 @@ def test_weights_and_settings_out_of_bounds():
         {"max_in_flight": 0},
         {"max_job_bytes": 0},
         {"max_queued": 0},
+        {"max_unsent_bytes": 0},
+        {"max_job_unsent_bytes": 1.5},
         {"lease_s": -1},
         {"max_sessions": 0},
         {"max_sessions": 1025},

@@ -159,6 +159,8 @@ class TeacherActor(PoolActor):
             max_in_flight=self._spec.max_in_flight,
             max_job_bytes=self._spec.max_job_bytes,
             max_queued=self._spec.max_queued,
+            max_unsent_bytes=self._spec.max_unsent_bytes,
+            max_job_unsent_bytes=self._spec.max_job_unsent_bytes,
             lease_s=self._spec.lease_s,
             max_sessions=self._spec.max_sessions,
             forward_timeout_s=self._spec.forward_timeout_s,

@@ -9,6 +9,7 @@ from schoolhouse.errors import ProtocolError
 
 from schoolhouse_server.sharing import Sharing
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.unsent import Share
 
 _RESERVED_S = 1.0  # how long a place is kept for a session that was told to go on
 _UNSENT = 2  # times `max_in_flight` that a session may have in flight or unsent: its client reads too slowly
@@ -28,6 +29,19 @@ class _Quota:
 
 
 @dataclass(eq=False)
+class _Reply:
+    """An answer that is not sent yet."""
+
+    share: Share | None  # of the bytes that may wait for that
+    wanted: bool = True
+
+    def end(self) -> None:
+        """It was sent, or dropped."""
+        if self.share is not None:
+            self.share.end()
+
+
+@dataclass(eq=False)
 class Place:
     """A session's part of its job's quota. `tell_wait(request_id)` and `tell_resume()` only queue a message."""
 
@@ -36,7 +50,7 @@ class Place:
     tell_wait: Callable[[int], None]
     tell_resume: Callable[[], None]
     admitted: dict[int, int] = field(default_factory=dict)  # bytes, by request
-    replying: set[int] = field(default_factory=set)  # answered, and not sent yet
+    replying: dict[int, _Reply] = field(default_factory=dict)  # answered, and not sent yet
     wanted: int = 0  # bytes of the first request that was refused
     refused: set[int] = field(default_factory=set)  # since it was told to go on, and not cancelled
     reserved: int | None = None  # bytes, kept with a place
@@ -77,6 +91,9 @@ class Admission:
             self._drop_reservation(place)
             for request_id in list(place.admitted):
                 self._free(place, place.admitted.pop(request_id))
+            for reply in place.replying.values():
+                reply.end()
+            place.replying.clear()
             quota = self._jobs[place.job]
             quota.sessions -= 1
             if not quota.sessions:
@@ -100,27 +117,37 @@ class Admission:
             self._refuse(place, request_id, nbytes)
             return False
 
-    def end(self, place: Place, request_id: int, *, replying: bool = False) -> None:
-        """A request is answered, or needs no answer any more; `replying` until `sent`. Ignores what has ended."""
+    def reply(self, place: Place, request_id: int, share: Share | None = None) -> None:
+        """A request is answered, and the reply is on its way until `sent`, when `share` ends."""
         with self._lock:
-            if replying:
-                place.replying.add(request_id)
+            reply = _Reply(share)
+            if place.ended:
+                reply.end()
+            else:
+                place.replying[request_id] = reply
+        self.end(place, request_id)
+
+    def end(self, place: Place, request_id: int) -> None:
+        """A request is answered, or needs no answer any more. Ignores what has ended."""
+        with self._lock:
             nbytes = place.admitted.pop(request_id, None)
             if nbytes is not None:
                 self._free(place, nbytes)
                 self._resume()
 
     def cancelled(self, place: Place, request_id: int) -> None:
-        """The client wants a request no more, and may have sent another one in its place."""
+        """The client wants a request no more. What there is of a reply is there until the stream comes to drop it."""
         with self._lock:
             place.refused.discard(request_id)
+            if (reply := place.replying.get(request_id)) is not None:
+                reply.wanted = False
         self.end(place, request_id)
-        self.sent(place, request_id)
 
     def sent(self, place: Place, request_id: int) -> None:
-        """All of a reply is sent, or nobody wants it."""
+        """All of a reply is sent, or what was left of it is dropped."""
         with self._lock:
-            place.replying.discard(request_id)
+            if (reply := place.replying.pop(request_id, None)) is not None:
+                reply.end()
             if place in self._waiting:
                 self._resume()
 

@@ -16,9 +16,11 @@ from schoolhouse_server.sharing import (
     LEASE_S,
     MAX_IN_FLIGHT,
     MAX_JOB_BYTES,
+    MAX_JOB_UNSENT_BYTES,
     MAX_LEASE_S,
     MAX_QUEUED,
     MAX_SESSIONS,
+    MAX_UNSENT_BYTES,
     MOST_SESSIONS,
 )
 from schoolhouse_server.tls import ServerTls
@@ -132,6 +134,8 @@ class TeacherSpec:
     max_in_flight: Annotated[int, Field(ge=1)] = MAX_IN_FLIGHT
     max_job_bytes: Annotated[int, Field(ge=1)] = MAX_JOB_BYTES
     max_queued: Annotated[int, Field(ge=1)] = MAX_QUEUED
+    max_unsent_bytes: Annotated[int, Field(ge=1)] = MAX_UNSENT_BYTES
+    max_job_unsent_bytes: Annotated[int, Field(ge=1)] = MAX_JOB_UNSENT_BYTES
     lease_s: Annotated[float, Field(ge=0, le=MAX_LEASE_S)] = LEASE_S
     max_sessions: Annotated[int, Field(ge=1, le=MOST_SESSIONS)] = MAX_SESSIONS
     forward_timeout_s: Annotated[float, Field(ge=0, le=MAX_FORWARD_TIMEOUT_S)] = FORWARD_TIMEOUT_S

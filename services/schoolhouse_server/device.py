@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from schoolhouse.taps import tensors_of
 from schoolhouse_wire.nested import map_tensors
 
 T = TypeVar("T")
@@ -68,15 +69,20 @@ class Stage:
             self.seconds += took_s
             self.recent_s += (took_s - self.recent_s) * (_RECENT if self.recent_s else 1.0)
 
-    def run(self, after: Span | None, work: Callable[..., T], *args: Any) -> tuple[T, Span]:
-        """Call `work(*args)` with its kernels on this stage's stream, once those of `after` are done."""
-        kit = self._device.kit
-        with kit.stream(self.stream):
+    def run(self, after: Span | None, work: Callable[..., T], reads: Any, *args: Any) -> tuple[T, Span]:
+        """Call `work(reads, *args)` with its kernels on this stage's stream, once those of `after` are done.
+
+        `reads`, a nested value, is all that they read of other stages' memory: whoever drops it, and also where `work`
+        raises half-way, it is used again only once this stream is done with it.
+        """
+        device = self._device
+        with device.kit.stream(self.stream):
             if after is not None and not isinstance(after.end, float):
                 self.stream.wait_event(after.end)
-            begin = self._device.mark(self.stream)
-            result = work(*args)
-            return result, Span(self, begin, self._device.mark(self.stream))
+            device.lend(reads, self.stream)
+            begin = device.mark(self.stream)
+            result = work(reads, *args)
+            return result, Span(self, begin, device.mark(self.stream))
 
 
 class Device:
@@ -119,16 +125,22 @@ class Device:
         return value if self.is_host else map_tensors(value, self._load)
 
     def _load(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._kept(tensor.to(self.name, non_blocking=self._pins))
+        return tensor.to(self.name, non_blocking=self._pins)
 
-    def kept(self, value: Any) -> Any:
-        """Inputs that were made on the device, in memory that stays theirs until the forward has read them."""
-        return map_tensors(value, self._kept)
+    def lend(self, value: Any, stream: Any) -> None:
+        """Have the allocator know that `stream` is about to read memory of the device.
 
-    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._pins:  # kernels of a forward that failed may still read it when it is freed
-            tensor.record_stream(self.forward.stream)
-        return tensor
+        Without that it gives what is freed back to the stream that made it, at once; so, only once what `stream` had to
+        do by then is done. It costs room only where the host drops a value that the device still reads. Of pinned
+        memory of the host, torch itself keeps account with each copy.
+        """
+        for tensor in tensors_of(value) if self._pins else ():
+            if tensor.device == self.name and tensor.layout is torch.strided and not tensor.is_nested:
+                self.record(tensor, stream)
+
+    def record(self, tensor: torch.Tensor, stream: Any) -> None:
+        """The same of one tensor, which is on the device, and dense."""
+        tensor.record_stream(stream)
 
     def fetch(self, value: Any) -> Any:
         """Features in host memory; they may be on their way still."""

@@ -34,10 +34,11 @@ from schoolhouse_server.finite import Kind
 from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.merging import Joint, Merger
 from schoolhouse_server.outlet import CLOSED, Outlet
-from schoolhouse_server.queueing import FairQueue
+from schoolhouse_server.queueing import FairQueue, Room
 from schoolhouse_server.runner import Runner
 from schoolhouse_server.sharing import COSTS, rows_of
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.unsent import Share, Sizes, Unsent
 from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, Watchdog, checked_timeout_s
 
 _LATE = "the request's deadline passed while it waited for the teacher"
@@ -79,6 +80,7 @@ class Engine:
         example: Callable[[], Any] | None = None,
         forward_timeout_s: float = FORWARD_TIMEOUT_S,
         on_trouble: Callable[[], None] = lambda: None,
+        unsent: Unsent | None = None,
     ) -> None:
         timeout_s = checked_timeout_s(forward_timeout_s)
         merge = merge or MergeSettings()
@@ -99,9 +101,18 @@ class Engine:
             self_check.check_modules(teacher.module, self.description, merge)
             self.merger = Merger(merge, self.description, lambda: self.device.forward.recent_s)
             self_check.check_example(teacher, self.device, self.merger.former, example)
-        self._queue: FairQueue[Job] = FairQueue(max_queued)
+        self._queue: FairQueue[Job] = FairQueue(max_queued, self._reserve, lambda job: job.has_room)
+        self._unsent, self._sizes = unsent, Sizes()
+        if unsent is not None:
+            unsent.follow(self._queue.wake)
         self._outlet = Outlet(
-            teacher, self.device, self.cache, end=self._end, again=self._queue.again, is_doubtful=self._is_doubtful
+            teacher,
+            self.device,
+            self.cache,
+            end=self._end,
+            again=self._queue.again,
+            is_doubtful=self._is_doubtful,
+            measured=self._measured,
         )
         self.runner = Runner(
             teacher,
@@ -180,10 +191,12 @@ class Engine:
         job.rows, job.cost = rows_of(job.inputs), float(self._cost_of(job.inputs))
         if self.merger is not None and not job.alone:
             self.merger.prepare(job)
+        if self._unsent is not None:
+            job.kind, job.elements = self._sizes.kind_of(job.inputs, job.wanted)
         if self.cache is not None and not job.alone:
             job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
-            if found is not None:
+            if found is not None and self._has_share(job.tickets[0], found.nbytes):
                 with self._lock:
                     self.served += 1
                 job.tickets[0].done(Answer(found, self.description.revision))
@@ -191,15 +204,19 @@ class Engine:
         job.inputs = self.device.pin(job.inputs)  # may fail, so before others join
         with self._lock:
             self.check()
-            if self._join(job):
-                return
-            job.queued_at = time.perf_counter()
-            self._queue.put(job)
-            self._in_flight[job.key] = job
-            for ticket in job.tickets:
-                ticket.job = job
-            if job.deadline < math.inf:
-                job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
+            if not self._join(job):
+                self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> None:
+        """Put a job into the queue; the lock is held."""
+        self.check()
+        job.queued_at = time.perf_counter()
+        self._queue.put(job)
+        self._in_flight[job.key] = job
+        for ticket in job.tickets:
+            ticket.job = job
+        if job.deadline < math.inf:
+            job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
 
     def cancel(self, ticket: Ticket) -> None:
         """Forget who waits for a job; it leaves the queue at once, if nobody else does."""
@@ -208,6 +225,7 @@ class Engine:
             job, ticket.job = ticket.job, None
             if job is not None and job.cancelled and self._queue.remove(job):
                 self._forget(job)
+        ticket.drop()
 
     def _expire(self, job: Job) -> None:
         """At its deadline, a request that still waits for the device fails."""
@@ -232,14 +250,72 @@ class Engine:
         other = self._in_flight.get(job.key)
         if other is None or other.cancelled or time.monotonic() > other.deadline:  # it may be about to fail
             return False
-        if not _equal(other.content, job.content):
+        if not _equal(other.content, job.content) or not all(self._may_join(ticket, other) for ticket in job.tickets):
             return False
         other.tickets += job.tickets
         for ticket in job.tickets:
             ticket.job = other
         other.deadline = max(other.deadline, job.deadline)
         self.joined += 1
+        self._queue.wake()  # there may be room for it now
         return True
+
+    def _has_share(self, ticket: Ticket, nbytes: int | None) -> bool:
+        """Whether there is room for what it will be sent; then it is taken."""
+        if self._unsent is None:
+            return True
+        found = self._unsent.take(ticket.account.job, nbytes)
+        if isinstance(found, Share):
+            ticket.share = found
+        return isinstance(found, Share)
+
+    def _may_join(self, ticket: Ticket, other: Job) -> bool:
+        """Whether there is room for features that another request is for; its own job has them once."""
+        of_its_own = any(one.account.job == ticket.account.job for one in other.tickets)
+        return of_its_own or self._has_share(ticket, self._sizes.of(other.kind, other.elements))
+
+    def _reserve(self, job: Job) -> Room:
+        """Take the room for a request's features; the queue's lock is held. Where others joined it, theirs will do."""
+        ticket = job.tickets[0]
+        if self._unsent is None or ticket.share is not None:
+            return "taken"
+        found = self._unsent.take(ticket.account.job, self._sizes.of(job.kind, job.elements))
+        if isinstance(found, Share):
+            ticket.share = found
+        elif not job.has_room:
+            return found
+        return "taken"
+
+    def _without_room(self, job: Job) -> list[Ticket]:
+        """Those of a job, now that its features are there, who cannot be sent them: there was room for others only."""
+        shares = {ticket.account.job: ticket.share for ticket in job.tickets if ticket.share is not None}
+        for ticket in job.tickets:
+            if ticket.share is None and (found := shares.get(ticket.account.job)) is not None:
+                ticket.share = found.beside()
+        return [ticket for ticket in job.tickets if ticket.share is None and not ticket.cancelled]
+
+    def _queue_again(self, job: Job, tickets: list[Ticket]) -> None:
+        """Have some of those who waited for a job wait for their own job's room."""
+        left = dataclasses.replace(job, tickets=tickets, again=0, alarm=None)
+        try:
+            with self._lock:
+                self._enqueue(left)
+        except SchoolhouseError as err:
+            for ticket in tickets:
+                ticket.done(err)
+
+    def _measured(self, job: Job, features: Any) -> None:
+        """Its features are there, and are to go to the host; raises `MessageTooLargeError` if they may not."""
+        if self._unsent is None:
+            return
+        nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors_of(features))
+        self._sizes.learn(job.kind, job.elements, nbytes)
+        with self._lock:
+            tickets = [*job.tickets]
+        for ticket in tickets:
+            if ticket.share is not None:
+                ticket.share.resize(nbytes)
+        self._unsent.check(nbytes)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""
@@ -351,12 +427,19 @@ class Engine:
                 return
             self._begun.discard(job)
             self._forget(job)
+            no_room = self._without_room(job) if self._unsent is not None and isinstance(answer, Answer) else []
+            if no_room:
+                job.tickets = [ticket for ticket in job.tickets if ticket not in no_room]
             self.served += len(job.tickets)
             for ticket in job.tickets:
                 ticket.job = None
         for ticket in job.tickets:
+            if isinstance(answer, BaseException) or ticket.cancelled:
+                ticket.drop()
             if not ticket.cancelled:
                 ticket.done(answer)
+        if no_room:
+            self._queue_again(job, no_room)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -12,6 +12,7 @@ from schoolhouse_server.batching import Form
 from schoolhouse_server.counters import JobCounters
 from schoolhouse_server.spans import AnswerSpan
 from schoolhouse_server.timer import Alarm
+from schoolhouse_server.unsent import Share
 
 _REPLY_LIMITS = Limits()
 
@@ -34,6 +35,12 @@ class Ticket:
     cancelled: bool = False
     trace: AnswerSpan | None = None
     job: "Job | None" = None  # while that is in flight
+    share: Share | None = None  # of the bytes that may wait to be sent; it goes to who is told of the features
+
+    def drop(self) -> None:
+        """Nothing will be sent."""
+        if self.share is not None:
+            self.share.end()
 
 
 @dataclass(eq=False)
@@ -51,6 +58,8 @@ class Job:
     form: Form | None = None  # what it may be merged with; None: nothing
     cost: float = 1.0  # in the unit that the engine charges
     rows: int = 1
+    kind: Hashable = None  # of the same, features take as many bytes for each element of the inputs
+    elements: int = 1
     alarm: Alarm | None = None  # at its deadline
     alone: bool = False  # computed anew and by itself: its client compares the bits
     again: int = 0  # times that it has run and was not answered with what came of it
@@ -64,6 +73,11 @@ class Job:
     def weight(self) -> float:
         """Of that job."""
         return self.tickets[0].account.weight
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room to send its features to one who waits for them."""
+        return any(ticket.share is not None for ticket in self.tickets)
 
     @property
     def content(self) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from schoolhouse_server.counters import Counters
 from schoolhouse_server.lease import Lease
 from schoolhouse_server.sharing import Sharing
 from schoolhouse_server.timer import Timer
+from schoolhouse_server.unsent import Share
 
 _WEIGHTS = (0.01, 100.0)
 
@@ -81,7 +82,8 @@ class Member:
 
     def wants(self, request_id: int) -> bool:
         """Whether a reply that is on its way was not cancelled."""
-        return request_id in self._place.replying
+        reply = self._place.replying.get(request_id)
+        return reply is not None and reply.wanted
 
     def admit(self, request_id: int, nbytes: int) -> bool:
         """Whether there is a place for a request; else the client was told to wait. Errors: see `Admission.admit`."""
@@ -91,11 +93,13 @@ class Member:
         self._counters.received(self.account, nbytes)
         return True
 
-    def answered(self, request_id: int, rows: int, wanted: Wanted, features: Declared) -> None:
-        """A request's features are to be sent."""
+    def answered(
+        self, request_id: int, rows: int, wanted: Wanted, features: Declared, share: Share | None = None
+    ) -> None:
+        """A request's features are to be sent; then its share ends."""
         self._counters.answered(self.account, rows=rows)
         self._counters.sent(self.account, len(features.header), _by_encoding(wanted, features))
-        self._admission.end(self._place, request_id, replying=True)
+        self._admission.reply(self._place, request_id, share)
 
     def failed(self, request_id: int, error: BaseException) -> None:
         """A request is answered with an error."""

@@ -62,7 +62,8 @@ class Outlet:
     """Sends off what forwards made; `end` is told each job's features, or the error.
 
     `again` takes jobs that are to be run again, and tells whether somebody will: those whose features had no room, and
-    merged ones of which `is_doubtful` says that their numbers may be none of theirs.
+    merged ones of which `is_doubtful` says that their numbers may be none of theirs. `measured` is told what a job's
+    features will take, before memory of the host is taken for them, and raises if that is too much.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class Outlet:
         end: Callable[[Job, Declared | BaseException], None],
         again: Callable[[Sequence[Job]], bool],
         is_doubtful: Callable[[Joint[Job], Sequence[finite.Kind]], bool],
+        measured: Callable[[Job, Any], None],
     ) -> None:
         self._teacher, self._device, self._cache, self._end = teacher, device, cache, end
-        self._again, self._is_doubtful = again, is_doubtful
+        self._again, self._is_doubtful, self._measured = again, is_doubtful, measured
         self._waiting: queue.Queue[Landing | None] = queue.Queue(_WAITING)
         self.pulse = Pulse()
 
@@ -137,6 +139,7 @@ class Outlet:
         device = self._device
         try:
             encoded, made = device.encode.run(computed, self._teacher.encode, part.values, part.job.wanted)
+            self._measured(part.job, encoded)
             part.here, landed = device.d2h.run(made, device.fetch, encoded)
         except BaseException as err:
             self._failed(part.job, err)

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from schoolhouse.errors import TeacherBusyError
 
@@ -35,6 +35,7 @@ class Queued(Protocol):
 
 
 T = TypeVar("T", bound=Queued)
+Room = Literal["taken", "job", "replica"]  # a request's place among those that run or are answered; or what is full
 
 
 @dataclass(eq=False)
@@ -45,6 +46,7 @@ class _Flow(Generic[T]):
     deficit: float
     waiting: deque[T] = field(default_factory=deque)
     listed: bool = False  # among those to be served next
+    blocked: bool = False  # there was no room for its first request, when last it was its turn
 
     @property
     def served_next(self) -> bool:
@@ -54,14 +56,24 @@ class _Flow(Generic[T]):
 class FairQueue(Generic[T]):
     """Requests that wait for the device. `max_queued` is how many may.
 
+    `reserve` takes the room for one that is about to be taken. A job that is full keeps its turn, and others go first,
+    as do those of its own that `has_room` says have some; where the replica is full, all wait, else a large one might
+    wait for ever. `wake` looks again.
+
     Jobs with a deficit above 0 are served in turn, a request each, and charged; it may fall below 0. When no job that
     waits has any left, all get as many rounds as the first of them needs, at once; a round is the job's weight times
     the largest recent cost. So what two jobs that both wait all the time are served, by weight, differs by at most two
     rounds and a request of each. What a job that does not wait keeps, it loses within two rounds.
     """
 
-    def __init__(self, max_queued: int) -> None:
+    def __init__(
+        self,
+        max_queued: int,
+        reserve: Callable[[T], Room] = lambda _request: "taken",
+        has_room: Callable[[T], bool] = lambda _request: False,
+    ) -> None:
         self._max_queued = max_queued
+        self._reserve, self._has_room = reserve, has_room
         self._changed = threading.Condition()
         self._flows: dict[str, _Flow[T]] = {}
         self._new: deque[_Flow[T]] = deque()  # of jobs that became active: they go first
@@ -80,9 +92,10 @@ class FairQueue(Generic[T]):
             return {name: len(flow.waiting) for name, flow in self._flows.items() if flow.waiting}
 
     def oldest(self) -> float | None:
-        """When the request that waits for longest was queued."""
+        """When the request that waits for longest was queued, of those that do not wait for their job's room."""
         with self._changed:
-            return min((flow.waiting[0].queued_at for flow in self._flows.values() if flow.waiting), default=None)
+            found = (flow.waiting[0].queued_at for flow in self._flows.values() if flow.waiting and not flow.blocked)
+            return min(found, default=None)
 
     def put(self, request: T) -> None:
         """Add a request; raises `TeacherBusyError` when the queue is full."""
@@ -118,7 +131,14 @@ class FairQueue(Generic[T]):
                 return False
             flow.waiting.remove(request)
             self._count -= 1
+            self._changed.notify()  # those behind it may have room
             return True
+
+    def wake(self) -> None:
+        """There is room again."""
+        if self._count:
+            with self._changed:
+                self._changed.notify()
 
     def take(
         self,
@@ -131,14 +151,14 @@ class FairQueue(Generic[T]):
         `linger(taken)` is asked how many more seconds to wait for one that fits; 0: none.
         """
         with self._changed:
-            while not self._count and not self._again and not self._closed:
+            while (found := self._next() if self._count and not self._again and not self._closed else None) is None:
+                if self._closed:
+                    return []
+                if self._again:
+                    return self._again.popleft()
                 self._changed.wait()
-            if self._closed:
-                return []
-            if self._again:
-                return self._again.popleft()
-            flow, turns = self._next()
-            taken = [self._charge(flow, 0)]
+            flow, turns, at = found
+            taken = [self._charge(flow, at)]
             self._take_along(taken, fits)
             while not self._count and not self._closed and (pause_s := linger(taken)) > 0:
                 self._changed.wait(pause_s)
@@ -164,22 +184,46 @@ class FairQueue(Generic[T]):
             flow.listed = True
             turns.append(flow)
 
-    def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]]]":
-        """The job whose turn it is, off its list, and that list."""
-        while True:
-            for turns in (self._new, self._old):
-                while turns:
-                    flow = turns.popleft()
-                    flow.listed = False
-                    if flow.served_next:  # not removed, nor taken along meanwhile
-                        return flow, turns
-            self._give_rounds()
+    def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]], int] | None":
+        """The job whose turn it is, off its list, that list, and which of its requests has room; None if none has."""
+        aside: list[tuple[_Flow[T], deque[_Flow[T]]]] = []  # they keep their turns
+        try:
+            while True:
+                for turns in (self._new, self._old):
+                    while turns:
+                        flow = turns.popleft()
+                        if not flow.served_next:  # removed, or taken along meanwhile
+                            flow.listed = False
+                            continue
+                        room = self._reserve(flow.waiting[0])
+                        flow.blocked = room != "taken"
+                        at = 0 if room == "taken" else self._first_with_room(flow)
+                        if at is not None:
+                            flow.listed = False
+                            return flow, turns, at
+                        aside.append((flow, turns))
+                        if room == "replica":
+                            return None
+                if not self._give_rounds():
+                    return None
+        finally:
+            for flow, turns in reversed(aside):
+                turns.appendleft(flow)
 
-    def _give_rounds(self) -> None:
-        """Give all jobs what the first that waits needs; forget those that did not wait in the last round."""
+    def _first_with_room(self, flow: _Flow[T]) -> int | None:
+        return next((at for at, request in enumerate(flow.waiting) if self._has_room(request)), None)
+
+    def _give_rounds(self) -> bool:
+        """Give all jobs what the first that waits for it needs; forget those that did not wait in the last round.
+
+        False if none waits for that, but those that wait have no room.
+        """
         quantum = self._largest
         waiting = [flow for flow in self._flows.values() if flow.waiting]
-        rounds = min(math.floor(-flow.deficit / (flow.weight * quantum)) for flow in waiting) + 1
+        owing = [math.floor(-flow.deficit / (flow.weight * quantum)) for flow in waiting if flow.deficit <= 0]
+        if not owing:
+            return False
+        rounds = min(owing) + 1
         for name, flow in list(self._flows.items()):
             if not flow.waiting and flow.deficit >= 0:
                 del self._flows[name]
@@ -189,6 +233,7 @@ class FairQueue(Generic[T]):
             if flow.served_next:
                 self._list(flow, self._old)
         self._largest = max(self._largest * _FADE, *(flow.waiting[0].cost for flow in waiting))
+        return True
 
     def _forget_idle(self) -> None:
         """Where many jobs came and went without a round: one that comes again is as a new one."""
@@ -203,7 +248,7 @@ class FairQueue(Generic[T]):
         return request
 
     def _take_along(self, taken: list[T], fits: Callable[[list[T], T], bool]) -> None:
-        flows = [flow for flow in self._flows.values() if flow.waiting]
+        flows = [flow for flow in self._flows.values() if flow.waiting and not flow.blocked]
         owed = [(-flow.deficit / flow.weight, i, 0) for i, flow in enumerate(flows)]
         heapq.heapify(owed)
         for _ in range(_MAX_OFFERED):
@@ -212,6 +257,8 @@ class FairQueue(Generic[T]):
             _, i, at = heapq.heappop(owed)
             flow = flows[i]
             if fits(taken, flow.waiting[at]):
+                if self._reserve(flow.waiting[at]) != "taken":
+                    continue
                 owing = flow.deficit
                 taken.append(self._charge(flow, at))
                 if owing < -_MAX_RIDDEN * flow.weight * self._largest:

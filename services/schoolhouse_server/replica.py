@@ -30,6 +30,7 @@ from schoolhouse_server.standard import add_standard_services
 from schoolhouse_server.timer import Timer
 from schoolhouse_server.tls import ServerTls, check_exposure
 from schoolhouse_server.tokens import Tokens
+from schoolhouse_server.unsent import Unsent
 from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, checked_timeout_s
 from schoolhouse_server.web import WebServer, gate_of
 
@@ -130,6 +131,7 @@ class Replica:
         self._pid = os.getpid()
         memory.keep_freed_memory()
         self._timer = Timer()
+        self.unsent = Unsent(self._sharing.max_unsent_bytes, self._sharing.max_job_unsent_bytes)
         self.engines = {
             name: Engine(
                 LocalTeacher(module, name, early_stop=self._early_stop),
@@ -141,6 +143,7 @@ class Replica:
                 example=self._examples.get(name),
                 forward_timeout_s=self._forward_timeout_s,
                 on_trouble=functools.partial(self._fail, name),
+                unsent=self.unsent,
             )
             for name, module in self._modules.items()
         }

@@ -129,9 +129,10 @@ class Runner:
         return True
 
     def _in_parts(self, job: Job) -> Landing | None:
+        whole = job.again >= _ON_DEVICE_TRIES
         try:
-            _, loaded = self._device.h2d.run(None, lambda: None)
-            values, computed = self._device.forward.run(loaded, self._parts.run, job, job.again >= _ON_DEVICE_TRIES)
+            _, loaded = self._device.h2d.run(None, lambda _: None, ())
+            values, computed = self._device.forward.run(loaded, lambda _: self._parts.run(job, whole), ())
         except BaseException as err:
             self._end(job, _as_forward_error(err))
             return None
@@ -184,8 +185,8 @@ class Runner:
         raised, short, at_once = True, False, False
         try:
             inputs, values, total, spans = self._merged(joint)
-            with self.pulse:  # it may wait for the device
-                parts = merger.split(joint, values)
+            with self.pulse:  # it may wait for the device, and look at what the forward made
+                parts, _ = self._device.forward.run(None, lambda made: merger.split(joint, made), values)
             pairs = zip(joint.jobs, parts, strict=True)
             work = Landing([Part(job, part) for job, part in pairs], inputs, spans, joint=joint, total=total)
             at_once = self._at_once(work)
@@ -245,7 +246,7 @@ class Runner:
         try:
             _, merged, _, _ = self._merged(joint)
             with self.pulse:  # it waits for the device
-                self._device.forward.run(None, merger.learn, joint, merged, singles)
+                self._device.forward.run(None, lambda made: merger.learn(joint, *made), (merged, singles))
         except BaseException as err:
             _log.info("a merged forward raised %s, and single ones did not", type(err).__name__)
             merger.too_large(joint)
@@ -253,19 +254,18 @@ class Runner:
     def _merged(self, joint: Joint[Job]) -> tuple[Arguments, dict[Tap, Any], torch.Tensor | None, list[Span]]:
         device = self._device
 
-        def forward() -> tuple[dict[Tap, Any], torch.Tensor | None]:
+        def forward(inputs: Arguments) -> tuple[dict[Tap, Any], torch.Tensor | None]:
             values = self._teacher.forward(inputs, joint.wanted, joint.like)
             return values, finite.total(values)
 
         with self.pulse:
-            inputs, loaded = device.h2d.run(None, self._load, joint)
-            (values, total), computed = device.forward.run(loaded, forward)
+            inputs, loaded = device.h2d.run(None, self._load, [job.inputs for job in joint.jobs], joint)
+            (values, total), computed = device.forward.run(loaded, forward, inputs)
         self._ran(joint.batch.layout.total, computed)
         return inputs, values, total, [loaded, computed]
 
-    def _load(self, joint: Joint[Job]) -> Arguments:
-        merged: Arguments = self._device.kept(joint.batch.inputs([self._device.load(job.inputs) for job in joint.jobs]))
-        return merged
+    def _load(self, inputs: list[Arguments], joint: Joint[Job]) -> Arguments:
+        return joint.batch.inputs([self._device.load(one) for one in inputs])
 
 
 def _as_forward_error(error: BaseException) -> BaseException:

@@ -48,6 +48,7 @@ from schoolhouse_server.spans import SessionSpans
 from schoolhouse_server.telling import Telling
 from schoolhouse_server.timer import Alarm
 from schoolhouse_server.tokens import Grant
+from schoolhouse_server.unsent import Share
 
 if TYPE_CHECKING:
     from schoolhouse_server.servicer import Teachers
@@ -327,8 +328,8 @@ class ServerSession:
         rows = rows_of(inputs)
 
         def done(result: Answer | BaseException) -> None:
-            if self._tickets.pop(request_id, None) is not None:  # not cancelled
-                self._answer(request_id, digest, wanted, result, rows)
+            if (ticket := self._tickets.pop(request_id, None)) is not None:  # not cancelled
+                self._answer(request_id, digest, wanted, result, rows, ticket.share)
 
         assert self._member is not None
         ticket = self._tickets[request_id] = Ticket(done, self._member.account)
@@ -346,7 +347,13 @@ class ServerSession:
             self._drop()
 
     def _answer(
-        self, request_id: int, digest: bytes, wanted: Wanted, result: Answer | BaseException, rows: int = 0
+        self,
+        request_id: int,
+        digest: bytes,
+        wanted: Wanted,
+        result: Answer | BaseException,
+        rows: int = 0,
+        share: Share | None = None,
     ) -> None:
         """Declare the features, or the error."""
         assert self._engine is not None
@@ -358,9 +365,11 @@ class ServerSession:
             reply = reply_of(request_id, digest, wanted, result, outgoing.header)
             reply.queued = self._engine.queued
             assert self._member is not None
-            self._member.answered(request_id, rows, wanted, result.features)
+            self._member.answered(request_id, rows, wanted, result.features, share)
             self.outbox.put(self._reply(request_id, reply, outgoing))
         except Exception as err:
+            if share is not None:
+                share.end()
             self._fail(request_id, err)
 
     def _reply(

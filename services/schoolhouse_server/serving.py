@@ -9,7 +9,15 @@ from torch import nn
 
 from schoolhouse_server.batching import MergeSettings, Padding
 from schoolhouse_server.replica import Example, Replica
-from schoolhouse_server.sharing import LEASE_S, MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, MAX_SESSIONS
+from schoolhouse_server.sharing import (
+    LEASE_S,
+    MAX_IN_FLIGHT,
+    MAX_JOB_BYTES,
+    MAX_JOB_UNSENT_BYTES,
+    MAX_QUEUED,
+    MAX_SESSIONS,
+    MAX_UNSENT_BYTES,
+)
 from schoolhouse_server.tls import ServerTls
 from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S
 
@@ -34,6 +42,8 @@ def serve(
     max_in_flight: int = MAX_IN_FLIGHT,
     max_job_bytes: int = MAX_JOB_BYTES,
     max_queued: int = MAX_QUEUED,
+    max_unsent_bytes: int = MAX_UNSENT_BYTES,
+    max_job_unsent_bytes: int = MAX_JOB_UNSENT_BYTES,
     lease_s: float = LEASE_S,
     max_sessions: int = MAX_SESSIONS,
     http_port: int | None = None,
@@ -59,16 +69,24 @@ def serve(
     Jobs share each teacher fairly, by the weights that they connect with: each is charged the `cost` of its requests in
     "rows", the first dimension of the first tensor, or in "tokens", batch times length. A job, over all its sessions,
     has up to `max_in_flight` requests and `max_job_bytes` of inputs in flight, and all jobs together `max_queued`
-    requests; its clients wait when there is no room. A client that says nothing for `lease_s` loses its session; 0: it
-    may be silent for ever. Up to `max_sessions` clients have one at once; more wait, up to their `teacher_timeout_s`.
+    requests; its clients wait when there is no room. Features of a job that are being made, or are made and not sent
+    yet, take up to `max_job_unsent_bytes` of host memory, and those of all jobs and teachers here `max_unsent_bytes`:
+    beyond that requests wait in the queue, before their forward, so that a client that does not read gets few features
+    made and others are served. How many bytes a request will take is known from the last one with the same taps and
+    encodings, as features grow with the inputs; the first of a kind runs when its job has nothing else that is made or
+    unsent. What is larger than one of the bounds fails with `MessageTooLargeError` once its size is known. A client
+    that says nothing for `lease_s` loses its session; 0: it may be silent for ever. Up to `max_sessions` clients have
+    one at once; more wait, up to their `teacher_timeout_s`.
 
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 
     - `"never"`: each is a forward of its own, so that remote features are bit-identical to those of the same module on
       the same device in the student's process.
     - `"same-shape"`: those whose inputs differ in nothing but their rows. Kernels for other shapes add in another
-      order, so features are equal up to rounding: those that differ from a single forward's by more than 1e-4 (float32;
-      5e-3 with TF32), 5e-3 (float16), 2e-2 (bfloat16) or 1e-9 (float64) of the largest number are not merged.
+      order, so features are equal up to rounding: where a number differs from a single forward's by more than 6e-4
+      (float32; 3e-2 with TF32), 3e-2 (float16), 0.12 (bfloat16) or 6e-9 (float64) of itself and of what is usual in its
+      row, in its channel and in all of the feature, such requests are not merged. The few massive numbers of LLMs hide
+      no error among the others.
     - `"pad"`: also those of other lengths. `pad={"values": {"input_ids": 0}, "mask": "attention_mask"}` names the
       arguments to pad on the right and with what, and the mask, which is made of ones where a request has none. The
       features are cut back to each request's own length, and the same holds of their numbers.
@@ -141,6 +159,8 @@ def serve(
         max_in_flight=max_in_flight,
         max_job_bytes=max_job_bytes,
         max_queued=max_queued,
+        max_unsent_bytes=max_unsent_bytes,
+        max_job_unsent_bytes=max_job_unsent_bytes,
         lease_s=lease_s,
         max_sessions=max_sessions,
         http_port=http_port,

@@ -9,6 +9,7 @@ from schoolhouse.errors import ConfigError
 from schoolhouse.taps import tensors_of
 
 MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
+MAX_UNSENT_BYTES, MAX_JOB_UNSENT_BYTES = 16 << 30, 4 << 30  # a reply has 2 GiB at most
 MAX_LEASE_S = 86_400.0
 MAX_SESSIONS, MOST_SESSIONS = 128, 1024  # unless said, and at most: each has threads of its own
 
@@ -47,6 +48,8 @@ class Sharing:
     max_in_flight: int = MAX_IN_FLIGHT
     max_job_bytes: int = MAX_JOB_BYTES
     max_queued: int = MAX_QUEUED
+    max_unsent_bytes: int = MAX_UNSENT_BYTES
+    max_job_unsent_bytes: int = MAX_JOB_UNSENT_BYTES
     lease_s: float = LEASE_S
     max_sessions: int = MAX_SESSIONS
 
@@ -61,7 +64,8 @@ class Sharing:
     def __post_init__(self) -> None:
         if self.cost not in COSTS:
             raise ConfigError(f"cost is {self.cost!r}; choices: {', '.join(map(repr, COSTS))}")
-        for name in ("max_in_flight", "max_job_bytes", "max_queued", "max_sessions"):
+        counts = ("max_in_flight", "max_job_bytes", "max_queued", "max_sessions")
+        for name in (*counts, "max_unsent_bytes", "max_job_unsent_bytes"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
