@@ -1,13 +1,10 @@
 """A launcher that is killed as it makes a pool: `up` makes it whole, `down` clears it, `status` says what is there."""
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
 from schoolhouse.errors import ConfigError
 from test_cli import PATHS, SCHOOLHOUSE
@@ -116,29 +113,3 @@ def test_the_commands_see_what_is_there_and_clear_it(cluster, file):
     again = called(*SCHOOLHOUSE, "down", "--address", cluster)
     assert again.returncode == 1
     assert "there is no pool on this Ray cluster; start one" in again.stderr
-
-
-def test_a_launcher_is_killed_as_its_own_cluster_comes_up(tmp_path):
-    killed = (
-        "import os, signal, subprocess\nfrom schoolhouse_server import local_cluster\nbegun = subprocess.Popen\n"
-        "class Killed(begun):\n    @property\n    def stdout(self):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    @stdout.setter\n    def stdout(self, value):\n        pass\n"
-        "subprocess.Popen = Killed\nlocal_cluster.start()\n"
-    )
-    environment = os.environ | {"PYTHONPATH": PATHS, "XDG_STATE_HOME": str(tmp_path)}
-
-    def call(*command):
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-
-    assert call(sys.executable, "-c", killed).returncode == -signal.SIGKILL
-    holder = psutil.Process(json.loads((tmp_path / "schoolhouse/local-cluster.json").read_text())["pid"])
-    try:
-        said = call(*SCHOOLHOUSE, "status")
-        assert "there is no pool" in said.stderr, said
-        down = call(*SCHOOLHOUSE, "down")
-        assert down.returncode == 0, down.stderr
-        assert not holder.is_running()
-        assert "no local pool is running" in call(*SCHOOLHOUSE, "status").stderr
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            holder.terminate()

@@ -10,7 +10,8 @@ import pytest
 import schoolhouse as sh
 import torch
 from memfd import soon
-from schoolhouse_server.config import Bounds, load_pool
+from schoolhouse_server.config import Bounds, PoolConfig, TeacherSpec, load_pool
+from schoolhouse_server.desired import Desired
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
@@ -167,3 +168,17 @@ def test_a_replica_without_room_holds_up_no_scaling(launched):
         found.scale("large", Bounds(min=1, max=2))
         assert eventually(lambda: rows("large") == ["serving"])
         assert found.teachers()["large"]["wanted"] == 1
+
+
+@pytest.mark.parametrize(("labels", "stays"), [({"ray.io/node-id": "gone"}, False), ({}, True)])
+def test_a_replica_that_waits_for_a_node_of_long_ago_holds_up_no_other(monkeypatch, labels, stays):
+    from schoolhouse_server import keeper, members
+
+    pool = PoolConfig(teachers={"net": TeacherSpec(build="m:f", placement="STRICT_PACK", replicas=2)})
+    waiting = members.Member("w", 0, object(), object(), object(), labels=labels, waits="waits for {CPU: 1}")
+    teacher = keeper.Teacher([waiting])
+    one = keeper.KeeperActor.__new__(keeper.KeeperActor)
+    monkeypatch.setattr(members.ray, "kill", lambda actor: None)
+    version = Desired.of(pool).teachers["net"].current
+    one._start("net", teacher, version)
+    assert teacher.members == ([waiting] if stays else [])

@@ -322,9 +322,7 @@ def _pool(address: str | None) -> Iterator["Pool"]:
     with _connected(address):
         from schoolhouse_server.pool import find
 
-        found = find()
-        assert found is not None
-        yield found
+        yield find()
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -372,8 +372,12 @@ class KeeperActor(PoolActor):
 
     def _start(self, name: str, teacher: Teacher, version: Version) -> None:
         others = [m for m in teacher.members if m.version == version.number and not m.going]
-        if members.one_at_a_time(version.spec) and any(m.where is None for m in others):
-            return  # the next turn knows where that one went
+        unplaced = [m for m in others if m.where is None]
+        if members.one_at_a_time(version.spec) and unplaced:
+            for member in unplaced:  # the next turn knows where they went, or what they wait for instead
+                if member.waits and member.labels != members.placement(version.spec, others).get("label_selector", {}):
+                    self._remove(teacher, member)
+            return
         teacher.members.append(members.start(name, version, others, self._now))
 
     def _table(self) -> tuple[list[Member], list[bytes]]:

@@ -1,8 +1,7 @@
 """A Ray cluster on this machine that outlives the command that started it.
 
 `python -m schoolhouse_server.local_cluster` prints the cluster's address, holds the cluster, and ends it on SIGTERM.
-Where it runs is noted in a small file, so that `schoolhouse status` and `schoolhouse down` find it, also if the command
-that started it was killed before it had come up.
+Where it runs is noted in a small file, so that `schoolhouse status` and `schoolhouse down` find it.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -29,13 +27,9 @@ def note() -> Path:
 
 
 def running() -> str | None:
-    """The address of the local cluster, or None if there is none; waits for one that is coming up."""
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while _holder() is not None and time.monotonic() < deadline:
-        if address := json.loads(note().read_text())["address"]:
-            return str(address)
-        time.sleep(0.1)
-    return None
+    """The address of the local cluster, or None if there is none."""
+    process = _holder()
+    return None if process is None else str(json.loads(note().read_text())["address"])
 
 
 def start() -> str:
@@ -51,7 +45,6 @@ def start() -> str:
             text=True,
             start_new_session=True,
         )
-    _write(process.pid, "")
     timer = threading.Timer(_START_TIMEOUT_S, process.kill)
     timer.start()
     assert process.stdout is not None
@@ -59,6 +52,8 @@ def start() -> str:
     timer.cancel()
     if not address:
         raise TeacherUnavailableError(f"a local Ray cluster could not be started; {log} says why")
+    created = psutil.Process(process.pid).create_time()
+    note().write_text(json.dumps({"address": address, "pid": process.pid, "created": created}))
     return address
 
 
@@ -78,14 +73,6 @@ def stop() -> bool:
     return True
 
 
-def _write(pid: int, address: str) -> None:
-    """Note that this process holds a cluster; the address is empty as long as it comes up."""
-    created = psutil.Process(pid).create_time()
-    beside = note().with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps({"address": address, "pid": pid, "created": created}))
-    beside.replace(note())
-
-
 def _holder() -> psutil.Process | None:
     try:
         found = json.loads(note().read_text())
@@ -102,7 +89,6 @@ def _hold() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     with ray_cluster() as address:
-        _write(os.getpid(), address)
         sys.stdout.write(address + "\n")
         sys.stdout.flush()
         ended.wait()

@@ -48,6 +48,7 @@ class Member:
     pending: Any  # the call whose answer shows that it lives: a Report
     pending_where: Any
     load_timeout_s: float = math.inf
+    labels: dict[str, str] | None = None  # of the nodes that Ray may choose among; None: not known any more
     began: float = field(default_factory=time.monotonic)
     placed_at: float = field(default_factory=time.monotonic)  # Ray has had room for it, or it has loaded, since then
     waits: str = ""  # why it has no room on any
@@ -196,7 +197,7 @@ class Member:
 def start(teacher: str, version: Version, others: Iterable[Member], desired: Desired) -> Member:
     """A new replica of a version, placed as its spec says beside the `others` of that version."""
     member_id = uuid.uuid4().hex[:8]
-    spec = version.spec
+    spec, options = version.spec, placement(version.spec, others)
     actor = (
         ray.remote(TeacherActor)
         .options(
@@ -207,12 +208,20 @@ def start(teacher: str, version: Version, others: Iterable[Member], desired: Des
             num_cpus=spec.resources.num_cpus,
             num_gpus=spec.resources.num_gpus,
             resources=spec.resources.custom or None,
-            **_placement(spec, [member.where.node_id for member in others if member.where is not None]),
+            **options,
         )
         .remote(teacher, spec, version.pool, version.number)
     )
     actor.hold.remote(desired)
-    return Member(member_id, version.number, actor, actor.start.remote(), actor.where.remote(), spec.load_timeout_s)
+    return Member(
+        member_id,
+        version.number,
+        actor,
+        pending=actor.start.remote(),
+        pending_where=actor.where.remote(),
+        load_timeout_s=spec.load_timeout_s,
+        labels=options.get("label_selector", {}),
+    )
 
 
 def needs(spec: TeacherSpec) -> dict[str, float]:
@@ -280,8 +289,9 @@ def actors(teacher: str = "", member_id: str = "") -> dict[str, Any]:
     return found
 
 
-def _placement(spec: TeacherSpec, nodes: list[str]) -> dict[str, Any]:
-    """Ray's options for a replica beside others on `nodes`. With a selector Ray itself waits for a node that fits."""
+def placement(spec: TeacherSpec, others: Iterable[Member]) -> dict[str, Any]:
+    """Ray's options for a replica beside the others. With a selector Ray itself waits for a node that fits."""
+    nodes = [member.where.node_id for member in others if member.where is not None]
     labels = dict(spec.labels)
     options: dict[str, Any] = {}
     if spec.placement == "SPREAD":

@@ -16,6 +16,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 _TIMEOUT_S = 5
+_ROUNDED = 1e-3  # Ray counts ten thousandths
 
 
 def leaving() -> dict[str, float]:
@@ -50,12 +51,16 @@ class Demand:
     def why(self, needs: Mapping[str, float], where: str = "") -> str:
         """Why an actor that takes `needs` of a node, `where` there is a rule for it, has none; empty if Ray has one."""
         needs = {name: amount for name, amount in needs.items() if amount}
-        if needs not in [dict(bundle) for bundle in self.asked]:
+        if not any(_same(needs, bundle) for bundle in self.asked):
             return ""
         some = any(all(total.get(name, 0) >= amount for name, amount in needs.items()) for total in self.totals)
         listed = ", ".join(f"{name}: {amount:g}" for name, amount in needs.items())
         found = "no node has it free" if some else "no node of the cluster has it"
         return f"waits for {{{listed}}}{where}: {found}{self.autoscaler}"
+
+
+def _same(needs: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
+    return {*needs} == {*bundle} and all(abs(bundle[name] - needs[name]) < _ROUNDED for name in needs)
 
 
 @functools.cache

@@ -215,18 +215,16 @@ def _running() -> Pool | None:
         return None
 
 
-def find(*, required: bool = True) -> Pool | None:
+def find() -> Pool:
     """The pool of the Ray cluster that this process is connected to.
 
     Raises:
-        ConfigError: there is none, or only what is left of one, and `required`.
+        ConfigError: there is none, or only what is left of one.
         SchoolhouseError: its keeper or directory does not come up; says why.
     """
     try:
         return Pool(ray.get_actor(KEEPER, namespace=NAMESPACE))
     except ValueError as err:
-        if not required:
-            return None
         left = ", ".join(_left())
         raise ConfigError(
             f"there is no pool on this Ray cluster, but parts of one whose keeper is gone: {left}; `schoolhouse down` "
