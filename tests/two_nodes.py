@@ -206,7 +206,8 @@ def main(how, times="1", namespace="", link="", address="", own=""):
     cluster = Cluster()
     try:
         where = {"node_ip_address": own} if own else {}
-        cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=HEALTH, **where)
+        health = None if how == "drain" else HEALTH
+        cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=health, **where)
         start_second()
         with ray_cluster(cluster.address):
             assert ray.get_runtime_context().namespace == NAMESPACE
