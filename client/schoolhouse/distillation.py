@@ -16,6 +16,7 @@ from schoolhouse.connecting import connect
 from schoolhouse.distillation_model import EXTRAS, DistillationModel, detach, run_forward
 from schoolhouse.errors import ConfigError
 from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
+from schoolhouse.loss_arguments import LossArguments
 from schoolhouse.step import Distillation
 from schoolhouse.taps import check_modules, module_names
 from schoolhouse.teachers import LocalTeacher, Teacher
@@ -70,6 +71,7 @@ def _convert(
         teacher=teacher,
         owns_teacher=teacher is not config.teacher_model,
         criterion=pairs,
+        loss_arguments=LossArguments(pairs.values()),
         encodings=encodings,
         positions=config.positions,
         original_cls=type(model),
