@@ -25,6 +25,7 @@ from schoolhouse.errors import FeatureMismatchError, UsageError
 from schoolhouse.loss_arguments import LossArguments
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
+from schoolhouse.unseen import Unseen
 
 if TYPE_CHECKING:
     from schoolhouse.ahead import Ahead
@@ -113,6 +114,7 @@ class Distillation:
     owns_teacher: bool
     criterion: Mapping[tuple[str, str], nn.Module]
     loss_arguments: LossArguments
+    unseen: Unseen
     original_cls: type[nn.Module]
     minimal_state_dict: bool
     own_forward: Callable[..., Any] | None  # a forward that was set on the student itself
@@ -206,6 +208,7 @@ class Distillation:
         return self._request(args, kwargs, self.taps)
 
     def _request(self, args: Any, kwargs: Any, taps: tuple[Tap, ...]) -> Answer:
+        self.unseen.tell(kwargs)
         if not self.encodings:
             return Answer(self.teacher.submit(args, kwargs, taps))
         mask = None if self.positions is None else self.positions(*args, **kwargs)
