@@ -47,7 +47,7 @@ def test_forms_of_a_teacher_elsewhere(x):
             teacher = model.teacher_model
             sh.export(model)
             if form is not teacher:  # convert connected, so export closes
-                with pytest.raises(errors.ConfigError, match="closed"):
+                with pytest.raises(errors.UsageError, match="closed"):
                     teacher.submit((x,), {}, [""])
             teacher.close()
 

@@ -56,7 +56,7 @@ def test_a_repeated_forward_warns_and_the_later_batch_counts(teacher, x):
         out = model(x * 2)
     assert told[0].filename == __file__
     assert torch.equal(model.compute_kd_loss(), F.mse_loss(out, Net(32, seed=1)(x * 2)))
-    with pytest.raises(errors.FeatureMismatchError, match="forward"):
+    with pytest.raises(errors.UsageError, match="forward"):
         model.compute_kd_loss()
 
 
@@ -69,14 +69,14 @@ def test_eval_works_and_a_change_of_mode_clears(teacher, x):
         assert model.compute_kd_loss() > 0
         model(x)
     model.train()
-    with pytest.raises(errors.FeatureMismatchError):
+    with pytest.raises(errors.UsageError):
         model.compute_kd_loss()
     model(x)
     assert model.train() is model  # no change, so nothing is dropped
     assert model.compute_kd_loss() > 0
     model(x)
     model.eval()
-    with pytest.raises(errors.FeatureMismatchError):
+    with pytest.raises(errors.UsageError):
         model.compute_kd_loss()
 
 
@@ -105,7 +105,7 @@ def test_only_student_forward(teacher, x):
     assert torch.equal(model.compute_kd_loss(), F.mse_loss(out, Net(32, seed=1)(x)))
     with model.only_student_forward():
         model(x)
-    with pytest.raises(errors.FeatureMismatchError, match="only_student_forward"):
+    with pytest.raises(errors.UsageError, match="only_student_forward"):
         model.compute_kd_loss()
     with model.only_student_forward(enable=False):
         model(x)
@@ -352,3 +352,91 @@ def test_a_student_that_calls_itself(teach, x):
         assert torch.equal(losses["MSELoss_0"], F.mse_loss(output, Halves(1)(x)))
         last = [half.fc(x.flip(-1)) for half in (Halves(0), Halves(1))]
         assert torch.equal(losses["MSELoss_1"], F.mse_loss(*last))
+
+
+class Weighted(nn.Module):
+    def forward(self, out_s, out_t, labels, *, weight=1.0):
+        return weight * ((out_s - out_t) ** 2).mean(-1)[labels >= 0].mean()
+
+
+class Anything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.got = []
+
+    def forward(self, out_s, out_t, **settings):
+        self.got.append(settings)
+        return ((out_s - out_t) ** 2).mean()
+
+
+def test_each_loss_gets_the_keyword_arguments_that_it_takes(teacher, x):
+    labels, anything = torch.tensor([0, -100, 1, 2, -100, 3]), Anything()
+    criterion = {("body", "body"): Weighted(), ("fc", "fc"): nn.MSELoss(), ("", ""): anything}
+    model = converted(Net(32), teacher, criterion, sh.StaticLossBalancer([0.25, 0.25, 0.5]))
+    for given in ({"labels": labels}, {"labels": labels, "weight": 3.0}, {"labels": labels, "name": "a"}):
+        model(x)
+        losses = model.compute_kd_loss(skip_balancer=True, **given)
+        seen, theirs = (hooked(net, ["body", "fc"], x) for net in (Net(32), Net(32, seed=1)))
+        each = ((seen["body"] - theirs["body"]) ** 2).mean(-1)[labels >= 0].mean() * given.get("weight", 1.0)
+        assert torch.equal(losses["Weighted_0"], each)
+        assert torch.equal(losses["MSELoss_1"], F.mse_loss(seen["fc"], theirs["fc"]))
+        assert anything.got.pop() == given
+
+
+def test_a_keyword_argument_that_no_loss_takes_is_an_error_and_the_step_stays(teacher, x):
+    criterion = {("body", "body"): Weighted(), ("fc", "fc"): nn.MSELoss(), ("", ""): sh.MFTLoss()}
+    model = converted(Net(32), teacher, criterion, sh.StaticLossBalancer([0.25, 0.25, 0.5]))
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    model(x)
+    says = (
+        r"got the keyword arguments \['label', 'target'\], which no loss takes: Weighted takes labels, weight; "
+        "MSELoss takes none; MFTLoss takes labels"
+    )
+    with pytest.raises(errors.UsageError, match=says):
+        model.compute_kd_loss(label=labels, labels=labels, target=labels)
+    assert model.compute_kd_loss(labels=labels) > 0
+
+
+def test_signatures_are_read_once_a_conversion(teacher, x, monkeypatch):
+    model = converted(Net(), teacher, {("fc", "fc"): Weighted()})
+    monkeypatch.setattr("inspect.signature", None)
+    for _ in range(2):
+        with model.only_teacher_forward():
+            model(x)
+        with model.only_student_forward():
+            model(x)
+        model.compute_kd_loss(labels=torch.zeros(len(x), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("loss", [sh.LogitsDistillationLoss, sh.ReverseKLLoss, sh.JSDLoss, sh.SkewedKLLoss])
+def test_no_error_names_a_private_class(loss):
+    with pytest.raises(TypeError, match=rf"^{loss.__name__}\.forward\(\) got an unexpected keyword argument 'labels'"):
+        loss()(torch.zeros(2, 3), torch.zeros(2, 3), labels=torch.zeros(2))
+    with pytest.raises(TypeError, match=r"^LogitsLoss\.per_example\(\) got an unexpected keyword argument 'label'"):
+        loss().per_example(torch.zeros(2, 3), torch.zeros(2, 3), label=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: sh.StaticLossBalancer(0.5), lambda: sh.ScheduledLossBalancer(lambda step: 0.5 + step / 10)]
+)
+def test_a_missing_student_loss_warns_where_it_is_missing_and_not_before(teacher, x, make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = converted(Net(), teacher, {("fc", "fc"): nn.MSELoss()}, make())
+        model.compute_kd_loss(student_loss=model(x).sum())
+        model(x)
+        model.compute_kd_loss(skip_balancer=True)
+    model(x)
+    with pytest.warns(UserWarning, match="less than 1.*pass student_loss to compute_kd_loss") as told:
+        loss = model.compute_kd_loss()
+    assert [warning.filename for warning in told] == [__file__]
+    share = 0.5 if isinstance(model.loss_balancer, sh.StaticLossBalancer) else 0.6
+    want = F.mse_loss(Net()(x), Net(32, seed=1)(x)) * share
+    torch.testing.assert_close(loss, want)  # as ModelOpt's: the weights are what they are
+
+
+def test_usage_errors_are_errors_of_ours_and_runtime_errors():
+    assert issubclass(errors.UsageError, errors.SchoolhouseError)
+    assert issubclass(errors.UsageError, RuntimeError)
+    assert not issubclass(errors.UsageError, ValueError)
+    assert "UsageError" in errors.__all__

@@ -118,7 +118,7 @@ def programs():
 
 @pytest.mark.parametrize("code", list(programs()))
 def test_programs_run(code, tmp_path):
-    arguments = ["-W", "ignore:kd_loss_weight sums to less than 1"]
+    arguments = ["-W", "error:kd_loss_weight sums"]
     done = subprocess.run(
         [sys.executable, *arguments, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=150
     )

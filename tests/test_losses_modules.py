@@ -1,17 +1,25 @@
 """Losses between logits as modules: they hold the settings of the functions, and refuse wrong ones at once."""
 
+import copy
 import math
 
 import pytest
+import schoolhouse as sh
 import torch
-from models import some_logits
+from models import Net, converted, some_logits
 from schoolhouse import functional
 from schoolhouse.losses import (
+    AttentionTransferLoss,
+    CausalLMLoss,
     DKDLoss,
+    HiddenCosineLoss,
+    HiddenMSELoss,
     JSDLoss,
     LogitsDistillationLoss,
     MFTLoss,
+    MGDLoss,
     ReverseKLLoss,
+    RKDLoss,
     SkewedKLLoss,
 )
 
@@ -108,3 +116,48 @@ def test_defaults_are_those_documented():
     assert (LogitsDistillationLoss()._temperature, LogitsDistillationLoss()._reduction) == (1.0, "mean")
     for module in MODULES[1:]:
         assert module().reduction == "batchmean"
+
+
+@pytest.mark.parametrize(
+    ("module", "shown"),
+    [
+        (LogitsDistillationLoss(2.0), "temperature=2.0, reduction='mean', vocabulary='equal'"),
+        (ReverseKLLoss(2.0, vocabulary="shared"), "temperature=2.0, reduction='batchmean', vocabulary='shared'"),
+        (JSDLoss(0.3), "beta=0.3, temperature=1.0, reduction='batchmean', vocabulary='equal'"),
+        (
+            SkewedKLLoss(0.2, reverse=True),
+            "alpha=0.2, reverse=True, temperature=1.0, reduction='batchmean', vocabulary='equal'",
+        ),
+        (MFTLoss(), "threshold=0.2, temperature=1.0, reduction='batchmean', vocabulary='equal'"),
+        (DKDLoss(), "alpha=1.0, beta=8.0, temperature=4.0, reduction='batchmean', vocabulary='equal'"),
+        (HiddenMSELoss(3, 3), "student_width=3, teacher_width=3, reduction='mean'"),
+        (HiddenCosineLoss(3, 4, "sum"), "student_width=3, teacher_width=4, reduction='sum'"),
+        (AttentionTransferLoss(3.0), "p=3.0, reduction='mean'"),
+        (RKDLoss(1.0, 2.0), "distance_weight=1.0, angle_weight=2.0"),
+        (MGDLoss(2, 2, 0.5), "alpha_mgd=0.5, lambda_mgd=0.65"),
+        (CausalLMLoss(JSDLoss()), "ignore_index=-100"),
+        (sh.StaticLossBalancer([0.25, 0.5]), "kd_loss_weight=[0.25, 0.5]"),
+        (
+            sh.ScheduledLossBalancer(sh.LinearSchedule(0.1, 0.9, 10), 2),
+            "schedule=LinearSchedule(start=0.1, end=0.9, steps=10), accumulation_steps=2",
+        ),
+        (sh.LossScaleBalancer(0.5, decay=0.9), "kd_loss_weight=[0.5], decay=0.9, max_factor=10000.0"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_print_shows_the_settings(module, shown):
+    assert module.extra_repr() == shown
+    kind = type(module).__name__
+    assert repr(module).startswith(f"{kind}({shown})" if not [*module.children()] else f"{kind}(\n  {shown}\n")
+    twin = copy.deepcopy(module)
+    assert repr(twin) == repr(module)
+
+
+def test_a_print_of_a_model_shows_weights_and_temperatures():
+    criterion = {("fc", "fc"): sh.LogitsDistillationLoss(3.0), ("body", "body"): sh.HiddenMSELoss(16, 32)}
+    model = converted(Net(), Net(32), criterion, sh.StaticLossBalancer([0.25, 0.5]))
+    assert "(_loss_balancer): StaticLossBalancer(kd_loss_weight=[0.25, 0.5])" in repr(model)
+    assert "('body', 'body'): HiddenMSELoss(\n    student_width=16, teacher_width=32" in repr(model)
+    loss = "LogitsDistillationLoss(temperature=3.0, reduction='mean', vocabulary='equal')"
+    assert f"('fc', 'fc'): {loss}" in repr(model)
+    assert "LogitsDistillationLoss" not in repr(sh.export(model))

@@ -8,7 +8,7 @@ import schoolhouse as sh
 import torch
 from looking_ahead import Asked, Pair, batches, distilled, expected_loss, train
 from models import Net, converted
-from schoolhouse.errors import FeatureMismatchError
+from schoolhouse.errors import FeatureMismatchError, UsageError
 from torch import nn
 from torch.nn import functional as F
 
@@ -67,7 +67,7 @@ def test_a_forward_on_another_batch_says_which_was_expected(teach):
         model(x[:3])
     with pytest.raises(FeatureMismatchError, match="of other values"):
         model(given[2][0])  # asked for, not yielded yet
-    with pytest.raises(FeatureMismatchError, match="compute_kd_loss needs a forward"):
+    with pytest.raises(UsageError, match="compute_kd_loss needs a forward"):
         model.compute_kd_loss()
     model(x)
     assert model.compute_kd_loss().item() == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)

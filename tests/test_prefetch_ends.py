@@ -16,11 +16,11 @@ from models import Net, converted
 from schoolhouse import step
 from schoolhouse.batches import Inputs
 from schoolhouse.errors import (
-    FeatureMismatchError,
     TeacherBusyError,
     TeacherForwardError,
     TeacherTimeoutError,
     TeacherUnavailableError,
+    UsageError,
 )
 from schoolhouse_server import serve
 
@@ -301,7 +301,7 @@ def test_a_child_process_asks_the_teacher_itself(monkeypatch):
     model(x)
     child = os.getpid() + 1
     monkeypatch.setattr(os, "getpid", lambda: child)  # a real one could not use torch's threads
-    with pytest.raises(FeatureMismatchError, match="before this process was forked; forward the batch again"):
+    with pytest.raises(UsageError, match="before this process was forked; forward the batch again"):
         model.compute_kd_loss()
     teacher.hold = False
     model(x)

@@ -181,5 +181,13 @@ def test_gradients_and_parameters_stay_with_the_student(teacher):
     assert [name for name, _ in model.named_parameters()] == names
     model(torch.randn(2, 8))
     model.compute_kd_loss().backward()
-    with pytest.raises(errors.FeatureMismatchError):
+    with pytest.raises(errors.UsageError):
         model.compute_kd_loss()
+
+
+def test_a_closed_teacher_says_so():
+    with serve(nn.Linear(2, 2)) as server:
+        teacher = sh.connect(server.url)
+        teacher.close()
+        with pytest.raises(errors.UsageError, match=r"RemoteTeacher\('grpc://.*'\) is closed; connect again"):
+            teacher.submit((torch.ones(1, 2),), {}, [""])

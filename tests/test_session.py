@@ -99,7 +99,7 @@ def test_a_callback_that_would_wait_for_its_own_thread_is_refused(timeout_s):
     def submit(_future=None):
         try:
             ended.put(teacher.submit((x,), {}, ["fc"], encodings=wish))
-        except errors.ConfigError as err:
+        except errors.UsageError as err:
             ended.put(err)
 
     with serve(late, allow_head=True) as server, sh.connect(server.url, head_folder=None) as teacher:
@@ -112,7 +112,7 @@ def test_a_callback_that_would_wait_for_its_own_thread_is_refused(timeout_s):
             [request] = dispatcher._where
             request.deadline = time.monotonic() + timeout_s
             dispatcher.outstanding.reschedule(request)
-        with pytest.raises(errors.ConfigError, match="the head 'fc' is not here yet, and a callback of a future"):
+        with pytest.raises(errors.UsageError, match="the head 'fc' is not here yet, and a callback of a future"):
             raise ended.get(timeout=20)  # at once, and not after the timeout of 60 s
         late.opened.set()
         submit()

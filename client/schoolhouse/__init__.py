@@ -1,5 +1,7 @@
 """Knowledge distillation in which the teacher is a service: the student side. Everything a user types stands here."""
 
+from typing import TYPE_CHECKING, Any
+
 from schoolhouse_wire.codec import Arguments, Opaque
 
 from schoolhouse import encodings, errors, functional, sparse
@@ -35,11 +37,13 @@ from schoolhouse.losses import (
     RKDLoss,
     SkewedKLLoss,
 )
-from schoolhouse.remote import RemoteTeacher
 from schoolhouse.request import Traffic
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import Features, LocalTeacher, Teacher, TeacherDescription
 from schoolhouse.verifying import Verification
+
+if TYPE_CHECKING:
+    from schoolhouse.remote import RemoteTeacher
 
 __all__ = [
     "STUDENT_LOSS_KEY",
@@ -89,3 +93,11 @@ __all__ = [
     "save",
     "sparse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RemoteTeacher":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from schoolhouse.remote import RemoteTeacher  # which imports gRPC: a student whose teacher is here needs none
+
+    return RemoteTeacher

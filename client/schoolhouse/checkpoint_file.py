@@ -1,7 +1,6 @@
 """The file of a checkpoint: written whole or not at all, and read without running code."""
 
 import contextlib
-import fcntl
 import glob
 import io
 import json
@@ -164,6 +163,8 @@ def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
 
     False, with nothing done, if another saver of `path` took the new file for an orphan before it was locked.
     """
+    import fcntl  # where it is used: the package is imported where there is none, too
+
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     mode = _mode(path)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
@@ -194,6 +195,8 @@ def _mode(path: Path) -> int | None:
 
 def remove_orphans(folder: Path, pattern: str) -> None:
     """Remove what processes that were killed while they wrote files of such names have left."""
+    import fcntl
+
     for part in folder.glob(f".{pattern}.*.part"):
         with contextlib.suppress(OSError), part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

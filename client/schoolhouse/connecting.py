@@ -1,11 +1,14 @@
 """connect(): a teacher behind gRPC that was seen to be there."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from schoolhouse_wire.security import ClientSecurity
 
 from schoolhouse.heads_cache import default_cache_folder
-from schoolhouse.remote import RemoteTeacher
+
+if TYPE_CHECKING:
+    from schoolhouse.remote import RemoteTeacher
 
 
 def connect(
@@ -18,6 +21,7 @@ def connect(
     max_pending: int = 1024,
     shared_memory: bool = True,
     checksums: bool = False,
+    tune_allocator: bool = True,
     head_folder: str | Path | None = default_cache_folder(),
     teacher_timeout_s: float | None = None,
     attempt_timeout_s: float | None = None,
@@ -32,19 +36,17 @@ def connect(
     key: str | Path | None = None,
     token: str | None = None,
     insecure: bool = False,
-) -> RemoteTeacher:
+) -> "RemoteTeacher":
     """Connect to the teacher at `grpcs://HOST:PORT/NAME`, a directory or a replica, or at `grpc://` without TLS.
 
     With `grpcs://` every server, also each replica that a directory lists, must have a certificate for HOST. With
     `grpc://` nothing is encrypted, and HOST must be a loopback address. A teacher that is pickled holds the token and
     the key.
 
-    The C allocator of this process is told to keep up to 512 MiB of freed memory (`schoolhouse_wire.memory`): without
-    that, receiving features costs about half as much again.
-
     A process may fork at any time, as for a `DataLoader`'s workers, and forks may ask the teacher: they connect anew,
-    with a copy of gRPC of their own. For that gRPC's own support of forks, which aborts children, is turned off, unless
-    gRPC was imported before `schoolhouse`: import that first, or set `GRPC_ENABLE_FORK_SUPPORT=0` in the environment.
+    with a copy of gRPC of their own. For that the first call imports gRPC with its own support of forks, which aborts
+    children, turned off. Where something else has imported it before, set `GRPC_ENABLE_FORK_SUPPORT=0` in the
+    environment.
 
     Args:
         url: where the teacher is.
@@ -55,10 +57,13 @@ def connect(
             replica can take it does not count.
         connect_timeout_s: how long to wait for a server, in seconds.
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
-        shared_memory: take features from replicas of this machine and user through shared memory; `describe()` says
-            whether it is so. A process that is forked from this one must clone those that it keeps.
+        shared_memory: take features from replicas of this machine and user through shared memory, where the system is
+            Linux; `describe()` says whether it is so, or why not. A process that is forked from this one must clone
+            those that it keeps.
         checksums: check every byte that comes through shared memory too, as those of the stream always are, which
             is slower; otherwise the first KiB of each 64 KiB.
+        tune_allocator: tell the C allocator of this process, where it is glibc's, to keep up to 512 MiB of freed memory
+            (`mallopt`), as the first session opens. Without that, receiving features costs about half as much again.
         head_folder: where teachers' heads are kept, by revision, for `encodings.hidden`; None: in memory alone.
         teacher_timeout_s: how long a request waits, in seconds and all its waits together, while no replica of the
             teacher can take it; its own time stands still meanwhile, and the log says that the student waits. Then it
@@ -95,6 +100,8 @@ def connect(
         UnknownTeacherError: no teacher of that name; lists those there are.
         RevisionChangedError: no replica of `revision`; lists those there are.
     """
+    from schoolhouse.remote import RemoteTeacher  # which imports gRPC
+
     teacher = RemoteTeacher(
         url,
         job=job,
@@ -104,6 +111,7 @@ def connect(
         max_pending=max_pending,
         shared_memory=shared_memory,
         checksums=checksums,
+        tune_allocator=tune_allocator,
         head_folder=head_folder,
         teacher_timeout_s=teacher_timeout_s,
         attempt_timeout_s=attempt_timeout_s,

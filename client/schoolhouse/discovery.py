@@ -5,8 +5,8 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import grpc
 from schoolhouse_wire import channel, status
+from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2, teacher_pb2_grpc
@@ -60,7 +60,7 @@ def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSe
     Raises:
         TeacherUnavailableError: no server there within `timeout_s`.
         AuthenticationError: the server, or this client, could not prove who it is.
-        ConfigError: one speaks TLS, and the other does not.
+        ConfigError: one speaks TLS, and the other does not; or the server speaks HTTP, and no gRPC.
         UnknownTeacherError: no teacher of that name; lists those there are.
     """
     with channel.connect(target, security) as opened:
@@ -145,10 +145,10 @@ def revision_changed(name: str, where: str, revision: str, there_are: Sequence[s
 
 def _unreachable(err: grpc.RpcError, target: str, timeout_s: float, security: ClientSecurity) -> SchoolhouseError:
     error = status.from_rpc_error(err, target)
-    if isinstance(error, TeacherUnavailableError | TeacherTimeoutError) and (why := why_not(target, security)):
+    if not isinstance(error, TeacherUnavailableError | TeacherTimeoutError):
+        return error
+    why = why_not(target, security)
+    if why is not None and not isinstance(why, TeacherUnavailableError):
         return why
-    if isinstance(error, TeacherUnavailableError | TeacherTimeoutError):
-        return TeacherUnavailableError(
-            f"no server answered at {target} within {timeout_s} s; is the teacher up, and are host and port right?"
-        )
-    return error
+    found = why.message if why is not None else "something listens there; is it the teacher's server, and is it well?"
+    return TeacherUnavailableError(f"no server answered at {target} within {timeout_s:.3g} s: {found}")

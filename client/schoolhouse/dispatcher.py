@@ -217,6 +217,7 @@ class Dispatcher:
             weight=self._settings.weight,
             shared_memory=self._settings.shared_memory,
             checksums=self._settings.checksums,
+            tune_allocator=self._settings.tune_allocator,
             security=self._settings.security,
             revision=self._revision,
             owner=self,
@@ -289,7 +290,7 @@ class Dispatcher:
             link, now = self._links.of(session), time.monotonic()
             if link is not None:
                 if not link.opened and now >= link.give_up_at:
-                    error = TeacherUnavailableError(f"no answer within {self._settings.connect_timeout_s} s")
+                    error = TeacherUnavailableError(f"no answer within {self._settings.connect_timeout_s:g} s")
                 self._links.lost(link, error, now)
             self._changed.notify_all()
         for request in lost:

@@ -16,9 +16,11 @@ from schoolhouse.connecting import connect
 from schoolhouse.distillation_model import EXTRAS, DistillationModel, detach, run_forward
 from schoolhouse.errors import ConfigError
 from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
+from schoolhouse.loss_arguments import LossArguments
 from schoolhouse.step import Distillation
 from schoolhouse.taps import check_modules, module_names
 from schoolhouse.teachers import LocalTeacher, Teacher
+from schoolhouse.unseen import Unseen
 
 _STUDENT_CHOICES = "an nn.Module, or a class, callable or tuple (callable, args, kwargs) that makes one"
 _KINDS = {"kd_loss": DistillationModel, "layerwise_kd": LayerwiseDistillationModel}
@@ -63,13 +65,15 @@ def _convert(
     _check_sharding(model, pairs.values())
     _check_trainable(model)
     encodings = config.tap_encodings(layer for _, layer in pairs)
-    teacher = _teacher(model, config.teacher_model, pairs, encodings.values())
+    teacher, parameters = _teacher(model, config.teacher_model, pairs, encodings.values())
     if encodings:
         _check_encodes(teacher)
     state = Distillation(
         teacher=teacher,
         owns_teacher=teacher is not config.teacher_model,
         criterion=pairs,
+        loss_arguments=LossArguments(pairs.values()),
+        unseen=Unseen(parameters),
         encodings=encodings,
         positions=config.positions,
         original_cls=type(model),
@@ -85,8 +89,11 @@ def _convert(
 
 def _teacher(
     student: nn.Module, given: Any, pairs: Iterable[tuple[str, str]], encodings: Iterable[Encoding]
-) -> Teacher:
-    """The teacher, which has all the layers; a module is frozen once that is known not to freeze the student."""
+) -> tuple[Teacher, Iterable[str]]:
+    """The teacher, which has all the layers, and what its forward takes.
+
+    A module is frozen once that is known not to freeze the student.
+    """
     made = make_teacher(given, connect)
     heads = [encoding.head for encoding in encodings if isinstance(encoding, Hidden)]
     layers = [*(layer for _, layer in pairs), *heads]
@@ -94,10 +101,11 @@ def _teacher(
     if isinstance(module, nn.Module):
         _check_apart(student, module)
         check_modules(layers, module_names(module), "the teacher")
-        return LocalTeacher(made) if isinstance(made, nn.Module) else made
+        local = made if isinstance(made, LocalTeacher) else LocalTeacher(module)
+        return local, local.parameters
     description = module.describe()
     check_modules(layers, description.modules, f"teacher {description.name!r}")
-    return module
+    return module, description.parameters
 
 
 def _check_encodes(teacher: Teacher) -> None:

@@ -2,7 +2,7 @@
 
 import copyreg
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -74,6 +74,11 @@ class DistillationModel(nn.Module):
         raise ConfigError(
             "DataParallel runs copies of the student whose outputs would be lost; use DistributedDataParallel"
         )
+
+    def extra_repr(self) -> str:
+        """As the student's own, with the losses by their layers: those without state are not in the module tree."""
+        pairs = self._schoolhouse.criterion.items()
+        return "\n".join([*filter(None, [super().extra_repr()]), *(f"{pair}: {loss!r}" for pair, loss in pairs)])
 
     @property
     def original_cls(self) -> type[nn.Module]:
@@ -218,16 +223,19 @@ class DistillationModel(nn.Module):
             loss_reduction_fn: applied to each distillation loss before balancing, such as a masked mean.
             skip_balancer: return the losses by name instead: `ClassName_i` in the order of the criterion, and
                 `STUDENT_LOSS_KEY`.
-            **loss_fn_kwargs: given to each loss.
+            **loss_fn_kwargs: given to each loss whose forward has a parameter of that name, or `**kwargs`.
 
         Raises:
             ConfigError: for a student_loss without a balancer.
-            FeatureMismatchError: if there was no forward since the last call, or only one of the two ran.
+            UsageError: if there was no forward since the last call, if it ran in another thread, or for a keyword
+                argument that no loss takes.
+            FeatureMismatchError: if student and teacher did not run on the same batch.
             SchoolhouseError: whatever kept the teacher from answering.
         """
         state = self._schoolhouse
         if student_loss is not None and self.loss_balancer is None:
             raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
+        arguments = state.loss_arguments.of_each(loss_fn_kwargs)
         step = state.complete_step()
         try:
             features = on_device_of(step.outputs, step.features())
@@ -237,7 +245,7 @@ class DistillationModel(nn.Module):
             step.ahead.used(step)
         losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
         layers = [layer for layer, _ in state.criterion]
-        for name, loss in as_forward(self, layers, lambda: _losses(self, step, features, loss_fn_kwargs)).items():
+        for name, loss in as_forward(self, layers, lambda: _losses(self, step, features, arguments)).items():
             losses[name] = loss if loss_reduction_fn is None else loss_reduction_fn(loss)
         self._schoolhouse_mode.mark(state, step, losses)
         if skip_balancer:
@@ -296,7 +304,7 @@ def run_forward(model: DistillationModel, *args: Any, **kwargs: Any) -> Any:
 
 
 def _losses(
-    model: DistillationModel, step: Step, features: Mapping[Tap, Any], loss_fn_kwargs: Any
+    model: DistillationModel, step: Step, features: Mapping[Tap, Any], arguments: Sequence[Mapping[str, Any]]
 ) -> dict[str, torch.Tensor]:
     losses = {}
     for i, ((student_layer, teacher_layer), loss_fn) in enumerate(model._schoolhouse.criterion.items()):
@@ -304,7 +312,7 @@ def _losses(
             raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
         output = step.outputs[student_layer]
         unshard_in_backward(model, student_layer, output)
-        losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, features[Tap(teacher_layer)], **loss_fn_kwargs)
+        losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, features[Tap(teacher_layer)], **arguments[i])
     return losses
 
 

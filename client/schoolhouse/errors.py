@@ -42,6 +42,7 @@ __all__ = [
     "UnknownTapError",
     "UnknownTeacherError",
     "UnsupportedValueError",
+    "UsageError",
 ]
 
 
@@ -51,3 +52,7 @@ class CheckpointError(SchoolhouseError, ValueError):
 
 class FeatureMismatchError(SchoolhouseError, RuntimeError):
     """Features arrived, or were asked for, that do not belong to this batch, revision or tap."""
+
+
+class UsageError(SchoolhouseError, RuntimeError):
+    """A call that makes no sense here: too early, too late, in another thread, or with arguments that nobody takes."""

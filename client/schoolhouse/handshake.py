@@ -1,4 +1,4 @@
-"""Why a server that is there cannot be talked to: a handshake of Python's own, as gRPC's errors don't tell in types."""
+"""Why a server cannot be talked to: a connection and a handshake of Python's own, as gRPC's errors tell no types."""
 
 import contextlib
 import os
@@ -10,15 +10,16 @@ from collections.abc import Iterator
 
 from schoolhouse_wire.security import ClientSecurity
 
-from schoolhouse.errors import AuthenticationError, ConfigError, SchoolhouseError
+from schoolhouse.errors import AuthenticationError, ConfigError, SchoolhouseError, TeacherUnavailableError
 
 _STEP_TIMEOUT_S = 1.0
 _TIMEOUT_S = 3.0
+_HTTP1 = b"GET / HTTP/1.1\r\nHost: schoolhouse\r\nConnection: close\r\n\r\n"
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # its preface, and empty settings
 
 
 def why_not(target: str, security: ClientSecurity) -> SchoolhouseError | None:
-    """What about TLS keeps a client from the server at `target`; None if that is not it, or cannot be found out."""
+    """What keeps a client from the server at `target`, which was waited for in vain; None if that stays unknown."""
     found: list[SchoolhouseError | None] = []
     # In a thread, as looking up a name may take any time.
     looking = threading.Thread(target=lambda: found.append(_look(target, security)), daemon=True)
@@ -28,19 +29,49 @@ def why_not(target: str, security: ClientSecurity) -> SchoolhouseError | None:
 
 
 def _look(target: str, security: ClientSecurity) -> SchoolhouseError | None:
-    host, _, port = target.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _STEP_TIMEOUT_S) as opened:
+        opened = _connected(target)
+    except (socket.gaierror, ValueError) as err:
+        name, why = target.rpartition(":")[0], getattr(err, "strerror", None) or err
+        return TeacherUnavailableError(f"the name {name!r} does not resolve ({why}); is HOST right?")
+    except ConnectionRefusedError:
+        return TeacherUnavailableError(f"nobody listens at {target}; is the teacher up, and is the port right?")
+    except OSError as err:
+        return TeacherUnavailableError(
+            f"{target} cannot be reached ({err.strerror or err}); is HOST right, and does a firewall let pass?"
+        )
+    try:
+        with opened:
             return _over_tls(opened, target, security) if security.tls else _in_plaintext(opened, target)
     except (OSError, ValueError):
         return None
 
 
+def _connected(target: str) -> socket.socket:
+    host, _, port = target.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), _STEP_TIMEOUT_S)
+
+
 def _in_plaintext(opened: socket.socket, target: str) -> SchoolhouseError | None:
+    with contextlib.suppress(OSError):  # of who speaks no TLS
+        return _if_tls(opened, target)
+    with _connected(target) as another:
+        another.sendall(_HTTP1)
+        return _no_grpc(target) if another.recv(5) == b"HTTP/" else None
+
+
+def _no_grpc(target: str) -> SchoolhouseError:
+    return ConfigError(
+        f"the server at {target} speaks HTTP/1, and no gRPC: it is another service, or the http_port of a pool, whose "
+        "students connect to its port"
+    )
+
+
+def _if_tls(opened: socket.socket, target: str) -> SchoolhouseError:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent: only whether it is TLS
     context.set_alpn_protocols(["h2"])
-    with context.wrap_socket(opened):  # raises an OSError for who speaks none
+    with context.wrap_socket(opened):
         return ConfigError(f"the server at {target} speaks TLS: connect to grpcs://{target}/NAME")
 
 
@@ -62,6 +93,8 @@ def _over_tls(opened: socket.socket, target: str, security: ClientSecurity) -> S
     except ConnectionError:  # one that is slow may speak it
         return ConfigError(f"the server at {target} does not speak TLS; connect to grpc://{target}/NAME if it has none")
     with wrapped:
+        if wrapped.selected_alpn_protocol() != "h2":
+            return _no_grpc(target)
         return _after_handshake(wrapped, target, security)
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from schoolhouse.callers import to_caller
+
 STUDENT_LOSS_KEY = "student_loss"
 
 Weights: TypeAlias = float | Sequence[float]
@@ -53,7 +55,8 @@ class DistillationLossBalancer(nn.Module):
 class StaticLossBalancer(DistillationLossBalancer):
     """Fixed weights: `kd_loss_weight` for the distillation losses in their order, the rest to 1 for the student's.
 
-    The sum may be above 1 by 1e-9, which is rounding; the rest is never below 0.
+    The sum may be above 1 by 1e-9, which is rounding; the rest is never below 0. A step without a loss of the student's
+    warns where there is a rest.
 
     Raises:
         ValueError: if a weight is not a finite number, or the weights' sum not within [0, 1].
@@ -62,7 +65,10 @@ class StaticLossBalancer(DistillationLossBalancer):
     def __init__(self, kd_loss_weight: float | list[float] = 0.5) -> None:
         super().__init__()
         self._kd_loss_weight = _checked(kd_loss_weight, "kd_loss_weight")
-        _warn_of_the_rest(self._kd_loss_weight)
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"kd_loss_weight={self._kd_loss_weight}"
 
     def forward(self, loss: Losses) -> torch.Tensor:
         """Weighted sum of the scalar losses."""
@@ -124,6 +130,10 @@ class ScheduledLossBalancer(DistillationLossBalancer):
         self._count = 0  # as the buffer, which may lie on a device that would have to be waited for
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
 
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"schedule={self.schedule!r}, accumulation_steps={self._accumulation_steps}"
+
     @property
     def step(self) -> int:
         """The step that the next call is part of."""
@@ -176,12 +186,16 @@ class ScaleBalancer(DistillationLossBalancer):
         if not 1 <= max_factor < math.inf:
             raise ValueError(f"max_factor is {max_factor}; it must be 1 or above, and finite")
         self._kd_loss_weight = _checked(kd_loss_weight, "kd_loss_weight")
-        _warn_of_the_rest(self._kd_loss_weight)
         self._decay = decay
         self._max_factor = min(max_factor, torch.finfo(torch.float32).max)
         slots = len(self._kd_loss_weight) + 1  # the first is the student's
         self.register_buffer("average", torch.zeros(slots, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros(slots, dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        bounds = f"decay={self._decay}, max_factor={self._max_factor}"
+        return f"kd_loss_weight={self._kd_loss_weight}, {bounds}"
 
     @abc.abstractmethod
     def magnitudes(self, losses: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -322,13 +336,6 @@ def _listed(given: Any) -> list[Any]:
         return [given]
 
 
-def _warn_of_the_rest(weights: list[float]) -> None:
-    if sum(weights) < 1.0 - _ROUNDING:
-        warnings.warn(
-            "kd_loss_weight sums to less than 1: pass student_loss to compute_kd_loss, it gets the rest", stacklevel=3
-        )
-
-
 def _check_count(losses: list[torch.Tensor], weights: list[float]) -> None:
     if len(losses) != len(weights):
         raise ValueError(f"{len(losses)} distillation losses came, but kd_loss_weight is {weights}: give one for each")
@@ -339,4 +346,12 @@ def _weighted(student: torch.Tensor | None, losses: list[torch.Tensor], weights:
     # Any real number may be a weight, such as a Fraction, but tensors multiply by few of them.
     weighted = [value * float(weight) for value, weight in zip(losses, weights, strict=True)]
     total = functools.reduce(operator.add, weighted)
-    return total if student is None else total + float(max(0.0, 1.0 - sum(weights))) * student
+    if student is not None:
+        return total + float(max(0.0, 1.0 - sum(weights))) * student
+    if sum(weights) < 1.0 - _ROUNDING:
+        warnings.warn(
+            "kd_loss_weight sums to less than 1, the rest is the weight of the student's own loss, and there is none: "
+            "pass student_loss to compute_kd_loss, or give weights that sum to 1",
+            stacklevel=to_caller(),
+        )
+    return total

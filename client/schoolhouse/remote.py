@@ -20,7 +20,7 @@ from schoolhouse_wire.limits import Limits
 
 from schoolhouse import discovery
 from schoolhouse.dispatcher import Dispatcher
-from schoolhouse.errors import ConfigError, RevisionChangedError, SchoolhouseError, TeacherUnavailableError
+from schoolhouse.errors import RevisionChangedError, SchoolhouseError, TeacherUnavailableError, UsageError
 from schoolhouse.facts import Facts
 from schoolhouse.fetched_heads import FetchedHeads
 from schoolhouse.heads import Head
@@ -167,15 +167,15 @@ class RemoteTeacher:
 
         Raises:
             UnknownTapError: before anything is sent.
-            ConfigError: for encodings of other taps, or positions that are missing or not needed; and where a callback
-                of a future is the first to need a head.
+            ConfigError: for encodings of other taps, or positions that are missing or not needed.
+            UsageError: after `close`; and where a callback of a future is the first to need a head.
             UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
             TeacherBusyError: `max_pending` requests are without an answer already.
 
         The future of a request that is verified raises `FeatureMismatchError` where two replicas disagree.
         """
         if self._closed:
-            raise ConfigError(f"{self!r} is closed; connect again")
+            raise UsageError(f"{self!r} is closed; connect again")
         facts, dispatcher = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
         facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeout_s)
@@ -301,7 +301,7 @@ def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments
     assert found is not None
     facts, dispatcher = found._connected()
     if dispatcher.answers_here():
-        raise ConfigError(
+        raise UsageError(
             f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
             "it: answers come in its thread. Submit one such request elsewhere first"
         )

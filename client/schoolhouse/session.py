@@ -1,13 +1,15 @@
 """One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grpc
 from google.protobuf.message import Message
-from schoolhouse_wire import channel, framing, memory, pipes, shared_memory, status
+from schoolhouse_wire import channel, framing, memory, pipes, status
+from schoolhouse_wire import shared_memory as same_host
+from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.shared_memory import ClientSegment
@@ -41,6 +43,7 @@ class Session:
         weight: float,
         shared_memory: bool,
         checksums: bool,
+        tune_allocator: bool,
         security: ClientSecurity,
         revision: str = "",
         owner: Owner,
@@ -51,7 +54,12 @@ class Session:
         self.others_queued = 0  # requests of others that waited for the replica's device when it last answered
         self.answered_at = float("-inf")
         self.slowest_s = 0.0  # that an answer took, from when the replica was asked
-        self._transport = "stream: shared memory is switched off here"  # until the replica's hello
+        lacks = same_host.lacks()
+        self._transport = (  # until the replica's hello
+            f"stream: shared memory needs {lacks}, which this system ({sys.platform}) does not have"
+            if shared_memory and lacks
+            else "stream: shared memory is switched off here"
+        )
         self._overflowed = 0  # replies that found no room in shared memory
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
@@ -59,10 +67,11 @@ class Session:
             teacher=teacher,
             job=job,
             weight=weight,
-            shared_memory=shared_memory,
+            shared_memory=shared_memory and not lacks,
             checksums=checksums,
             revision=revision,
         )
+        self._tune_allocator = tune_allocator
         self._security = security
         self._owner = owner
         self._clock = clock
@@ -115,7 +124,8 @@ class Session:
 
     def start(self) -> None:
         """Begin to connect; the owner is told how that ends."""
-        memory.keep_freed_memory()
+        if self._tune_allocator:
+            memory.keep_freed_memory()
         self._channel = channel.connect(self.address, self._security)
         stub = self._channel.stream_stream(
             channel.SESSION_METHOD,
@@ -308,9 +318,7 @@ class Session:
             self._transport = "stream: the replica offers no shared memory"
             return
         try:
-            self._segment = shared_memory.attach(
-                opened.shared_memory, self._outbox, checksums=self._open_message.checksums
-            )
+            self._segment = same_host.attach(opened.shared_memory, self._outbox, checksums=self._open_message.checksums)
             self._transport = "shared memory"
         except OSError as err:
             reason = err.strerror or err

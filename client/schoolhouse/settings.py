@@ -27,6 +27,7 @@ class Settings:
     max_pending: int = 1024
     shared_memory: bool = True
     checksums: bool = False
+    tune_allocator: bool = True
     head_folder: str | Path | None = None
     teacher_timeout_s: float | None = None
     attempt_timeout_s: float | None = None
@@ -46,7 +47,7 @@ class Settings:
             raise ConfigError(f"job has {len(self.job)} characters; {MAX_JOB_NAME} are allowed")
         if not isinstance(self.weight, int | float) or not _WEIGHTS[0] <= self.weight <= _WEIGHTS[1]:
             raise ConfigError(f"weight is {self.weight!r}; it must be a number from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
-        for name in ("shared_memory", "checksums", "follow_revisions", "tracing"):
+        for name in ("shared_memory", "checksums", "tune_allocator", "follow_revisions", "tracing"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choices: True, False")
         if not isinstance(self.security, ClientSecurity):

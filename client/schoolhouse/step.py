@@ -4,14 +4,12 @@ import copy
 import functools
 import inspect
 import os
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +20,15 @@ from schoolhouse_wire.nested import map_tensors
 from torch import nn
 
 from schoolhouse.batches import Inputs, bound
-from schoolhouse.errors import FeatureMismatchError
+from schoolhouse.callers import to_caller
+from schoolhouse.errors import FeatureMismatchError, UsageError
+from schoolhouse.loss_arguments import LossArguments
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
+from schoolhouse.unseen import Unseen
 
 if TYPE_CHECKING:
     from schoolhouse.ahead import Ahead
-
-_INNER = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
 
 
 class Answer:
@@ -51,7 +50,7 @@ class Answer:
     def features(self) -> Features:
         """Wait for the features; raises whatever kept the teacher from answering."""
         if self.lost:
-            raise FeatureMismatchError("the teacher was asked before this process was forked; forward the batch again")
+            raise UsageError("the teacher was asked before this process was forked; forward the batch again")
         if not self.future.done():
             began = time.perf_counter()
             wait([self.future])
@@ -114,6 +113,8 @@ class Distillation:
     teacher: Teacher
     owns_teacher: bool
     criterion: Mapping[tuple[str, str], nn.Module]
+    loss_arguments: LossArguments
+    unseen: Unseen
     original_cls: type[nn.Module]
     minimal_state_dict: bool
     own_forward: Callable[..., Any] | None  # a forward that was set on the student itself
@@ -174,7 +175,7 @@ class Distillation:
     def enter(self) -> bool:
         """Begin a forward; until `leave`, no other thread may. False for one within another, which is a part of it."""
         if self.running not in (None, threading.get_ident()):
-            raise FeatureMismatchError(
+            raise UsageError(
                 "the model runs in another thread, and the two forwards would mix their batches: give each thread a "
                 "copy.deepcopy of the model, or take turns"
             )
@@ -195,7 +196,7 @@ class Distillation:
         if self.step is not None and self.step.student_ran and training:
             warnings.warn(
                 "forward was called again without compute_kd_loss; the earlier batch's features are dropped",
-                stacklevel=_to_caller(),
+                stacklevel=to_caller(),
             )
         self.drop_step()
         ahead, answer = self._looked_ahead(args, kwargs, training)
@@ -207,6 +208,7 @@ class Distillation:
         return self._request(args, kwargs, self.taps)
 
     def _request(self, args: Any, kwargs: Any, taps: tuple[Tap, ...]) -> Answer:
+        self.unseen.tell(kwargs)
         if not self.encodings:
             return Answer(self.teacher.submit(args, kwargs, taps))
         mask = None if self.positions is None else self.positions(*args, **kwargs)
@@ -249,7 +251,7 @@ class Distillation:
         if self.alone is not None and self.alone.student_ran and training:
             warnings.warn(
                 "the student ran again without compute_kd_loss; its earlier outputs are dropped",
-                stacklevel=_to_caller(),
+                stacklevel=to_caller(),
             )
         self.alone = Step(inputs=inputs)
         return self.alone
@@ -286,33 +288,24 @@ class Distillation:
         """The step whose loss can be computed.
 
         Raises:
-            FeatureMismatchError: if there is none, or if it is another thread's.
+            UsageError: if there is none, or if it is another thread's.
+            FeatureMismatchError: if the student did not run on the batch that the teacher got.
         """
         step = self.step
         if step is None and self.alone is not None:
-            raise FeatureMismatchError(
+            raise UsageError(
                 "the teacher was not asked for the last batch: only_student_forward was on; forward it without, or "
                 "within only_teacher_forward"
             )
         if step is None:
-            raise FeatureMismatchError("compute_kd_loss needs a forward before it; call model(batch) first")
+            raise UsageError("compute_kd_loss needs a forward before it; call model(batch) first")
         if not step.student_ran:
             raise FeatureMismatchError(
                 "the student did not run, or failed, on the batch that the teacher got; forward that batch again"
             )
         if step.thread != threading.get_ident():
-            raise FeatureMismatchError(
-                "the last forward ran in another thread; give each thread a copy.deepcopy of the model"
-            )
+            raise UsageError("the last forward ran in another thread; give each thread a copy.deepcopy of the model")
         return step
-
-
-def _to_caller() -> int:
-    """The `stacklevel` that a warning of the calling function needs to name who called the model."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def eager(function: Any) -> Any:

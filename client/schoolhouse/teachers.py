@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import threading
+import typing
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -37,12 +38,16 @@ from schoolhouse.taps import (
 from schoolhouse.wanted import Wanted
 
 _SHOWN_PARAMETERS = 6
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TeacherDescription:
     """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model. `module_classes` are what
-    they are, or empty where the server does not say it, and `parameters` the names that the forward takes.
+    they are, or empty where the server does not say it.
+
+    `parameters` are the names that its forward takes, those of `*args` and `**kwargs` with their stars, and at the end
+    the names that the latter are typed with (`Unpack` of a TypedDict).
 
     `transport` says how its features come: "in process", "shared memory", or "stream: " and why it is that. Where some
     found no room in shared memory, it says of how many so far.
@@ -136,6 +141,14 @@ class LocalTeacher:
         self._heads = OwnHeads(self._plain)
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What the module's forward takes, as in its description."""
+        found = inspect.signature(self._plain.forward).parameters.values()
+        typed = [kind for p in found if p.kind is p.VAR_KEYWORD for kind in typing.get_args(p.annotation)]
+        names = [name for kind in typed if typing.is_typeddict(kind) for name in kind.__annotations__]
+        return tuple(dict.fromkeys([*(_STARS.get(p.kind, "") + p.name for p in found), *names]))
+
     def describe(self) -> TeacherDescription:
         """Static facts. The revision is computed at the first call: it reads every weight once."""
         if not self._revision:
@@ -148,7 +161,7 @@ class LocalTeacher:
             class_name=_qualified_name(self._plain),
             modules=tuple(self._modules),
             module_classes=tuple(self._modules.values()),
-            parameters=tuple(inspect.signature(self._plain.forward).parameters),
+            parameters=self.parameters,
             dtype=str(floating).removeprefix("torch.") if floating else "",
             device=str(parameter.device) if parameter is not None else "cpu",
         )

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import grpc
 from schoolhouse_wire import channel, status
+from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 

@@ -2,9 +2,8 @@
 
 from typing import Any, NamedTuple
 
-import grpc
-
 from schoolhouse_wire import forks
+from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.limits import FRAME_BYTES, Limits
 from schoolhouse_wire.security import ClientSecurity
 

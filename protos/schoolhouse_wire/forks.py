@@ -1,9 +1,10 @@
-"""gRPC in a process that was forked from another: a copy of the library of its own.
+"""gRPC, which all of us take from here, and in a process that was forked from another: a copy of its own.
 
 gRPC's threads are not in a fork. With its own support of forks, a child that does nothing with it is sometimes aborted
 (`Mutex::Fer with pending CondVar queueing`), such as a `DataLoader`'s worker; without, one that uses it hangs. So that
 support is off, unless the environment says something else or gRPC was imported before this, and a child that uses gRPC
-loads it anew, under a path that the dynamic linker has not seen yet. To free a channel or a server of the parent's
+loads it anew, under a path that the dynamic linker has not seen yet. `import schoolhouse` does not import this module:
+the first connection does. To free a channel or a server of the parent's
 would wait for its threads, for ever: what was garbage at the fork is never collected in the child.
 """
 
@@ -19,10 +20,26 @@ from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import spec_from_file_location
 from types import ModuleType
 
-_EXTENSION = "grpc._cython.cygrpc"
+_EXTENSION, _SUPPORT = "grpc._cython.cygrpc", "GRPC_ENABLE_FORK_SUPPORT"
 _USERS = ("schoolhouse", "schoolhouse_wire", "schoolhouse_server", "grpc_health", "grpc_reflection")
 
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+@contextlib.contextmanager
+def _without_fork_support() -> Iterator[None]:
+    """While gRPC is imported, which is when it reads the environment, and never again."""
+    if _SUPPORT in os.environ:
+        yield
+        return
+    os.environ[_SUPPORT] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_SUPPORT]
+
+
+with _without_fork_support():
+    import grpc as grpc
+
 _pid = os.getpid()
 _extension = ""  # the path of the file that was installed
 _lock = threading.Lock()
@@ -47,7 +64,7 @@ def _load_anew() -> None:
     _extension = _extension or str(sys.modules[_EXTENSION].__file__)
     for name in [name for name in sys.modules if name.split(".")[0] == "grpc"]:
         del sys.modules[name]
-    with _copied(_extension) as path:
+    with _copied(_extension) as path, _without_fork_support():
         finder = _Finder(path)
         sys.meta_path.insert(0, finder)
         try:

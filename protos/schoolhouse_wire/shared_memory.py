@@ -7,8 +7,7 @@ has no name it cannot outlive the processes that map it, however they end.
 
 import contextlib
 import ctypes
-import errno
-import fcntl
+import importlib
 import mmap
 import os
 import queue
@@ -37,7 +36,20 @@ _MANY_BLOCKS = 16
 _KEPT_BYTES = 512 << 20  # of a region; free memory beyond goes back to the system
 
 
+_NEEDED = ("os.memfd_create", "os.eventfd", "os.pipe2", "mmap.MADV_REMOVE", "fcntl.F_ADD_SEALS")  # Linux has them
+
 _Message: TypeAlias = teacher_pb2.ClientMessage | teacher_pb2.ServerMessage
+
+
+def lacks() -> str:
+    """What payloads in shared memory, or messages in pipes, need and this system does not have; empty if it has all."""
+    for needed in _NEEDED:
+        module, _, name = needed.partition(".")
+        try:
+            getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            return needed
+    return "" if os.path.isdir(f"/proc/{os.getpid()}/fd") else "/proc"
 
 
 class Segment:
@@ -205,10 +217,10 @@ def create(replies_bytes: int, outbox: Outbox[Message | bytes], *, checksums: bo
     The system provides its memory as it is first used. It can be opened by others until `withdraw()`.
 
     Raises:
-        OSError: this system has none.
+        OSError: there is none to be had.
     """
-    if not hasattr(os, "memfd_create"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    import fcntl  # here, as not every system has it
+
     replies_at = PAGE_BYTES + whole_pages(replies_bytes // 4)
     fd = os.memfd_create("schoolhouse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     offer = teacher_pb2.SharedMemory(
@@ -309,6 +321,8 @@ def _is_offered(fd: int, offer: teacher_pb2.SharedMemory) -> bool:
     marks = [len(offer.nonce), offer.requests_at, offer.replies_at, offer.nbytes]
     if marks != sorted(marks) or offer.requests_at % PAGE_BYTES or offer.replies_at % PAGE_BYTES:
         return False
+    import fcntl
+
     return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)  # an error for a file that is no memory
 
 

@@ -2,8 +2,6 @@
 
 from typing import NoReturn
 
-import grpc
-
 from schoolhouse_wire.errors import (
     BY_CODE,
     AuthenticationError,
@@ -15,6 +13,7 @@ from schoolhouse_wire.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
+from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.scrubbing import scrub
 from schoolhouse_wire.v1 import teacher_pb2
 

@@ -138,7 +138,7 @@ class Pool:
             if time.monotonic() > deadline:
                 doing = ", ".join(f"{row['teacher']}/{row['id']}: {row['stage']}" for row in rows)
                 raise TeacherTimeoutError(
-                    f"the pool is not ready after {timeout_s} s ({doing}); has Ray the resources?"
+                    f"the pool is not ready after {timeout_s:g} s ({doing}); has Ray the resources?"
                 )
             time.sleep(0.2)
 

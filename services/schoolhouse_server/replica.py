@@ -56,6 +56,7 @@ class Replica:
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,
+        tune_allocator: bool = True,
         http_port: int | range | None = None,
         tracing: bool = False,
         replica_id: str = "",
@@ -83,7 +84,7 @@ class Replica:
             )
         check_exposure(host, tls, insecure=insecure)
         self._tls = tls
-        self._shared_memory_bytes = shared_memory_bytes
+        self._shared_memory_bytes, self._tune_allocator = shared_memory_bytes, tune_allocator
         self._modules = dict(modules)
         self._host, self._ports = host, port if isinstance(port, range) else (port,)
         self._port = 0 if isinstance(port, range) else port
@@ -129,7 +130,8 @@ class Replica:
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
         self._pid = os.getpid()
-        memory.keep_freed_memory()
+        if self._tune_allocator:
+            memory.keep_freed_memory()
         self._timer = Timer()
         self.unsent = Unsent(self._sharing.max_unsent_bytes, self._sharing.max_job_unsent_bytes)
         self.engines = {

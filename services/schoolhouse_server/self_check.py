@@ -34,7 +34,7 @@ def check_modules(module: nn.Module, description: TeacherDescription, settings: 
         )
     named = [*settings.pad.values, settings.pad.mask] if settings.pad is not None else []
     wrong = [name for name in named if name not in description.parameters]
-    if wrong and "kwargs" not in description.parameters:
+    if wrong and not any(name.startswith("**") for name in description.parameters):
         raise ConfigError(
             f"pad names {wrong[0]!r}, which the forward of teacher {description.name!r} does not take; choices: "
             f"{', '.join(map(repr, description.parameters))}"

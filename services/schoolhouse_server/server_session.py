@@ -118,7 +118,7 @@ class ServerSession:
                 self._engine.cancel(ticket)
 
     def _expire(self, lease_s: float) -> None:
-        self.end(LeaseExpiredError(f"the client said nothing for {lease_s} s, so its session was ended"))
+        self.end(LeaseExpiredError(f"the client said nothing for {lease_s:g} s, so its session was ended"))
 
     def end(self, error: SchoolhouseError) -> None:
         """End it, and say why. A stream that does not take the reason is cancelled."""
@@ -221,8 +221,8 @@ class ServerSession:
         self._enter(message, engine, sharing)
         self.log.info("a session began")
         opened = opened_by(engine, sharing, self._limits)
-        if message.shared_memory and self._shared_memory_bytes:
-            with contextlib.suppress(OSError):  # this system has none: the stream does
+        if message.shared_memory and self._shared_memory_bytes and not shared_memory.lacks():
+            with contextlib.suppress(OSError):  # there is none to be had: the stream does
                 offered_pipes = pipes.Offered()
                 offered = shared_memory.create(self._shared_memory_bytes, self.outbox, checksums=message.checksums)
                 opened.shared_memory.CopyFrom(offered.offer)

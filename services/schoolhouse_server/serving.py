@@ -38,6 +38,7 @@ def serve(
     max_request_bytes: int = 2 << 30,
     cache_bytes: int = 0,
     shared_memory_bytes: int = 1 << 30,
+    tune_allocator: bool = True,
     cost: str = "rows",
     max_in_flight: int = MAX_IN_FLIGHT,
     max_job_bytes: int = MAX_JOB_BYTES,
@@ -64,7 +65,8 @@ def serve(
 
     Features go to clients of the same machine and user through shared memory: up to `shared_memory_bytes` for each of
     them at once, features that it still holds included, and beyond that over the stream; 0 switches it off. The inputs
-    that come have a quarter of it beside that. It counts as memory of this process as it is first used.
+    that come have a quarter of it beside that. It counts as memory of this process as it is first used. The C allocator
+    of this process is told to keep up to 512 MiB of freed memory, unless `tune_allocator` is False.
 
     Jobs share each teacher fairly, by the weights that they connect with: each is charged the `cost` of its requests in
     "rows", the first dimension of the first tensor, or in "tokens", batch times length. A job, over all its sessions,
@@ -155,6 +157,7 @@ def serve(
         max_request_bytes=max_request_bytes,
         cache_bytes=cache_bytes,
         shared_memory_bytes=shared_memory_bytes,
+        tune_allocator=tune_allocator,
         cost=cost,
         max_in_flight=max_in_flight,
         max_job_bytes=max_job_bytes,

@@ -259,6 +259,9 @@ METHODS = [
 ]
 
 
+BEYOND = ("vocabulary", inspect.Parameter.KEYWORD_ONLY, "equal")
+
+
 def parameters(function):
     found = inspect.signature(function).parameters.values()
     return [(p.name, p.kind, p.default) for p in found]
@@ -266,7 +269,8 @@ def parameters(function):
 
 @pytest.mark.parametrize("name", SAME)
 def test_arguments_and_defaults(name):
-    assert parameters(getattr(sh, name)) == parameters(getattr(mtd, name))
+    ours = [parameter for parameter in parameters(getattr(sh, name)) if parameter != BEYOND]
+    assert ours == parameters(getattr(mtd, name))
 
 
 @pytest.mark.parametrize("name", METHODS)

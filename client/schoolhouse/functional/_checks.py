@@ -5,15 +5,22 @@ from typing import Any
 
 import torch
 
-from schoolhouse.sparse import SparseForm
+from schoolhouse.sparse import LogitsLike, SparseForm
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
+VOCABULARIES = ("equal", "shared")
 
 
 def check_reduction(reduction: str) -> None:
     """Raise ValueError unless `reduction` is one of `REDUCTIONS`."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; choices: {', '.join(map(repr, REDUCTIONS))}")
+
+
+def check_vocabulary(vocabulary: str) -> None:
+    """Raise ValueError unless `vocabulary` is one of `VOCABULARIES`."""
+    if vocabulary not in VOCABULARIES:
+        raise ValueError(f"vocabulary is {vocabulary!r}; choices: {', '.join(map(repr, VOCABULARIES))}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -55,23 +62,40 @@ def check_tensors(what: str, of_student: object, of_teacher: object) -> None:
 def check_same_shape(what: str, of_student: torch.Tensor, of_teacher: torch.Tensor) -> None:
     """Raise TypeError unless both are tensors, ValueError unless their shapes are equal."""
     check_tensors(what, of_student, of_teacher)
-    _check_equal(what, of_student, of_teacher)
-
-
-def _check_equal(what: str, of_student: Any, of_teacher: Any) -> None:
     if of_student.shape != of_teacher.shape:
-        raise ValueError(
-            f"the student's {what} have the shape {tuple(of_student.shape)}, the teacher's {tuple(of_teacher.shape)}; "
-            "they must be equal"
-        )
+        raise ValueError(f"{_shapes(what, of_student, of_teacher)}; they must be equal")
 
 
-def check_logits(logits_s: object, logits_t: object) -> None:
-    """Raise TypeError unless both are logits, ValueError unless their shapes are equal; a form has one too."""
+def _shapes(what: str, of_student: Any, of_teacher: Any) -> str:
+    student, teacher = tuple(of_student.shape), tuple(of_teacher.shape)
+    return f"the student's {what} have the shape {student}, the teacher's {teacher}"
+
+
+def compared_logits(logits_s: Any, logits_t: Any, vocabulary: str = "equal") -> tuple[torch.Tensor, LogitsLike]:
+    """Logits `[..., classes]` as a loss compares them: with the vocabulary "shared" the first classes that both have.
+
+    A form of the teacher's stays whole.
+
+    Raises:
+        TypeError: if one is neither a tensor nor a form of the teacher's.
+        ValueError: if the shapes are not equal, with "shared" those of the rows; or for another vocabulary.
+    """
+    check_vocabulary(vocabulary)
     if not isinstance(logits_t, SparseForm):
         check_tensors("logits", logits_s, logits_t)
     check_tensor("student", "logits", logits_s)
-    _check_equal("logits", logits_s, logits_t)
+    if logits_s.shape == logits_t.shape:
+        return logits_s, logits_t
+    shapes = _shapes("logits", logits_s, logits_t)
+    if logits_s.shape[:-1] != logits_t.shape[:-1] or not logits_s.dim() or len(logits_t.shape) != logits_s.dim():
+        raise ValueError(f"{shapes}; they must be equal")
+    shared = min(logits_s.shape[-1], logits_t.shape[-1])
+    if vocabulary == "equal":
+        raise ValueError(
+            f"{shapes}; they must be equal. If both have the same tokens, and one pads its vocabulary, give the loss "
+            f"vocabulary='shared': it compares the first {shared} classes"
+        )
+    return logits_s[..., :shared], logits_t if isinstance(logits_t, SparseForm) else logits_t[..., :shared]
 
 
 def check_labels(labels: torch.Tensor, shape: torch.Size, expected: str) -> None:
@@ -87,10 +111,10 @@ def widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def reduce(per_example: torch.Tensor, reduction: str, *, n_elements: int, batch_size: int) -> torch.Tensor:
+def reduce(per_example: torch.Tensor, reduction: str, *, n_mean: int, batch_size: int) -> torch.Tensor:
     """The per-example values as they are ("none"), or their sum, divided by the count that `reduction` names."""
     check_reduction(reduction)
     if reduction == "none":
         return per_example
-    divisors = {"sum": 1, "batchmean": batch_size, "mean": n_elements}
+    divisors = {"sum": 1, "batchmean": batch_size, "mean": n_mean}
     return per_example.sum() / divisors[reduction]

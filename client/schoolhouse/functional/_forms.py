@@ -1,12 +1,14 @@
 """Losses against a teacher's logits that did not come as a tensor: one place that turns them into losses of tensors."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from schoolhouse.functional._checks import check_logits, reduce, widen
+from schoolhouse.functional._checks import compared_logits, reduce, widen
 from schoolhouse.sparse import (
     Head,
     HiddenLogits,
@@ -29,6 +31,8 @@ class Rules:
         topk: whether `dense` makes sense of the k + 1 classes of a `TopKLogits`.
         draws: of log-probabilities of the teacher and of the student: what the loss is the teacher's expectation of.
         elementwise: `dense` flattens the rows, and gives one value an element.
+        mean_of_elements: the reduction "mean" divides by all elements of the logits, not by the rows.
+        vocabulary: of the loss; `dense` has it too.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Rules:
     topk: bool = False
     draws: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     elementwise: bool = False
+    mean_of_elements: bool = False
+    vocabulary: str = "equal"
 
 
 def loss_of_form(
@@ -51,17 +57,17 @@ def loss_of_form(
         TypeError: if the student's are no tensor, or if the loss can't be computed of this form.
         ValueError: if the shapes or the temperatures differ, or for another reduction.
     """
-    check_logits(logits_s, teacher)
-    values: LogitsLike = teacher
+    logits_s, values = compared_logits(logits_s, teacher, rules.vocabulary)
     if isinstance(teacher, PositionedFeatures):
         logits_s, values = teacher.of(logits_s), teacher.values
         labels = tuple(map(teacher.of, labels))
     if rules.elementwise:
         logits_s, labels = logits_s.reshape(-1, logits_s.shape[-1]), tuple(map(torch.flatten, labels))
-        values = values.reshape(logits_s.shape) if isinstance(values, torch.Tensor) else values
+        values = values.reshape(-1, values.shape[-1]) if isinstance(values, torch.Tensor) else values
     losses = _losses(rules, logits_s, values, labels, summed=reduction != "none")
-    n_elements, batch_size = max(logits_s.numel(), 1), max(logits_s.shape[0], 1)
-    return reduce(losses, reduction, n_elements=n_elements, batch_size=batch_size).to(logits_s.dtype)
+    n_mean = logits_s.numel() if rules.mean_of_elements else logits_s.shape[:-1].numel()
+    batch_size = max(logits_s.shape[0], 1)
+    return reduce(losses, reduction, n_mean=max(n_mean, 1), batch_size=batch_size).to(logits_s.dtype)
 
 
 def over_chunks(
@@ -121,21 +127,38 @@ def _check_temperature(teacher: TopKLogits | SampledLogits, asked: str, rules: R
 
 
 def _with_tail(logits_s: torch.Tensor, teacher: TopKLogits) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[..., k + 1]` of student and teacher at the temperature; the last is that of all other classes."""
+    """Logits `[..., k + 1]` of student and teacher at the temperature; the last is that of all other classes.
+
+    Classes that the student does not have are nothing in both: all mass is that of the others.
+    """
     scaled = widen(logits_s) / teacher.temperature
-    # From the others alone: what remains of the whole less the k is noise where they have nearly all the mass. The
-    # lowest finite number, not -inf, of which the gradient is NaN where there are no others.
-    tail_s = scaled.scatter(-1, teacher.indices, torch.finfo(scaled.dtype).min).logsumexp(dim=-1, keepdim=True)
-    of_student = torch.cat([scaled.gather(-1, teacher.indices), tail_s], dim=-1)
-    of_teacher = torch.cat([teacher.values.to(teacher.tail.dtype), teacher.tail.unsqueeze(-1)], dim=-1)
-    return of_student, widen(of_teacher)
+    # The lowest finite number, not -inf, of which the gradient is NaN where there are no others.
+    nothing, classes = torch.finfo(scaled.dtype).min, scaled.shape[-1]
+    values, indices, tail = teacher.values.to(teacher.tail.dtype), teacher.indices, teacher.tail.unsqueeze(-1)
+    if teacher.classes > classes:
+        beyond = indices >= classes
+        scaled = F.pad(scaled, (0, 1), value=nothing)  # for all that it does not have
+        values, indices = values.masked_fill(beyond, -math.inf), indices.clamp(max=classes)
+        tail = tail.masked_fill((~beyond).sum(dim=-1, keepdim=True) == classes, -math.inf)  # it has none of the others
+    # From the others alone: what remains of the whole less the k is noise where they have nearly all the mass.
+    tail_s = scaled.scatter(-1, indices, nothing).logsumexp(dim=-1, keepdim=True)
+    of_student = torch.cat([scaled.gather(-1, indices), tail_s], dim=-1)
+    return of_student, widen(torch.cat([values, tail], dim=-1))
 
 
 def _mean_over_draws(
     draws: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits_s: torch.Tensor, teacher: SampledLogits
 ) -> torch.Tensor:
+    """Of the draws of classes that the student has: by these the teacher's log-probabilities are normalised anew."""
     scaled = widen(logits_s) / teacher.temperature
-    log_s = scaled.gather(-1, teacher.indices) - scaled.logsumexp(dim=-1, keepdim=True)
-    padding = teacher.counts == 0
-    of_each = draws(widen(teacher.log_probs), log_s.masked_fill(padding, 0.0))
-    return (of_each.masked_fill(padding, 0.0) * (teacher.counts / teacher.n).to(scaled.dtype)).sum(dim=-1)
+    classes, indices, counts, log_t = scaled.shape[-1], teacher.indices, teacher.counts, widen(teacher.log_probs)
+    shares = (counts / teacher.n).to(scaled.dtype)
+    if teacher.classes > classes:
+        counts, indices = counts.masked_fill(indices >= classes, 0), indices.clamp(max=classes - 1)
+        drawn = counts.sum(dim=-1, keepdim=True).clamp(min=1)
+        shares = (counts / drawn).to(scaled.dtype)
+        log_t = log_t - (drawn / teacher.n).to(scaled.dtype).log()
+    log_s = scaled.gather(-1, indices) - scaled.logsumexp(dim=-1, keepdim=True)
+    padding = counts == 0
+    of_each = draws(log_t, log_s.masked_fill(padding, 0.0))
+    return (of_each.masked_fill(padding, 0.0) * shares).sum(dim=-1)

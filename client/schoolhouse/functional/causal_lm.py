@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from schoolhouse.functional._checks import check_labels, check_logits, widen
+from schoolhouse.functional._checks import check_labels, compared_logits, widen
 from schoolhouse.functional._forms import over_chunks
 from schoolhouse.sparse import (
     HiddenLogits,
@@ -28,6 +28,7 @@ def causal_lm(
     labels: torch.Tensor | None = None,
     *,
     ignore_index: int = -100,
+    vocabulary: str = "equal",
 ) -> torch.Tensor:
     """Mean of a loss over the counted tokens of logits `[..., length, classes]` and labels `[..., length]`.
 
@@ -40,16 +41,19 @@ def causal_lm(
     classes]`, labels `[n]`, and a `TopKLogits` or `SampledLogits` as it is. Of `PositionedFeatures` all positions that
     the labels count must be there; without labels those count that are.
 
+    With the vocabulary "shared" the numbers of classes may differ: see `schoolhouse.functional.logits`. `per_example`
+    must have it too, since forms come to it whole.
+
     Raises:
         TypeError: if there are no logits.
         ValueError: if the shapes do not fit, or if positions that count did not travel.
     """
-    check_logits(logits_s, logits_t)
+    logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     if logits_s.dim() < 2:
         raise ValueError(f"the logits have the shape {tuple(logits_s.shape)}; [..., length, classes] is needed")
-    if isinstance(logits_t, SparseForm):
-        return _causal_lm_of_form(per_example, logits_s, logits_t, labels, ignore_index)
-    shifted_s, shifted_t = widen(logits_s[..., :-1, :]), widen(logits_t[..., :-1, :])
+    if isinstance(values, SparseForm):
+        return _causal_lm_of_form(per_example, logits_s, values, labels, ignore_index)
+    shifted_s, shifted_t = widen(logits_s[..., :-1, :]), widen(values[..., :-1, :])
     if labels is None:
         return causal_lm_mean(per_example(shifted_s, shifted_t, None))
     check_labels(labels, logits_s.shape[:-1], "one index for each token,")

@@ -1,14 +1,30 @@
 """Losses between class logits of a student and of a teacher.
 
 All of them multiply by temperature squared, so that gradients keep their size when the temperature changes
-(arXiv 1503.02531), and none sends a gradient to the teacher. Reductions are those of `torch.nn.KLDivLoss`: "mean"
-divides by the number of all elements of the logits, classes included, "batchmean" by the size of the first dimension.
-A class with the logit -inf in both distributions counts nothing, in the value as in the gradient.
+(arXiv 1503.02531), and none sends a gradient to the teacher. The reduction "batchmean" divides by the size of the first
+dimension, and "mean" by the number of examples, that is by all dimensions but the classes. In the two that are
+ModelOpt's, `logits_distillation` and `mft`, "mean" is that of `torch.nn.KLDivLoss`: it divides by the number of all
+elements of the logits, classes included. A class with the logit -inf in both distributions counts nothing, in the value
+as in the gradient.
+
+With `vocabulary="shared"` the student and the teacher may have unlike numbers of classes, of which the first n are the
+same, n being the smaller number: a vocabulary of 49,152 tokens beside one that is padded to 49,280. The loss is the one
+of the logits `[..., :n]`, so both distributions are normalised over these n classes: p'(c) = p(c) / (1 - U), where U is
+the mass of the classes from n on.
 
 The teacher's logits may be a form of `schoolhouse.sparse`; then a loss is computed in float32 or wider, of the rows
 that travelled, and no tensor of all the teacher's logits is made. `HiddenLogits` and `PositionedFeatures` suit every
 loss. Of `TopKLogits` it is the divergence over k + 1 classes, of `SampledLogits` the mean over the draws; both must
 have the loss's temperature, and a loss that reads more of the teacher than they hold raises TypeError.
+
+With "shared", where it is the teacher that has more classes:
+
+- Of `TopKLogits` those of the k that are n or above are left out, and the rest, the tail included, is normalised anew:
+  p'(c) = p(c) / (1 - u), u being their mass. It is exact where no class of the tail is n or above; within the tail they
+  cannot be told apart, and count as classes of the student's, unless all of the student's are among the k.
+- Of `SampledLogits` it is the mean over the m of n draws that fell on shared classes, which are draws from p', with
+  log p'(c) = log p(c) - log(m / n). Value and gradient tend to those of p' as n grows, the gradient of
+  `logits_distillation` is unbiased where m is 1 or more, and an example without such a draw counts 0.
 """
 
 import functools
@@ -17,30 +33,43 @@ import math
 import torch
 from torch.nn import functional as F
 
-from schoolhouse.functional._checks import check_labels, check_logits, reduce, widen
+from schoolhouse.functional._checks import check_labels, compared_logits, reduce, widen
 from schoolhouse.functional._forms import Rules, loss_of_form
 from schoolhouse.sparse import LogitsLike, SparseForm
 
 
 def logits_distillation(
-    logits_s: torch.Tensor, logits_t: LogitsLike, *, temperature: float = 1.0, reduction: str = "mean"
+    logits_s: torch.Tensor,
+    logits_t: LogitsLike,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    vocabulary: str = "equal",
 ) -> torch.Tensor:
     """KL(teacher || student) of logits `[..., classes]` at `temperature`, times temperature squared (arXiv 1503.02531).
 
     With reduction "none" the result has the shape `[...]`; otherwise it is a scalar. "mean" divides by the number of
-    all elements, "batchmean" by the size of the first dimension. Computed in the dtype of the logits.
+    all elements, as ModelOpt's does. Computed in the dtype of the logits.
 
     Raises:
         TypeError: if something else than a tensor came.
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or for another vocabulary.
     """
-    check_logits(logits_s, logits_t)
-    if isinstance(logits_t, SparseForm):
-        dense = functools.partial(logits_distillation, reduction="none")
-        rules = Rules("logits_distillation", dense, temperature, topk=True, draws=torch.sub)
-        return loss_of_form(rules, logits_s, logits_t, reduction)
+    logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
+    if isinstance(values, SparseForm):
+        dense = functools.partial(logits_distillation, reduction="none", vocabulary=vocabulary)
+        rules = Rules(
+            "logits_distillation",
+            dense,
+            temperature,
+            topk=True,
+            draws=torch.sub,
+            mean_of_elements=True,
+            vocabulary=vocabulary,
+        )
+        return loss_of_form(rules, logits_s, values, reduction)
     log_student = F.log_softmax(logits_s / temperature, dim=-1)
-    teacher = F.softmax(logits_t / temperature, dim=-1).detach()
+    teacher = F.softmax(values / temperature, dim=-1).detach()
     loss = _kl_to_target(log_student, teacher, reduction)
     if reduction == "none":
         loss = loss.sum(dim=-1)
@@ -55,6 +84,7 @@ def mft(
     temperature: float = 1.0,
     threshold: float = 0.2,
     reduction: str = "batchmean",
+    vocabulary: str = "equal",
 ) -> torch.Tensor:
     """KL of the student's distribution from the teacher's, corrected towards the labels (arXiv 2506.15702).
 
@@ -66,23 +96,28 @@ def mft(
         TypeError: if something else than a tensor came.
         ValueError: if the shapes of the logits differ, or if the labels are not one index an example.
     """
-    check_logits(logits_s, logits_t)
-    n_classes = logits_s.shape[-1]
+    logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     if isinstance(labels, torch.Tensor) and labels.shape == logits_s.shape[:-1]:
         labels = labels.reshape(-1)
     check_labels(labels, torch.Size([logits_s.shape[:-1].numel()]), "one index for each example, flattened to")
-    if isinstance(logits_t, SparseForm):
-        dense = functools.partial(mft, threshold=threshold, reduction="none")
-        rules = Rules("mft", dense, temperature, elementwise=True)
-        return loss_of_form(rules, logits_s, logits_t, reduction, labels.reshape(logits_s.shape[:-1]))
+    if isinstance(values, SparseForm):
+        dense = functools.partial(mft, threshold=threshold, reduction="none", vocabulary=vocabulary)
+        rules = Rules("mft", dense, temperature, elementwise=True, mean_of_elements=True, vocabulary=vocabulary)
+        return loss_of_form(rules, logits_s, values, reduction, labels.reshape(logits_s.shape[:-1]))
+    n_classes = logits_s.shape[-1]
     log_student = F.log_softmax(logits_s / temperature, dim=-1).reshape(-1, n_classes)
-    teacher = F.softmax((logits_t / temperature).reshape(-1, n_classes), dim=-1).detach()
+    teacher = F.softmax((values / temperature).reshape(-1, n_classes), dim=-1).detach()
     loss = _kl_to_target(log_student, _corrected(teacher, labels, threshold), reduction)
     return loss * temperature**2
 
 
 def reverse_kl(
-    logits_s: torch.Tensor, logits_t: LogitsLike, *, temperature: float = 1.0, reduction: str = "batchmean"
+    logits_s: torch.Tensor,
+    logits_t: LogitsLike,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    vocabulary: str = "equal",
 ) -> torch.Tensor:
     """KL(student || teacher) of logits `[..., classes]`, times temperature squared (arXiv 2306.08543).
 
@@ -91,12 +126,14 @@ def reverse_kl(
 
     Raises:
         TypeError: if something else than a tensor came.
-        ValueError: if the shapes differ, or for another reduction.
+        ValueError: if the shapes differ, or for another reduction or vocabulary.
     """
-    if isinstance(logits_t, SparseForm):
-        dense = functools.partial(reverse_kl, reduction="none")
-        return loss_of_form(Rules("reverse_kl", dense, temperature), logits_s, logits_t, reduction)
-    log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
+    logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
+    if isinstance(values, SparseForm):
+        dense = functools.partial(reverse_kl, reduction="none", vocabulary=vocabulary)
+        rules = Rules("reverse_kl", dense, temperature, vocabulary=vocabulary)
+        return loss_of_form(rules, logits_s, values, reduction)
+    log_s, log_t = _log_distributions(logits_s, values, temperature)
     return _finish(_kl(log_s, log_t), logits_s, temperature, reduction)
 
 
@@ -107,6 +144,7 @@ def jsd(
     beta: float = 0.5,
     temperature: float = 1.0,
     reduction: str = "batchmean",
+    vocabulary: str = "equal",
 ) -> torch.Tensor:
     """Generalized Jensen-Shannon divergence of logits `[..., classes]`, times temperature squared (arXiv 2306.13649).
 
@@ -117,12 +155,14 @@ def jsd(
 
     Raises:
         TypeError: if something else than a tensor came.
-        ValueError: if the shapes differ, or for another reduction.
+        ValueError: if the shapes differ, or for another reduction or vocabulary.
     """
-    if isinstance(logits_t, SparseForm):
-        dense = functools.partial(jsd, beta=beta, reduction="none")
-        return loss_of_form(Rules("jsd", dense, temperature, topk=beta < 1), logits_s, logits_t, reduction)
-    log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
+    logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
+    if isinstance(values, SparseForm):
+        dense = functools.partial(jsd, beta=beta, reduction="none", vocabulary=vocabulary)
+        rules = Rules("jsd", dense, temperature, topk=beta < 1, vocabulary=vocabulary)
+        return loss_of_form(rules, logits_s, values, reduction)
+    log_s, log_t = _log_distributions(logits_s, values, temperature)
     if beta == 0:
         loss = _kl(log_t, log_s)
     elif beta == 1:
@@ -141,6 +181,7 @@ def skewed_kl(
     temperature: float = 1.0,
     reduction: str = "batchmean",
     reverse: bool = False,
+    vocabulary: str = "equal",
 ) -> torch.Tensor:
     """Skew KL divergence of logits `[..., classes]`, times temperature squared (DistiLLM, arXiv 2402.03898).
 
@@ -150,14 +191,15 @@ def skewed_kl(
 
     Raises:
         TypeError: if something else than a tensor came.
-        ValueError: if the shapes differ, or for another reduction.
+        ValueError: if the shapes differ, or for another reduction or vocabulary.
     """
-    if isinstance(logits_t, SparseForm):
-        dense = functools.partial(skewed_kl, alpha=alpha, reverse=reverse, reduction="none")
+    logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
+    if isinstance(values, SparseForm):
+        dense = functools.partial(skewed_kl, alpha=alpha, reverse=reverse, reduction="none", vocabulary=vocabulary)
         draws = None if reverse else functools.partial(_log_ratio, alpha=alpha)
-        rules = Rules("skewed_kl", dense, temperature, topk=not reverse, draws=draws)
-        return loss_of_form(rules, logits_s, logits_t, reduction)
-    log_s, log_t = _log_distributions(logits_s, logits_t, temperature)
+        rules = Rules("skewed_kl", dense, temperature, topk=not reverse, draws=draws, vocabulary=vocabulary)
+        return loss_of_form(rules, logits_s, values, reduction)
+    log_s, log_t = _log_distributions(logits_s, values, temperature)
     log_p, log_q = (log_s, log_t) if reverse else (log_t, log_s)
     return _finish(_kl(log_p, _log_skewed(log_p, log_q, alpha)), logits_s, temperature, reduction)
 
@@ -171,6 +213,7 @@ def dkd(
     beta: float = 8.0,
     temperature: float = 4.0,
     reduction: str = "batchmean",
+    vocabulary: str = "equal",
 ) -> torch.Tensor:
     """Decoupled knowledge distillation, `alpha * TCKD + beta * NCKD`, times temperature squared (arXiv 2203.08679).
 
@@ -183,15 +226,16 @@ def dkd(
         TypeError: if something else than a tensor came.
         ValueError: if the shapes do not fit, if there is one class only, or for another reduction.
     """
-    check_logits(logits_s, logits_t)
+    logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     check_labels(labels, logits_s.shape[:-1], "one index for each example,")
     if logits_s.shape[-1] < 2:
         raise ValueError(f"the logits have the shape {tuple(logits_s.shape)}; DKD needs 2 classes or more")
-    if isinstance(logits_t, SparseForm):
-        dense = functools.partial(dkd, alpha=alpha, beta=beta, reduction="none")
-        return loss_of_form(Rules("dkd", dense, temperature), logits_s, logits_t, reduction, labels)
+    if isinstance(values, SparseForm):
+        dense = functools.partial(dkd, alpha=alpha, beta=beta, reduction="none", vocabulary=vocabulary)
+        rules = Rules("dkd", dense, temperature, vocabulary=vocabulary)
+        return loss_of_form(rules, logits_s, values, reduction, labels)
     masses_s, others_s = _decoupled(widen(logits_s) / temperature, labels)
-    masses_t, others_t = _decoupled(widen(logits_t.detach()) / temperature, labels)
+    masses_t, others_t = _decoupled(widen(values.detach()) / temperature, labels)
     loss = alpha * _kl(masses_t, masses_s) + beta * _kl(others_t, others_s)
     return _finish(loss, logits_s, temperature, reduction)
 
@@ -203,7 +247,7 @@ def _kl_to_target(log_student: torch.Tensor, target: torch.Tensor, reduction: st
     # kl_div's own "mean" warns that it will become "batchmean"; a mean and a sum over n are different roundings.
     if reduction == "mean":
         return elementwise.mean()
-    return reduce(elementwise, reduction, n_elements=target.numel(), batch_size=target.shape[0] if target.dim() else 1)
+    return reduce(elementwise, reduction, n_mean=target.numel(), batch_size=target.shape[0] if target.dim() else 1)
 
 
 def _corrected(teacher: torch.Tensor, labels: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -226,7 +270,6 @@ def _log_distributions(
     logits_s: torch.Tensor, logits_t: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of student and teacher at `temperature`, in float32 or wider."""
-    check_logits(logits_s, logits_t)
     log_s = F.log_softmax(widen(logits_s) / temperature, dim=-1)
     log_t = F.log_softmax(widen(logits_t.detach()) / temperature, dim=-1)
     return log_s, log_t
@@ -266,5 +309,5 @@ def _decoupled(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
 
 def _finish(loss: torch.Tensor, logits: torch.Tensor, temperature: float, reduction: str) -> torch.Tensor:
     """The per-example losses `[...]` of `logits`, scaled, reduced and in the dtype of the logits."""
-    reduced = reduce(loss, reduction, n_elements=logits.numel(), batch_size=logits.shape[0])
+    reduced = reduce(loss, reduction, n_mean=loss.numel(), batch_size=logits.shape[0])
     return (reduced * temperature**2).to(logits.dtype)

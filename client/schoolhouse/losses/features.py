@@ -45,6 +45,10 @@ class MGDLoss(_Loss):
             nn.Conv2d(num_teacher_channels, num_teacher_channels, kernel_size=3, padding=1),
         )
 
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"alpha_mgd={self._alpha_mgd}, lambda_mgd={self._lambda_mgd}"
+
     def forward(self, out_s: torch.Tensor, out_t: torch.Tensor) -> torch.Tensor:
         """Loss, a scalar, of maps `[batch, channels, height, width]` that differ in channels at most."""
         _checks.check_tensors("maps", out_s, out_t)
@@ -63,8 +67,13 @@ class _HiddenLoss(_Loss):
         super().__init__(reduction=reduction)
         same = student_width == teacher_width
         self.projection = nn.Identity() if same else nn.Linear(student_width, teacher_width, bias=False)
-        self._student_width = student_width
+        self._student_width, self._teacher_width = student_width, teacher_width
         self._reduction = reduction
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        widths = f"student_width={self._student_width}, teacher_width={self._teacher_width}"
+        return f"{widths}, reduction={self._reduction!r}"
 
     def _project(self, hidden_s: torch.Tensor, hidden_t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         _checks.check_tensors("hidden states", hidden_s, hidden_t)
@@ -140,6 +149,10 @@ class AttentionTransferLoss(_Loss):
         self._p = p
         self._reduction = reduction
 
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"p={self._p}, reduction={self._reduction!r}"
+
     def forward(self, maps_s: torch.Tensor, maps_t: torch.Tensor) -> torch.Tensor:
         """Loss of maps `[batch, channels, height, width]` that differ in channels at most."""
         return functional.attention_transfer(maps_s, maps_t, p=self._p, reduction=self._reduction)
@@ -162,6 +175,10 @@ class RKDLoss(_Loss):
         _checks.check_weight("angle_weight", angle_weight)
         self._distance_weight = distance_weight
         self._angle_weight = angle_weight
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"distance_weight={self._distance_weight}, angle_weight={self._angle_weight}"
 
     def forward(self, embeddings_s: torch.Tensor, embeddings_t: torch.Tensor) -> torch.Tensor:
         """Loss, a scalar, of embeddings `[batch, width]`; widths may differ."""

@@ -16,18 +16,34 @@ class LogitsLoss(_Loss):
 
     Args:
         temperature: softens both distributions; must be above 0.
-        reduction: "mean" (over all elements of the logits), "batchmean", "sum", or "none".
+        reduction: "batchmean" (over the first dimension), "mean", "sum", or "none". What "mean" is over is the loss's
+            to say: in `LogitsDistillationLoss` and `MFTLoss`, as in ModelOpt, over all elements, the classes included;
+            in the others over the examples.
+        vocabulary: "equal" demands as many classes of both; "shared" compares the first n, which must be the same
+            ones, n being the smaller number of the two: for a vocabulary that one of them pads. How that is computed of
+            each form of a teacher's logits, `schoolhouse.functional.logits` says.
 
     Raises:
-        ValueError: for another temperature or reduction.
+        ValueError: for another temperature, reduction or vocabulary.
     """
 
-    def __init__(self, temperature: float, reduction: str) -> None:
+    def __init__(self, temperature: float, reduction: str, vocabulary: str = "equal") -> None:
         _checks.check_positive("temperature", temperature)
         _checks.check_reduction(reduction)
+        _checks.check_vocabulary(vocabulary)
         super().__init__(reduction=reduction)
         self._temperature = temperature
         self._reduction = reduction
+        self._vocabulary = vocabulary
+
+    @property
+    def vocabulary(self) -> str:
+        """Which classes are compared."""
+        return self._vocabulary
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"temperature={self._temperature}, reduction={self._reduction!r}, vocabulary={self._vocabulary!r}"
 
     def per_example(
         self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
@@ -36,104 +52,151 @@ class LogitsLoss(_Loss):
 
         `CausalLMLoss` takes any subclass that defines it.
         """
+        return self._divergence(logits_s, logits_t, "none")
+
+    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
+        """The loss, if it needs no labels."""
         raise NotImplementedError(f"{type(self).__name__} must define per_example")
 
 
-class _Divergence(LogitsLoss):
-    """A loss between logits that needs no labels."""
+class LogitsDistillationLoss(LogitsLoss):
+    """KL divergence of the softened class distributions, times temperature squared (arXiv 1503.02531).
+
+    Args:
+        temperature: softens both distributions; must be above 0.
+        reduction: "mean" (over all elements, as ModelOpt's), "batchmean", "sum", or "none" (one value an example).
+        vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
+
+    Raises:
+        ValueError: for another temperature, reduction or vocabulary.
+    """
+
+    def __init__(self, temperature: float = 1.0, reduction: str = "mean", *, vocabulary: str = "equal") -> None:
+        super().__init__(temperature, reduction, vocabulary)
 
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
         return self._divergence(logits_s, logits_t, self._reduction)
 
-    def per_example(
-        self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Losses `[...]` of logits `[..., classes]`; labels are not read."""
-        return self._divergence(logits_s, logits_t, "none")
-
     def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        raise NotImplementedError
+        return functional.logits_distillation(
+            logits_s,
+            logits_t,
+            temperature=self._temperature,
+            reduction=reduction,
+            vocabulary=self._vocabulary,
+        )
 
 
-class LogitsDistillationLoss(_Divergence):
-    """KL divergence of the softened class distributions, times temperature squared (arXiv 1503.02531).
-
-    Args:
-        temperature: softens both distributions; must be above 0.
-        reduction: "mean" (over all elements), "batchmean", "sum", or "none" (one value an example).
-
-    Raises:
-        ValueError: for another temperature or reduction.
-    """
-
-    def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
-        super().__init__(temperature, reduction)
-
-    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        return functional.logits_distillation(logits_s, logits_t, temperature=self._temperature, reduction=reduction)
-
-
-class ReverseKLLoss(_Divergence):
+class ReverseKLLoss(LogitsLoss):
     """KL(student || teacher) of the softened distributions, times temperature squared (arXiv 2306.08543).
 
     Args:
         temperature: softens both distributions; must be above 0.
-        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (one value an example).
+        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value an example).
+        vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another temperature or reduction.
+        ValueError: for another temperature, reduction or vocabulary.
     """
 
-    def __init__(self, temperature: float = 1.0, reduction: str = "batchmean") -> None:
-        super().__init__(temperature, reduction)
+    def __init__(self, temperature: float = 1.0, reduction: str = "batchmean", *, vocabulary: str = "equal") -> None:
+        super().__init__(temperature, reduction, vocabulary)
+
+    def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
+        """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
+        return self._divergence(logits_s, logits_t, self._reduction)
 
     def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        return functional.reverse_kl(logits_s, logits_t, temperature=self._temperature, reduction=reduction)
+        return functional.reverse_kl(
+            logits_s,
+            logits_t,
+            temperature=self._temperature,
+            reduction=reduction,
+            vocabulary=self._vocabulary,
+        )
 
 
-class JSDLoss(_Divergence):
+class JSDLoss(LogitsLoss):
     """Generalized Jensen-Shannon divergence, times temperature squared (GKD, arXiv 2306.13649).
 
     Args:
         beta: weight of the teacher in the mixture, in [0, 1]; 0 is KL(teacher || student), 1 KL(student || teacher).
         temperature: softens both distributions; must be above 0.
-        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (one value an example).
+        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value an example).
+        vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another beta, temperature or reduction.
+        ValueError: for another beta, temperature, reduction or vocabulary.
     """
 
-    def __init__(self, beta: float = 0.5, temperature: float = 1.0, reduction: str = "batchmean") -> None:
-        super().__init__(temperature, reduction)
+    def __init__(
+        self,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        *,
+        vocabulary: str = "equal",
+    ) -> None:
+        super().__init__(temperature, reduction, vocabulary)
         _checks.check_fraction("beta", beta)
         self._beta = beta
 
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"beta={self._beta}, {super().extra_repr()}"
+
+    def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
+        """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
+        return self._divergence(logits_s, logits_t, self._reduction)
+
     def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        return functional.jsd(logits_s, logits_t, beta=self._beta, temperature=self._temperature, reduction=reduction)
+        return functional.jsd(
+            logits_s,
+            logits_t,
+            beta=self._beta,
+            temperature=self._temperature,
+            reduction=reduction,
+            vocabulary=self._vocabulary,
+        )
 
 
-class SkewedKLLoss(_Divergence):
+class SkewedKLLoss(LogitsLoss):
     """KL from the teacher to a mixture of both, times temperature squared (DistiLLM, arXiv 2402.03898).
 
     Args:
         alpha: share of the first distribution in the mixture, in [0, 1); 0 is the plain divergence.
         temperature: softens both distributions; must be above 0.
-        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (one value an example).
+        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value an example).
         reverse: KL from the student instead, to a mixture of `alpha` student and the rest teacher.
+        vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another alpha, temperature or reduction.
+        ValueError: for another alpha, temperature, reduction or vocabulary.
     """
 
     def __init__(
-        self, alpha: float = 0.1, temperature: float = 1.0, reduction: str = "batchmean", reverse: bool = False
+        self,
+        alpha: float = 0.1,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        reverse: bool = False,
+        *,
+        vocabulary: str = "equal",
     ) -> None:
-        super().__init__(temperature, reduction)
+        super().__init__(temperature, reduction, vocabulary)
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha is {alpha}; it must be 0 or above and below 1, where the loss is always 0")
         self._alpha = alpha
         self._reverse = reverse
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"alpha={self._alpha}, reverse={self._reverse}, {super().extra_repr()}"
+
+    def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
+        """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
+        return self._divergence(logits_s, logits_t, self._reduction)
 
     def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
         return functional.skewed_kl(
@@ -143,6 +206,7 @@ class SkewedKLLoss(_Divergence):
             temperature=self._temperature,
             reduction=reduction,
             reverse=self._reverse,
+            vocabulary=self._vocabulary,
         )
 
 
@@ -152,16 +216,29 @@ class MFTLoss(LogitsLoss):
     Args:
         temperature: softens both distributions; must be above 0.
         threshold: lead that the label's class gets over the teacher's strongest other, in [0, 1].
-        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (elementwise, `[n, classes]`).
+        reduction: "batchmean", "mean" (over all elements, as ModelOpt's), "sum", or "none" (elementwise, `[n,
+            classes]`).
+        vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another temperature, threshold or reduction.
+        ValueError: for another temperature, threshold, reduction or vocabulary.
     """
 
-    def __init__(self, temperature: float = 1.0, threshold: float = 0.2, reduction: str = "batchmean") -> None:
-        super().__init__(temperature, reduction)
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        threshold: float = 0.2,
+        reduction: str = "batchmean",
+        *,
+        vocabulary: str = "equal",
+    ) -> None:
+        super().__init__(temperature, reduction, vocabulary)
         _checks.check_fraction("threshold", threshold)
         self._threshold = threshold
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"threshold={self._threshold}, {super().extra_repr()}"
 
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]`, flattened to `[n, classes]`; labels are `[n]` or `[...]`."""
@@ -182,6 +259,7 @@ class MFTLoss(LogitsLoss):
             temperature=self._temperature,
             threshold=self._threshold,
             reduction=reduction,
+            vocabulary=self._vocabulary,
         )
 
 
@@ -192,20 +270,31 @@ class DKDLoss(LogitsLoss):
         alpha: weight of the divergence between label and not label, 0 or above.
         beta: weight of the divergence among the other classes, 0 or above.
         temperature: softens both distributions; must be above 0. The defaults are the paper's for CIFAR-100.
-        reduction: "batchmean", "mean" (over all elements), "sum", or "none" (one value an example).
+        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value an example).
+        vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another alpha, beta, temperature or reduction.
+        ValueError: for another alpha, beta, temperature, reduction or vocabulary.
     """
 
     def __init__(
-        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, reduction: str = "batchmean"
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        reduction: str = "batchmean",
+        *,
+        vocabulary: str = "equal",
     ) -> None:
-        super().__init__(temperature, reduction)
+        super().__init__(temperature, reduction, vocabulary)
         _checks.check_weight("alpha", alpha)
         _checks.check_weight("beta", beta)
         self._alpha = alpha
         self._beta = beta
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"alpha={self._alpha}, beta={self._beta}, {super().extra_repr()}"
 
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, for the labels `[...]`."""
@@ -226,6 +315,7 @@ class DKDLoss(LogitsLoss):
             beta=self._beta,
             temperature=self._temperature,
             reduction=reduction,
+            vocabulary=self._vocabulary,
         )
 
 
@@ -264,8 +354,17 @@ class CausalLMLoss(_Loss):
                 labels count did not travel.
         """
         return functional.causal_lm(
-            self.loss.per_example, _logits_of(out_s), _logits_of(out_t), labels, ignore_index=self._ignore_index
+            self.loss.per_example,
+            _logits_of(out_s),
+            _logits_of(out_t),
+            labels,
+            ignore_index=self._ignore_index,
+            vocabulary=self.loss.vocabulary,
         )
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return f"ignore_index={self._ignore_index}"
 
 
 _CAUSAL_LM_CHOICES = (

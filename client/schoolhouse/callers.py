@@ -1,0 +1,16 @@
+"""Who called the model: warnings name the user's line, not one of this package or of torch."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+_INNER = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
+
+
+def to_caller() -> int:
+    """The `stacklevel` that a warning of the calling function needs to name who called the model."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
+        frame, level = frame.f_back, level + 1
+    return level
