@@ -128,11 +128,12 @@ def describe(tmp_path):
 
     def call(*args):
         command = [*DESCRIBE, *map(str, args)]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=170)
 
     return call
 
 
+@pytest.mark.timeout(360)  # commands take seconds to begin, and more on a busy machine
 def test_the_command_shows_a_served_teacher(describe):
     with serve(Deep(), name="deep", merge="same-shape") as server, sh.connect(server.url) as teacher:
         found = teacher.describe()
@@ -160,6 +161,7 @@ def test_the_command_shows_a_served_teacher(describe):
     assert "Traceback" not in wrong.stderr
 
 
+@pytest.mark.timeout(360)  # commands take seconds to begin, and more on a busy machine
 def test_the_command_takes_the_files_of_a_connection(describe, tmp_path):
     token = new_token()
     (tmp_path / "token").write_text(f"{token}\n")
