@@ -52,6 +52,30 @@ def pids():
     return [ray.get(ray.get_actor(n, namespace=NAMESPACE).__ray_call__.remote(lambda self: os.getpid())) for n in names]
 
 
+def test_a_keeper_whose_thread_ends_is_started_again(cluster, tmp_path, monkeypatch):
+    from failing_keeper import KeeperThatFailsOnce
+    from schoolhouse_server import pool
+
+    monkeypatch.setattr(pool, "KeeperActor", KeeperThatFailsOnce)
+    flag = tmp_path / "fail-once"
+    flag.touch()
+    failing = pool.launch(make(tmp_path, replicas=1))
+    try:
+
+        def ready():
+            with contextlib.suppress(ray.exceptions.RayError):  # it was asked as it ended
+                failing.wait(120)
+                return True
+            return False
+
+        assert soon(ready, timeout_s=120, collect=False)
+        assert not flag.exists()
+        assert [row["stage"] for row in failing.status()] == ["serving"]
+    finally:
+        failing.down()
+    assert soon(lambda: pool.find(required=False) is None, collect=False)
+
+
 def test_a_teacher_that_cannot_be_built_says_why(cluster, tmp_path):
     from schoolhouse_server.pool import PoolFailedError, find, launch
 

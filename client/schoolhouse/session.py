@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from schoolhouse_wire import channel, framing, memory, pipes, shared_memory, status
+from schoolhouse_wire import background, channel, framing, memory, pipes, shared_memory, status
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.shared_memory import ClientSegment
@@ -124,7 +124,8 @@ class Session:
         )
         self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
         self._call: Any = stub(self._sent())
-        self._reader = threading.Thread(target=self._read, name=f"schoolhouse-session-{self.address}", daemon=True)
+        name = f"schoolhouse-session-{self.address}"
+        self._reader = background.thread(self._read, name=name, on_death=self._on_error)
         self._reader.start()
 
     def send(self, request: Request) -> bool:
@@ -200,10 +201,25 @@ class Session:
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
         segment = self._segment
-        yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
+        try:
+            yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
+        except GeneratorExit:
+            raise
+        except BaseException as err:  # of this request alone, and the stream goes on
+            self.cancel(request)
+            background.failed(err, "sending a request", request.give_up)
 
     def _sent(self) -> Iterator[Message | bytes]:
-        """What goes to the replica over the stream. What goes through pipes is sent meanwhile."""
+        """What goes to the replica over the stream; gRPC's thread takes it."""
+        try:
+            yield from self._outgoing()
+        except GeneratorExit:
+            raise
+        except BaseException as err:
+            background.failed(err, "what is sent to a replica", lambda _error: self._call.cancel())
+
+    def _outgoing(self) -> Iterator[Message | bytes]:
+        """What goes through pipes is sent meanwhile."""
         through = None
         for message in self._outbox:
             self._said_at = self._clock()
@@ -232,20 +248,31 @@ class Session:
             error = status.from_rpc_error(err, self.address)
         except SchoolhouseError as err:  # the stream itself is broken: a frame that fits nothing
             error = err
-        except Exception as err:
-            error = ProtocolError(f"{self.address} sent what this client cannot read: {type(err).__name__}")
         self._end(error)
+
+    def _on_error(self, error: BaseException) -> None:
+        self._end(
+            ProtocolError(
+                f"{self.address} sent what this client cannot read: {type(error).__name__}; the log says more"
+            )
+        )
 
     def _end(self, error: SchoolhouseError) -> None:
         self.alive = False
         lost = self._window.end()
+        background.run(self._free, "freeing what a session had", background.go_on)
+
+        def give_up(err: BaseException) -> None:
+            for request in lost:
+                request.give_up(err)
+            self._owner.on_loss(self, [], error)
+
+        background.run(lambda: self._owner.on_loss(self, lost, error), "telling of a session's end", give_up)
+
+    def _free(self) -> None:
         self._partial.clear()
         self.close()
         self._outbox.clear()
-        self._detach()
-        self._owner.on_loss(self, lost, error)
-
-    def _detach(self) -> None:
         segment, self._segment = self._segment, None
         if segment is not None:
             segment.close()
@@ -318,8 +345,9 @@ class Session:
         if self._segment is not None:
             with contextlib.suppress(OSError):
                 self._pipes = pipes.open_offered(opened.shared_memory)
-                if not self._call.add_callback(self._pipes.end):  # it has ended already
-                    self._pipes.end()
+                end = self._pipes.end
+                if not self._call.add_callback(background.called(end, "ending pipes", background.go_on)):
+                    end()  # it has ended already
         attached = teacher_pb2.Attached(attached=self._segment is not None, pipes=self._pipes is not None)
         self._attached = teacher_pb2.ClientMessage(attached=attached)
         self._outbox.put(iter([self._attached]))
@@ -369,9 +397,9 @@ class Session:
         self._received_bytes += incoming.nbytes + len(reply.features)
         self.slowest_s = max(self.slowest_s, self._clock() - request.asked_at)
         self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
-        request.received(incoming.nbytes + len(reply.features))
         request.answered_by = self.address
         try:
+            request.received(incoming.nbytes + len(reply.features))
             request.resolve(features_of(request, reply, incoming))
         except _WRONG as err:
             self._owner.on_wrong(self, request, err)

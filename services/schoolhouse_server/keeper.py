@@ -1,6 +1,7 @@
 """The keeper: holds every teacher of a pool at its replicas, scales and rolls it, and tells the directory."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from schoolhouse_wire import background
 from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server import members, shown
@@ -59,7 +61,8 @@ class KeeperActor(PoolActor):
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._adopted = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="schoolhouse-keeper", daemon=True)
+        # Should the thread end by an error, its process does, and Ray starts the keeper again.
+        self._thread = background.thread(self._keep, name="schoolhouse-keeper", on_death=lambda _error: os._exit(1))
         self._thread.start()
 
     def status(self) -> list[dict[str, Any]]:
