@@ -1,14 +1,10 @@
 """Each request goes to a replica, to another one if that is lost, and waits, to its deadline, while there is none."""
 
-import functools
 import os
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-
-from schoolhouse_wire import background
 
 from schoolhouse import at_exit
 from schoolhouse.budget import RetryBudget
@@ -301,7 +297,7 @@ class Dispatcher:
         self.outstanding.stir()
 
     def _again(self, request: Request, error: SchoolhouseError) -> None:
-        _or_fail(request, functools.partial(self._send_again, request, error))
+        request.or_fail(self._send_again, request, error)
 
     def _send_again(self, request: Request, error: SchoolhouseError) -> None:
         self.forget(request)
@@ -354,7 +350,7 @@ class Dispatcher:
             session.close()
         for request in moving:
             self.forget(request)
-            _or_fail(request, functools.partial(self.dispatch, request))
+            request.or_fail(self.dispatch, request)
         self._flush()
         times = [self._next_time(now), *(session.renew() for session in self.sessions())]
         return min((at for at in times if at is not None), default=None)
@@ -374,7 +370,7 @@ class Dispatcher:
         with self._lock:
             parked = self._parked.take_all()
         for request, since in parked.items():
-            _or_fail(request, functools.partial(self.dispatch, request, since))
+            request.or_fail(self.dispatch, request, since)
 
     def _next_time(self, tended_at: float) -> float | None:
         """When to tend again, at the latest. What fell due since `tended_at` was not looked at yet."""
@@ -403,8 +399,3 @@ class Dispatcher:
 
     def _gone(self) -> SchoolhouseError:
         return TeacherUnavailableError(f"the connection to {self._name!r} at {self._target} was closed")
-
-
-def _or_fail(request: Request, step: Callable[[], None]) -> None:
-    """Take a request a step further, in a thread that others wait for, too. Should that fail, the request does."""
-    background.run(step, "sending a request", request.give_up)

@@ -119,6 +119,10 @@ class Request:
                 return
         self.fail(error)
 
+    def or_fail(self, step: Callable[..., None], *args: object) -> None:
+        """Take it a step further, in a thread that others wait for, too. Should that fail, so does the request."""
+        background.run(functools.partial(step, *args), "a request's way", self.give_up)
+
     def give_up(self, error: BaseException) -> None:
         """What was to be done for it failed, here."""
         self.fail(status.typed(error, "this client"))

@@ -251,11 +251,8 @@ class Session:
         self._end(error)
 
     def _on_error(self, error: BaseException) -> None:
-        self._end(
-            ProtocolError(
-                f"{self.address} sent what this client cannot read: {type(error).__name__}; the log says more"
-            )
-        )
+        what = f"{self.address} sent what this client cannot read: {type(error).__name__}; its log says more"
+        self._end(ProtocolError(what))
 
     def _end(self, error: SchoolhouseError) -> None:
         self.alive = False
@@ -290,7 +287,7 @@ class Session:
         elif message.HasField("failure"):
             request = self._take(message.failure.request_id)
             if request is not None:
-                self._on_failure(request, status.from_failure(message.failure))
+                request.or_fail(self._on_failure, request, status.from_failure(message.failure))
             self._pump()
         elif message.HasField("wait"):
             self._window.wait(message.wait.request_id)
@@ -317,7 +314,7 @@ class Session:
             return
         if isinstance(error, _WRONG):
             self._take(request_id)
-            self._owner.on_wrong(self, request, error)
+            request.or_fail(self._owner.on_wrong, self, request, error)
         else:
             self.cancel(request)
             request.fail(error)
@@ -402,7 +399,7 @@ class Session:
             request.received(incoming.nbytes + len(reply.features))
             request.resolve(features_of(request, reply, incoming))
         except _WRONG as err:
-            self._owner.on_wrong(self, request, err)
+            request.or_fail(self._owner.on_wrong, self, request, err)
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone
             request.fail(err)
         self._pump()  # after the answer is delivered: who waits for it goes on meanwhile

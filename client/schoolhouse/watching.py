@@ -1,6 +1,7 @@
 """Following the directory: a thread that hears of each change of a teacher's replica set."""
 
 import contextlib
+import functools
 import queue
 import random
 import threading
@@ -81,7 +82,8 @@ class Watch:
         self._tell(error)
 
     def _on_error(self, error: BaseException) -> None:
-        self._tell(status.typed(error, "this client"))
+        tell = functools.partial(self._tell, status.typed(error, "this client"))
+        background.run(tell, "telling of a watch", background.go_on)
 
     def _tell(self, error: SchoolhouseError) -> None:
         if self._closed:

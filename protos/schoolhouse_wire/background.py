@@ -8,7 +8,7 @@ gRPC call back is `called`. All of them log an error, whatever it is, with its t
 |---|---|---|
 | `schoolhouse-session` (client) | the requests that a replica has | another replica gets them, or a new session |
 | the messages of a request | who waits for its features | it fails alone, and the session goes on |
-| what a session sends (gRPC's thread) | the requests that a replica has | gRPC ends the call, and the reader sees it |
+| what a session sends (gRPC's thread) | the requests that a replica has | the call is cancelled; the reader sees it |
 | `schoolhouse-watch` | requests that look for a replica | they have those known; it watches again, with backoff |
 | `schoolhouse-deadlines` | requests that are late or parked | the one that is to blame fails; it goes on |
 | `schoolhouse-follow` | a request whose revision is gone | it fails |

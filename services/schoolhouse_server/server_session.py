@@ -129,8 +129,10 @@ class ServerSession:
                 self.cancel_stream()
 
         self.error = error
-        self._teachers.timer.at(time.monotonic() + _END_S, cancel)
-        self.close()
+        try:
+            self.close()
+        finally:
+            self._teachers.timer.at(time.monotonic() + _END_S, cancel)
 
     def answers(self) -> Iterator[Message | bytes]:
         """What goes to the client over the stream. What goes through pipes is sent meanwhile."""

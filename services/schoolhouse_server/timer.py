@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from schoolhouse_wire import background
 
-_REST_S = 0.1  # where the timer itself failed
+_REST_S = 1.0  # where the timer itself failed
 _MANY = 1024  # entries that were cancelled, before they are looked for
 _LONGEST_S = 3600.0  # that it sleeps at once: a lock takes no infinite time, nor one of centuries
 
