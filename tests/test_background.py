@@ -298,7 +298,7 @@ def test_a_watch_whose_end_cannot_be_read_begins_again(monkeypatch):
 CLIENT = {  # what is made to fail, and whether that takes the end of a session
     "the reader": (Session, "_receive", False),
     "the reader, at a reply": (Session, "_on_reply", False),
-    "the reader, at its end": (Session, "_free", True),
+    "the reader, at its end": (Session, "close", True),
     "the reader, as it tells of its end": (Dispatcher, "on_loss", True),
     "the reader, as it sends on what it had": (Dispatcher, "_send_again", True),
     "the reader, as another session opens": (Dispatcher, "on_opened", True),

@@ -268,11 +268,12 @@ class Session:
 
     def _free(self) -> None:
         self._partial.clear()
-        self.close()
-        self._outbox.clear()
         segment, self._segment = self._segment, None
-        if segment is not None:
-            segment.close()
+        with contextlib.ExitStack() as freeing:  # each of these, whatever another one raises
+            if segment is not None:
+                freeing.callback(segment.close)
+            freeing.callback(self._outbox.clear)
+            freeing.callback(self.close)
 
     def _receive(self, message: Any) -> None:
         self._heard_at = self._clock()
