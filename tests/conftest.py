@@ -1,5 +1,6 @@
 """Fixtures that tests share: one local Ray cluster a session, started when first asked for."""
 
+import logging
 import os
 import socket
 import sys
@@ -47,6 +48,18 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     """What takes longest begins first, so that no worker has it left at the end."""
     items.sort(key=lambda item: item.path.name not in ONE_WORKER)
+
+
+@pytest.fixture(autouse=True)
+def deaths():
+    """What failed in the background, in words. It fails the test, unless that looks at it here and clears it."""
+    found, log = [], logging.getLogger("schoolhouse_wire.background")
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(f"{record.getMessage()}: {record.exc_info[1]!r}")
+    log.addHandler(handler)
+    yield found
+    log.removeHandler(handler)
+    assert not found, "something failed in the background; its traceback is in the log"
 
 
 @pytest.fixture(scope="session")

@@ -192,7 +192,6 @@ def test_the_timer_rings_in_order_and_not_what_was_cancelled():
     now = time.monotonic()
     timer.at(now - 1, go.wait)  # the others are not due before all is said
     alarms = [timer.at(now + 0.01 * i, lambda i=i: rung.append(i)) for i in (3, 1, 2, 4)]
-    timer.at(now, lambda: 1 / 0)  # fails, and the others ring
     timer.cancel(alarms[2])
     timer.cancel(alarms[2])
     go.set()

@@ -250,19 +250,6 @@ def test_those_who_were_on_a_device_together_as_it_broke_are_sent_elsewhere():
         assert engine.running == 0
 
 
-@pytest.mark.parametrize("thread", ["in", "out"])
-def test_an_engine_whose_thread_ended_answers_nobody_but_says_so(thread):
-    engine = Engine(LocalTeacher(nn.Identity()), max_queued=9)
-    owner, name = (engine.runner, "compute") if thread == "in" else (engine._outlet, "land")
-    setattr(owner, name, fails)
-    engine.start()
-    asked = Asked(randn(5000, 8))
-    engine.submit(asked.job)
-    assert isinstance(asked.result(), errors.TeacherUnavailableError)
-    assert engine.trouble.stage == "broken"
-    engine.close()
-
-
 def test_ordinary_errors_ask_no_more_of_the_device():
     with engine_of(Net()) as engine:
         engine.device.is_broken = lambda: pytest.fail("it waits for all of the device's work")

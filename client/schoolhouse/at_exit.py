@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Collection
 from typing import Protocol
 
+from schoolhouse_wire import background
+
 _TIMEOUT_S = 5.0
 
 
@@ -34,7 +36,7 @@ def _close_all() -> None:
     threads: list[_Thread] = []
     for connection in list(_in_use):
         threads += connection.threads()
-        connection.close()
+        background.run(connection.close, "closing a connection at exit", background.go_on)
     deadline = time.monotonic() + _TIMEOUT_S
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0.0))

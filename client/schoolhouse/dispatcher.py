@@ -298,6 +298,9 @@ class Dispatcher:
         self.outstanding.stir()
 
     def _again(self, request: Request, error: SchoolhouseError) -> None:
+        request.or_fail(self._send_again, request, error)
+
+    def _send_again(self, request: Request, error: SchoolhouseError) -> None:
         self.forget(request)
         if self.closed or request.future.done():
             request.fail(self._gone())  # not raised: this frame, and so all that was lost, would hang on it
@@ -348,7 +351,7 @@ class Dispatcher:
             session.close()
         for request in moving:
             self.forget(request)
-            self.dispatch(request)
+            request.or_fail(self.dispatch, request)
         self._flush()
         times = [self._next_time(now), *(session.renew() for session in self.sessions())]
         return min((at for at in times if at is not None), default=None)
@@ -368,7 +371,7 @@ class Dispatcher:
         with self._lock:
             parked = self._parked.take_all()
         for request, since in parked.items():
-            self.dispatch(request, since)
+            request.or_fail(self.dispatch, request, since)
 
     def _next_time(self, tended_at: float) -> float | None:
         """When to tend again, at the latest. What fell due since `tended_at` was not looked at yet."""

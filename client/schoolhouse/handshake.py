@@ -5,9 +5,9 @@ import os
 import socket
 import ssl
 import tempfile
-import threading
 from collections.abc import Iterator
 
+from schoolhouse_wire import background
 from schoolhouse_wire.security import ClientSecurity
 
 from schoolhouse.errors import AuthenticationError, ConfigError, SchoolhouseError, TeacherUnavailableError
@@ -21,8 +21,12 @@ _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]
 def why_not(target: str, security: ClientSecurity) -> SchoolhouseError | None:
     """What keeps a client from the server at `target`, which was waited for in vain; None if that stays unknown."""
     found: list[SchoolhouseError | None] = []
+
+    def look() -> None:
+        found.append(_look(target, security))
+
     # In a thread, as looking up a name may take any time.
-    looking = threading.Thread(target=lambda: found.append(_look(target, security)), daemon=True)
+    looking = background.thread(look, name="schoolhouse-handshake", on_death=background.go_on)
     looking.start()
     looking.join(_TIMEOUT_S)
     return found[0] if found else None

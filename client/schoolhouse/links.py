@@ -26,8 +26,8 @@ _NEXT_OPENING_S = 0.25
 _FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
 # Of another teacher: a replica that is gone may be listed, and its port have gone to that one's.
 _PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError, UnknownTeacherError)
-_BROKEN = (CorruptPayloadError, ProtocolError)  # of a session that was open: its bytes are not those that were sent
-_PUZZLING = (*_BROKEN, TeacherInternalError)  # of one that was to open: it may pass, unless it comes again
+# Of a session that was open: it is struck for it. Of one that was to open: it may pass, unless it comes again.
+_BROKEN = (CorruptPayloadError, ProtocolError, TeacherInternalError)
 _BELIEVED_AFTER = 3  # openings in a row
 
 
@@ -232,7 +232,7 @@ class Links:
         strike, link.strike = link.strike, None
         if strike is None and link.session.revision and isinstance(error, _BROKEN):
             strike = error
-        puzzles = not link.session.revision and isinstance(error, _PUZZLING)
+        puzzles = not link.session.revision and isinstance(error, _BROKEN)
         link.puzzles = link.puzzles + 1 if puzzles else 0
         self._slowest_s = max(self._slowest_s, link.session.slowest_s)
         link.session, link.opened = None, False

@@ -1,5 +1,6 @@
 """The requests without an answer, their deadlines, and the thread that keeps time for a teacher."""
 
+import functools
 import heapq
 import itertools
 import queue
@@ -7,9 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 
+from schoolhouse_wire import background
+
 from schoolhouse.errors import TeacherBusyError
 from schoolhouse.request import Request
 
+_REST_S = 1.0  # where keeping time failed
 _SLACK = 64  # deadlines of answered requests that are kept anyway
 
 
@@ -30,7 +34,7 @@ class Outstanding:
         self._requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._ids = itertools.count()
-        self._thread = threading.Thread(target=self._run, name="schoolhouse-deadlines", daemon=True)
+        self._thread = background.thread(self._run, name="schoolhouse-deadlines", on_death=self._fail_all)
         self._stirred = self._closed = False
 
     def start(self) -> None:
@@ -97,17 +101,28 @@ class Outstanding:
         self._wake.put(False)
 
     def _run(self) -> None:
-        tend_at = self._tend()
+        tend_at: float | None = 0.0
         while not self._closed:
-            late, next_at = self._take_late()
-            at = min((at for at in (next_at, tend_at) if at is not None), default=None)
-            stirred = self._wait_until(at if late is None else 0.0)
-            due = stirred or (tend_at is not None and time.monotonic() >= tend_at)
-            if late is not None:
-                self._fail_late(late)
-                del late
-            if due and not self._closed:
-                tend_at = self._tend()
+            tend_at = background.run(functools.partial(self._turn, tend_at), "keeping time", self._rest)
+
+    def _turn(self, tend_at: float | None) -> float | None:
+        """Do what is due next, or wait for it; returns when to tend."""
+        late, next_at = self._take_late()
+        at = min((at for at in (next_at, tend_at) if at is not None), default=None)
+        stirred = self._wait_until(at if late is None else 0.0)
+        due = stirred or (tend_at is not None and time.monotonic() >= tend_at)
+        if late is not None:
+            background.run(functools.partial(self._fail_late, late), "failing a late request", late.give_up)
+        return self._tend() if due and not self._closed else tend_at
+
+    def _rest(self, _error: BaseException) -> float:
+        """Before the next turn, as that may fail, too."""
+        time.sleep(_REST_S)
+        return 0.0
+
+    def _fail_all(self, error: BaseException) -> None:
+        for request in list(self._requests.values()):
+            request.give_up(error)
 
     def _wait_until(self, at: float | None) -> bool:
         """Until then, or until there is something new; returns whether that is that it was stirred."""

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from schoolhouse_wire import framing
+from schoolhouse_wire import background, framing
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.limits import Limits
@@ -249,7 +249,8 @@ class RemoteTeacher:
     def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
         request_id = dispatcher.outstanding.add(request)
         # The future must not refer to the request: in a cycle, its features would outlive their use.
-        request.future.add_done_callback(lambda future: self._done(dispatcher, request_id, future))
+        done = functools.partial(self._done, dispatcher, request_id)
+        request.future.add_done_callback(background.called(done, "forgetting a request", background.go_on))
         try:
             dispatcher.dispatch(request)
         except BaseException:  # no thread could be had, for one: nobody will see the future

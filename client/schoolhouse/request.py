@@ -1,12 +1,12 @@
 """A request on its way to features, and what answered ones moved."""
 
 import contextlib
-import threading
+import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
-from schoolhouse_wire import framing
+from schoolhouse_wire import background, framing, status
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -63,7 +63,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.span is not None:
-            self.future.add_done_callback(self.span.done)
+            self.future.add_done_callback(background.called(self.span.done, "a span", background.go_on))
 
     @property
     def nbytes(self) -> int:
@@ -114,9 +114,18 @@ class Request:
         """No replica can answer it: fail it, unless its revision is gone and it may follow to the present one."""
         if isinstance(error, RevisionChangedError) and self.follow is not None and not self.done:
             with contextlib.suppress(RuntimeError):  # no thread can be had
-                threading.Thread(target=self.follow, args=(self,), name="schoolhouse-follow", daemon=True).start()
+                follow = functools.partial(self.follow, self)
+                background.thread(follow, name="schoolhouse-follow", on_death=self.give_up).start()
                 return
         self.fail(error)
+
+    def or_fail(self, step: Callable[..., None], *args: object) -> None:
+        """Take it a step further, in a thread that others wait for, too. Should that fail, so does the request."""
+        background.run(functools.partial(step, *args), "a request's way", self.give_up)
+
+    def give_up(self, error: BaseException) -> None:
+        """What was to be done for it failed, here."""
+        self.fail(status.typed(error, "this client"))
 
 
 def traced(

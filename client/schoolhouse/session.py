@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from google.protobuf.message import Message
-from schoolhouse_wire import channel, framing, memory, pipes, status
+from schoolhouse_wire import background, channel, framing, memory, pipes, status
 from schoolhouse_wire import shared_memory as same_host
 from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.outbox import Outbox
@@ -134,7 +134,8 @@ class Session:
         )
         self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
         self._call: Any = stub(self._sent())
-        self._reader = threading.Thread(target=self._read, name=f"schoolhouse-session-{self.address}", daemon=True)
+        name = f"schoolhouse-session-{self.address}"
+        self._reader = background.thread(self._read, name=name, on_death=self._on_error)
         self._reader.start()
 
     def send(self, request: Request) -> bool:
@@ -210,10 +211,25 @@ class Session:
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
         segment = self._segment
-        yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
+        try:
+            yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
+        except GeneratorExit:
+            raise
+        except BaseException as err:  # of this request alone, and the stream goes on
+            self.cancel(request)
+            background.failed(err, "sending a request", request.give_up)
 
     def _sent(self) -> Iterator[Message | bytes]:
-        """What goes to the replica over the stream. What goes through pipes is sent meanwhile."""
+        """What goes to the replica over the stream; gRPC's thread takes it."""
+        try:
+            yield from self._outgoing()
+        except GeneratorExit:
+            raise
+        except BaseException as err:
+            background.failed(err, "what is sent to a replica", lambda _error: self._call.cancel())
+
+    def _outgoing(self) -> Iterator[Message | bytes]:
+        """What goes through pipes is sent meanwhile."""
         through = None
         for message in self._outbox:
             self._said_at = self._clock()
@@ -242,23 +258,32 @@ class Session:
             error = status.from_rpc_error(err, self.address)
         except SchoolhouseError as err:  # the stream itself is broken: a frame that fits nothing
             error = err
-        except Exception as err:
-            error = ProtocolError(f"{self.address} sent what this client cannot read: {type(err).__name__}")
         self._end(error)
+
+    def _on_error(self, error: BaseException) -> None:
+        what = f"{self.address} sent what this client cannot read: {type(error).__name__}; its log says more"
+        self._end(ProtocolError(what))
 
     def _end(self, error: SchoolhouseError) -> None:
         self.alive = False
         lost = self._window.end()
-        self._partial.clear()
-        self.close()
-        self._outbox.clear()
-        self._detach()
-        self._owner.on_loss(self, lost, error)
+        background.run(self._free, "freeing what a session had", background.go_on)
 
-    def _detach(self) -> None:
+        def give_up(err: BaseException) -> None:
+            for request in lost:
+                request.give_up(err)
+            self._owner.on_loss(self, [], error)
+
+        background.run(lambda: self._owner.on_loss(self, lost, error), "telling of a session's end", give_up)
+
+    def _free(self) -> None:
+        self._partial.clear()
         segment, self._segment = self._segment, None
-        if segment is not None:
-            segment.close()
+        with contextlib.ExitStack() as freeing:  # each of these, whatever another one raises
+            if segment is not None:
+                freeing.callback(segment.close)
+            freeing.callback(self._outbox.clear)
+            freeing.callback(self.close)
 
     def _receive(self, message: Any) -> None:
         self._heard_at = self._clock()
@@ -273,7 +298,7 @@ class Session:
         elif message.HasField("failure"):
             request = self._take(message.failure.request_id)
             if request is not None:
-                self._on_failure(request, status.from_failure(message.failure))
+                request.or_fail(self._on_failure, request, status.from_failure(message.failure))
             self._pump()
         elif message.HasField("wait"):
             self._window.wait(message.wait.request_id)
@@ -300,7 +325,7 @@ class Session:
             return
         if isinstance(error, _WRONG):
             self._take(request_id)
-            self._owner.on_wrong(self, request, error)
+            request.or_fail(self._owner.on_wrong, self, request, error)
         else:
             self.cancel(request)
             request.fail(error)
@@ -326,8 +351,9 @@ class Session:
         if self._segment is not None:
             with contextlib.suppress(OSError):
                 self._pipes = pipes.open_offered(opened.shared_memory)
-                if not self._call.add_callback(self._pipes.end):  # it has ended already
-                    self._pipes.end()
+                end = self._pipes.end
+                if not self._call.add_callback(background.called(end, "ending pipes", background.go_on)):
+                    end()  # it has ended already
         attached = teacher_pb2.Attached(attached=self._segment is not None, pipes=self._pipes is not None)
         self._attached = teacher_pb2.ClientMessage(attached=attached)
         self._outbox.put(iter([self._attached]))
@@ -377,12 +403,12 @@ class Session:
         self._received_bytes += incoming.nbytes + len(reply.features)
         self.slowest_s = max(self.slowest_s, self._clock() - request.asked_at)
         self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
-        request.received(incoming.nbytes + len(reply.features))
         request.answered_by = self.address
         try:
+            request.received(incoming.nbytes + len(reply.features))
             request.resolve(features_of(request, reply, incoming))
         except _WRONG as err:
-            self._owner.on_wrong(self, request, err)
+            request.or_fail(self._owner.on_wrong, self, request, err)
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone
             request.fail(err)
         self._pump()  # after the answer is delivered: who waits for it goes on meanwhile

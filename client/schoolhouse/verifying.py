@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from schoolhouse_wire import background, status
 from schoolhouse_wire.tensors import bytes_of
 
 from schoolhouse.errors import FeatureMismatchError, TeacherForwardError
@@ -19,6 +20,7 @@ from schoolhouse.taps import structure_of, tensors_of
 from schoolhouse.teachers import Features
 
 _log = logging.getLogger(__name__)
+_WHAT = "verifying a request"
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ class Pair:
         assert first is not None
         assert send is not None
         assert outer is not None
-        outer.add_done_callback(self._on_cancel)
+        outer.add_done_callback(background.called(self._on_cancel, _WHAT, background.go_on))
         send(first)
-        first.future.add_done_callback(lambda _future: self._on_first(again))
+        first.future.add_done_callback(background.called(lambda _future: self._on_first(again), _WHAT, self._failed))
         return outer
 
     def _on_cancel(self, outer: "Future[Features]") -> None:
@@ -105,7 +107,7 @@ class Pair:
             return
         if outer.cancelled():  # before the second one could be found here
             second.future.cancel()
-        second.future.add_done_callback(lambda _future: self._on_second())
+        second.future.add_done_callback(background.called(lambda _future: self._on_second(), _WHAT, self._failed))
 
     def _on_second(self) -> None:
         first, second = self._first, self._second
@@ -157,6 +159,9 @@ class Pair:
         text = _alarm(self._verifier.name, first, second, found)
         _log.error(text)
         self._end(error=FeatureMismatchError(text))
+
+    def _failed(self, error: BaseException) -> None:
+        self._end(error=status.typed(error, "this client"))
 
     def _end(self, features: Features | None = None, error: BaseException | None = None) -> None:
         outer, self._outer = self._outer, None

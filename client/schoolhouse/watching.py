@@ -1,13 +1,14 @@
 """Following the directory: a thread that hears of each change of a teacher's replica set."""
 
 import contextlib
+import functools
 import queue
 import random
 import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from schoolhouse_wire import channel, status
+from schoolhouse_wire import background, channel, status
 from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
@@ -36,7 +37,8 @@ class Watch:
         self._closed = False
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # not an event: its lock may be held by who closes
         self._call: Any = None
-        self._thread = threading.Thread(target=self._run, name="schoolhouse-watch", daemon=True)
+        self._failures = 0  # in a row
+        self._thread = background.thread(self._run, name="schoolhouse-watch", on_death=self._on_error)
 
     def start(self) -> None:
         """Begin to watch, unless it has begun."""
@@ -62,23 +64,30 @@ class Watch:
         return self._thread is threading.current_thread()
 
     def _run(self) -> None:
-        failures = 0
-        while True:
-            failures += 1
-            error: SchoolhouseError = TeacherUnavailableError(f"the directory at {self._target} ended the watch")
-            try:
-                for found in self._sets():
-                    failures = 0
-                    self._listener.on_set(found)
-            except grpc.RpcError as err:
-                error = status.from_rpc_error(err, self._target)
-            if self._closed:
-                return
-            self._tell(error)
+        while not self._closed:
+            self._failures += 1
+            background.run(self._watch, "a watch of the directory", self._on_error)
             with contextlib.suppress(queue.Empty):
-                self._ended.get(timeout=backoff_s(max(failures, 1), self._random))
+                self._ended.get(timeout=backoff_s(max(self._failures, 1), self._random))
+
+    def _watch(self) -> None:
+        """Tell of what is heard until the directory ends it, and then of that."""
+        error: SchoolhouseError = TeacherUnavailableError(f"the directory at {self._target} ended the watch")
+        try:
+            for found in self._sets():
+                self._failures = 0
+                self._listener.on_set(found)
+        except grpc.RpcError as err:
+            error = status.from_rpc_error(err, self._target)
+        self._tell(error)
+
+    def _on_error(self, error: BaseException) -> None:
+        tell = functools.partial(self._tell, status.typed(error, "this client"))
+        background.run(tell, "telling of a watch", background.go_on)
 
     def _tell(self, error: SchoolhouseError) -> None:
+        if self._closed:
+            return
         if isinstance(error, UnknownTeacherError):  # an answer, as an empty set is
             self._listener.on_set(ReplicaSet())
         else:

@@ -106,7 +106,7 @@ class RevisionChangedError(SchoolhouseError):
 
 
 class TeacherInternalError(SchoolhouseError):
-    """The teacher's server failed in a way that is its own fault."""
+    """The teacher's server, or this client where the message says so, failed in a way that is its own fault."""
 
     code = teacher_pb2.Failure.INTERNAL
 

@@ -7,6 +7,7 @@ has no name it cannot outlive the processes that map it, however they end.
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import mmap
 import os
@@ -21,7 +22,7 @@ from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
 
-from schoolhouse_wire import memory
+from schoolhouse_wire import background, memory
 from schoolhouse_wire.blocks import PAGE_BYTES, Blocks, whole_pages
 from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.outbox import Outbox
@@ -159,7 +160,7 @@ class _Copier:
 
     def __init__(self) -> None:
         self._halves: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
@@ -168,12 +169,13 @@ class _Copier:
         if half:
             self._halves.put((to, source, half))
         ctypes.memmove(to + half, source + half, nbytes - half)
-        if half:
-            self._done.get()
+        if half and (error := self._done.get()) is not None:
+            raise error
 
     def _has_help(self) -> bool:
         if self._thread is None:
-            thread = threading.Thread(target=_copy_halves, args=(self._halves, self._done), daemon=True)
+            copy = functools.partial(_copy_halves, self._halves, self._done)
+            thread = background.thread(copy, name="schoolhouse-copier", on_death=self._done.put)
             with contextlib.suppress(RuntimeError):
                 thread.start()
                 self._thread = thread
@@ -183,8 +185,12 @@ class _Copier:
 
 def _copy_halves(halves: Any, done: Any) -> None:
     while (half := halves.get()) is not None:
-        ctypes.memmove(*half)
-        done.put(None)
+        done.put(background.run(functools.partial(_copy, *half), "a copy", lambda err: err))
+
+
+def _copy(to: int, source: int, nbytes: int) -> BaseException | None:
+    ctypes.memmove(to, source, nbytes)
+    return None
 
 
 class ReplicaSegment(Segment):

@@ -58,10 +58,8 @@ def to_failure(error: BaseException, request_id: int = 0) -> teacher_pb2.Failure
 
     An error that is not ours becomes INTERNAL without its text.
     """
-    if not isinstance(error, SchoolhouseError):
-        error = TeacherInternalError(f"the teacher's server failed with a {type(error).__name__}; its log says more")
-    text = scrub(error.message)
-    text = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "…"
+    error = typed(error, "the teacher's server")
+    text = _short(scrub(error.message))
     choices = [_sendable(choice[:_MAX_TEXT]) for choice in error.choices[:_MAX_CHOICES]]
     return teacher_pb2.Failure(request_id=request_id, code=error.code, message=_sendable(text), choices=choices)
 
@@ -72,8 +70,22 @@ def _sendable(text: str) -> str:
 
 
 def from_failure(failure: teacher_pb2.Failure) -> SchoolhouseError:
-    """The error that a peer told."""
-    return BY_CODE.get(failure.code, TeacherInternalError)(failure.message, choices=failure.choices)
+    """The error that a peer told, no longer than one of ours."""
+    choices = [_short(choice) for choice in failure.choices[:_MAX_CHOICES]]
+    return BY_CODE.get(failure.code, TeacherInternalError)(
+        _short(failure.message) or "no reason was given", choices=choices
+    )
+
+
+def typed(error: BaseException, whose: str) -> SchoolhouseError:
+    """The error itself if it is one of ours; else what `whose` fault it is, without its text."""
+    if isinstance(error, SchoolhouseError):
+        return error
+    return TeacherInternalError(f"{whose} failed with a {type(error).__name__}; its log says more")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "…"
 
 
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
@@ -93,10 +105,13 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:
-    """The error that an RPC to `target` ended with."""
-    for key, value in getattr(error, "trailing_metadata", tuple)() or ():
-        if key == _FAILURE_KEY:
-            return from_failure(teacher_pb2.Failure.FromString(value))
-    code, details = error.code(), error.details()
-    kind = _FROM_GRPC.get(code.name, ProtocolError)
-    return kind(f"{target}: {details or code.name.lower()}")
+    """The error that an RPC to `target` ended with. It raises nothing, whatever the peer sent."""
+    try:
+        for key, value in getattr(error, "trailing_metadata", tuple)() or ():
+            if key == _FAILURE_KEY:
+                return from_failure(teacher_pb2.Failure.FromString(value))
+        code, details = error.code(), error.details()
+        kind = _FROM_GRPC.get(code.name, ProtocolError)
+        return kind(_short(f"{target}: {details or code.name.lower()}"))
+    except Exception as err:
+        return ProtocolError(f"{target} failed, and what it said of that cannot be read: {type(err).__name__}")

@@ -1,7 +1,6 @@
 """What a call asks for: the inputs of a forward, or a head; what none may ask for, and what it is told."""
 
 import logging
-import threading
 from collections.abc import Callable, Sized
 from typing import Any
 
@@ -14,6 +13,7 @@ from schoolhouse.errors import (
     TeacherMemoryError,
 )
 from schoolhouse.wanted import Wanted
+from schoolhouse_wire import background
 from schoolhouse_wire.codec import Arguments, pack
 from schoolhouse_wire.limits import MAX_MODULE_NAME, MAX_NAME, MAX_RELEASED, MAX_TAPS, Limits
 from schoolhouse_wire.v1 import teacher_pb2
@@ -49,7 +49,7 @@ def answer_head(
             found = err
         done(found)
 
-    threading.Thread(target=run, name="schoolhouse-head", daemon=True).start()
+    background.thread(run, name="schoolhouse-head", on_death=done).start()
 
 
 def _head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 from safetensors.torch import save_model
 from schoolhouse.demo.models import DigitsTeacher, accuracy, digits
 from schoolhouse.demo.student import EPOCHS, KINDS, LABELLED
+from schoolhouse_wire import background
 from torch.nn import functional as F
 
 from schoolhouse_server.config import load_pool
@@ -101,6 +101,7 @@ class _Job:
         command = [sys.executable, "-m", "schoolhouse.demo.student", "--kind", kind, "--seeds", str(seeds)]
         self._command = command if kind == "plain" else [*command, "--url", url]
         self._kind, self._bars, self._records = kind, bars, records
+        self._why: BaseException | None = None  # its lines cannot be read
         self._task = bars.add_task(f"student: {kind}", total=seeds * EPOCHS)
 
     def __enter__(self) -> "_Job":
@@ -108,7 +109,7 @@ class _Job:
         self._process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, stderr=self._errors, text=True, start_new_session=True
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader = background.thread(self._read, name="schoolhouse-demo", on_death=self._give_up)
         self._reader.start()
         return self
 
@@ -126,13 +127,17 @@ class _Job:
             if "epoch" in record:
                 self._bars.advance(self._task)
 
+    def _give_up(self, error: BaseException) -> None:
+        self._why = error
+        self._process.kill()
+
     def wait(self, timeout_s: float = 300.0) -> None:
         """Return when the job is done; raises RuntimeError with its last words if it failed."""
         self._process.wait(timeout_s)
         self._reader.join(10)
-        if self._process.returncode != 0:
+        if self._process.returncode != 0 or self._why is not None:
             self._errors.seek(0)
-            raise RuntimeError(f"the student {self._kind!r} failed:\n{self._errors.read()[-2000:]}")
+            raise RuntimeError(f"the student {self._kind!r} failed:\n{self._errors.read()[-2000:]}") from self._why
 
 
 def _table(records: list[dict[str, Any]], teacher_accuracy: float) -> Table:

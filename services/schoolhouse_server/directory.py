@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 from schoolhouse.errors import SchoolhouseError, TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
-from schoolhouse_wire import status
+from schoolhouse_wire import background, status
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 from schoolhouse_server.auth import Gate, check_teacher
@@ -127,7 +127,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
             self._watchers += not full
         if full:
             status.abort(context, TeacherBusyError(f"{MAX_WATCHERS} clients watch this directory, as many as it takes"))
-        if not context.add_callback(self._leave):
+        if not context.add_callback(background.called(self._leave, "the end of a watch", background.go_on)):
             self._leave()
 
     def _leave(self) -> None:

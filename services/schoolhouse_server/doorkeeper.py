@@ -108,7 +108,7 @@ def _guarded(handler: Any, wait: Callable[[Iterator[Any], grpc.ServicerContext],
         except Exception as err:
             raise ProtocolError("a request came that cannot be parsed") from err
 
-    def fail(context: grpc.ServicerContext, err: Exception) -> None:
+    def fail(context: grpc.ServicerContext, err: BaseException) -> None:
         try:
             if type(err) is Exception or isinstance(err, grpc.RpcError):  # context.abort raises it; the client is gone
                 raise err
@@ -121,13 +121,15 @@ def _guarded(handler: Any, wait: Callable[[Iterator[Any], grpc.ServicerContext],
     def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         try:
             return unary(given(requests, context), context)
-        except Exception as err:
+        except BaseException as err:  # gRPC ends no call by one that is no Exception
             return fail(context, err)
 
     def answers(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             yield from streams(given(requests, context), context)
-        except Exception as err:
+        except GeneratorExit:
+            raise
+        except BaseException as err:
             fail(context, err)
 
     return answers if streams is not None else answer

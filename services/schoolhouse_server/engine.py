@@ -21,6 +21,7 @@ from schoolhouse.errors import (
 )
 from schoolhouse.taps import tensors_of
 from schoolhouse.teachers import LocalTeacher
+from schoolhouse_wire import background
 from schoolhouse_wire.codec import Declared
 from schoolhouse_wire.tensors import bytes_of
 from schoolhouse_wire.v1 import directory_pb2
@@ -129,8 +130,8 @@ class Engine:
         self._lock = threading.Lock()
         self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
         self._threads = [
-            threading.Thread(target=self._guarded, args=(work,), name=f"schoolhouse-engine-{name}", daemon=True)
-            for name, work in (("in", self.runner.run), ("out", self._outlet.run))
+            background.thread(self.runner.run, name="schoolhouse-engine-in", on_death=self._in_failed),
+            background.thread(self._outlet.run, name="schoolhouse-engine-out", on_death=self._out_failed),
         ]
         pulses = (self.runner.pulse, self._outlet.pulse)
         self._watchdog = Watchdog(self._timer, timeout_s, pulses, functools.partial(self._stuck, timeout_s))
@@ -302,7 +303,7 @@ class Engine:
                 self._enqueue(left)
         except SchoolhouseError as err:
             for ticket in tickets:
-                ticket.done(err)
+                background.run(functools.partial(ticket.done, err), "telling of an error", background.go_on)
 
     def _measured(self, job: Job, features: Any) -> None:
         """Its features are there, and are to go to the host; raises `MessageTooLargeError` if they may not."""
@@ -349,16 +350,20 @@ class Engine:
             return False
         return True
 
-    def _guarded(self, work: Callable[[], None]) -> None:
-        """Run what a thread is for; where that fails, nobody waits for it."""
-        try:
-            work()
-        except BaseException:
-            _log.exception("a thread of the engine ended")
-            why = f"the engine of teacher {self.description.name!r} failed; its log says more; ask another replica"
-            with self._lock:
-                self._begun |= {*self._in_flight.values()}  # also what was taken and had not begun
-            self._break_down(Trouble("broken", why))
+    def _in_failed(self, _error: BaseException) -> None:
+        self._failed()
+        self._outlet.finish()
+
+    def _out_failed(self, _error: BaseException) -> None:
+        self._failed()
+        self._outlet.discard()
+
+    def _failed(self) -> None:
+        """Where one of the threads ends, nobody waits for it."""
+        why = f"the engine of teacher {self.description.name!r} failed; its log says more; ask another replica"
+        with self._lock:
+            self._begun |= {*self._in_flight.values()}  # also what was taken and had not begun
+        self._break_down(Trouble("broken", why))
 
     def _stuck(self, timeout_s: float) -> None:
         name = self.description.name
@@ -369,13 +374,14 @@ class Engine:
     def _break_down(self, trouble: Trouble, blamed: Job | None = None) -> None:
         """Answer all who wait, but for one that is told of its own error, and take no more."""
         with self._lock:  # nothing is queued from here on
-            if self._closed or self.trouble is not None:
-                return
-            self.trouble = trouble
+            first = not self._closed and self.trouble is None
+            if first:
+                self.trouble = trouble
             begun = self._begun - {blamed}
-        _log.error("the replica must be replaced: %s", trouble.why)
         self._drop([*begun.union(self._queue.close())], trouble.why)
-        self._on_trouble()
+        if first:
+            _log.error("the replica must be replaced: %s", trouble.why)
+            background.run(self._on_trouble, "telling of the trouble", background.go_on)
 
     def _told(self, job: Job, error: BaseException) -> BaseException:
         """What those who wait for a job are told of an error."""
@@ -437,7 +443,7 @@ class Engine:
             if isinstance(answer, BaseException) or ticket.cancelled:
                 ticket.drop()
             if not ticket.cancelled:
-                ticket.done(answer)
+                background.run(functools.partial(ticket.done, answer), "telling of an answer", background.go_on)
         if no_room:
             self._queue_again(job, no_room)
 

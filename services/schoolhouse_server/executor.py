@@ -1,11 +1,14 @@
 """Threads for gRPC's handlers that do not keep the process alive, as those of ThreadPoolExecutor do."""
 
+import functools
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
+
+from schoolhouse_wire import background
 
 _END_TIMEOUT_S = 5.0
 _Work = tuple["Future[Any]", Callable[[], Any]]
@@ -51,16 +54,22 @@ class DaemonExecutor(Executor):
         with self._lock:
             if len(self._workers) < self._max_workers:
                 name = f"{self._name}-{len(self._workers) + 1}"
-                self._workers.append(threading.Thread(target=self._work, name=name, daemon=True))
-                self._workers[-1].start()
+                worker = background.thread(self._work, name=name, on_death=background.go_on)
+                worker.start()
+                self._workers.append(worker)
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
-            future, call = work
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(call())
-                except BaseException as err:
-                    future.set_exception(err)
-            del work, future, call
+            background.run(functools.partial(_answer, *work), "answering a call", background.go_on)
+            del work
             self._idle.release()
+
+
+def _answer(future: "Future[Any]", call: Callable[[], Any]) -> None:
+    try:
+        if future.set_running_or_notify_cancel():
+            future.set_result(call())
+    except BaseException as err:
+        future.set_exception(err)
+    finally:
+        del future, call  # an error's traceback has this frame

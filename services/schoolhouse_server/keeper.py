@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from schoolhouse.errors import TeacherTimeoutError, TeacherUnavailableError
+from schoolhouse_wire import background
 from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server import members, nodes, shown
@@ -79,7 +80,9 @@ class KeeperActor(PoolActor):
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._adopted = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="schoolhouse-keeper", daemon=True)
+        # If the thread ends by an error, so does the process: Ray restarts a keeper whose process has ended, and would
+        # take this one for well.
+        self._thread = background.thread(self._keep, name="schoolhouse-keeper", on_death=lambda _error: os._exit(1))
         self._thread.start()
 
     def is_of(self, config: PoolConfig) -> bool:
@@ -202,16 +205,6 @@ class KeeperActor(PoolActor):
     def _find_directory(self) -> Any:
         """The directory's actor, made where there is none."""
         return on_the_head(DirectoryActor, DIRECTORY, self._pool, max_concurrency=4, get_if_exists=True)
-
-    def _run(self) -> None:
-        """The thread that keeps. If it ends before it should, so does the process: Ray starts a keeper again whose
-        process has ended, and would take this one for well.
-        """
-        try:
-            self._keep()
-        except BaseException:
-            _log.critical("the keeper cannot go on, and Ray starts it again", exc_info=True)
-            os._exit(1)
 
     def _keep(self) -> None:
         while not self._stopping.is_set():

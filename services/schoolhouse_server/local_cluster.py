@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
 from schoolhouse.errors import TeacherUnavailableError
+
+from schoolhouse_server.timer import Timer
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
@@ -45,11 +48,11 @@ def start() -> str:
             text=True,
             start_new_session=True,
         )
-    timer = threading.Timer(_START_TIMEOUT_S, process.kill)
-    timer.start()
+    timer = Timer()
+    timer.at(time.monotonic() + _START_TIMEOUT_S, process.kill)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
-    timer.cancel()
+    timer.close()
     if not address:
         raise TeacherUnavailableError(f"a local Ray cluster could not be started; {log} says why")
     created = psutil.Process(process.pid).create_time()

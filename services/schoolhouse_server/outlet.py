@@ -97,9 +97,16 @@ class Outlet:
     def run(self) -> None:
         """Send off what comes, until the end."""
         while (work := self._waiting.get()) is not None:
-            with self.pulse:
-                self.land(work)
-            del work
+            try:
+                with self.pulse:
+                    self.land(work)
+            finally:
+                del work
+                self._waiting.task_done()
+
+    def discard(self) -> None:
+        """Send off nothing more of what comes, until the end: who puts is not kept waiting."""
+        while self._waiting.get() is not None:
             self._waiting.task_done()
 
     def land(self, work: Landing) -> None:

@@ -19,7 +19,7 @@ from schoolhouse.errors import (
 )
 from schoolhouse.taps import HEAD
 from schoolhouse.wanted import Wanted
-from schoolhouse_wire import channel, framing, pipes, shared_memory, status
+from schoolhouse_wire import background, channel, framing, pipes, shared_memory, status
 from schoolhouse_wire.codec import read_layout
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from schoolhouse_server.servicer import Teachers
 
 _log = logging.getLogger(__name__)
+_FAILED = "the session failed; the server's log says why"
 _END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
 
 
@@ -90,21 +91,22 @@ class ServerSession:
         """Begin to read; a client that says nothing, not even Open, has its time, too."""
         lease_s = self._teachers.sharing.lease_s or LEASE_S
         self._unopened = self._teachers.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
-        threading.Thread(target=self._read, name="schoolhouse-reader", daemon=True).start()
+        background.thread(self._read, name="schoolhouse-reader", on_death=self._on_error).start()
 
     def close(self) -> None:
         """Drop what is queued, and free its places: the client is gone."""
         with self._closing:
             first, self._closed = not self._closed, True
-        self._stop_waiting_for_open()
-        if first and self._member is not None:
-            self._drop()
-            self._member.leave()
-            self._teachers.drain.leave(self._member)
-        self._spans.dropped()
-        self.outbox.close()
-        if self._pipes is not None:
-            self._pipes.close()
+        with contextlib.ExitStack() as ending:  # each of these, whatever another one raises
+            if self._pipes is not None:
+                ending.callback(self._pipes.close)
+            ending.callback(self.outbox.close)
+            ending.callback(self._spans.dropped)
+            if first and self._member is not None:
+                ending.callback(self._teachers.drain.leave, self._member)
+                ending.callback(self._member.leave)
+                ending.callback(self._drop)
+            self._stop_waiting_for_open()
 
     def _stop_waiting_for_open(self) -> None:
         if self._unopened is not None:
@@ -128,8 +130,10 @@ class ServerSession:
                 self.cancel_stream()
 
         self.error = error
-        self.close()
-        self._teachers.timer.at(time.monotonic() + _END_S, cancel)
+        try:
+            self.close()
+        finally:
+            self._teachers.timer.at(time.monotonic() + _END_S, cancel)
 
     def answers(self) -> Iterator[Message | bytes]:
         """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
@@ -166,10 +170,13 @@ class ServerSession:
                 self.error = err
             elif type(err) is not Exception and not isinstance(err, grpc.RpcError):  # by these the client went away
                 self.log.exception("a session failed")
-                self.error = TeacherInternalError("the session failed; the server's log says why")
+                self.error = TeacherInternalError(_FAILED)
             err.__traceback__ = None  # grpc keeps what it raised, and this frame has all of the session
         self.close()  # and with it the pipes
         self._clear()
+
+    def _on_error(self, _error: BaseException) -> None:
+        self.end(TeacherInternalError(_FAILED))
 
     def _end_if_answered(self) -> None:
         """Have the stream end if the client will ask for nothing more, and has got all that it did ask for."""
@@ -346,6 +353,10 @@ class ServerSession:
         if self._closed:  # meanwhile
             self._drop()
 
+    def _or_end(self, step: Callable[..., None], *args: Any) -> None:
+        """Do something in a thread that is none of this session's; should it fail, the session does."""
+        background.run(functools.partial(step, *args), "answering a request", self._on_error)
+
     def _answer(
         self,
         request_id: int,
@@ -355,7 +366,18 @@ class ServerSession:
         rows: int = 0,
         share: Share | None = None,
     ) -> None:
-        """Declare the features, or the error."""
+        """Have the features sent, or the error."""
+        self._or_end(self._declare, request_id, digest, wanted, result, rows, share)
+
+    def _declare(
+        self,
+        request_id: int,
+        digest: bytes,
+        wanted: Wanted,
+        result: Answer | BaseException,
+        rows: int,
+        share: Share | None,
+    ) -> None:
         assert self._engine is not None
         if isinstance(result, BaseException):
             self._fail(request_id, result)  # not raised: its traceback, which holds all of a forward, would hold itself
@@ -398,6 +420,9 @@ class ServerSession:
             self._end_if_answered()
 
     def _fail(self, request_id: int, error: BaseException) -> None:
+        self._or_end(self._tell_failed, request_id, error)
+
+    def _tell_failed(self, request_id: int, error: BaseException) -> None:
         error = as_told(error)
         self._spans.failed(request_id, error)
         if isinstance(error, SchoolhouseError):

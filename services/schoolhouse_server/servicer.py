@@ -12,7 +12,7 @@ from schoolhouse.errors import (
     UnknownTeacherError,
 )
 from schoolhouse.tracing import tracer
-from schoolhouse_wire import status
+from schoolhouse_wire import background, status
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -102,7 +102,7 @@ class Teachers:
         except SchoolhouseError as err:
             status.abort(context, err)
         session.cancel_stream = context.cancel
-        context.add_callback(session.close)
+        context.add_callback(background.called(session.close, "closing a session", background.go_on))
         try:
             session.start()
             with self.gate.held(grant, session.end):

@@ -2,13 +2,14 @@
 
 import heapq
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_log = logging.getLogger(__name__)
+from schoolhouse_wire import background
+
+_REST_S = 1.0  # where the timer itself failed
 _MANY = 1024  # entries that were cancelled, before they are looked for
 _LONGEST_S = 3600.0  # that it sleeps at once: a lock takes no infinite time, nor one of centuries
 
@@ -37,8 +38,9 @@ class Timer:
         with self._changed:
             heapq.heappush(self._alarms, (when, next(self._order), alarm))
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="schoolhouse-timer", daemon=True)
-                self._thread.start()
+                thread = background.thread(self._run, name="schoolhouse-timer", on_death=background.go_on)
+                thread.start()
+                self._thread = thread  # else, as no thread is left, the next alarm tries again
             if self._alarms[0][2] is alarm:
                 self._changed.notify()
         return alarm
@@ -65,11 +67,8 @@ class Timer:
             self._thread.join(5.0)
 
     def _run(self) -> None:
-        while (ring := self._wait()) is not None:
-            try:
-                ring()
-            except Exception:
-                _log.exception("what was to be done in time failed")
+        while (ring := background.run(self._wait, "waiting for an alarm", _rest)) is not None:
+            background.run(ring, "what was to be done in time", background.go_on)
             del ring
 
     def _wait(self) -> Callable[[], None] | None:
@@ -86,3 +85,8 @@ class Timer:
                 else:
                     self._changed.wait(pause)
             return None
+
+
+def _rest(_error: BaseException) -> Callable[[], None]:
+    """Waiting may fail once more."""
+    return lambda: time.sleep(_REST_S)

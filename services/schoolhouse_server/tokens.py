@@ -1,5 +1,6 @@
 """The tokens file: who may ask for what. It holds digests of tokens alone, and is read again as it changes."""
 
+import functools
 import hashlib
 import hmac
 import logging
@@ -13,6 +14,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from schoolhouse.errors import ConfigError
+from schoolhouse_wire import background
 from schoolhouse_wire.limits import MAX_JOB_NAME
 
 from schoolhouse_server.yaml_files import read_bytes
@@ -137,7 +139,7 @@ class Tokens:
     def start(self) -> None:
         """Follow the file's changes."""
         self._stop.clear()
-        self._thread = threading.Thread(target=self._follow, name="schoolhouse-tokens", daemon=True)
+        self._thread = background.thread(self._follow, name="schoolhouse-tokens", on_death=background.go_on)
         self._thread.start()
 
     def close(self) -> None:
@@ -149,16 +151,19 @@ class Tokens:
     def _follow(self) -> None:
         before = self._data
         while not self._stop.wait(_LOOK_S):
-            try:
-                found = read_bytes(self._path, _WHAT)
-                if found == before and found not in (self._data, self._refused):  # nobody is writing it
-                    self._take(found)
-            except ConfigError as err:
-                found = b""
-                self._refuse(found, err)
-            except Exception:
-                _log.exception("the tokens file could not be followed; it is looked at again")
-            before = found
+            look = functools.partial(self._look, before)
+            before = background.run(look, "following the tokens file", lambda _error: b"")
+
+    def _look(self, before: bytes) -> bytes:
+        """What the file holds; it is taken as soon as that is new and the same as `before`: nobody is writing it."""
+        try:
+            found = read_bytes(self._path, _WHAT)
+            if found == before and found not in (self._data, self._refused):
+                self._take(found)
+        except ConfigError as err:
+            found = b""
+            self._refuse(found, err)
+        return found
 
     def _take(self, data: bytes) -> None:
         try:

@@ -27,6 +27,7 @@ from schoolhouse.errors import (
     SchoolhouseError,
     TeacherUnavailableError,
 )
+from schoolhouse_wire import background
 from schoolhouse_wire.scrubbing import scrub
 from schoolhouse_wire.security import is_loopback
 from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
@@ -39,6 +40,7 @@ from schoolhouse_server.state import state_json
 Source = Callable[[], Iterable[ReplicaSet]]
 
 _MAX_CONNECTIONS = 16
+_REST_S = 1.0  # until it is served again, where that failed
 _TIMEOUT_S = 10.0  # for a request to come in, and for its answer to be taken
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -94,6 +96,7 @@ class WebServer:
         self._gate, self._tls = gate, tls
         self._host, self._port = host, 0
         self._server: _Server | None = None
+        self._closing = threading.Event()
 
     @property
     def port(self) -> int:
@@ -114,8 +117,17 @@ class WebServer:
         """
         self._server = self._listen()
         self._port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, name="schoolhouse-http", daemon=True).start()
+        self._closing.clear()
+        serve = functools.partial(self._serve, self._server)
+        self._thread = background.thread(serve, name="schoolhouse-http", on_death=background.go_on)
+        self._thread.start()
         return self
+
+    def _serve(self, server: "_Server") -> None:
+        while True:
+            background.run(server.serve_forever, "the HTTP server", background.go_on)
+            if self._closing.wait(_REST_S):
+                return
 
     def _listen(self) -> "_Server":
         address = own_address(self._host)
@@ -133,7 +145,9 @@ class WebServer:
         """Stop listening. Answers that are on their way end with their threads."""
         server, self._server = self._server, None
         if server is not None:
+            self._closing.set()
             server.shutdown()
+            self._thread.join(_TIMEOUT_S)
             server.server_close()
 
     def __enter__(self) -> "WebServer":
@@ -181,8 +195,9 @@ class _Server(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer one connection."""
+        answer = functools.partial(super().process_request_thread, request, client_address)
         try:
-            super().process_request_thread(request, client_address)
+            background.run(answer, "an HTTP connection", background.go_on)
         finally:
             self._slots.release()
 
