@@ -70,6 +70,10 @@ class DistillationModel(nn.Module):
             return (_new, (kind, self._schoolhouse.original_cls, *args[1:]), *rest)
         return (make, args, *rest)
 
+    def _get_name(self) -> str:
+        """The name that a print of the model shows; that of its class is the student's own."""
+        return f"Distillation{super()._get_name()}"  # type: ignore[no-untyped-call]
+
     def _replicate_for_data_parallel(self) -> Any:
         raise ConfigError(
             "DataParallel runs copies of the student whose outputs would be lost; use DistributedDataParallel"
@@ -395,5 +399,6 @@ def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
 def _new(kind: type[DistillationModel], student_class: type[nn.Module], *args: Any) -> Any:
     from schoolhouse.distillation import meta_class
 
-    made = meta_class(kind, student_class)
-    return made.__new__(made, *args)
+    made = student_class.__new__(student_class, *args)
+    object.__setattr__(made, "__class__", meta_class(kind, student_class))
+    return made

@@ -56,6 +56,9 @@ class LayerwiseDistillationModel(DistillationModel):
 
     _schoolhouse_mode = LayerwiseMode()
 
+    def _get_name(self) -> str:
+        return f"Layerwise{super()._get_name()}"
+
 
 class _Skip:
     """Makes a module pass its input on, until it is called; its parameters stay where they are."""
