@@ -1,13 +1,18 @@
 """Hugging Face students: converted, they return, save and generate what they did unconverted."""
 
 import copy
+import inspect
+import itertools
 import json
 import pickle
+from collections.abc import Mapping
 
 import pytest
 import schoolhouse as sh
 import torch
 from models import converted
+from schoolhouse.errors import UnsupportedValueError
+from schoolhouse_server import serve
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -15,7 +20,15 @@ transformers = pytest.importorskip("transformers")
 TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CAUSAL = {**TEXT, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GPT2 = {"vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
-T5 = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+T5 = {
+    "vocab_size": 60,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 IMAGE = {k: v for k, v in TEXT.items() if k != "vocab_size"} | {"image_size": 8, "patch_size": 4}
 CLIP = {"text_config": {**CAUSAL, "max_position_embeddings": 16}, "vision_config": IMAGE, "projection_dim": 8}
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -43,9 +56,11 @@ FAMILIES = {
 def made(family, seed=0):
     config, fields, _ = FAMILIES[family]
     torch.manual_seed(seed)
-    return getattr(transformers, family)._from_config(
-        getattr(transformers, config)(**fields), attn_implementation="eager"
-    ).eval()
+    return (
+        getattr(transformers, family)
+        ._from_config(getattr(transformers, config)(**fields), attn_implementation="eager")
+        .eval()
+    )
 
 
 class First(nn.Module):
@@ -62,7 +77,7 @@ def floats(output):
 def flat(value):
     if isinstance(value, torch.Tensor):
         return [value]
-    parts = value.values() if hasattr(value, "values") else value if isinstance(value, tuple | list) else ()
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
     return [tensor for part in parts for tensor in flat(part)]
 
 
@@ -119,3 +134,94 @@ def test_other_ways_to_go_by_the_class():
         assert type(twin) is kind
         assert len(twin(IDS, output_hidden_states=True).hidden_states) == 3
     assert repr(sh.export(model)).startswith("LlamaForCausalLM(")
+
+
+class Counts(sh.LocalTeacher):
+    """A teacher in this process that counts what it is asked."""
+
+    asked = 0
+
+    def submit(self, *args, **kwargs):
+        self.asked += 1
+        return super().submit(*args, **kwargs)
+
+
+def generates(**more):
+    return {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0, **more}
+
+
+HOW = {
+    "greedy": generates(do_sample=False),
+    "sampling": generates(do_sample=True, top_k=20),
+    "beams": generates(do_sample=False, num_beams=3),
+    "without a cache": generates(do_sample=False, use_cache=False),
+}
+
+
+CAUSAL_FAMILIES = ["LlamaForCausalLM", "GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    ("family", "how"), [*itertools.product(CAUSAL_FAMILIES, HOW), ("T5ForConditionalGeneration", "greedy")]
+)
+def test_generation_asks_nobody(family, how, mode, recwarn):
+    plain, teacher = made(family), Counts(made(family, seed=1))
+    model = converted(made(family), teacher, First())
+    for each in (plain, model):
+        each.config.attention_dropout = each.config.dropout_rate = 0.0
+        each.train(mode == "train")
+        for module in each.modules():  # so that both draw the same numbers in training
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    torch.manual_seed(3)
+    expected = plain.generate(IDS, **HOW[how])
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(IDS, **HOW[how]), expected)
+    assert teacher.asked == 0
+    assert not [w for w in recwarn if "schoolhouse" in str(w.filename) or "compute_kd_loss" in str(w.message)]
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
+def test_a_step_after_generation_is_what_it_was(family):
+    with serve(made(family, seed=1)) as server:
+        model = converted(made(family), server.url, First())
+        model.generate(IDS, **HOW["greedy"])
+        if model.generation_config.use_cache:
+            with pytest.raises(UnsupportedValueError, match="key-value cache .*only_student_forward"):
+                model.compute_kd_loss()
+        for training in (False, True):
+            model.train(training)
+            model(IDS)
+            want = First()(made(family)(IDS), made(family, seed=1)(IDS))
+            loss = model.compute_kd_loss().item()
+            if not training or family.startswith("Llama"):  # GPT-2 drops out
+                assert loss == pytest.approx(want.item(), rel=1e-6)
+        model.train()
+        model.generate(IDS, **HOW["greedy"])
+        model(IDS)
+        model.compute_kd_loss().backward()
+        sh.export(model)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_a_cache_among_the_inputs(where, training):
+    """An empty one is left out; the teacher cannot follow one that holds earlier tokens."""
+    family = "LlamaForCausalLM"
+    module, plain = made(family, seed=1), made(family)
+    with serve(made(family, seed=1)) as server:
+        model = converted(made(family), module if where == "local" else server.url, First()).train(training)
+        cache = transformers.DynamicCache()
+        (name,) = {"cache", "past_key_values"} & set(inspect.signature(plain.forward).parameters)
+        first = model(IDS, use_cache=True, **{name: cache})
+        want = First()(plain(IDS), made(family, seed=1)(IDS))
+        assert model.compute_kd_loss().item() == pytest.approx(want.item(), rel=1e-6)
+        assert cache.get_seq_length() == IDS.shape[1]  # the student's own
+        token = first.logits[:, -1:].argmax(-1)
+        if training:
+            with pytest.raises(UnsupportedValueError, match="only_student_forward"):
+                model(token, **{name: cache})
+        with model.only_student_forward():
+            assert model(token, **{name: cache}).logits.shape[1] == 1
+        sh.export(model)

@@ -72,6 +72,7 @@ def _convert(
         criterion=pairs,
         encodings=encodings,
         positions=config.positions,
+        asks_at_once=config.eval_kd or kind._schoolhouse_mode.needs_inputs,
         original_cls=type(model),
         minimal_state_dict=config.expose_minimal_state_dict,
         own_forward=model.__dict__.pop("forward", None),

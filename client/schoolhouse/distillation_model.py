@@ -25,6 +25,8 @@ EXTRAS = (LOSSES, BALANCER, TEACHER)
 class KDMode:
     """What the mode "kd_loss" does to a student; "layerwise_kd" differs in these."""
 
+    needs_inputs = False  # of the teacher's layers, while the student's forward runs
+
     def attach(self, model: "DistillationModel", balancer: DistillationLossBalancer | None) -> None:
         """Set hooks and register what a converted student has beside its own modules."""
         state = model._schoolhouse

@@ -23,6 +23,7 @@ from torch import nn
 
 from schoolhouse.batches import Inputs, bound
 from schoolhouse.errors import FeatureMismatchError
+from schoolhouse.question import autocast_as_now, copy_of, holds_tokens, refuse_cache, without_cache
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
 
@@ -92,6 +93,7 @@ class Step:
     """What one batch has produced: the teacher's features to come, and the student's outputs by layer."""
 
     answer: Answer | None = None
+    later: Callable[[], Answer] | None = None  # asks the teacher once somebody needs the features
     ahead: "Ahead | None" = None  # whose batch it is
     outputs: dict[str, Any] = field(default_factory=dict)
     student_ran: bool = False
@@ -102,8 +104,10 @@ class Step:
     thread: int = field(default_factory=threading.get_ident)
 
     def features(self) -> Features:
-        """Wait for the teacher's answer."""
-        assert self.answer is not None
+        """Wait for the teacher's answer; a teacher that was not asked yet is asked."""
+        if self.answer is None:
+            assert self.later is not None
+            self.answer, self.later = self.later(), None
         return self.answer.features()
 
 
@@ -119,6 +123,7 @@ class Distillation:
     own_forward: Callable[..., Any] | None  # a forward that was set on the student itself
     encodings: Mapping[Tap, Encoding] = field(default_factory=dict)
     positions: Callable[..., Any] | None = None
+    asks_at_once: bool = False  # also where no gradients are wanted
     taps: tuple[Tap, ...] = ()
     step: Step | None = None  # that the teacher was asked for
     alone: Step | None = None  # of the student, whose batch the teacher may get later
@@ -190,17 +195,38 @@ class Distillation:
             self.recording = self.running = None
         self.lock.release()
 
-    def ask(self, args: Any, kwargs: Any, training: bool) -> Step:
-        """Begin a step: the teacher gets the batch."""
-        if self.step is not None and self.step.student_ran and training:
+    def ask(self, args: Any, kwargs: Any, training: bool) -> Step | None:
+        """Begin a step: the teacher gets the batch, at once if the student trains, and else when features are needed.
+
+        None for a forward whose features nobody can need: one that goes on from a key-value cache of the student's.
+        """
+        if training and self.step is not None and self.step.student_ran and self.step.answer is not None:
             warnings.warn(
                 "forward was called again without compute_kd_loss; the earlier batch's features are dropped",
                 stacklevel=_to_caller(),
             )
         self.drop_step()
-        ahead, answer = self._looked_ahead(args, kwargs, training)
-        self.step = Step(answer or self.request(args, kwargs), ahead)
+        call = Arguments(args, kwargs)
+        trains = training and torch.is_grad_enabled()
+        if not trains and not self.asks_at_once and holds_tokens(call):
+            self.step = Step(later=refuse_cache, student_ran=True)
+            return None
+        call = without_cache(call)
+        ahead, answer = self._looked_ahead(call, trains)
+        later = None if trains or self.asks_at_once or answer is not None else self._later(call)
+        if answer is None and later is None:
+            answer = self.request(call, call.kwargs)
+        self.step = Step(answer, later, ahead)
         return self.step
+
+    def _later(self, call: Arguments) -> Callable[[], Answer] | None:
+        """What asks for the features of a batch as it is now; None if no copy of it can be kept."""
+        copied = copy_of(call)
+        return None if copied is None else functools.partial(self._request_as_then, copied, autocast_as_now())
+
+    def _request_as_then(self, call: Arguments, autocast: Callable[[], Any]) -> Answer:
+        with autocast():
+            return self.request(call, call.kwargs)
 
     def request(self, args: Any, kwargs: Any) -> Answer:
         """Ask the teacher for the features of a batch."""
@@ -213,7 +239,7 @@ class Distillation:
         submit: Any = self.teacher.submit  # one that can encode
         return Answer(submit(args, kwargs, taps, encodings=self.encodings, positions=mask))
 
-    def _looked_ahead(self, args: Any, kwargs: Any, training: bool) -> "tuple[Ahead | None, Answer | None]":
+    def _looked_ahead(self, call: Arguments, training: bool) -> "tuple[Ahead | None, Answer | None]":
         """The answer that was asked for ahead for this batch, if any.
 
         Raises:
@@ -222,7 +248,6 @@ class Distillation:
         loops = [*self.ahead]
         if not loops:
             return None, None
-        call = Arguments(args, kwargs)
         given = bound(self.signature, call)
         for ahead in reversed(loops):
             if (answer := ahead.find(given, call)) is not None:
@@ -273,7 +298,8 @@ class Distillation:
         self.ended = None
         inputs = Inputs(args, kwargs)
         whole = Tap("")
-        answer = self._request(args, kwargs, tuple(dict.fromkeys((*self.taps, whole))))
+        call = without_cache(Arguments(args, kwargs))
+        answer = self._request(call, call.kwargs, tuple(dict.fromkeys((*self.taps, whole))))
         features = answer.features()
         before = self.alone
         self.drop_step()
