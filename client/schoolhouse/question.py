@@ -52,7 +52,8 @@ def _caches(call: Arguments) -> list[Any]:
 
 
 def _is_cache(name: str, value: Any) -> bool:
-    return _is_cache_class(type(value)) or (name == _LEGACY_CACHE and value is not None)
+    known = _is_cache_class(type(value))  # type: ignore[arg-type]  # types are hashable
+    return known or (name == _LEGACY_CACHE and value is not None)
 
 
 @functools.lru_cache(maxsize=1024)
