@@ -12,7 +12,7 @@ from torch import nn
 from schoolhouse.distributed import as_forward, check_data_parallel, check_loss_sharding, unshard_in_backward
 from schoolhouse.errors import ConfigError, FeatureMismatchError
 from schoolhouse.loss_balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
-from schoolhouse.prefetch import Prefetch
+from schoolhouse.prefetch import Prefetch, prefetch
 from schoolhouse.step import Distillation, Step, eager, on_device_of
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import LocalTeacher
@@ -202,7 +202,7 @@ class DistillationModel(nn.Module):
             ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch,
                 or whether that was written into meanwhile, as of an object of a type that cannot travel.
         """
-        return Prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
+        return prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
 
     def export(self) -> nn.Module:
         """As `schoolhouse.export(model)`."""

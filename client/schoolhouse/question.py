@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from schoolhouse.errors import UnsupportedValueError
 from schoolhouse.taps import structure_of, tensors_of
 
 _LEGACY_CACHE = "past_key_values"  # where it is a tuple of tensors and not an object
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def without_cache(call: Arguments) -> Arguments:
@@ -69,6 +71,21 @@ def _is_used(cache: Any) -> bool:
         return int(cache.get_seq_length()) > 0
     except ValueError:  # it has states in place of tokens
         return bool(cache.has_previous_state())
+
+
+def without_labels(signature: inspect.Signature, call: Arguments) -> Arguments:
+    """A call without its `labels`, of which most models make no more than a loss.
+
+    They stay where the forward needs them: where they have no default, or where it makes the decoder's inputs of them.
+    """
+    if "labels" not in call.kwargs:
+        return call
+    parameters = signature.parameters
+    needed = "labels" in parameters and parameters["labels"].default is inspect.Parameter.empty
+    given = any(call.kwargs.get(name) is not None for name in _DECODER_INPUTS)
+    if needed or (_DECODER_INPUTS[0] in parameters and not given):
+        return call
+    return Arguments(call, {name: value for name, value in call.kwargs.items() if name != "labels"})
 
 
 def copy_of(call: Arguments) -> Arguments | None:

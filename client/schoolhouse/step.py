@@ -139,6 +139,7 @@ class Distillation:
     depth: int = 0  # of forwards within one another
     known_signature: inspect.Signature | None = None
     ahead: "list[Ahead]" = field(default_factory=list)  # of loops over `prefetch`, the innermost last
+    expecting: "Ahead | None" = None  # that of them which yielded last
     features_per_byte: float | None = None  # bytes of features a byte of inputs, the most so far
 
     @property
@@ -153,7 +154,7 @@ class Distillation:
         return self.known_signature
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("step", "alone", "recording", "ended", "recomputing", "running", "known_signature")
+        names = ("step", "alone", "recording", "ended", "recomputing", "running", "known_signature", "expecting")
         transient = dict.fromkeys(names)
         now = {**self.__dict__, **transient, "depth": 0, "ahead": []}
         return {name: value for name, value in now.items() if name != "lock"}
@@ -215,7 +216,7 @@ class Distillation:
         ahead, answer = self._looked_ahead(call, trains)
         later = None if trains or self.asks_at_once or answer is not None else self._later(call)
         if answer is None and later is None:
-            answer = self.request(call, call.kwargs)
+            answer = self.request(call)
         self.step = Step(answer, later, ahead)
         return self.step
 
@@ -226,18 +227,16 @@ class Distillation:
 
     def _request_as_then(self, call: Arguments, autocast: Callable[[], Any]) -> Answer:
         with autocast():
-            return self.request(call, call.kwargs)
+            return self.request(call)
 
-    def request(self, args: Any, kwargs: Any) -> Answer:
-        """Ask the teacher for the features of a batch."""
-        return self._request(args, kwargs, self.taps)
-
-    def _request(self, args: Any, kwargs: Any, taps: tuple[Tap, ...]) -> Answer:
+    def request(self, call: Arguments, whole: Arguments | None = None, taps: tuple[Tap, ...] = ()) -> Answer:
+        """Ask the teacher for the features of a batch, with `call`, which may be a part of the `whole` call."""
         if not self.encodings:
-            return Answer(self.teacher.submit(args, kwargs, taps))
-        mask = None if self.positions is None else self.positions(*args, **kwargs)
+            return Answer(self.teacher.submit(call, call.kwargs, taps or self.taps))
+        whole = call if whole is None else whole
+        mask = None if self.positions is None else self.positions(*whole, **whole.kwargs)
         submit: Any = self.teacher.submit  # one that can encode
-        return Answer(submit(args, kwargs, taps, encodings=self.encodings, positions=mask))
+        return Answer(submit(call, call.kwargs, taps or self.taps, encodings=self.encodings, positions=mask))
 
     def _looked_ahead(self, call: Arguments, training: bool) -> "tuple[Ahead | None, Answer | None]":
         """The answer that was asked for ahead for this batch, if any.
@@ -245,16 +244,16 @@ class Distillation:
         Raises:
             FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
         """
-        loops = [*self.ahead]
-        if not loops:
-            return None, None
-        given = bound(self.signature, call)
-        for ahead in reversed(loops):
-            if (answer := ahead.find(given, call)) is not None:
+        for ahead in [*self.ahead]:
+            ahead.rest_if_interrupted()
+        for ahead in reversed([*self.ahead]):
+            asked = ahead.question(call)
+            if (answer := ahead.find(bound(self.signature, asked), call)) is not None:
                 return ahead, answer
-        still = [ahead for ahead in loops if not ahead.closed]  # the garbage collector may have closed one meanwhile
-        if training and still:
-            raise FeatureMismatchError(still[-1].expected(given, call))
+        last = self.expecting
+        if training and last is not None and last.expects_a_forward():
+            asked = last.question(call)
+            raise FeatureMismatchError(last.expected(bound(self.signature, asked), asked))
         return None, None
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
@@ -299,7 +298,7 @@ class Distillation:
         inputs = Inputs(args, kwargs)
         whole = Tap("")
         call = without_cache(Arguments(args, kwargs))
-        answer = self._request(call, call.kwargs, tuple(dict.fromkeys((*self.taps, whole))))
+        answer = self.request(call, taps=tuple(dict.fromkeys((*self.taps, whole))))
         features = answer.features()
         before = self.alone
         self.drop_step()
