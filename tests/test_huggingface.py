@@ -11,7 +11,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from models import converted
-from schoolhouse.errors import UnsupportedValueError
+from schoolhouse.errors import FeatureMismatchError, UnsupportedValueError
 from schoolhouse_server import serve
 from torch import nn
 
@@ -225,3 +225,61 @@ def test_a_cache_among_the_inputs(where, training):
         with model.only_student_forward():
             assert model(token, **{name: cache}).logits.shape[1] == 1
         sh.export(model)
+
+
+class Distils(transformers.Trainer):
+    """As docs/from-modelopt.md has it, and looking ahead."""
+
+    depth = 4
+
+    def get_train_dataloader(self):
+        return self.model.prefetch(super().get_train_dataloader(), depth=self.depth)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = self.accelerator.unwrap_model(model).compute_kd_loss(labels=labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def trainer(folder, depth=4, **more):
+    torch.manual_seed(0)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (16, 6))]
+    teacher = Counts(made("LlamaForCausalLM", seed=1))
+    criterion = {("lm_head", "lm_head"): sh.CausalLMLoss(sh.LogitsDistillationLoss())}
+    model = converted(made("LlamaForCausalLM"), teacher, criterion)
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    settings = {
+        **quiet,
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "use_cpu": True,
+        "learning_rate": 0.1,
+        **more,
+    }
+    made_of = Distils(model, transformers.TrainingArguments(folder, **settings), train_dataset=rows)
+    made_of.model_accepts_loss_kwargs = False
+    made_of.depth = depth
+    return made_of, teacher
+
+
+def test_a_trainer_resumes_within_an_epoch(tmp_path):
+    whole, teacher = trainer(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    whole.train()
+    assert teacher.asked >= 6
+    again, _ = trainer(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for one, other in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    fresh = made("LlamaForCausalLM")
+    assert not torch.equal(fresh.lm_head.weight, whole.model.lm_head.weight)
+
+
+def test_a_trainer_whose_accumulation_is_above_depth_says_so(tmp_path):
+    accumulates, _ = trainer(tmp_path, depth=2, gradient_accumulation_steps=4)
+    with pytest.raises(FeatureMismatchError, match=r"gradient accumulation.*: depth=\d or above"):
+        accumulates.train()
+    assert accumulates.state.global_step == 0
+    accumulates, _ = trainer(tmp_path, depth=5, gradient_accumulation_steps=4, max_steps=2)
+    accumulates.train()
+    assert accumulates.state.global_step == 2
