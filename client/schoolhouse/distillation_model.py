@@ -182,17 +182,20 @@ class DistillationModel(nn.Module):
     ) -> Prefetch:
         """The batches of `loader`, while the teacher works on the next ones.
 
-        Each forward gets the features that its own batch asked for. In training, a forward on anything else raises
-        `FeatureMismatchError`; in eval mode it asks the teacher then and there.
+        Each forward gets the features that its own batch asked for. In training, a forward on anything else while a
+        batch waits for its own raises `FeatureMismatchError`; in eval mode it is as without look-ahead.
 
         Args:
-            loader: any iterable of batches, such as a DataLoader. It is read in this thread, up to `depth` batches
-                ahead; what it raises is raised after the batches before it.
+            loader: any iterable of batches. It is read in this thread, up to `depth` batches ahead; what it raises is
+                raised after the batches before it. Of a DataLoader, what is returned is one too, of the same class and
+                with the same attributes; with several ranks and a sampler that shards nothing a pass over it warns.
             depth: how many batches the teacher is asked for ahead of the one that is yielded, and how many that were
-                yielded may wait for their forward, such as micro-batches that are taken together.
+                yielded may wait for their forward, such as micro-batches that are taken together. A forward on one
+                that had to wait for longer raises `FeatureMismatchError`, which says what depth was needed.
             inputs: makes of a batch what the model is called with: `(args, kwargs)`, a tuple of positional arguments,
                 a dict of keyword arguments, or a single argument. Without it, the student's forward takes what has the
-                names of its parameters, or as many leading items as it needs.
+                names of its parameters, or as many leading items as it needs; and the teacher is not asked with the
+                `labels` among them, unless they have no default or the decoder's inputs are made of them.
             max_bytes: bound of what is held ahead, in bytes of inputs and of features, where a batch that is not here
                 yet counts by those before it; one batch is always allowed.
             progress: called after each step with the seconds that it waited for the teacher; or a progress bar with
