@@ -3,7 +3,9 @@
 import copy
 import gc
 import os
+import sys
 import threading
+import warnings
 import weakref
 from concurrent.futures import Future, wait
 
@@ -361,3 +363,121 @@ def test_the_collector_ends_a_loop_while_a_forward_looks_for_its_batch(monkeypat
     monkeypatch.setattr(Inputs, "same_as", lambda self, other: (gc.collect() and False) or same_as(self, other))
     model(torch.ones(2, 8))
     model.compute_kd_loss()
+
+
+def interrupted(function):
+    """Run what Ctrl-C ends, and keep what an interactive session keeps of it."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        function()
+    sys.last_type, sys.last_value, sys.last_traceback = caught.type, caught.value, caught.tb
+
+
+@pytest.fixture(autouse=True)
+def no_session():
+    yield
+    for name in ("last_type", "last_value", "last_traceback"):
+        vars(sys).pop(name, None)
+
+
+WHERE = ["loader", "asking", "body before the forward", "forward", "waiting", "body after the loss"]
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_loop_that_was_interrupted_leaves_nothing(where, monkeypatch):
+    """The last traceback keeps the frames of the loop, and with them the iterator."""
+    teacher = Asked()
+    model = converted(Net(seed=1), teacher)
+
+    def ctrl_c(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    def loader():
+        yield from batches(3)
+        if where == "loader":
+            ctrl_c()
+        yield from batches(3, seed=1)
+
+    def train():
+        kept = iter(model.prefetch(loader(), depth=2))
+        for i, (x, _) in enumerate(kept):
+            if i == 1 and where == "asking":
+                monkeypatch.setattr(teacher, "submit", ctrl_c)
+            if i == 1 and where == "body before the forward":
+                ctrl_c()
+            if i == 1 and where == "forward":
+                model.act.register_forward_hook(ctrl_c)
+            model(x)
+            if i == 1 and where == "waiting":
+                monkeypatch.setattr(step.Answer, "features", ctrl_c)
+            model.compute_kd_loss()
+            if i == 1 and where == "body after the loss":
+                ctrl_c()
+
+    interrupted(train)
+    monkeypatch.undo()
+    model.act._forward_hooks.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a step of the loop may wait for its loss
+        model(torch.ones(2, 8))  # a forward outside
+    assert model.compute_kd_loss().item() == pytest.approx(
+        expected_loss(Net(seed=1), Net(32).eval(), torch.ones(2, 8)), rel=1e-4
+    )
+    assert model._schoolhouse.ahead == []
+    asked = len(teacher.asked)
+    train_again = batches(3, seed=2)
+    for x, _ in model.prefetch(train_again):  # and a new pass
+        model(x)
+        assert model.compute_kd_loss().item() == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
+    assert len(teacher.asked) == asked + 3
+
+
+def test_a_session_drops_the_look_ahead_of_what_was_interrupted():
+    teacher = Asked(hold=True)
+    model = converted(Net(seed=1), teacher)
+
+    def failing():
+        yield from batches(1)
+        raise KeyboardInterrupt
+
+    def train():
+        for x, _ in model.prefetch(failing()):
+            teacher.futures[0].set_result(teacher.futures[0].made)
+            model(x)
+            model.compute_kd_loss()
+
+    interrupted(train)
+    assert model._schoolhouse.ahead == []
+
+
+def test_an_iterator_goes_on_after_an_error_of_the_session():
+    """As one that is stepped through by hand."""
+    teacher = Asked()
+    model = converted(Net(seed=1), teacher)
+    loop = iter(model.prefetch(batches(5), depth=2))
+    for i in range(5):
+        x, _ = next(loop)
+        if i == 2:
+            interrupted(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        model(x)
+        assert model.compute_kd_loss().item() == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x), rel=1e-4)
+    assert next(loop, None) is None
+    assert len(teacher.asked) == 5 + 3  # what was ahead then, and the batch itself, once more
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_kept_iterator_does_not_block_the_next_loop(used):
+    model = converted(Net(seed=1), Asked())
+    kept = iter(model.prefetch(batches(4)))
+    x, _ = next(kept)
+    if used:
+        model(x)
+        model.compute_kd_loss()
+    for given in (model.prefetch(batches(3, seed=1)), batches(3, seed=2)):  # one that looks ahead, and one that doesn't
+        for x, _ in given:
+            model(x)
+            model.compute_kd_loss()
+    for x, _ in kept:  # it goes on
+        with pytest.raises(FeatureMismatchError, match="where batch"):
+            model(torch.ones(2, 8))
+        model(x)
+        model.compute_kd_loss()

@@ -6,6 +6,7 @@ import torch
 from looking_ahead import batches, distilled, expected_loss
 from models import Net, converted
 from schoolhouse.errors import ConfigError, FeatureMismatchError
+from schoolhouse.taps import tensors_of
 from schoolhouse_server import serve
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -49,10 +50,98 @@ def test_default_inputs_take_what_the_forward_takes():
     for batch in model.prefetch([(x, torch.ones(2)), [x], x]):  # the first argument alone, since none is needed
         model(batch if isinstance(batch, torch.Tensor) else batch[0])
         model.compute_kd_loss()
-    next(loop := iter(model.prefetch([{"input_ids": x, "labels": torch.ones(2, dtype=torch.int64)}])))
-    with pytest.raises(FeatureMismatchError, match=r"labels=int64\[2\]"):
+    next(loop := iter(model.prefetch([{"input_ids": x, "scale": torch.ones(2, dtype=torch.int64)}])))
+    with pytest.raises(FeatureMismatchError, match=r"scale=int64\[2\]"):
         model(input_ids=x)
     loop.close()
+
+
+class Listens(sh.LocalTeacher):
+    """A teacher in this process that writes down the names of what it was asked with."""
+
+    def __init__(self, module):
+        super().__init__(module)
+        self.names = []
+
+    def submit(self, args, kwargs, taps, **more):
+        self.names.append(sorted(kwargs))
+        return super().submit(args, kwargs, taps, **more)
+
+
+def labelled(count=3):
+    return [{"input_ids": x, "labels": y} for x, y in batches(count)]
+
+
+@pytest.mark.parametrize("given", ["with", "without"])
+def test_labels_stay_with_the_student(given):
+    teacher = Listens(Many())
+    model = converted(Many(1), teacher)
+    for batch in model.prefetch(labelled()):
+        own = dict(batch) if given == "with" else {"input_ids": batch["input_ids"]}
+        out = model(**own)
+        assert torch.equal(out, Many(1)(**own))
+        want = sh.LogitsDistillationLoss()(out, Many()(batch["input_ids"]))
+        assert torch.equal(model.compute_kd_loss(), want)
+    assert teacher.names == [["input_ids"]] * 3
+
+
+def test_inputs_may_give_the_teacher_labels():
+    teacher = Listens(Many())
+    model = converted(Many(1), teacher)
+    for batch in model.prefetch(labelled(), inputs=dict):
+        out = model(**batch)
+        assert torch.equal(model.compute_kd_loss(), sh.LogitsDistillationLoss()(out, Many()(**batch)))
+    assert teacher.names == [["input_ids", "labels"]] * 3
+
+
+class NeedsLabels(Many):
+    def forward(self, input_ids, labels):
+        return super().forward(input_ids, labels=labels)
+
+
+class Decodes(Many):
+    """Makes the decoder's inputs of labels, as T5 does."""
+
+    def forward(self, input_ids=None, decoder_input_ids=None, labels=None):
+        decoder_input_ids = labels.flip(0) if decoder_input_ids is None else decoder_input_ids
+        return super().forward(input_ids) * decoder_input_ids.sum()
+
+
+@pytest.mark.parametrize("kind", [NeedsLabels, Decodes])
+def test_labels_that_a_forward_needs_are_the_teachers_too(kind):
+    teacher = Listens(kind())
+    model = converted(kind(1), teacher)
+    for batch in model.prefetch(labelled()):
+        out = model(**batch)
+        assert torch.equal(model.compute_kd_loss(), sh.LogitsDistillationLoss()(out, kind()(**batch)))
+    assert teacher.names == [["input_ids", "labels"]] * 3
+    decoded = [{**batch, "decoder_input_ids": batch["labels"].flip(0)} for batch in labelled()]
+    for batch in model.prefetch(decoded) if kind is Decodes else ():
+        model(**batch)
+        model.compute_kd_loss()
+        assert teacher.names.pop() == ["decoder_input_ids", "input_ids"]
+
+
+def test_positions_may_be_made_of_labels():
+    def some(input_ids, labels, **_):
+        assert len(labels) == len(input_ids)
+        return torch.ones(len(input_ids), 5, dtype=torch.bool)
+
+    more = {"encodings": sh.encodings.at_positions(sh.encodings.fp16), "positions": some}
+    model = converted(Positioned(1), Positioned(), Away(), **more)
+    for batch in model.prefetch(labelled()):
+        model(**batch)
+        assert model.compute_kd_loss() > 0
+
+
+class Positioned(Many):
+    def forward(self, input_ids=None, labels=None):
+        return super().forward(input_ids).unsqueeze(-1).expand(-1, -1, 4)
+
+
+class Away(nn.Module):
+    def forward(self, student, teacher):
+        return (student.sum() - sum(tensor.float().sum() for tensor in tensors_of(teacher))).abs()
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")  # nothing to pin for on this machine

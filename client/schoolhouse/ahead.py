@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,7 +26,8 @@ class Entry:
     number: int
     batch: Any  # until it is yielded
     call: Arguments
-    inputs: Inputs  # of the call, as the teacher got it
+    asked: Arguments  # what of it the teacher is asked with
+    inputs: Inputs  # that, as the teacher got it
     answer: Answer | None = None
     used: bool = False
 
@@ -60,7 +62,15 @@ class Entry:
 class Ahead:
     """The batches of one loop: those asked for ahead, and those yielded whose forward may still come."""
 
-    def __init__(self, state: Distillation, depth: int, max_bytes: int, progress: Callable[[float], Any]) -> None:
+    def __init__(
+        self,
+        state: Distillation,
+        depth: int,
+        max_bytes: int,
+        progress: Callable[[float], Any],
+        question: Callable[[Arguments], Arguments],
+    ) -> None:
+        self.question = question  # what of a call the teacher is asked with
         self.waiting: deque[Entry] = deque()
         self.closed = False
         self._yielded: deque[Entry] = deque()
@@ -68,7 +78,14 @@ class Ahead:
         self._depth = depth
         self._max_bytes = max_bytes
         self._progress = progress
-        self._dropped: int | None = None  # the last batch whose forward did not come in time
+        self._dropped = 0  # since the last forward, batches whose own did not come in time
+        self._interrupted_by: int | None = None  # as the loop last went on
+
+    def go_on(self) -> None:
+        """The loop takes its next batch, and is the one whose batches are expected."""
+        self._interrupted_by = _last_error()
+        if not self.closed and self not in self._state.ahead:
+            self._state.ahead.append(self)
 
     def has_room(self) -> bool:
         """Whether the teacher may be asked for one more batch."""
@@ -95,7 +112,7 @@ class Ahead:
     def ask(self, entry: Entry) -> None:
         """Ask the teacher for a batch; what it raises is kept for the step; with a full queue it is asked later."""
         try:
-            entry.answer = self._state.request(entry.call, entry.call.kwargs)
+            entry.answer = self._state.request(entry.asked, entry.call)
         except TeacherBusyError:
             pass
         except Exception as err:
@@ -106,9 +123,10 @@ class Ahead:
         entry = self.waiting.popleft()
         if len(self._yielded) >= self._depth:
             late = self._yielded.popleft()
-            self._dropped = late.number
+            self._dropped += not late.used
             _drop(late)
         self._yielded.append(entry)
+        self._state.expecting = self
         batch, entry.batch = entry.batch, None
         return batch
 
@@ -119,31 +137,36 @@ class Ahead:
             return None
         entry = next((entry for entry in found if not entry.used), found[-1])
         if entry.stale:
-            entry.answer = self._state.request(call, call.kwargs)
+            left_out = entry.call.kwargs.keys() - entry.asked.kwargs.keys()
+            whole = Arguments(call, {**{name: entry.call.kwargs[name] for name in left_out}, **call.kwargs})
+            entry.answer = self._state.request(self.question(call), whole)
         entry.used = True
+        self._dropped = 0
         return entry.answer
 
+    def expects_a_forward(self) -> bool:
+        """Whether a batch that was yielded waits for its forward."""
+        return any(not entry.used for entry in self._yielded)
+
     def expected(self, given: Inputs, call: Arguments) -> str:
-        """A message for a call on something else."""
-        if not self._yielded:
-            return f"the forward got {summary(call)} in a loop over prefetch that has yielded no batch yet"
-        entries = [entry for entry in self._yielded if not entry.used] or [self._yielded[-1]]
-        names = " or ".join(f"batch {entry.number}, {summary(entry.call)}," for entry in entries)
+        """A message for a call on something else, while a forward is expected."""
+        entries = [entry for entry in self._yielded if not entry.used]
+        if self._dropped:
+            taken = len(entries) + self._dropped
+            return (
+                f"{taken} batches of the loop over prefetch were taken before their forwards, and it keeps depth="
+                f"{self._depth} of them, so that features of the first {self._dropped} were dropped; the forward got "
+                f"{summary(call)}, which is none of the others. Where batches are taken together, as for gradient "
+                f"accumulation, give prefetch their number: depth={taken} or above"
+            )
+        names = " or ".join(f"batch {entry.number}, {summary(entry.asked)}," for entry in entries)
         others = any(entry.inputs.same_form_as(given) for entry in entries)
         why = " of other values" if others else ""
         return (
             f"the forward got {summary(call)}{why}, where {names} of the loop over prefetch was expected, which the "
             "teacher was asked for. Forward the batch as it was yielded, or give prefetch inputs=, a function that "
-            f"makes of a batch what the forward gets.{self._late()} model.eval() or only_student_forward() are for "
-            "other batches; the loop's end, or its close(), drops what was asked for"
-        )
-
-    def _late(self) -> str:
-        if self._dropped is None:
-            return ""
-        return (
-            f" Batch {self._dropped} was dropped, as its forward had not come when depth={self._depth} others were "
-            "taken: raise depth to take more of them before their forwards."
+            "makes of a batch what the forward gets. model.eval() or only_student_forward() are for other batches; the "
+            "loop's end, or its close(), drops what was asked for"
         )
 
     def used(self, step: Step) -> None:
@@ -152,17 +175,35 @@ class Ahead:
         waited_s, step.answer.waited_s = step.answer.waited_s, 0.0
         self._progress(waited_s)
 
-    def close(self) -> None:
-        """Drop what was asked for; the teacher is told, and asked for nothing more. The batches that wait stay.
+    def rest_if_interrupted(self) -> None:
+        """Rest, if an error has ended the loop and an interactive session keeps it, with the frames of that error.
+
+        Such a session remembers the last error that came to its prompt, where no loop was left running.
+        """
+        if self._interrupted_by != _last_error():
+            self.rest()
+
+    def rest(self) -> None:
+        """Drop what was asked for; the teacher is told. Batches that wait stay, for a loop that goes on after all.
 
         The garbage collector may call this at any time, also while a method of this object runs.
         """
-        self.closed = True
         with contextlib.suppress(ValueError):
             self._state.ahead.remove(self)
+        if self._state.expecting is self:
+            self._state.expecting = None
         for entry in (*self.waiting, *self._yielded):
             _drop(entry)
         self._yielded = deque()
+
+    def close(self) -> None:
+        """Rest, and ask for nothing more."""
+        self.closed = True
+        self.rest()
+
+
+def _last_error() -> int:
+    return id(getattr(sys, "last_traceback", None))
 
 
 def _drop(entry: Entry) -> None:

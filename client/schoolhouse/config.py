@@ -37,6 +37,8 @@ class KDLossConfig:
             one for all; without one they travel as computed. A teacher in this process gives what would have arrived.
         positions: for encodings that are `at_positions`: called with what the forward is called with, it returns the
             bool or 0/1 mask `[batch, length]` of the positions that the losses will read.
+        eval_kd: ask the teacher as each forward begins in eval mode and under `no_grad` too, as in training. Without it
+            such a forward asks nobody, and `compute_kd_loss` asks for the last one's batch, of which a copy is kept.
     """
 
     teacher_model: Any = None
@@ -45,6 +47,7 @@ class KDLossConfig:
     expose_minimal_state_dict: bool = True
     encodings: Any = None
     positions: Callable[..., Any] | None = None
+    eval_kd: bool = False
 
     def pairs(self) -> dict[tuple[str, str], nn.Module]:
         """The criterion as `{(student_layer, teacher_layer): loss instance}`."""
@@ -75,8 +78,9 @@ class KDLossConfig:
         """Raise `ConfigError` for what is wrong or missing, with the field's name and the choices."""
         if self.teacher_model is None:
             raise ConfigError(f"teacher_model is missing; choices: {_TEACHER_CHOICES}")
-        if not isinstance(self.expose_minimal_state_dict, bool):
-            raise ConfigError(f"expose_minimal_state_dict is {self.expose_minimal_state_dict!r}; choices: True, False")
+        for name in ("expose_minimal_state_dict", "eval_kd"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} is {value!r}; choices: True, False")
         several = isinstance(self.criterion, Mapping) and len(self.criterion) > 1
         _check_balancer(self.loss_balancer, several)
 

@@ -76,6 +76,7 @@ def _convert(
         unseen=Unseen(parameters),
         encodings=encodings,
         positions=config.positions,
+        asks_at_once=config.eval_kd or kind._schoolhouse_mode.needs_inputs,
         original_cls=type(model),
         minimal_state_dict=config.expose_minimal_state_dict,
         own_forward=model.__dict__.pop("forward", None),
@@ -216,10 +217,15 @@ def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) ->
     def forward(self: DistillationModel, *args: Any, **kwargs: Any) -> Any:
         return run_forward(self, *args, **kwargs)
 
-    name = f"{kind.__name__.removesuffix('Model')}{student_class.__name__}"
-    space = {"forward": forward, "__module__": student_class.__module__}
+    def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
+        return student_class(*args, **kwargs)
+
+    # Its own name and place, since others look for what they know of a student by these: transformers for what it
+    # records and for the architecture that it saves. What such a caller makes of the class is a plain student.
+    names = {name: getattr(student_class, name) for name in ("__module__", "__qualname__")}
     if (kind, student_class) not in _classes:
-        _classes[kind, student_class] = type(name, (kind, student_class), space)
+        space = {"forward": forward, "__new__": new, **names}
+        _classes[kind, student_class] = type(student_class.__name__, (kind, student_class), space)
     return _classes[kind, student_class]
 
 

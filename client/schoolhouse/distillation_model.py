@@ -12,7 +12,7 @@ from torch import nn
 from schoolhouse.distributed import as_forward, check_data_parallel, check_loss_sharding, unshard_in_backward
 from schoolhouse.errors import ConfigError, FeatureMismatchError
 from schoolhouse.loss_balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
-from schoolhouse.prefetch import Prefetch
+from schoolhouse.prefetch import Prefetch, prefetch
 from schoolhouse.step import Distillation, Step, eager, on_device_of
 from schoolhouse.taps import Tap
 from schoolhouse.teachers import LocalTeacher
@@ -24,6 +24,8 @@ EXTRAS = (LOSSES, BALANCER, TEACHER)
 
 class KDMode:
     """What the mode "kd_loss" does to a student; "layerwise_kd" differs in these."""
+
+    needs_inputs = False  # of the teacher's layers, while the student's forward runs
 
     def attach(self, model: "DistillationModel", balancer: DistillationLossBalancer | None) -> None:
         """Set hooks and register what a converted student has beside its own modules."""
@@ -69,6 +71,10 @@ class DistillationModel(nn.Module):
         if make is copyreg.__newobj__ and issubclass(kind, DistillationModel):  # type: ignore[attr-defined]
             return (_new, (kind, self._schoolhouse.original_cls, *args[1:]), *rest)
         return (make, args, *rest)
+
+    def _get_name(self) -> str:
+        """The name that a print of the model shows; that of its class is the student's own."""
+        return f"Distillation{super()._get_name()}"  # type: ignore[no-untyped-call]
 
     def _replicate_for_data_parallel(self) -> Any:
         raise ConfigError(
@@ -181,17 +187,20 @@ class DistillationModel(nn.Module):
     ) -> Prefetch:
         """The batches of `loader`, while the teacher works on the next ones.
 
-        Each forward gets the features that its own batch asked for. In training, a forward on anything else raises
-        `FeatureMismatchError`; in eval mode it asks the teacher then and there.
+        Each forward gets the features that its own batch asked for. In training, a forward on anything else while a
+        batch waits for its own raises `FeatureMismatchError`; in eval mode it is as without look-ahead.
 
         Args:
-            loader: any iterable of batches, such as a DataLoader. It is read in this thread, up to `depth` batches
-                ahead; what it raises is raised after the batches before it.
+            loader: any iterable of batches. It is read in this thread, up to `depth` batches ahead; what it raises is
+                raised after the batches before it. Of a DataLoader, what is returned is one too, of the same class and
+                with the same attributes; with several ranks and a sampler that shards nothing a pass over it warns.
             depth: how many batches the teacher is asked for ahead of the one that is yielded, and how many that were
-                yielded may wait for their forward, such as micro-batches that are taken together.
+                yielded may wait for their forward, such as micro-batches that are taken together. A forward on one
+                that had to wait for longer raises `FeatureMismatchError`, which says what depth was needed.
             inputs: makes of a batch what the model is called with: `(args, kwargs)`, a tuple of positional arguments,
                 a dict of keyword arguments, or a single argument. Without it, the student's forward takes what has the
-                names of its parameters, or as many leading items as it needs.
+                names of its parameters, or as many leading items as it needs; and the teacher is not asked with the
+                `labels` among them, unless they have no default or the decoder's inputs are made of them.
             max_bytes: bound of what is held ahead, in bytes of inputs and of features, where a batch that is not here
                 yet counts by those before it; one batch is always allowed.
             progress: called after each step with the seconds that it waited for the teacher; or a progress bar with
@@ -201,7 +210,7 @@ class DistillationModel(nn.Module):
             ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch,
                 or whether that was written into meanwhile, as of an object of a type that cannot travel.
         """
-        return Prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
+        return prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
 
     def export(self) -> nn.Module:
         """As `schoolhouse.export(model)`."""
@@ -403,5 +412,6 @@ def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
 def _new(kind: type[DistillationModel], student_class: type[nn.Module], *args: Any) -> Any:
     from schoolhouse.distillation import meta_class
 
-    made = meta_class(kind, student_class)
-    return made.__new__(made, *args)
+    made = student_class.__new__(student_class, *args)
+    object.__setattr__(made, "__class__", meta_class(kind, student_class))
+    return made

@@ -15,6 +15,8 @@ from schoolhouse.taps import Tap, apart_from, storages_of, tensors_of
 class LayerwiseMode(KDMode):
     """What the mode "layerwise_kd" does to a student."""
 
+    needs_inputs = True
+
     def attach(self, model: DistillationModel, balancer: Any) -> None:
         """Also freeze all but the layers in the criterion."""
         super().attach(model, balancer)
@@ -55,6 +57,9 @@ class LayerwiseDistillationModel(DistillationModel):
     """
 
     _schoolhouse_mode = LayerwiseMode()
+
+    def _get_name(self) -> str:
+        return f"Layerwise{super()._get_name()}"
 
 
 class _Skip:

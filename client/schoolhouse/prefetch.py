@@ -2,27 +2,98 @@
 
 import functools
 import itertools
+import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from schoolhouse_wire.codec import Arguments
+from torch.utils import data
 
 from schoolhouse.ahead import Ahead, Entry
 from schoolhouse.batches import bound, call_of, taken_by
 from schoolhouse.errors import ConfigError
+from schoolhouse.question import without_labels
 from schoolhouse.step import Distillation
 
 _END = object()
+_PLAIN_SAMPLERS = (
+    data.BatchSampler,
+    data.RandomSampler,
+    data.SequentialSampler,
+    data.SubsetRandomSampler,
+    data.WeightedRandomSampler,
+)
 
 
 class Prefetch:
-    """What `DistillationModel.prefetch` returns: each `iter()` begins a pass over the loader."""
+    """What `DistillationModel.prefetch` returns: the loader, except that each `iter()` begins a pass that looks ahead.
+
+    Of a DataLoader it is an instance of a subclass of its class, with the very same attributes, so that trainers treat
+    it as one. Where they make another one of its class, as with a sampler of theirs, that one looks ahead too.
+    """
+
+    __slots__ = ("_begun", "_looks")
+    _looks: "_Looks"
+    _begun: "_Pass | None"  # which must not refer to this: in a cycle, it would outlive its last user
+    _made: "weakref.ref[_Looks]"
+
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        looks = cls._made()
+        assert looks is not None, "the one that this is made of has them"
+        self._looks, self._begun = looks, None
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return self._looks.steps
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that they waited for the teacher."""
+        return self._looks.waited_s
+
+    def __iter__(self) -> Any:
+        begun, self._begun = self._begun, None
+        if begun is not None and not begun.over:
+            return begun
+        _say_if_nothing_shards(self)
+        return self._looks.begin(super().__iter__())  # type: ignore[misc]  # of the loader's class
+
+    def __next__(self) -> Any:
+        if self._begun is None:
+            self._begun = iter(self)
+        return next(self._begun)
+
+
+class _Wraps:
+    """Stands for an iterable that is no DataLoader."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+
+class _Looks:
+    """How passes look ahead, and how long their steps waited."""
 
     def __init__(
         self,
         state: Distillation,
-        loader: Iterable[Any],
         *,
         depth: int,
         inputs: Callable[[Any], Any] | None,
@@ -34,54 +105,66 @@ class Prefetch:
                 raise ConfigError(f"{name} is {value!r}; it must be an integer of 1 or above")
         if inputs is not None and not callable(inputs):
             raise ConfigError(f"inputs is a {type(inputs).__name__}; it must be a function of a batch, or None")
-        if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-            raise ConfigError(f"loader is a {type(loader).__name__}; it must be an iterable of batches")
-        self._state = state
-        self._loader = loader
-        self._depth = depth
-        self._max_bytes = max_bytes
-        self._waits = _Waits(_shower(progress))
-        self._call = functools.partial(_call, state, inputs)
-        self._begun: _Pass | None = None  # which must not refer to this: in a cycle, it would outlive its last user
-
-    @property
-    def steps(self) -> int:
-        """Steps so far."""
-        return self._waits.steps
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds that they waited for the teacher."""
-        return self._waits.waited_s
-
-    def __iter__(self) -> "_Pass":
-        begun, self._begun = self._begun, None
-        if begun is not None and not begun.over:
-            return begun
-        ahead = Ahead(self._state, self._depth, self._max_bytes, self._waits)
-        return _Pass(ahead, self._state, iter(self._loader), self._call)
-
-    def __next__(self) -> Any:
-        if self._begun is None:
-            self._begun = iter(self)
-        return next(self._begun)
-
-    def __len__(self) -> int:
-        return len(self._loader)  # type: ignore[arg-type]  # whoever asks knows that it has a length
-
-
-class _Waits:
-    """Counts steps and how long they waited, and shows it."""
-
-    def __init__(self, show: Callable[[float], Any]) -> None:
         self.steps = 0
         self.waited_s = 0.0
-        self._show = show
+        self._state = state
+        self._depth = depth
+        self._inputs = inputs
+        self._max_bytes = max_bytes
+        self._show = _shower(progress)
 
     def __call__(self, waited_s: float) -> None:
         self.steps += 1
         self.waited_s += waited_s
         self._show(waited_s)
+
+    def begin(self, batches: Iterator[Any]) -> "_Pass":
+        """A pass over batches."""
+        ahead = Ahead(self._state, self._depth, self._max_bytes, self, self._question)
+        return _Pass(ahead, self._state, batches, functools.partial(_call, self._state, self._inputs))
+
+    def _question(self, call: Arguments) -> Arguments:
+        return call if self._inputs is not None else without_labels(self._state.signature, call)
+
+
+def prefetch(state: Distillation, loader: Iterable[Any], **settings: Any) -> Prefetch:
+    """See `DistillationModel.prefetch`."""
+    looks = _Looks(state, **settings)
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ConfigError(f"loader is a {type(loader).__name__}; it must be an iterable of batches")
+    acts = isinstance(loader, data.DataLoader) and not isinstance(loader, Prefetch)
+    source: Any = loader if acts else _Wraps(loader)
+    kind: Any = type("Prefetch", (Prefetch, type(source)), {"__slots__": (), "_made": weakref.ref(looks)})
+    made: Any = kind.__new__(kind)
+    object.__setattr__(made, "__dict__", source.__dict__)  # unseen by Lightning, which would do it again to its own
+    return made  # type: ignore[no-any-return]
+
+
+def _say_if_nothing_shards(loader: Any) -> None:
+    """Warn where each of several ranks would train on all data."""
+    distributed = torch.distributed
+    if not isinstance(loader, data.DataLoader) or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    ranks = distributed.get_world_size()
+    known = isinstance(loader.dataset, data.IterableDataset) or getattr(loader, "_is_accelerate_prepared", False)
+    if ranks == 1 or known or any(type(sampler) not in _PLAIN_SAMPLERS for sampler in _samplers(loader)):
+        return
+    warnings.warn(
+        f"there are {ranks} ranks, and nothing shards the DataLoader that prefetch got (its sampler is a "
+        f"{type(loader.sampler).__name__}), so that each of them trains on all of its data: give the DataLoader a "
+        "torch.utils.data.DistributedSampler, prefetch what accelerator.prepare returns, or let Lightning have what "
+        "prefetch returns; where the dataset is this rank's part of the data, all is well",
+        stacklevel=3,
+    )
+
+
+def _samplers(of: Any) -> Iterator[Any]:
+    """The samplers of a DataLoader, and those within them."""
+    for name in ("sampler", "batch_sampler"):
+        if (sampler := getattr(of, name, None)) is not None:
+            yield sampler
+            if isinstance(sampler, data.Sampler):
+                yield from _samplers(sampler)
 
 
 def _call(state: Distillation, inputs: Callable[[Any], Any] | None, batch: Any) -> Arguments:
@@ -105,12 +188,16 @@ class _Pass(Iterator[Any]):
         self._numbers = itertools.count()
         self._error: Exception | None = None
         self.over = False
-        state.ahead.append(ahead)
 
     def __next__(self) -> Any:
         if not self._ahead.closed:
-            self._ahead.drop_used()
-            self._look_ahead()
+            try:
+                self._ahead.go_on()
+                self._ahead.drop_used()
+                self._look_ahead()
+            except BaseException:  # such as Ctrl-C, whose traceback holds this frame, and so the pass
+                self._ahead.rest()
+                raise
         if self._ahead.waiting:
             return self._ahead.take()
         if self._batches is not None:  # the model was exported: the loader's batches still come
@@ -127,7 +214,7 @@ class _Pass(Iterator[Any]):
     def _look_ahead(self) -> None:
         for late in self._ahead.waiting:
             if late.unanswered:
-                late.inputs = bound(self._state.signature, late.call)  # as they are now
+                late.inputs = bound(self._state.signature, late.asked)  # as they are now
                 self._ahead.ask(late)
         while self._batches is not None and self._ahead.has_room():
             try:
@@ -143,14 +230,15 @@ class _Pass(Iterator[Any]):
 
     def _entry(self, batch: Any) -> Entry:
         call = self._call(batch)
-        inputs = bound(self._state.signature, call)
+        asked = self._ahead.question(call)
+        inputs = bound(self._state.signature, asked)
         if inputs.unknown is not None:
             raise ConfigError(
                 f"the forward takes a {inputs.unknown.__name__} of the batch, and whether one was written into after "
                 "the teacher was asked cannot be told: give prefetch inputs=, a function that makes of a batch tensors "
                 "and plain values, or loop over the loader itself"
             )
-        return Entry(next(self._numbers), batch, call, inputs)
+        return Entry(next(self._numbers), batch, call, asked, inputs)
 
     def close(self) -> None:
         """End the pass: what was asked for is dropped, and forwards ask the teacher themselves again."""

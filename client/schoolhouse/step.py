@@ -23,6 +23,7 @@ from schoolhouse.batches import Inputs, bound
 from schoolhouse.callers import to_caller
 from schoolhouse.errors import FeatureMismatchError, UsageError
 from schoolhouse.loss_arguments import LossArguments
+from schoolhouse.question import autocast_as_now, copy_of, holds_tokens, refuse_cache, without_cache
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
 from schoolhouse.unseen import Unseen
@@ -91,6 +92,7 @@ class Step:
     """What one batch has produced: the teacher's features to come, and the student's outputs by layer."""
 
     answer: Answer | None = None
+    later: Callable[[], Answer] | None = None  # asks the teacher once somebody needs the features
     ahead: "Ahead | None" = None  # whose batch it is
     outputs: dict[str, Any] = field(default_factory=dict)
     student_ran: bool = False
@@ -101,8 +103,10 @@ class Step:
     thread: int = field(default_factory=threading.get_ident)
 
     def features(self) -> Features:
-        """Wait for the teacher's answer."""
-        assert self.answer is not None
+        """Wait for the teacher's answer; a teacher that was not asked yet is asked."""
+        if self.answer is None:
+            assert self.later is not None
+            self.answer, self.later = self.later(), None
         return self.answer.features()
 
 
@@ -120,6 +124,7 @@ class Distillation:
     own_forward: Callable[..., Any] | None  # a forward that was set on the student itself
     encodings: Mapping[Tap, Encoding] = field(default_factory=dict)
     positions: Callable[..., Any] | None = None
+    asks_at_once: bool = False  # also where no gradients are wanted
     taps: tuple[Tap, ...] = ()
     step: Step | None = None  # that the teacher was asked for
     alone: Step | None = None  # of the student, whose batch the teacher may get later
@@ -135,6 +140,7 @@ class Distillation:
     depth: int = 0  # of forwards within one another
     known_signature: inspect.Signature | None = None
     ahead: "list[Ahead]" = field(default_factory=list)  # of loops over `prefetch`, the innermost last
+    expecting: "Ahead | None" = None  # that of them which yielded last
     features_per_byte: float | None = None  # bytes of features a byte of inputs, the most so far
 
     @property
@@ -149,7 +155,7 @@ class Distillation:
         return self.known_signature
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("step", "alone", "recording", "ended", "recomputing", "running", "known_signature")
+        names = ("step", "alone", "recording", "ended", "recomputing", "running", "known_signature", "expecting")
         transient = dict.fromkeys(names)
         now = {**self.__dict__, **transient, "depth": 0, "ahead": []}
         return {name: value for name, value in now.items() if name != "lock"}
@@ -191,47 +197,65 @@ class Distillation:
             self.recording = self.running = None
         self.lock.release()
 
-    def ask(self, args: Any, kwargs: Any, training: bool) -> Step:
-        """Begin a step: the teacher gets the batch."""
-        if self.step is not None and self.step.student_ran and training:
+    def ask(self, args: Any, kwargs: Any, training: bool) -> Step | None:
+        """Begin a step: the teacher gets the batch, at once if the student trains, and else when features are needed.
+
+        None for a forward whose features nobody can need: one that goes on from a key-value cache of the student's.
+        """
+        if training and self.step is not None and self.step.student_ran and self.step.answer is not None:
             warnings.warn(
                 "forward was called again without compute_kd_loss; the earlier batch's features are dropped",
                 stacklevel=to_caller(),
             )
         self.drop_step()
-        ahead, answer = self._looked_ahead(args, kwargs, training)
-        self.step = Step(answer or self.request(args, kwargs), ahead)
+        call = Arguments(args, kwargs)
+        trains = training and torch.is_grad_enabled()
+        if not trains and not self.asks_at_once and holds_tokens(call):
+            self.step = Step(later=refuse_cache, student_ran=True)
+            return None
+        call = without_cache(call)
+        ahead, answer = self._looked_ahead(call, trains)
+        later = None if trains or self.asks_at_once or answer is not None else self._later(call)
+        if answer is None and later is None:
+            answer = self.request(call)
+        self.step = Step(answer, later, ahead)
         return self.step
 
-    def request(self, args: Any, kwargs: Any) -> Answer:
-        """Ask the teacher for the features of a batch."""
-        return self._request(args, kwargs, self.taps)
+    def _later(self, call: Arguments) -> Callable[[], Answer] | None:
+        """What asks for the features of a batch as it is now; None if no copy of it can be kept."""
+        copied = copy_of(call)
+        return None if copied is None else functools.partial(self._request_as_then, copied, autocast_as_now())
 
-    def _request(self, args: Any, kwargs: Any, taps: tuple[Tap, ...]) -> Answer:
-        self.unseen.tell(kwargs)
+    def _request_as_then(self, call: Arguments, autocast: Callable[[], Any]) -> Answer:
+        with autocast():
+            return self.request(call)
+
+    def request(self, call: Arguments, whole: Arguments | None = None, taps: tuple[Tap, ...] = ()) -> Answer:
+        """Ask the teacher for the features of a batch, with `call`, which may be a part of the `whole` call."""
+        self.unseen.tell(call.kwargs)
         if not self.encodings:
-            return Answer(self.teacher.submit(args, kwargs, taps))
-        mask = None if self.positions is None else self.positions(*args, **kwargs)
+            return Answer(self.teacher.submit(call, call.kwargs, taps or self.taps))
+        whole = call if whole is None else whole
+        mask = None if self.positions is None else self.positions(*whole, **whole.kwargs)
         submit: Any = self.teacher.submit  # one that can encode
-        return Answer(submit(args, kwargs, taps, encodings=self.encodings, positions=mask))
+        return Answer(submit(call, call.kwargs, taps or self.taps, encodings=self.encodings, positions=mask))
 
-    def _looked_ahead(self, args: Any, kwargs: Any, training: bool) -> "tuple[Ahead | None, Answer | None]":
+    def _looked_ahead(self, call: Arguments, training: bool) -> "tuple[Ahead | None, Answer | None]":
         """The answer that was asked for ahead for this batch, if any.
 
         Raises:
             FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
         """
-        loops = [*self.ahead]
-        if not loops:
-            return None, None
-        call = Arguments(args, kwargs)
-        given = bound(self.signature, call)
-        for ahead in reversed(loops):
-            if (answer := ahead.find(given, call)) is not None:
+        for ahead in [*self.ahead]:
+            ahead.rest_if_interrupted()
+        for ahead in reversed([*self.ahead]):
+            asked = ahead.question(call)
+            if (answer := ahead.find(bound(self.signature, asked), call)) is not None:
                 return ahead, answer
-        still = [ahead for ahead in loops if not ahead.closed]  # the garbage collector may have closed one meanwhile
-        if training and still:
-            raise FeatureMismatchError(still[-1].expected(given, call))
+        last = self.expecting
+        if training and last is not None and last.expects_a_forward():
+            asked = last.question(call)
+            raise FeatureMismatchError(last.expected(bound(self.signature, asked), asked))
         return None, None
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
@@ -275,7 +299,8 @@ class Distillation:
         self.ended = None
         inputs = Inputs(args, kwargs)
         whole = Tap("")
-        answer = self._request(args, kwargs, tuple(dict.fromkeys((*self.taps, whole))))
+        call = without_cache(Arguments(args, kwargs))
+        answer = self.request(call, taps=tuple(dict.fromkeys((*self.taps, whole))))
         features = answer.features()
         before = self.alone
         self.drop_step()

@@ -1,0 +1,181 @@
+"""Look-ahead over a DataLoader acts as one: for trainers that look at it, make another of it, or go on within it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loaders_job import ROWS, Counts, Rows, injected, stepped
+from looking_ahead import Asked, batches
+from models import Net, converted
+from torch.utils.data import DataLoader, SequentialSampler
+
+JOB = Path(__file__).with_name("loaders_job.py")
+
+
+def distilled():
+    model = converted(Net(seed=1), Counts(Net(32)))
+    model._modules.pop("_teacher_model")
+    return model
+
+
+class Epochs(DataLoader):
+    """Has what trainers call, and a state of its own."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for x in super().__iter__():
+            yield x + self.epoch * ROWS
+
+
+def test_it_is_a_data_loader_with_the_same_attributes():
+    model = distilled()
+    loader = Epochs(Rows(), batch_size=4, drop_last=True)
+    loop = model.prefetch(loader)
+    assert isinstance(loop, Epochs)
+    assert len(loop) == len(loader) == 4
+    for name in ("dataset", "sampler", "batch_sampler", "collate_fn", "generator"):
+        assert getattr(loop, name) is getattr(loader, name)
+    assert (loop.batch_size, loop.drop_last, loop.num_workers) == (4, True, 0)
+    assert loop.multiprocessing_context is None
+    loop.set_epoch(2)
+    assert loader.epoch == 2  # one loader, seen twice
+    assert stepped(model, model, loop) == [[float(2 * ROWS + 4 * i + j) for j in range(4)] for i in range(4)]
+    assert loop.steps == 4
+    assert len(list(loop)) == len(list(loader)) == 4
+    with pytest.raises(AttributeError, match="nothing"):
+        loop.nothing  # noqa: B018
+
+
+def test_two_of_one_loader_have_settings_and_steps_of_their_own():
+    loader = DataLoader(Rows(), batch_size=4)
+    one, other = distilled(), distilled()
+    first, second = one.prefetch(loader), other.prefetch(loader)
+    stepped(one, one, first)
+    assert (first.steps, second.steps) == (4, 0)
+    assert len(one.teacher_model.asked) == 4
+    assert other.teacher_model.asked == []
+    assert not [name for name in vars(loader) if "schoolhouse" in name or "looks" in name]
+    rows = []
+    for x in one.prefetch(other.prefetch(loader), depth=3):  # two models over one loader
+        rows.append(x[:, 0].tolist())
+        for model in (one, other):
+            model(x)
+            model.compute_kd_loss()
+    assert rows == one.teacher_model.asked[:4]
+
+
+def test_another_one_of_its_class_looks_ahead_too():
+    model = distilled()
+    loop = injected(model.prefetch(DataLoader(Rows(), batch_size=4), depth=2), SequentialSampler(range(8)))
+    x = next(loop)
+    assert len(model.teacher_model.asked) == 2  # the second is what the loader has left
+    model(x)
+    model.compute_kd_loss()
+    assert stepped(model, model, loop) == [[4.0, 5.0, 6.0, 7.0]]
+
+
+class Source:
+    """No DataLoader, with a length and an attribute."""
+
+    shards = 7
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(batches(3))
+
+
+def test_other_loaders_keep_their_attributes():
+    model = converted(Net(seed=1), Asked())
+    loop = model.prefetch(Source())
+    assert (loop.shards, len(loop), len(list(loop))) == (7, 3, 3)
+    assert not isinstance(loop, DataLoader)
+
+
+def test_workers_that_persist_are_started_once():
+    model = distilled()
+    loader = DataLoader(Rows(), batch_size=4, num_workers=1, persistent_workers=True)
+    for _ in range(2):
+        assert len(stepped(model, model, model.prefetch(loader))) == 4
+    workers = loader._iterator._workers
+    assert len(stepped(model, model, model.prefetch(loader))) == 4
+    assert loader._iterator._workers is workers
+    loader._iterator._shutdown_workers()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_accelerate_goes_on_in_the_middle(prepared):
+    accelerate = pytest.importorskip("accelerate")
+    model = distilled()
+    loader = DataLoader(Rows(), batch_size=4)
+    loop = model.prefetch(accelerate.Accelerator(cpu=True).prepare(loader) if prepared else loader)
+    rest = accelerate.skip_first_batches(loop, 2)
+    assert [x[:, 0].tolist() for x in rest] == [[8.0, 9.0, 10.0, 11.0], [12.0, 13.0, 14.0, 15.0]]
+    assert len(stepped(model, model, loop)) == 4  # the next epoch
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    outs = [folder / f"{rank}.pt" for rank in range(2)]
+    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
+    commands = [[sys.executable, JOB, str(rank), folder / "rendezvous", out] for rank, out in enumerate(outs)]
+    started = [subprocess.Popen(c, stdout=log, stderr=log) for c, log in zip(commands, logs, strict=True)]
+    try:
+        codes = [process.wait(170) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+        texts = [Path(log.name).read_text() for log in logs]
+        for log in logs:
+            log.close()
+    assert codes == [0, 0], "\n".join(texts)
+    return [torch.load(out, weights_only=True) for out in outs]
+
+
+def rows_of(found):
+    return [row for step in found["rows"] for row in step]
+
+
+def test_ranks_that_nothing_shards_say_so(ranks):
+    for found in (rank["plain"] for rank in ranks):
+        assert sorted(rows_of(found)) == list(range(ROWS))  # each trains on all
+        (told,) = found["warned"]
+        assert "2 ranks" in told
+        assert "SequentialSampler" in told
+        assert "DistributedSampler" in told
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("how", ["with_sampler", "injected_sampler", "stream", "prepared"])
+def test_ranks_share_the_data(ranks, how):
+    found = [rank[how] for rank in ranks]
+    assert sorted(rows_of(found[0]) + rows_of(found[1])) == list(range(ROWS))
+    for one in found:
+        assert len(one["rows"]) == 2
+        assert one["asked"][:2] == one["rows"]  # once each
+        assert one["warned"] == []
+
+
+def test_accelerate_shards_what_prefetch_returns(ranks):
+    found = [rank["prepared_after"] for rank in ranks]
+    assert sorted(rows_of(found[0]) + rows_of(found[1])) == list(range(ROWS))
+
+
+def test_lightning_shards_what_prefetch_returns(ranks):
+    found = [rank["lightning"] for rank in ranks]
+    if found[0] is None:
+        pytest.skip("lightning is not installed; test_ranks_share_the_data has what it does")
+    for epoch in (slice(0, 2), slice(2, 4)):
+        assert sorted(row for one in found for step in one["rows"][epoch] for row in step) == list(range(ROWS))
+    for one in found:
+        assert one["asked"] == one["rows"]  # ahead, once each
+        assert one["rows"][:2] != one["rows"][2:]  # shuffled anew
