@@ -112,16 +112,22 @@ class Ahead:
         batch, entry.batch = entry.batch, None
         return batch
 
-    def find(self, given: Inputs, call: Arguments) -> Answer | None:
-        """The answer for a call on a batch that was yielded; None if it is none of them."""
-        found = [entry for entry in self._yielded if entry.inputs.same_as(given)]
-        if not found:
-            return None
-        entry = next((entry for entry in found if not entry.used), found[-1])
-        if entry.stale:
-            entry.answer = self._state.request(call, call.kwargs)
+    def alike(self, given: Inputs) -> list[Entry]:
+        """The yielded batches of the form of a call: those whose forward may still come, in order, and then others."""
+        alike = [entry for entry in self._yielded if entry.inputs.same_form_as(given)]
+        return [*(entry for entry in alike if not entry.used), *(entry for entry in reversed(alike) if entry.used)]
+
+    def find(self, given: Inputs) -> Entry | None:
+        """The batch that a call is on, of those that were yielded; it may wait for a device."""
+        return next((entry for entry in self.alike(given) if entry.inputs.same_as(given)), None)
+
+    def answer(self, entry: Entry, call: Arguments) -> Answer:
+        """The answer for a forward, which has come; the teacher is asked again where there is none."""
+        answer = entry.answer
+        if answer is None or entry.stale:
+            answer = entry.answer = self._state.request(call, call.kwargs)
         entry.used = True
-        return entry.answer
+        return answer
 
     def expected(self, given: Inputs, call: Arguments) -> str:
         """A message for a call on something else."""

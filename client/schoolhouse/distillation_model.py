@@ -177,7 +177,8 @@ class DistillationModel(nn.Module):
         """The batches of `loader`, while the teacher works on the next ones.
 
         Each forward gets the features that its own batch asked for. In training, a forward on anything else raises
-        `FeatureMismatchError`; in eval mode it asks the teacher then and there.
+        `FeatureMismatchError`; in eval mode it asks the teacher then and there. Of a batch on a GPU, only
+        `compute_kd_loss` sees other values, so that no forward waits for the device.
 
         Args:
             loader: any iterable of batches, such as a DataLoader. It is read in this thread, up to `depth` batches
@@ -222,7 +223,8 @@ class DistillationModel(nn.Module):
 
         Raises:
             ConfigError: for a student_loss without a balancer.
-            FeatureMismatchError: if there was no forward since the last call, or only one of the two ran.
+            FeatureMismatchError: if there was no forward since the last call, or only one of the two ran; or if the
+                forward was on another batch than `prefetch` has yielded, where that could not be seen before.
             SchoolhouseError: whatever kept the teacher from answering.
         """
         state = self._schoolhouse
@@ -230,7 +232,8 @@ class DistillationModel(nn.Module):
             raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
         step = state.complete_step()
         try:
-            features = on_device_of(step.outputs, step.features())
+            state.confirm(step)
+            features = step.features()
         finally:
             state.step = state.alone = state.ended = None  # used, or lost
         if step.ahead is not None:
@@ -304,7 +307,8 @@ def _losses(
             raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
         output = step.outputs[student_layer]
         unshard_in_backward(model, student_layer, output)
-        losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, features[Tap(teacher_layer)], **loss_fn_kwargs)
+        target = on_device_of(output, features[Tap(teacher_layer)])
+        losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, target, **loss_fn_kwargs)
     return losses
 
 

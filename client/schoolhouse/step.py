@@ -19,6 +19,7 @@ from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.nested import map_tensors
+from schoolhouse_wire.pinned import to_device
 from torch import nn
 
 from schoolhouse.batches import Inputs, bound
@@ -27,7 +28,7 @@ from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers import Features, LocalTeacher, Teacher
 
 if TYPE_CHECKING:
-    from schoolhouse.ahead import Ahead
+    from schoolhouse.ahead import Ahead, Entry
 
 _INNER = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
 
@@ -88,11 +89,23 @@ class Answer:
 
 
 @dataclass(eq=False)
+class Guess:
+    """The batch that a forward is taken to be on while the values that it got are on their way from a device."""
+
+    entry: "Entry"
+    given: Inputs
+    call: Arguments
+    used: bool  # by an earlier forward
+    among_others: bool  # of its form, and not forwarded yet
+
+
+@dataclass(eq=False)
 class Step:
     """What one batch has produced: the teacher's features to come, and the student's outputs by layer."""
 
     answer: Answer | None = None
     ahead: "Ahead | None" = None  # whose batch it is
+    guess: Guess | None = None  # where `confirm` has to find out whether it is that batch
     outputs: dict[str, Any] = field(default_factory=dict)
     student_ran: bool = False
     gradients: bool = field(default_factory=torch.is_grad_enabled)
@@ -198,8 +211,7 @@ class Distillation:
                 stacklevel=_to_caller(),
             )
         self.drop_step()
-        ahead, answer = self._looked_ahead(args, kwargs, training)
-        self.step = Step(answer or self.request(args, kwargs), ahead)
+        self.step = self._looked_ahead(args, kwargs, training) or Step(self.request(args, kwargs))
         return self.step
 
     def request(self, args: Any, kwargs: Any) -> Answer:
@@ -213,24 +225,56 @@ class Distillation:
         submit: Any = self.teacher.submit  # one that can encode
         return Answer(submit(args, kwargs, taps, encodings=self.encodings, positions=mask))
 
-    def _looked_ahead(self, args: Any, kwargs: Any, training: bool) -> "tuple[Ahead | None, Answer | None]":
-        """The answer that was asked for ahead for this batch, if any.
+    def _looked_ahead(self, args: Any, kwargs: Any, training: bool) -> Step | None:
+        """A step with the answer that was asked for ahead for this batch, if any.
+
+        In training it is taken for the next batch of its form while its values are on their way from a device, so that
+        nobody waits for them here; `confirm` holds it against that batch before a loss is computed.
 
         Raises:
             FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
         """
-        loops = [*self.ahead]
+        loops = [*self.ahead][::-1]
         if not loops:
-            return None, None
+            return None
         call = Arguments(args, kwargs)
         given = bound(self.signature, call)
-        for ahead in reversed(loops):
-            if (answer := ahead.find(given, call)) is not None:
-                return ahead, answer
+        if training and given.on_their_way and (step := self._guessed(loops, given, call)) is not None:
+            return step
+        for ahead in loops:
+            if (entry := ahead.find(given)) is not None:
+                return Step(ahead.answer(entry, call), ahead)
         still = [ahead for ahead in loops if not ahead.closed]  # the garbage collector may have closed one meanwhile
         if training and still:
-            raise FeatureMismatchError(still[-1].expected(given, call))
-        return None, None
+            raise FeatureMismatchError(still[0].expected(given, call))
+        return None
+
+    def _guessed(self, loops: "list[Ahead]", given: Inputs, call: Arguments) -> Step | None:
+        alike = [(ahead, entry) for ahead in loops for entry in ahead.alike(given)]
+        if not alike or alike[0][1].stale:  # for a stale one the teacher is asked now: it may not be the one later
+            return None
+        ahead, entry = alike[0]
+        guess = Guess(entry, given, call, entry.used, among_others=sum(not entry.used for _, entry in alike) > 1)
+        return Step(ahead.answer(entry, call), ahead, guess=guess)
+
+    def confirm(self, step: Step) -> None:
+        """See whether a step's forward was on the batch that it was taken for; if it was on another one, it gets that.
+
+        Raises:
+            FeatureMismatchError: if it was on none of those that were asked for, or if layers of the student were given
+                features of the wrong one.
+        """
+        guess, step.guess = step.guess, None
+        if guess is None or guess.entry.inputs.same_as(guess.given):
+            return
+        guess.entry.used = guess.used
+        for ahead in [*self.ahead][::-1]:
+            entry = ahead.find(guess.given)
+            if entry is not None and not entry.stale and not step.injected:
+                step.ahead, step.answer = ahead, ahead.answer(entry, guess.call)
+                return
+        assert step.ahead is not None
+        raise FeatureMismatchError(step.ahead.expected(guess.given, guess.call))
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
         """Begin the student's forward, and the teacher's unless it is switched off."""
@@ -326,9 +370,7 @@ def eager(function: Any) -> Any:
     return call
 
 
-def on_device_of(outputs: Any, features: Mapping[Tap, Any]) -> Mapping[Tap, Any]:
-    """Features on the device of the first tensor of `outputs`."""
+def on_device_of(outputs: Any, value: Any) -> Any:
+    """A nested value with its tensors on the device of the first one of `outputs`; they may be on their way."""
     device = next((tensor.device for tensor in tensors_of(outputs)), torch.device("cpu"))
-    if all(tensor.device == device for tensor in tensors_of(features)):
-        return features
-    return {tap: map_tensors(value, lambda tensor: tensor.to(device)) for tap, value in features.items()}
+    return map_tensors(value, lambda tensor: to_device(tensor, device))
