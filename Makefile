@@ -61,6 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/bytes_per_token.py
 	$(BIN)/python benchmarks/checksum.py
+	$(BIN)/python benchmarks/early_stop.py
 
 clean:
 	rm -rf $(VENV) .venv-parity .venv-fuzz build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

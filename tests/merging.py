@@ -67,9 +67,9 @@ class Asked:
 
 
 @contextmanager
-def engine_of(module, settings=SAME, **more):
+def engine_of(module, settings=SAME, *, early_stop=False, **more):
     """A started engine over a gated module."""
-    engine = Engine(LocalTeacher(Gated(module)), max_queued=100, merge=settings, **more)
+    engine = Engine(LocalTeacher(Gated(module), early_stop=early_stop), max_queued=100, merge=settings, **more)
     engine.start()
     try:
         yield engine

@@ -35,6 +35,10 @@ def test_bytes_per_token():
         assert set(found["encodings"][name]) == {"bytes_per_token", "kl_error", "grad_error", "peak_client_mb"}
 
 
+def test_early_stop():
+    assert 0 < figures("early_stop", "--rounds", "1")["cpu_time_ratio"] < 10
+
+
 @pytest.mark.ray
 def test_scaling():
     found = figures("scaling", "--rounds", "1", "--seconds", "0.3", "--clients", "1", "2", "--replicas", "1", "2")

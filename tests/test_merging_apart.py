@@ -275,31 +275,6 @@ def test_a_feature_that_did_not_depend_on_rows_and_then_does():
             assert turn or engine.merger.refusals == 0  # it is learned anew
 
 
-def test_what_was_learned_of_a_merged_forward_counts_for_other_numbers_of_rows():
-    class Long(Net):
-        def __init__(self):
-            super().__init__()
-            self.late, self.runs = nn.Identity(), 0
-            self.late.register_forward_hook(self.count)
-
-        def count(self, *_):
-            self.runs += 1
-
-        def forward(self, x):
-            return self.late(super().forward(x))
-
-    module = Long()
-    with engine_of(module) as engine:
-        for n in (1, 2, 3):
-            xs = [randn(n, 8, seed=1), randn(n + 1, 8, seed=2)]
-            asked = [Asked(x, taps=["inner.fc"]) for x in xs]
-            before = module.runs
-            at_once(engine, *asked)
-            for one, x in zip(asked, xs, strict=True):
-                close(one.features["inner.fc", "output"], Net().eval()(x))
-        assert module.runs == before  # it ended after its last tap
-
-
 def test_the_cache_keeps_each_requests_own_features_and_no_more():
     with engine_of(Net(64), cache_bytes=1 << 20) as engine:
         at_once(engine, *[Asked(randn(100, 8, seed=i)) for i in range(2)])

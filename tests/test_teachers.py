@@ -119,85 +119,6 @@ def test_a_module_that_did_not_run_is_named(teach):
         teach(module).submit((torch.ones(1, 8),), {}, ["spare"]).result()
 
 
-class Decides(nn.Module):
-    """What happens after `fc` depends on the inputs' lengths, on a mask being there, or on nothing but chance."""
-
-    def __init__(self, how):
-        super().__init__()
-        torch.manual_seed(1)
-        self.fc, self.out, self.how = nn.Linear(4, 4), nn.Linear(4, 3), how
-
-    def forward(self, x, mask=None, times=1):
-        if self.how == "loop":
-            state = torch.zeros(x.shape[0], 4)
-            for t in range(x.shape[1] * times):
-                state = torch.tanh(self.fc(state) + x[:, t % x.shape[1]])
-        else:
-            state = self.fc(x)
-            if mask is not None:
-                state[~mask] = 0
-            if self.how == "chance":
-                state = nn.functional.dropout(state, 0.5)
-        return self.out(state)
-
-
-def hooked(module, *args, **kwargs):
-    found = []
-    handle = module.fc.register_forward_hook(lambda _module, _args, output: found.append(output))
-    with torch.no_grad():
-        module(*args, **kwargs)
-    handle.remove()
-    return found[-1]
-
-
-def test_an_early_stop_is_for_inputs_like_those_of_a_whole_forward(teach):
-    loop, mask = Decides("loop"), Decides("mask")
-    teacher = teach(loop)
-    for length, times in [(1, 1), (1, 1), (4, 1), (4, 2), (1, 3), (4, 1)]:
-        x = torch.randn(6, length, 4)
-        got = teacher.submit((x,), {"times": times}, ["fc"]).result()["fc"]
-        assert torch.equal(got, hooked(loop, x, times=times))
-    teacher = teach(mask)
-    for masked in (False, False, True, True):
-        x, keep = torch.randn(6, 4), (torch.arange(6) % 2 == 0) if masked else None
-        assert torch.equal(teacher.submit((x,), {"mask": keep}, ["fc"]).result()["fc"], hooked(mask, x, mask=keep))
-
-
-def test_an_early_stop_is_learned_and_can_be_switched_off():
-    module, x = Net(), torch.ones(2, 8)
-    ran = []
-    module.fc.register_forward_hook(lambda *_: ran.append(1))
-    module.act.inplace = False
-    for early_stop, whole in [(True, 1), (False, 3)]:
-        teacher = sh.LocalTeacher(module, early_stop=early_stop)
-        ran.clear()
-        for _ in range(3):
-            teacher.submit((x,), {}, ["body"]).result()
-        assert len(ran) == whole
-    with serve(module, early_stop=False) as server, sh.connect(server.url) as teacher:
-        ran.clear()
-        for _ in range(3):
-            teacher.submit((x,), {}, ["body"]).result()
-        assert len(ran) == 3
-
-
-def test_a_forward_that_draws_random_numbers_is_never_cut_short():
-    x = torch.ones(2, 4)
-    drawn = []
-    for step in ("with a tap", "whole"):
-        torch.manual_seed(3)
-        module = Decides("chance")
-        teacher = sh.LocalTeacher(module)
-        torch.manual_seed(4)
-        for _ in range(3):
-            if step == "whole":
-                module(x)
-            else:
-                teacher.submit((x,), {}, ["fc"]).result()
-        drawn.append(torch.rand(1).item())
-    assert drawn[0] == drawn[1]
-
-
 class Batch(UserDict):
     """As transformers' BatchEncoding: a mapping with attributes."""
 
@@ -253,49 +174,6 @@ def test_memory_formats_travel_both_ways(teach):
             inner = module[:4](x)
         assert got["3"].stride() == inner.stride() != inner.contiguous().stride()
         assert torch.equal(got["3"], inner)
-
-
-class Flattens(nn.Module):
-    """Whether `flatten` copies is decided by strides."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 5)
-
-    def forward(self, x):
-        return self.out(torch.flatten(self.fc(x), 1).relu_())
-
-
-class Casts(nn.Module):
-    """Whether `float` copies is decided by the dtype of what `fc` returns."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.out(self.fc(x.to(self.fc.weight.dtype)).float().add_(1))
-
-
-def test_an_early_stop_is_for_one_layout_and_dtype(teach):
-    module, x = Flattens(), torch.randn(2, 3, 8, 8)
-    teacher = teach(module)
-    for batch in (x.to(memory_format=torch.channels_last), x, x):
-        assert torch.equal(teacher.submit((batch,), {}, ["fc"]).result()["fc"], hooked(module, batch))
-
-
-def test_an_early_stop_is_for_one_autocast_and_dtype_of_weights():
-    module, x = Casts(), torch.randn(2, 8)
-    teacher = sh.LocalTeacher(module)
-    with torch.autocast("cpu", torch.bfloat16):
-        teacher.submit((x,), {}, ["fc"]).result()
-    assert torch.equal(teacher.submit((x,), {}, ["fc"]).result()["fc"], hooked(module, x))
-    module.fc.bfloat16()
-    teacher.submit((x,), {}, ["fc"]).result()
-    module.fc.float()
-    assert torch.equal(teacher.submit((x,), {}, ["fc"]).result()["fc"], hooked(module, x))
 
 
 def test_a_batch_is_left_alone_in_every_layout(teach):

@@ -81,6 +81,10 @@ def hidden(head: str = "lm_head", encoding: Encoding | None = None) -> Encoding:
     rounding of the device, if the states travel as computed. `encoding` is `bf16`, `fp16`, `int8` or `fp8` for
     the states; their error then passes through the head.
 
+    Where nothing else is asked for, the teacher leaves the head out. Asking for this says that the values of a batch do
+    not decide whether the head runs a second time. At the 1st, 2nd, 4th, 8th, ... request of one form of inputs it runs
+    all the same, and is held against the teacher's own logits; one that runs twice then is not left out any more.
+
     Raises:
         ConfigError: for no head, or another encoding.
     """

@@ -1,8 +1,9 @@
-"""Capture what named submodules receive and return during one forward, and stop it after the last one."""
+"""Capture what named submodules receive and return during one forward, and stop it early where that is asked for."""
 
 import collections
 import difflib
 import functools
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,9 @@ from schoolhouse_wire.records import record_of
 from schoolhouse_wire.v1 import teacher_pb2
 from torch import nn
 
-from schoolhouse.errors import ConfigError, UnknownTapError
+from schoolhouse.errors import ConfigError, TeacherForwardError, UnknownTapError
+
+_log = logging.getLogger(__name__)
 
 
 class Tap(NamedTuple):
@@ -37,6 +40,10 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _MAX_COMPARED = 1024  # names, with one that is not known
 _NUMBERS = re.compile(r"\d+")
 _COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
+_UNSETTLED = (
+    "the teacher's module %r ran again, or its feature was written into, for the first time; forwards that ended "
+    "before that could happen gave other features than whole ones. From now on those with this tap run whole"
+)
 
 
 def as_tap(tap: TapLike) -> Tap:
@@ -50,6 +57,7 @@ def as_tap(tap: TapLike) -> Tap:
 
 
 HEAD = "head"  # a side that no user asks for: the module whose logits are wanted, as a function of hidden states
+STATE = "state"  # another one, which does not travel: what a head is called with, as it is then
 _SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT, HEAD: teacher_pb2.Tap.HEAD}
 _FROM_SIDE = {number: side for side, number in _SIDES.items()}
 
@@ -116,63 +124,98 @@ class _Stopped(BaseException):
 
 
 class _Recorder:
-    def __init__(self, taps: Sequence[Tap], stop: bool) -> None:
+    """The last value of each tap; with `ends`, it ends the forward once each tap has one.
+
+    With `watches`, it also tells whether a value is changed later.
+    """
+
+    def __init__(self, taps: Sequence[Tap], *, ends: bool, watches: bool) -> None:
         self.features: dict[Tap, Any] = {}
-        self.calls = dict.fromkeys(taps, 0)
+        self._calls = dict.fromkeys(taps, 0)
         self._versions: dict[Tap, list[tuple[torch.Tensor, int]]] = {}
-        self._stop = stop
+        self._ends, self._watches = ends, watches
 
     @property
     def complete(self) -> bool:
         """Each tap has a feature."""
-        return len(self.features) == len(self.calls)
+        return len(self.features) == len(self._calls)
 
     def record(self, tap: Tap, value: Any) -> None:
-        self.calls[tap] += 1
-        self.features[tap] = value
-        if self._stop:
-            if self.complete:
-                raise _Stopped
-        else:
+        self._calls[tap] += 1
+        self.features[tap] = value = map_tensors(value, torch.clone) if tap.side == STATE else value
+        if self._ends and self.complete:
+            raise _Stopped
+        if self._watches:
             self._versions[tap] = [(tensor, version_of(tensor)) for tensor in tensors_of(value)]
 
-    def settled(self) -> bool:
-        """After a whole forward: each tap's last value was its first, and nothing changed it later."""
-        return all(count == 1 for count in self.calls.values()) and not any(
-            tensor.is_inference() or version_of(tensor) != version
-            for versions in self._versions.values()
-            for tensor, version in versions
+    def settled(self, tap: Tap) -> bool:
+        """After a whole forward: the tap's last value was its first, and nothing changed it later."""
+        return self._calls[tap] == 1 and not any(
+            tensor.is_inference() or version_of(tensor) != version for tensor, version in self._versions.get(tap, ())
         )
 
 
-def run_with_taps(
-    model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], *, stop: bool
-) -> tuple[dict[Tap, Any], bool | None]:
+class EarlyStop:
+    """When a forward may end right after the first value of its last tap.
+
+    That is for taps of which a whole forward has shown that the rest of it makes no difference to them: their module
+    did not run again, and no later one wrote into their value. What one forward shows need not hold for the next one,
+    whose inputs have other values, so it takes a user who says that it does, and so has `allowed` it. Asking for the
+    hidden states of a head, in place of its logits, says it of the head.
+    """
+
+    def __init__(self, *, allowed: bool) -> None:
+        self.allowed = allowed
+        self._settled: dict[Tap, bool] = {}
+
+    def after(self, taps: Sequence[Tap]) -> bool:
+        """Whether a forward with these taps may end early."""
+        return _WHOLE not in taps and all(self._settled.get(tap, False) for tap in taps)
+
+    def learn(self, recorder: _Recorder) -> None:
+        """See what a whole forward shows."""
+        for tap in recorder.features:
+            if self.allowed or tap.side == STATE:
+                before, now = self._settled.get(tap), recorder.settled(tap)
+                self._settled[tap] = now and before is not False
+                if before and not now:
+                    _log.warning(_UNSETTLED, tap.module)
+
+
+def run_with_taps(model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], early: EarlyStop) -> dict[Tap, Any]:
     """Run `model` and capture `taps` as plain hooks would: the last call of each module, as it stands in the end.
 
-    Returns the features, in the order of `taps`, and whether a forward with `stop`, which ends right after the first
-    value of the last tap, will have the same: no tapped module runs twice, and no later one writes into a feature. None
-    if this forward did not run to its end, so that it cannot tell.
+    They come in the order of `taps`. Where `early` lets it, the forward ends as soon as each tap has a value.
+
+    Raises:
+        UnknownTapError: for a submodule that did not run.
+        TeacherForwardError: if the forward fails after its last tap, unless it may end there.
     """
-    recorder = _Recorder(taps, stop and _WHOLE not in taps)
-    finished = False
+    recorder = _Recorder(taps, ends=early.after(taps), watches=early.allowed)
     with _hooks(model, taps, recorder):
         try:
-            if Tap("", "input") in taps:
-                recorder.record(Tap("", "input"), inputs)
+            for tap in taps:
+                if tap.module == "" and tap.side != "output":
+                    recorder.record(tap, inputs)
             output = model(*inputs, **inputs.kwargs)
             if _WHOLE in taps:
                 recorder.record(_WHOLE, output)
-            finished = True
         except _Stopped:
             pass
-        except Exception:
-            if not recorder.complete:  # with all of them, nobody asked for what failed
+        except Exception as err:
+            if not recorder.complete:
                 raise
+            if not early.allowed:
+                raise TeacherForwardError(
+                    f"the teacher's forward raised {type(err).__name__} after its last tap: {err}. With "
+                    "early_stop=True it would end there"
+                ) from err
+        else:
+            early.learn(recorder)
     missing = [tap.module for tap in taps if tap not in recorder.features]
     if missing:
         raise UnknownTapError(f"the submodules {missing} did not run in this forward, so they have no features")
-    return {tap: recorder.features[tap] for tap in taps}, recorder.settled() if finished else None
+    return {tap: recorder.features[tap] for tap in taps}
 
 
 @contextmanager
@@ -182,7 +225,7 @@ def _hooks(model: nn.Module, taps: Sequence[Tap], recorder: _Recorder) -> Iterat
         for tap in taps:
             if tap.module != "":
                 module = model.get_submodule(tap.module)
-                if tap.side == "input":
+                if tap.side != "output":
                     handles.append(module.register_forward_pre_hook(_on_input(tap, recorder), with_kwargs=True))
                 else:
                     handles.append(module.register_forward_hook(_on_output(tap, recorder)))
@@ -215,17 +258,12 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(value.values()))
 
 
-def signature_of(
-    value: Any,
-    other: Callable[[Any], Hashable] = lambda _value: object(),
-    layout: Callable[[torch.Tensor], Hashable] = lambda _tensor: None,
-) -> Hashable:
+def signature_of(value: Any, other: Callable[[Any], Hashable] = lambda _value: object()) -> Hashable:
     """Equal for nested values of equal structure, shapes, dtypes and plain values, whatever stands in their tensors.
 
-    `other` stands for an object that may hold anything; the default is equal to nothing else. `layout` adds what else
-    counts of a tensor.
+    `other` stands for an object that may hold anything; the default is equal to nothing else.
     """
-    return structure_of(value, lambda tensor: (tensor.shape, tensor.dtype, layout(tensor)), other)
+    return structure_of(value, lambda tensor: (tensor.shape, tensor.dtype), other)
 
 
 def structure_of(value: Any, plain: Callable[[torch.Tensor], Hashable], other: Callable[[Any], Hashable]) -> Hashable:
@@ -245,11 +283,6 @@ def structure_of(value: Any, plain: Callable[[torch.Tensor], Hashable], other: C
     if isinstance(value, Mapping):
         return (type(value), *((key, structure_of(item, plain, other)) for key, item in value.items()))
     return other(value)
-
-
-def layout_of(tensor: torch.Tensor) -> Hashable:
-    """By what a kernel, or a module, decides whether it returns a view or a copy."""
-    return tensor.device, tensor.stride() if tensor.layout is torch.strided else tensor.layout
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -3,17 +3,15 @@
 import contextlib
 import inspect
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encoder import encode, hidden_states, logits_of
 from schoolhouse_wire.encodings import Encoding
-from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.nested import map_tensors
 from torch import nn
 
@@ -24,21 +22,19 @@ from schoolhouse.own_heads import OwnHeads
 from schoolhouse.revision import revision_of
 from schoolhouse.sparse import decoded
 from schoolhouse.taps import (
+    STATE,
+    EarlyStop,
     Tap,
     TapLike,
     as_tap,
     check_modules,
-    layout_of,
     module_names,
     owned,
     run_with_taps,
     signature_of,
-    tensors_of,
     without_compiler,
 )
 from schoolhouse.wanted import Wanted
-
-_MAX_LEARNED = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +71,6 @@ class Features(dict[Tap, Any]):
         return self[tap]
 
 
-class _Learned(NamedTuple):
-    """What a whole forward told of those with the same taps and the same signature of the inputs."""
-
-    leaves_inputs: bool
-    may_stop: bool
-
-
 @runtime_checkable
 class Teacher(Protocol):
     """A maker of features: in this process or behind gRPC."""
@@ -108,22 +97,22 @@ class LocalTeacher:
         module: the teacher. One that `torch.compile` made runs compiled where its whole output is all that is asked
             for, and otherwise as the plain module, since compiled code keeps its inner values to itself.
         name: for messages.
-        early_stop: let a forward end after its last tap where that makes no difference: no tapped module runs again,
-            none of the features is written into, and no random number is drawn. That is learned from one whole forward
-            for each structure of inputs, with their shapes, strides, dtypes and plain values. Switch it off for a
-            module that decides by the values in tensors how often a layer runs, or what is written into its output.
+        early_stop: end a forward as soon as each tap has a value, which saves what comes after the last one. Ask for it
+            where you know that values and shapes of inputs do not decide whether a tapped module runs again, or whether
+            what it returned is written into: the first forward with each tap runs whole, and where that shows either,
+            all forwards with that tap do. Without it, every forward runs whole, so that each feature is what a plain
+            hook has in the end. Either way, one that is for hidden states of heads alone ends where the last head
+            begins.
     """
 
-    def __init__(self, module: nn.Module, name: str = "teacher", *, early_stop: bool = True) -> None:
+    def __init__(self, module: nn.Module, name: str = "teacher", *, early_stop: bool = False) -> None:
         self.module = module.requires_grad_(False).eval()
         self._plain = without_compiler(module)
-        self._weights = [*module.parameters(), *module.buffers()]
         self._compiled = any(map(_is_compiled, module.modules()))
         self._name = name
-        self._early_stop = early_stop
+        self._early = EarlyStop(allowed=early_stop)
         self._modules = dict.fromkeys(module_names(module))  # ordered, and quick to search
         self._revision = ""
-        self._learned: OrderedDict[Any, _Learned] = OrderedDict()  # by taps and signature of the inputs
         self._heads = OwnHeads(self._plain)
         self._lock = threading.Lock()  # hooks are on the module, so one forward at a time
 
@@ -197,8 +186,9 @@ class LocalTeacher:
         Inputs that were put together of several batches come with `like`, equal for those that a forward treats alike
         though each has other shapes. They are nobody else's, so the forward may write into them.
 
-        Of logits that travel as hidden states, it is what the head receives. For the first inputs of each signature,
-        and ever more rarely for later ones, the head is held against the logits that the module itself returns.
+        Of logits that travel as hidden states, it is what the head is called with, as it is then. For the first inputs
+        of each signature, and ever more rarely for later ones, the head is held against the logits that the module
+        itself returns. Other forwards for nothing else end where the head begins, unless it ran twice in one of those.
 
         No feature stands in memory of the inputs, or that the module keeps, so that neither the next batch nor the
         student can write into it.
@@ -210,13 +200,13 @@ class LocalTeacher:
         """
         heads = wanted.heads()
         if not heads:
-            return self._captured(inputs, wanted.taps, like)
-        places = {tap: Tap(heads[tap], "input") if tap in heads else tap for tap in wanted.taps}
+            return self._captured(inputs, wanted.taps, own=like is not None)
+        places = {tap: Tap(heads[tap], STATE) if tap in heads else tap for tap in wanted.taps}
         check_modules(heads.values(), self._modules, f"teacher {self._name!r}")
         states = tuple((tap, name, self._heads.state(name)) for tap, name in heads.items())
-        signature = (wanted.taps, states, self._signature(inputs, like))
+        signature = (wanted.taps, states, _autocast(), signature_of(inputs) if like is None else like)
         unchecked = [*heads] if self._heads.is_due(signature) else []
-        values = self._captured(inputs, tuple(dict.fromkeys((*places.values(), *unchecked))), like)
+        values = self._captured(inputs, tuple(dict.fromkeys((*places.values(), *unchecked))), own=like is not None)
         for tap in unchecked:
             check_head(
                 self.head(heads[tap], tap.module),
@@ -226,69 +216,34 @@ class LocalTeacher:
         self._heads.ran(signature)
         return {tap: values[place] for tap, place in places.items()}
 
-    def _captured(self, inputs: Arguments, taps: tuple[Tap, ...], like: Hashable) -> dict[Tap, Any]:
+    def _captured(self, inputs: Arguments, taps: tuple[Tap, ...], *, own: bool) -> dict[Tap, Any]:
         check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
         try:
             with self._lock, torch.no_grad():
                 if self.module.training:  # train() on a model that holds this one reaches it too
                     self.module.eval()
-                return self._run(inputs, taps, like)
+                given = [self._run(inputs if own else _copied(inputs), taps)]
+                return owned(given)  # type: ignore[no-any-return]  # nothing here holds what the forward returned
         except SchoolhouseError:
             raise
         except Exception as err:
             raise TeacherForwardError(f"the teacher's forward raised {type(err).__name__}: {err}") from err
 
-    def _run(self, inputs: Arguments, taps: tuple[Tap, ...], like: Hashable) -> dict[Tap, Any]:
-        """Run the module, on copies of its inputs until it is known to leave such inputs alone."""
-        key = (taps, self._signature(inputs, like))
-        known = self._learned.get(key)
-        trusted = known is not None and known.leaves_inputs
-        used = inputs if trusted or like is not None else map_tensors(inputs, torch.clone)
-        tensors = [*tensors_of(used)]
-        before = [version_of(tensor) for tensor in tensors]
-        values, may_stop = self._forward(used, taps, known)
-        changed = before != [version_of(tensor) for tensor in tensors]
-        if changed and trusted and like is None:
-            raise TeacherForwardError(
-                "the teacher's forward wrote into its inputs, which it did not do for earlier batches; the batch is "
-                "no longer what it was. Make the forward work on a clone"
-            )
-        if known is None:
-            known = _Learned(not changed, self._early_stop and bool(may_stop))
-            self._learned[key] = known
-            if len(self._learned) > _MAX_LEARNED:
-                self._learned.popitem(last=False)
-        given = [values]
-        del values  # nothing here may hold what the forward returned
-        result: dict[Tap, Any] = owned(given)
-        return result
-
-    def _signature(self, inputs: Arguments, like: Hashable) -> Hashable:
-        """Equal for inputs that a forward treats alike, unless it decides by the values in tensors."""
-        shapes = signature_of(inputs, layout=layout_of) if like is None else like
-        return shapes, _autocast(), tuple(weight.dtype for weight in self._weights)
-
-    def _forward(
-        self, inputs: Arguments, taps: tuple[Tap, ...], known: _Learned | None
-    ) -> tuple[dict[Tap, Any], bool | None]:
-        """Features, and, if nothing is known, whether other forwards may stop early."""
+    def _run(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
         if taps == (Tap(""),):
             output = self.module(*inputs, **inputs.kwargs)
-            return {taps[0]: map_tensors(output, _out_of_graph) if self._compiled else output}, False
-        random = _random_state(inputs) if known is None else None
-        stop = known is not None and known.may_stop
+            return {taps[0]: map_tensors(output, _out_of_graph) if self._compiled else output}
         try:
-            values, may_stop = self._run_plain(inputs, taps, stop)
+            return self._run_plain(inputs, taps)
         except UnknownTapError:
             if self._compiled or not any(map(_is_compiled, self.module.modules())):
                 raise
-            self._compiled = True  # it was compiled after it was given
-            values, may_stop = self._run_plain(inputs, taps, stop)
-        return values, may_stop and (random is None or random == _random_state(inputs))
+        self._compiled = True  # it was compiled after it was given
+        return self._run_plain(inputs, taps)
 
-    def _run_plain(self, inputs: Arguments, taps: tuple[Tap, ...], stop: bool) -> tuple[dict[Tap, Any], bool | None]:
+    def _run_plain(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
         with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
-            return run_with_taps(self._plain, inputs, taps, stop=stop)
+            return run_with_taps(self._plain, inputs, taps, self._early)
 
     def close(self) -> None:
         """Nothing to free: the module is the caller's."""
@@ -315,11 +270,17 @@ def _autocast() -> tuple[Any, ...]:
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
 
 
-def _random_state(inputs: Arguments) -> list[bytes]:
-    """The state of the random generators that a forward on these inputs may draw from."""
-    devices = {tensor.device for tensor in tensors_of(inputs) if tensor.device.type == "cuda"}
-    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-    return [state.numpy().tobytes() for state in states]
+def _copied(inputs: Arguments) -> Arguments:
+    """A copy, which a forward may write into; a tensor that stands twice in it stands twice in the copy."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.clone()
+        return copies[id(tensor)]
+
+    copied: Arguments = map_tensors(inputs, copy)
+    return copied
 
 
 def _qualified_name(module: nn.Module) -> str:

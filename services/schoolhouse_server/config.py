@@ -122,7 +122,7 @@ class TeacherSpec:
     placement: Placement = "DEFAULT"
     labels: dict[str, str] = Field(default_factory=dict)
     threads: Annotated[int, Field(ge=1)] | None = None
-    early_stop: bool = True
+    early_stop: bool = False
     cache_bytes: Annotated[int, Field(ge=0)] = 0
     shared_memory_bytes: Annotated[int, Field(ge=0, le=1 << 40)] = 1 << 30
     cost: Literal["rows", "tokens"] = "rows"

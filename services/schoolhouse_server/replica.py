@@ -51,7 +51,7 @@ class Replica:
         port: int | range = 0,
         merging: MergeSettings | None = None,
         example: Example = None,
-        early_stop: bool = True,
+        early_stop: bool = False,
         max_request_bytes: int = 2 << 30,
         cache_bytes: int = 0,
         shared_memory_bytes: int = 1 << 30,

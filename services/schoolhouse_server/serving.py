@@ -26,7 +26,7 @@ def serve(
     max_wait_ms: float = 2.0,
     pad: Mapping[str, Any] | Padding | None = None,
     example: Example = None,
-    early_stop: bool = True,
+    early_stop: bool = False,
     max_request_bytes: int = 2 << 30,
     cache_bytes: int = 0,
     shared_memory_bytes: int = 1 << 30,
@@ -46,7 +46,8 @@ def serve(
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
-    Use it in a `with`, or call `close()`. `early_stop` is that of `schoolhouse.LocalTeacher`. `cache_bytes` of host
+    Use it in a `with`, or call `close()`. `early_stop` is that of `schoolhouse.LocalTeacher`; in a merged forward the
+    last tap is that of all requests in it. `cache_bytes` of host
     memory keep the features of each teacher, so that inputs that come again, in the next epoch or in another job, are
     not computed again; they are kept as they were computed, merged or not.
 
