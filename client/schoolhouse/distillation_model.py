@@ -228,7 +228,8 @@ class DistillationModel(nn.Module):
             SchoolhouseError: whatever kept the teacher from answering.
         """
         state = self._schoolhouse
-        if student_loss is not None and self.loss_balancer is None:
+        balancer: Any = self._modules[BALANCER]
+        if student_loss is not None and balancer is None:
             raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
         step = state.complete_step()
         try:
@@ -245,9 +246,9 @@ class DistillationModel(nn.Module):
         self._schoolhouse_mode.mark(state, step, losses)
         if skip_balancer:
             return losses
-        if self.loss_balancer is None:
+        if balancer is None:
             return next(iter(losses.values()))
-        total: torch.Tensor = self.loss_balancer(losses)
+        total: torch.Tensor = balancer(losses)
         return total
 
 
@@ -358,8 +359,8 @@ def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Mod
         return None
     try:
         losses = model._modules[LOSSES]
-        check_data_parallel(model, losses is not None and any(p.requires_grad for p in losses.parameters()))
-        check_loss_sharding(model, () if losses is None else losses.children())
+        check_data_parallel(model, losses)
+        check_loss_sharding(model, losses)
         state.begin(args, kwargs, model.training)
         return {name: model._modules.pop(name) for name in EXTRAS if name in model._modules}
     except BaseException:

@@ -39,33 +39,39 @@ class Answer:
     def __init__(self, future: "Future[Features]") -> None:
         self.future = future
         self.waited_s = 0.0  # by who needed them
+        self._features: Features | None = None  # once they are here
         self._versions: list[tuple[torch.Tensor, int, bool]] = []
         self._pid = os.getpid()
         if future.done() and future.exception() is None:
             self._watch(future.result())
 
-    def _watch(self, features: Features) -> None:
+    def _watch(self, features: Features) -> Features:
         for tap, value in features.items():
             output = tap.side == "output"
             self._versions += [(tensor, version_of(tensor), output) for tensor in tensors_of(value)]
+        self._features = features
+        return features
 
     def features(self) -> Features:
         """Wait for the features; raises whatever kept the teacher from answering."""
+        if self._features is None:
+            return self._watch(self._awaited())
+        for tensor, version, output in self._versions:
+            if output and version_of(tensor) != version:
+                raise FeatureMismatchError(
+                    "the teacher's features were written into after its forward, and are no longer those of this "
+                    "batch: a loss or hook that changes them in place must work on a clone"
+                )
+        return self._features
+
+    def _awaited(self) -> Features:
         if self.lost:
             raise FeatureMismatchError("the teacher was asked before this process was forked; forward the batch again")
         if not self.future.done():
             began = time.perf_counter()
             wait([self.future])
             self.waited_s += time.perf_counter() - began
-        features = self.future.result()
-        if any(output and version_of(tensor) != version for tensor, version, output in self._versions):
-            raise FeatureMismatchError(
-                "the teacher's features were written into after its forward, and are no longer those of this batch: "
-                "a loss or hook that changes them in place must work on a clone"
-            )
-        if not self._versions:
-            self._watch(features)
-        return features
+        return self.future.result()
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -372,5 +378,6 @@ def eager(function: Any) -> Any:
 
 def on_device_of(outputs: Any, value: Any) -> Any:
     """A nested value with its tensors on the device of the first one of `outputs`; they may be on their way."""
-    device = next((tensor.device for tensor in tensors_of(outputs)), torch.device("cpu"))
+    first = next(tensors_of(outputs), None)
+    device = torch.device("cpu") if first is None else first.device
     return map_tensors(value, lambda tensor: to_device(tensor, device))

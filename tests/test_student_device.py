@@ -3,10 +3,10 @@
 import pytest
 import schoolhouse as sh
 import torch
-from late_device import LateDevice
 from looking_ahead import batches, expected_loss
 from models import Net, config, converted
 from schoolhouse.errors import FeatureMismatchError
+from student_device import LateDevice
 from torch import nn
 from torch.nn import functional as F
 
