@@ -61,6 +61,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/bytes_per_token.py
 	$(BIN)/python benchmarks/checksum.py
+	@echo "beside ModelOpt: .venv-parity/bin/python benchmarks/overhead.py, once make parity has made that environment"
 	$(BIN)/python benchmarks/early_stop.py
 
 clean:

@@ -18,6 +18,7 @@ from models import Net, converted
 from schoolhouse import step
 from schoolhouse.batches import Inputs
 from schoolhouse.errors import (
+    FeatureMismatchError,
     TeacherBusyError,
     TeacherForwardError,
     TeacherTimeoutError,
@@ -359,8 +360,8 @@ def test_the_collector_ends_a_loop_while_a_forward_looks_for_its_batch(monkeypat
     next(loop)
     cyclic(loop)
     del loop
-    same_as = Inputs.same_as
-    monkeypatch.setattr(Inputs, "same_as", lambda self, other: (gc.collect() and False) or same_as(self, other))
+    same_form = Inputs.same_form_as
+    monkeypatch.setattr(Inputs, "same_form_as", lambda self, other: (gc.collect() and False) or same_form(self, other))
     model(torch.ones(2, 8))
     model.compute_kd_loss()
 

@@ -130,19 +130,25 @@ class Ahead:
         batch, entry.batch = entry.batch, None
         return batch
 
-    def find(self, given: Inputs, call: Arguments) -> Answer | None:
-        """The answer for a call on a batch that was yielded; None if it is none of them."""
-        found = [entry for entry in self._yielded if entry.inputs.same_as(given)]
-        if not found:
-            return None
-        entry = next((entry for entry in found if not entry.used), found[-1])
-        if entry.stale:
+    def alike(self, given: Inputs) -> list[Entry]:
+        """The yielded batches of the form of a call: those whose forward may still come, in order, and then others."""
+        alike = [entry for entry in self._yielded if entry.inputs.same_form_as(given)]
+        return [*(entry for entry in alike if not entry.used), *(entry for entry in reversed(alike) if entry.used)]
+
+    def find(self, given: Inputs) -> Entry | None:
+        """The batch that a call is on, of those that were yielded; it may wait for a device."""
+        return next((entry for entry in self.alike(given) if entry.inputs.same_as(given)), None)
+
+    def answer(self, entry: Entry, call: Arguments) -> Answer:
+        """The answer for a forward, which has come; the teacher is asked again where there is none."""
+        answer = entry.answer
+        if answer is None or entry.stale:
             left_out = entry.call.kwargs.keys() - entry.asked.kwargs.keys()
             whole = Arguments(call, {**{name: entry.call.kwargs[name] for name in left_out}, **call.kwargs})
-            entry.answer = self._state.request(self.question(call), whole)
+            answer = entry.answer = self._state.request(self.question(call), whole)
         entry.used = True
         self._dropped = 0
-        return entry.answer
+        return answer
 
     def expects_a_forward(self) -> bool:
         """Whether a batch that was yielded waits for its forward."""
@@ -159,7 +165,7 @@ class Ahead:
                 f"{summary(call)}, which is none of the others. Where batches are taken together, as for gradient "
                 f"accumulation, give prefetch their number: depth={taken} or above"
             )
-        names = " or ".join(f"batch {entry.number}, {summary(entry.asked)}," for entry in entries)
+        names = " or ".join(f"batch {entry.number}, {summary(entry.asked)}," for entry in entries) or "another batch"
         others = any(entry.inputs.same_form_as(given) for entry in entries)
         why = " of other values" if others else ""
         return (

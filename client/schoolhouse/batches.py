@@ -8,8 +8,9 @@ import torch
 import xxhash
 from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import memory_of, version_of
+from schoolhouse_wire.pinned import Fetched, pins
 from schoolhouse_wire.records import record_of
-from schoolhouse_wire.tensors import bytes_of
+from schoolhouse_wire.tensors import bytes_of, on_cpu
 
 from schoolhouse.errors import ConfigError
 from schoolhouse.taps import is_plain, signature_of, tensors_of
@@ -22,13 +23,13 @@ _GIVE_INPUTS = "give prefetch inputs=, a function that makes of a batch what the
 class Inputs:
     """A batch, remembered by its values to tell whether another one is the same, whatever is written into it later.
 
-    Tensors are the same on another device too. An object that is not known, such as a nested tensor, is the same only
-    if it is itself, and whether it was written into cannot be told.
+    Tensors are the same on another device too; only a comparison waits for such a device. An object that is not known,
+    such as a nested tensor, is the same only if it is itself, and whether it was written into cannot be told.
     """
 
     def __init__(self, args: Any, kwargs: Any) -> None:
         given = Arguments(args, kwargs)
-        self._values = [_value(tensor) for tensor in tensors_of(given) if is_plain(tensor)]
+        self._values = [_Value(tensor) for tensor in tensors_of(given) if is_plain(tensor)]
         self._objects: list[Any] = []  # kept, so that their ids stay theirs
         self._rest = signature_of(given, self._told)
 
@@ -39,7 +40,7 @@ class Inputs:
 
     def _told(self, value: Any) -> Hashable:
         if isinstance(value, torch.Tensor) and _is_dense_subclass(value):
-            self._values.append(_value(value.as_subclass(torch.Tensor)))
+            self._values.append(_Value(value.as_subclass(torch.Tensor)))
             return (type(value), value.shape, value.dtype)
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
             return (type(value), value.shape, value.dtype.str, value.tobytes())
@@ -48,7 +49,14 @@ class Inputs:
 
     def same_as(self, other: "Inputs") -> bool:
         """Whether both hold the same values in the same places."""
-        return self.same_form_as(other) and all(map(_same, self._values, other._values))
+        return self.same_form_as(other) and all(
+            one.digest == another.digest for one, another in zip(self._values, other._values, strict=True)
+        )
+
+    @property
+    def on_their_way(self) -> bool:
+        """Whether values are to come from a device, which a comparison would wait for."""
+        return any(value.is_fetched for value in self._values)
 
     def same_form_as(self, other: "Inputs") -> bool:
         """Whether both have the same structure, shapes, dtypes and plain values."""
@@ -61,22 +69,26 @@ def _is_dense_subclass(tensor: torch.Tensor) -> bool:
     return adds and not tensor.is_nested and tensor.device.type != "meta"
 
 
-def _value(tensor: torch.Tensor) -> "bytes | torch.Tensor":
-    """What tells the values of a tensor: a digest, or a copy where making a digest would have its device waited for."""
-    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
-    return _digest(dense) if dense.is_cpu else dense.clone()
+class _Value:
+    """What tells the values that a tensor has now."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+        self.is_fetched = pins(dense.device)
+        self._source = Fetched(dense) if self.is_fetched else None
+        self._digest = b"" if self.is_fetched else _digest(dense)
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for equal bytes, on whatever device."""
+        if self._source is not None:
+            self._digest, self._source = _digest(self._source.wait()), None
+        return self._digest
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    plain = bytes_of(tensor.resolve_conj().resolve_neg().contiguous())  # a NaN equals itself
+    plain = bytes_of(on_cpu(tensor))  # a NaN equals itself; named, since memory_of does not keep it alive
     return xxhash.xxh3_128_digest(memory_of(plain))
-
-
-def _same(a: "bytes | torch.Tensor", b: "bytes | torch.Tensor") -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.device == b.device:
-        return torch.equal(bytes_of(a.contiguous()), bytes_of(b.contiguous()))
-    a, b = (_digest(value.cpu()) if isinstance(value, torch.Tensor) else value for value in (a, b))
-    return a == b
 
 
 def bound(signature: inspect.Signature, call: Arguments) -> Inputs:

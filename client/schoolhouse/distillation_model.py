@@ -188,7 +188,8 @@ class DistillationModel(nn.Module):
         """The batches of `loader`, while the teacher works on the next ones.
 
         Each forward gets the features that its own batch asked for. In training, a forward on anything else while a
-        batch waits for its own raises `FeatureMismatchError`; in eval mode it is as without look-ahead.
+        batch waits for its own raises `FeatureMismatchError`; in eval mode it is as without look-ahead. Of a batch on a
+        GPU, only `compute_kd_loss` sees other values, so that no forward waits for the device.
 
         Args:
             loader: any iterable of batches. It is read in this thread, up to `depth` batches ahead; what it raises is
@@ -238,16 +239,19 @@ class DistillationModel(nn.Module):
             ConfigError: for a student_loss without a balancer.
             UsageError: if there was no forward since the last call, if it ran in another thread, or for a keyword
                 argument that no loss takes.
-            FeatureMismatchError: if student and teacher did not run on the same batch.
+            FeatureMismatchError: if student and teacher did not run on the same batch, or if the forward was on another
+                batch than `prefetch` has yielded, where that could not be seen before.
             SchoolhouseError: whatever kept the teacher from answering.
         """
         state = self._schoolhouse
-        if student_loss is not None and self.loss_balancer is None:
+        balancer: Any = self._modules[BALANCER]
+        if student_loss is not None and balancer is None:
             raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
         arguments = state.loss_arguments.of_each(loss_fn_kwargs)
         step = state.complete_step()
         try:
-            features = on_device_of(step.outputs, step.features())
+            state.confirm(step)
+            features = step.features()
         finally:
             state.step = state.alone = state.ended = None  # used, or lost
         if step.ahead is not None:
@@ -259,9 +263,9 @@ class DistillationModel(nn.Module):
         self._schoolhouse_mode.mark(state, step, losses)
         if skip_balancer:
             return losses
-        if self.loss_balancer is None:
+        if balancer is None:
             return next(iter(losses.values()))
-        total: torch.Tensor = self.loss_balancer(losses)
+        total: torch.Tensor = balancer(losses)
         return total
 
 
@@ -321,7 +325,8 @@ def _losses(
             raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
         output = step.outputs[student_layer]
         unshard_in_backward(model, student_layer, output)
-        losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, features[Tap(teacher_layer)], **arguments[i])
+        target = on_device_of(output, features[Tap(teacher_layer)])
+        losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, target, **arguments[i])
     return losses
 
 
@@ -371,8 +376,8 @@ def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Mod
         return None
     try:
         losses = model._modules[LOSSES]
-        check_data_parallel(model, losses is not None and any(p.requires_grad for p in losses.parameters()))
-        check_loss_sharding(model, () if losses is None else losses.children())
+        check_data_parallel(model, losses)
+        check_loss_sharding(model, losses)
         state.begin(args, kwargs, model.training)
         return {name: model._modules.pop(name) for name in EXTRAS if name in model._modules}
     except BaseException:

@@ -13,7 +13,7 @@ from schoolhouse.errors import ConfigError
 from schoolhouse.taps import tensors_of
 
 
-def check_data_parallel(model: nn.Module, trainable_losses: bool) -> None:
+def check_data_parallel(model: nn.Module, losses: nn.Module | None) -> None:
     """Refuse settings of DistributedDataParallel under which gradients of a loss at inner layers go wrong.
 
     It expects gradients to come from the outputs that its own forward returned: with `static_graph` the first ones are
@@ -22,8 +22,9 @@ def check_data_parallel(model: nn.Module, trainable_losses: bool) -> None:
     wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if wrapper is None or wrapper.module is not model:
         return
+    trainable = losses is not None and any(parameter.requires_grad for parameter in losses.parameters())
     settings = {"static_graph": wrapper.static_graph}
-    settings["find_unused_parameters"] = wrapper.find_unused_parameters and trainable_losses
+    settings["find_unused_parameters"] = wrapper.find_unused_parameters and trainable
     wrong = [name for name, on in settings.items() if on]
     if wrong:
         raise ConfigError(
@@ -37,15 +38,17 @@ def _fsdp_class() -> Any:
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
-def check_loss_sharding(model: nn.Module, losses: Iterable[nn.Module]) -> None:
+def check_loss_sharding(model: nn.Module, losses: nn.Module | None) -> None:
     """Refuse losses whose gradients FSDP2 would not average, since it holds parts of the student only."""
     kind = _fsdp_class()
+    if not kind or not losses or isinstance(model, kind):
+        return
     alone = [
         type(loss).__name__
-        for loss in losses
+        for loss in losses.children()
         if any(p.requires_grad for p in loss.parameters()) and not any(isinstance(m, kind) for m in loss.modules())
     ]
-    if alone and not isinstance(model, kind) and any(isinstance(module, kind) for module in model.modules()):
+    if alone and any(isinstance(module, kind) for module in model.modules()):
         raise ConfigError(
             f"parts of the student are sharded and the trainable losses ({', '.join(alone)}) are not, so that no one "
             "would average their gradients over ranks: fully_shard the converted model as a whole too, or each loss"
@@ -58,7 +61,10 @@ def as_forward(model: nn.Module, layers: Iterable[str], compute: Callable[[], An
     So the parameters of losses are whole while it runs, and a backward from its results reaches FSDP, also where the
     sharded module's own output has no part in them.
     """
-    outermost = [[model]] if isinstance(model, _fsdp_class()) else [_sharded_around(model, layer) for layer in layers]
+    kind = _fsdp_class()
+    if not kind:
+        return compute()
+    outermost = [[model]] if isinstance(model, kind) else [_sharded_around(model, layer) for layer in layers]
     for module in dict.fromkeys(around[0] for around in outermost if around):
         compute = functools.partial(_within, module, compute)
     return compute()
@@ -75,9 +81,12 @@ def _within(module: nn.Module, compute: Callable[[], Any]) -> Any:
 
 def _sharded_around(model: nn.Module, layer: str) -> list[Any]:
     """The parts of the model that hold `layer`, itself among them, and are sharded on their own; outermost first."""
-    kind, names = _fsdp_class(), layer.split(".")
-    around = (model.get_submodule(".".join(names[:end])) for end in range(1, len(names) + 1)) if kind and layer else ()
-    return [module for module in around if isinstance(module, kind)]
+    kind, module, found = _fsdp_class(), model, []
+    for name in layer.split(".") if kind and layer else ():
+        module = getattr(module, name)
+        if isinstance(module, kind):
+            found.append(module)
+    return found
 
 
 def unshard_in_backward(model: nn.Module, layer: str, output: Any) -> None:

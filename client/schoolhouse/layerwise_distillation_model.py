@@ -109,10 +109,12 @@ class _Inject:
                 f"the layer {self._layer!r} runs again in one forward, now on inputs of the student's own", stacklevel=2
             )
             return None
+        if step.guess is not None and step.guess.among_others:
+            self._state.confirm(step)
         device = [*module.parameters(), *tensors_of(args), *tensors_of(kwargs)][:1]
         features = step.features()
         learned = storages_of([value for tap, value in features.items() if tap.side == "output"])
-        given = on_device_of(device, {self._tap: apart_from(features[self._tap], learned)})[self._tap]
+        given = on_device_of(device, apart_from(features[self._tap], learned))
         step.injected[self._layer] = given
         return _replaced(given, args, kwargs)
 

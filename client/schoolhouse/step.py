@@ -17,6 +17,7 @@ from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.nested import map_tensors
+from schoolhouse_wire.pinned import to_device
 from torch import nn
 
 from schoolhouse.batches import Inputs, bound
@@ -29,7 +30,7 @@ from schoolhouse.teachers import Features, LocalTeacher, Teacher
 from schoolhouse.unseen import Unseen
 
 if TYPE_CHECKING:
-    from schoolhouse.ahead import Ahead
+    from schoolhouse.ahead import Ahead, Entry
 
 
 class Answer:
@@ -38,33 +39,39 @@ class Answer:
     def __init__(self, future: "Future[Features]") -> None:
         self.future = future
         self.waited_s = 0.0  # by who needed them
+        self._features: Features | None = None  # once they are here
         self._versions: list[tuple[torch.Tensor, int, bool]] = []
         self._pid = os.getpid()
         if future.done() and future.exception() is None:
             self._watch(future.result())
 
-    def _watch(self, features: Features) -> None:
+    def _watch(self, features: Features) -> Features:
         for tap, value in features.items():
             output = tap.side == "output"
             self._versions += [(tensor, version_of(tensor), output) for tensor in tensors_of(value)]
+        self._features = features
+        return features
 
     def features(self) -> Features:
         """Wait for the features; raises whatever kept the teacher from answering."""
+        if self._features is None:
+            return self._watch(self._awaited())
+        for tensor, version, output in self._versions:
+            if output and version_of(tensor) != version:
+                raise FeatureMismatchError(
+                    "the teacher's features were written into after its forward, and are no longer those of this "
+                    "batch: a loss or hook that changes them in place must work on a clone"
+                )
+        return self._features
+
+    def _awaited(self) -> Features:
         if self.lost:
             raise UsageError("the teacher was asked before this process was forked; forward the batch again")
         if not self.future.done():
             began = time.perf_counter()
             wait([self.future])
             self.waited_s += time.perf_counter() - began
-        features = self.future.result()
-        if any(output and version_of(tensor) != version for tensor, version, output in self._versions):
-            raise FeatureMismatchError(
-                "the teacher's features were written into after its forward, and are no longer those of this batch: "
-                "a loss or hook that changes them in place must work on a clone"
-            )
-        if not self._versions:
-            self._watch(features)
-        return features
+        return self.future.result()
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -88,12 +95,23 @@ class Answer:
 
 
 @dataclass(eq=False)
+class Guess:
+    """The batch that a forward is taken to be on while the values that it got are on their way from a device."""
+
+    entry: "Entry"
+    given: Inputs
+    call: Arguments
+    among_others: bool  # of its form, and not forwarded yet
+
+
+@dataclass(eq=False)
 class Step:
     """What one batch has produced: the teacher's features to come, and the student's outputs by layer."""
 
     answer: Answer | None = None
     later: Callable[[], Answer] | None = None  # asks the teacher once somebody needs the features
     ahead: "Ahead | None" = None  # whose batch it is
+    guess: Guess | None = None  # where `confirm` has to find out whether it is that batch
     outputs: dict[str, Any] = field(default_factory=dict)
     student_ran: bool = False
     gradients: bool = field(default_factory=torch.is_grad_enabled)
@@ -214,12 +232,12 @@ class Distillation:
             self.step = Step(later=refuse_cache, student_ran=True)
             return None
         call = without_cache(call)
-        ahead, answer = self._looked_ahead(call, trains)
-        later = None if trains or self.asks_at_once or answer is not None else self._later(call)
-        if answer is None and later is None:
-            answer = self.request(call)
-        self.step = Step(answer, later, ahead)
-        return self.step
+        step = self._looked_ahead(call, trains)
+        if step is None:
+            later = None if trains or self.asks_at_once else self._later(call)
+            step = Step(self.request(call) if later is None else None, later)
+        self.step = step
+        return step
 
     def _later(self, call: Arguments) -> Callable[[], Answer] | None:
         """What asks for the features of a batch as it is now; None if no copy of it can be kept."""
@@ -240,23 +258,65 @@ class Distillation:
         submit: Any = self.teacher.submit  # one that can encode
         return Answer(submit(call, call.kwargs, taps or self.taps, encodings=self.encodings, positions=mask))
 
-    def _looked_ahead(self, call: Arguments, training: bool) -> "tuple[Ahead | None, Answer | None]":
-        """The answer that was asked for ahead for this batch, if any.
+    def _looked_ahead(self, call: Arguments, training: bool) -> Step | None:
+        """A step with the answer that was asked for ahead for this batch, if any.
+
+        In training it is taken for the next batch of its form while its values are on their way from a device, so that
+        nobody waits for them here; `confirm` holds it against that batch before a loss is computed.
 
         Raises:
             FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
         """
         for ahead in [*self.ahead]:
             ahead.rest_if_interrupted()
-        for ahead in reversed([*self.ahead]):
-            asked = ahead.question(call)
-            if (answer := ahead.find(bound(self.signature, asked), call)) is not None:
-                return ahead, answer
+        loops = [(ahead, self._given(ahead, call)) for ahead in [*self.ahead][::-1]]
+        if training and (step := self._guessed(loops, call)) is not None:
+            return step
+        for ahead, given in loops:
+            if (entry := ahead.find(given)) is not None:
+                return Step(ahead.answer(entry, call), ahead=ahead)
         last = self.expecting
         if training and last is not None and last.expects_a_forward():
-            asked = last.question(call)
-            raise FeatureMismatchError(last.expected(bound(self.signature, asked), asked))
-        return None, None
+            raise FeatureMismatchError(last.expected(self._given(last, call), last.question(call)))
+        return None
+
+    def _given(self, ahead: "Ahead", call: Arguments) -> Inputs:
+        """What of a call a loop's teacher was asked with."""
+        return bound(self.signature, ahead.question(call))
+
+    def _guessed(self, loops: "list[tuple[Ahead, Inputs]]", call: Arguments) -> Step | None:
+        """A step for the next batch that a call may be on; None where its values are here, or none waits for it."""
+        alike = [
+            (ahead, entry, given)
+            for ahead, given in loops
+            if given.on_their_way
+            for entry in ahead.alike(given)
+            if not entry.used
+        ]
+        if not alike or alike[0][1].stale:  # for a stale one the teacher is asked now: it may not be the one later
+            return None
+        ahead, entry, given = alike[0]
+        guess = Guess(entry, given, call, among_others=len(alike) > 1)
+        return Step(ahead.answer(entry, call), ahead=ahead, guess=guess)
+
+    def confirm(self, step: Step) -> None:
+        """See whether a step's forward was on the batch that it was taken for; if it was on another one, it gets that.
+
+        Raises:
+            FeatureMismatchError: if it was on none of those that were asked for, or if layers of the student were given
+                features of the wrong one.
+        """
+        guess, step.guess = step.guess, None
+        if guess is None or guess.entry.inputs.same_as(guess.given):
+            return
+        guess.entry.used = False
+        for ahead in [*self.ahead][::-1]:
+            entry = ahead.find(guess.given)
+            if entry is not None and not entry.stale and not step.injected:
+                step.ahead, step.answer = ahead, ahead.answer(entry, guess.call)
+                return
+        assert step.ahead is not None
+        raise FeatureMismatchError(step.ahead.expected(guess.given, step.ahead.question(guess.call)))
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
         """Begin the student's forward, and the teacher's unless it is switched off."""
@@ -344,9 +404,8 @@ def eager(function: Any) -> Any:
     return call
 
 
-def on_device_of(outputs: Any, features: Mapping[Tap, Any]) -> Mapping[Tap, Any]:
-    """Features on the device of the first tensor of `outputs`."""
-    device = next((tensor.device for tensor in tensors_of(outputs)), torch.device("cpu"))
-    if all(tensor.device == device for tensor in tensors_of(features)):
-        return features
-    return {tap: map_tensors(value, lambda tensor: tensor.to(device)) for tap, value in features.items()}
+def on_device_of(outputs: Any, value: Any) -> Any:
+    """A nested value with its tensors on the device of the first one of `outputs`; they may be on their way."""
+    first = next(tensors_of(outputs), None)
+    device = torch.device("cpu") if first is None else first.device
+    return map_tensors(value, lambda tensor: to_device(tensor, device))

@@ -1,13 +1,11 @@
 """Capture what named submodules receive and return during one forward, and stop it early where that is asked for."""
 
-import collections
 import difflib
 import functools
 import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -48,6 +46,8 @@ _UNSETTLED = (
 
 def as_tap(tap: TapLike) -> Tap:
     """`"fc"` means the output of `fc`; a pair names the side."""
+    if type(tap) is Tap and tap.side in ("input", "output"):
+        return tap
     if not isinstance(tap, str | tuple | list) or (not isinstance(tap, str) and len(tap) != 2):
         raise ConfigError(f"tap {tap!r:.80} is no tap; choices: a layer's name, or (name, 'input' or 'output')")
     found = Tap(tap) if isinstance(tap, str) else Tap(*tap)
@@ -75,7 +75,7 @@ def taps_from_wire(taps: Iterable[teacher_pb2.Tap]) -> tuple[Tap, ...]:
 
 def as_taps(taps: Iterable[TapLike]) -> tuple[Tap, ...]:
     """Taps without repetition, in their order."""
-    found = tuple(dict.fromkeys(as_tap(tap) for tap in taps))
+    found = tuple(dict.fromkeys(map(as_tap, taps)))
     if not found:
         raise ConfigError("no taps were asked for; ask for at least one, such as ('', 'output')")
     return found
@@ -170,7 +170,7 @@ class EarlyStop:
 
     def after(self, taps: Sequence[Tap]) -> bool:
         """Whether a forward with these taps may end early."""
-        return _WHOLE not in taps and all(self._settled.get(tap, False) for tap in taps)
+        return bool(self._settled) and _WHOLE not in taps and all(self._settled.get(tap, False) for tap in taps)
 
     def learn(self, recorder: _Recorder) -> None:
         """See what a whole forward shows."""
@@ -192,55 +192,43 @@ def run_with_taps(model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], ea
         TeacherForwardError: if the forward fails after its last tap, unless it may end there.
     """
     recorder = _Recorder(taps, ends=early.after(taps), watches=early.allowed)
-    with _hooks(model, taps, recorder):
-        try:
-            for tap in taps:
-                if tap.module == "" and tap.side != "output":
-                    recorder.record(tap, inputs)
-            output = model(*inputs, **inputs.kwargs)
-            if _WHOLE in taps:
-                recorder.record(_WHOLE, output)
-        except _Stopped:
-            pass
-        except Exception as err:
-            if not recorder.complete:
-                raise
-            if not early.allowed:
-                raise TeacherForwardError(
-                    f"the teacher's forward raised {type(err).__name__} after its last tap: {err}. With "
-                    "early_stop=True it would end there"
-                ) from err
-        else:
-            early.learn(recorder)
+    handles: list[Any] = []
+    try:
+        for tap in taps:
+            if tap.module != "":
+                handles.append(_hook(model.get_submodule(tap.module), tap, recorder))
+            elif tap.side != "output":
+                recorder.record(tap, inputs)
+        output = model(*inputs, **inputs.kwargs)
+        if _WHOLE in taps:
+            recorder.record(_WHOLE, output)
+    except _Stopped:
+        pass
+    except Exception as err:
+        if not recorder.complete:
+            raise
+        if not early.allowed:
+            raise TeacherForwardError(
+                f"the teacher's forward raised {type(err).__name__} after its last tap: {err}. With "
+                "early_stop=True it would end there"
+            ) from err
+    else:
+        early.learn(recorder)
+    finally:
+        for handle in handles:
+            handle.remove()
     missing = [tap.module for tap in taps if tap not in recorder.features]
     if missing:
         raise UnknownTapError(f"the submodules {missing} did not run in this forward, so they have no features")
     return {tap: recorder.features[tap] for tap in taps}
 
 
-@contextmanager
-def _hooks(model: nn.Module, taps: Sequence[Tap], recorder: _Recorder) -> Iterator[None]:
-    handles = []
-    try:
-        for tap in taps:
-            if tap.module != "":
-                module = model.get_submodule(tap.module)
-                if tap.side != "output":
-                    handles.append(module.register_forward_pre_hook(_on_input(tap, recorder), with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(_on_output(tap, recorder)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _on_input(tap: Tap, recorder: _Recorder) -> Callable[[nn.Module, Any, Any], None]:
-    return lambda _module, args, kwargs: recorder.record(tap, Arguments(args, kwargs))
-
-
-def _on_output(tap: Tap, recorder: _Recorder) -> Callable[[nn.Module, Any, Any], None]:
-    return lambda _module, _args, output: recorder.record(tap, output)
+def _hook(module: nn.Module, tap: Tap, recorder: _Recorder) -> Any:
+    if tap.side == "output":
+        return module.register_forward_hook(lambda _module, _args, output: recorder.record(tap, output))
+    return module.register_forward_pre_hook(
+        lambda _module, args, kwargs: recorder.record(tap, Arguments(args, kwargs)), with_kwargs=True
+    )
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
@@ -313,10 +301,13 @@ def owned(values: list[Any]) -> Any:
     """
     aliases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # and the originals, so that their ids stay theirs
     value = map_tensors(values.pop(), lambda tensor: _alias(tensor, aliases))
-    mine = {key: alias for key, (_, alias) in aliases.items()}
+    mine = [alias for _, alias in aliases.values()]
     aliases.clear()
-    holders = collections.Counter(alias.untyped_storage()._cdata for alias in mine.values())
-    copies = {id(alias): alias.clone() for alias in mine.values() if not _is_free(alias, holders)}
+    holders: dict[int, int] = {}
+    for alias in mine:
+        storage = alias.untyped_storage()._cdata
+        holders[storage] = holders.get(storage, 0) + 1
+    copies = {id(alias): alias.clone() for alias in mine if not _is_free(alias, holders)}
     return map_tensors(value, lambda tensor: copies.get(id(tensor), tensor)) if copies else value
 
 

@@ -1,6 +1,5 @@
 """The Teacher protocol, and LocalTeacher: a frozen module in this process."""
 
-import contextlib
 import inspect
 import threading
 import typing
@@ -190,9 +189,11 @@ class LocalTeacher:
 
     def compute(self, inputs: Arguments, wanted: Wanted) -> Features:
         """Features as they arrive; raises as `forward` and `encode` do."""
-        values = self.encode(self.forward(inputs, wanted), wanted)
-        heads = {tap: self.head(name, tap.module) for tap, name in wanted.heads().items()}
-        return Features(decoded(values, heads), revision=self._revision)
+        values = self.forward(inputs, wanted)
+        if any(wanted.encodings):
+            heads = {tap: self.head(name, tap.module) for tap, name in wanted.heads().items()}
+            values = decoded(self.encode(values, wanted), heads)
+        return Features(values, revision=self._revision)
 
     def head(self, name: str, tap_module: str) -> Head:
         """What makes the logits that the module `tap_module` returns, of what submodule `name` receives.
@@ -276,7 +277,9 @@ class LocalTeacher:
         return self._run_plain(inputs, taps)
 
     def _run_plain(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
-        with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
+        if not self._compiled:
+            return run_with_taps(self._plain, inputs, taps, self._early)
+        with torch.compiler.set_stance("force_eager"):
             return run_with_taps(self._plain, inputs, taps, self._early)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """What a request asks of a teacher: taps, how each travels, and which positions."""
 
 import dataclasses
+import functools
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class Wanted:
             ConfigError: for no taps, for encodings of other taps, or for positions without an encoding that reads them.
         """
         found = as_taps(taps)
+        if not encodings and positions is None:
+            return _as_computed(found)
         wanted = cls(found, encodings_of(found, encodings or {}))
         return dataclasses.replace(wanted, mask=wanted._mask(positions))
 
@@ -79,10 +82,14 @@ class Wanted:
 
     def with_seeds(self) -> "Wanted":
         """The same, with seeds for encodings that draw, other ones each time."""
+        if not any(self.encodings):
+            return self
         return dataclasses.replace(self, encodings=tuple(seeded(e, secrets.randbits(64)) for e in self.encodings))
 
     def heads(self) -> dict[Tap, str]:
         """The head whose input travels, by the tap of the logits."""
+        if not any(self.encodings):
+            return {}
         pairs = zip(self.taps, self.encodings, strict=True)
         return {tap: encoding.head for tap, encoding in pairs if isinstance(encoding, Hidden)}
 
@@ -109,3 +116,9 @@ class Wanted:
             raise ProtocolError("a call's taps must be at least one, distinct, and of a known side")
         encodings = tuple(encoding_from_wire(tap.encoding) if tap.HasField("encoding") else None for tap in given)
         return cls(found, encodings, mask)
+
+
+@functools.lru_cache(maxsize=256)
+def _as_computed(taps: tuple[Tap, ...]) -> Wanted:
+    """What a training loop asks for at every step, if it asks for no encoding."""
+    return Wanted(taps, (None,) * len(taps))

@@ -19,6 +19,8 @@ def map_where(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any]
     """A nested value of the same structure with each part of one of `kinds` changed, and not looked into."""
     if isinstance(value, kinds):
         return change(value)
+    if type(value) is dict:
+        return {key: map_where(item, kinds, change) for key, item in value.items()}
     if isinstance(value, Arguments):
         return Arguments([map_where(item, kinds, change) for item in value], map_where(value.kwargs, kinds, change))
     if (record := record_of(value)) is not None:
@@ -33,8 +35,6 @@ def map_where(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any]
 
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A mapping of the type of `value` with other items; a plain dict if it takes none."""
-    if type(value) is dict:
-        return items
     try:
         made: Any = copy.copy(value)
         for key, item in items.items():

@@ -13,26 +13,11 @@ from typing import Any, TypeVar
 import torch
 from schoolhouse.taps import tensors_of
 from schoolhouse_wire.nested import map_tensors
+from schoolhouse_wire.pinned import lacks_memory as lacks_memory
+from schoolhouse_wire.pinned import pinned, pins, to_host
 
 T = TypeVar("T")
-_PINNING = ("cuda", "xpu")
 _RECENT = 0.2  # how much the last piece of work counts
-_MAX_CAUSES = 16
-# Torch has an exception for a device that has no room in its own allocator; of the rest there is nothing but the text.
-_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP out of memory")
-
-
-def lacks_memory(error: BaseException | None) -> bool:
-    """Whether an error is, or comes from one, that says that the memory of the device or of the host ran out."""
-    for _ in range(_MAX_CAUSES):
-        if error is None:
-            return False
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @dataclass(frozen=True)
@@ -92,7 +77,7 @@ class Device:
         self.name = torch.device(name)
         found = torch.get_device_module(self.name)
         self.is_host = self.name.type == "cpu"
-        self._pins = self.name.type in _PINNING
+        self._pins = pins(self.name)
         self.kit: Any = found if self._pins else torch.cpu  # others have no streams
         self.h2d, self.forward, self.encode, self.d2h = (Stage(self) for _ in range(4))
 
@@ -109,16 +94,8 @@ class Device:
         return event
 
     def pin(self, value: Any) -> Any:
-        """Inputs in memory that the device copies from by itself. Torch keeps such memory for the next ones."""
-        return map_tensors(value, self._pin) if self._pins else value
-
-    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        try:
-            return tensor.pin_memory()
-        except (RuntimeError, MemoryError) as err:
-            if not lacks_memory(err):
-                raise
-            return tensor  # the host copies it
+        """Inputs in memory that the device copies from by itself."""
+        return map_tensors(value, pinned) if self._pins else value
 
     def load(self, value: Any) -> Any:
         """Inputs on the device; they may be on their way still."""
@@ -151,16 +128,7 @@ class Device:
             return tensor
         if tensor.device != self.name:  # a part of the teacher is elsewhere, and nothing waits for streams there
             return tensor.cpu()
-        plain = tensor.resolve_conj().resolve_neg()  # else torch does that here, before the bytes have come
-        return self._host_memory(plain).copy_(plain, non_blocking=self._pins)
-
-    def _host_memory(self, tensor: torch.Tensor) -> torch.Tensor:
-        try:
-            return torch.empty_like(tensor, device="cpu", pin_memory=self._pins)
-        except (RuntimeError, MemoryError) as err:
-            if not self._pins or not lacks_memory(err):
-                raise
-        return torch.empty_like(tensor, device="cpu")  # there is less that can be pinned
+        return to_host(tensor)
 
     def wait(self, span: Span) -> None:
         """Return when the device has done a piece of work."""
