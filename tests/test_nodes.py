@@ -1,4 +1,4 @@
-"""A pool on a cluster whose nodes go away: a raylet that is killed, and one whose network link is down."""
+"""A pool on a cluster whose nodes go away: a raylet that is killed, one whose link is down, one that says so before."""
 
 import contextlib
 import os
@@ -33,6 +33,11 @@ def run(command, timeout_s=170):
 @pytest.mark.parametrize("times", ["1", pytest.param("5", marks=[pytest.mark.chaos, pytest.mark.timeout(600)])])
 def test_a_raylet_is_killed(times):
     run([sys.executable, SCRIPT, "kill", times], 120 * int(times) + 50)
+
+
+@pytest.mark.timeout(300)
+def test_a_node_is_about_to_go():
+    run([sys.executable, SCRIPT, "drain"], 280)
 
 
 def ip(*arguments):

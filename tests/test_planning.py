@@ -204,3 +204,48 @@ def test_what_is_desired():
         scaled.rolled(pool(port=1234), ["net"])
     other = PoolConfig(teachers={"second": TeacherSpec(build="m:f")}, port=0)
     assert set(scaled.rolled(other, ["second"]).teachers) == {"net", "second"}
+
+
+def test_replicas_of_a_node_that_is_about_to_go_are_replaced_first():
+    world = begun(replicas=3)
+    world.replicas = [replace(r, leaving=r.id != "0") for r in world.replicas]
+    assert world.step() == Plan(start=(world.state.current,) * 2)  # both at once
+    world.run()
+    assert world.fewest["all"] >= 3
+    assert [r.leaving for r in world.replicas] == [False] * 3
+
+
+def test_one_that_is_due_drains_also_where_nothing_can_take_its_place():
+    world = begun(replicas=2, room=2)
+    world.replicas = [replace(r, leaving=r.id == "1") for r in world.replicas]
+    world.run(int(ROOM_S) * 3)
+    assert world.fewest["all"] == 2  # another one going first would make no room
+    assert [r.phase for r in world.replicas] == ["serving", "serving", "starting"]
+    world.replicas = [replace(r, due=r.leaving) for r in world.replicas]
+    assert world.step() == Plan(drain=("1",))
+    world.run(10)
+    assert [r.leaving for r in world.serving()] == [False, False]
+
+
+def test_one_that_does_not_serve_yet_is_started_elsewhere():
+    world = World(pool(replicas=1))
+    world.step()
+    world.replicas = [replace(r, leaving=True) for r in world.replicas]
+    assert world.step() == Plan(start=(world.state.current,), drain=("0",))
+
+
+@pytest.mark.parametrize("going", [0, 1])
+def test_a_job_keeps_its_revision_where_its_node_is_about_to_go(going):
+    world = begun(replicas=1)
+    world.jobs = {0}
+    number = rolled(world, replicas=1)
+    world.run()
+    assert sorted(r.version for r in world.serving()) == [0, number]
+    world.jobs = {0, number}
+    world.replicas = [replace(r, leaving=r.version == (0, number)[going]) for r in world.replicas]
+    world.fewest = {}
+    world.run()
+    assert world.fewest[0] >= 1
+    assert world.fewest[number] >= 1
+    assert sorted(r.version for r in world.replicas) == [0, number]
+    assert not any(r.leaving for r in world.replicas)

@@ -3,14 +3,15 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import schoolhouse as sh
 import torch
-from memfd import soon
 from models import Net
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
 
@@ -53,7 +54,7 @@ def pids():
 
 
 def test_a_teacher_that_cannot_be_built_says_why(cluster, tmp_path):
-    from schoolhouse_server.pool import PoolFailedError, find, launch
+    from schoolhouse_server.pool import PoolFailedError, launch
 
     broken = launch(make(tmp_path, replicas=1, build="no_such_module:f"))
     try:
@@ -62,13 +63,8 @@ def test_a_teacher_that_cannot_be_built_says_why(cluster, tmp_path):
     finally:
         broken.down()
 
-    def is_gone():
-        with contextlib.suppress(ray.exceptions.RayError):  # it was found as it ended
-            named = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("teacher/")]
-            return find(required=False) is None and not named
-        return False
-
-    assert soon(is_gone)
+    named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    assert [name for name in named if name.split("/")[0] in ("keeper", "directory", "teacher")] == []
 
 
 def test_a_pool_serves_and_is_kept_at_strength(pool):
@@ -143,6 +139,17 @@ def test_a_second_pool_is_refused(pool, tmp_path):
 
     with pytest.raises(ConfigError, match="already"):
         launch(make(tmp_path))
+
+
+def test_a_port_that_is_taken_leaves_no_pool(pool, tmp_path):
+    from schoolhouse_server import pool as pools
+
+    pool.down()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = replace(make(tmp_path), port=taken.getsockname()[1])
+        with pytest.raises(TeacherUnavailableError, match=f"cannot listen on 127.0.0.1:{config.port}; is it taken"):
+            pools.launch(config)
+    assert not pools.clear()  # nothing was left
 
 
 def test_a_local_cluster_that_is_late_is_tried_again(monkeypatch):

@@ -1,6 +1,7 @@
 """A pool on a Ray cluster of two nodes, one of which goes away while a student trains; run in a process of its own.
 
 `two_nodes.py kill TIMES` ends a raylet of this machine.
+`two_nodes.py drain` has Ray say that a node is about to go, as a cloud's preemption notice does.
 `two_nodes.py unplug TIMES NAMESPACE LINK ADDRESS OWN_ADDRESS` has the
 second raylet in a network namespace, and takes its link down: nobody is told, packets just get lost. Prints "done".
 The student's losses are those of a run without faults, to the last bit, and it leaks nothing.
@@ -17,7 +18,11 @@ import time
 from pathlib import Path
 
 import ray
+import torch
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from schoolhouse_server import nodes as nodes_of_ray
 from schoolhouse_server.actors import NAMESPACE
 from schoolhouse_server.pool import find, ray_cluster
 
@@ -45,6 +50,11 @@ teachers:
     labels: {{kind: big}}
     resources: {{num_cpus: 0.5}}
 """
+NO_ROOM = {
+    "waits for {CPU: 0.5} with placement STRICT_SPREAD: no node has it free",
+    "waits for {CPU: 0.5} on a node of {kind: big}: no node has it free",
+}
+GOING = {"serving", "serving, its node is about to go"}
 LABELS = {"ray.io/availability-zone": "b", "kind": "big"}
 HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
@@ -84,31 +94,26 @@ def serving(teacher="net"):
     return [row for row in find().status() if row["teacher"] == teacher and row["stage"] == "serving"]
 
 
-def check(address, host, second_node, lose, times):
-    head = ray.get_runtime_context().get_node_id()
+def begin(address, host):
+    """Start the pool; where students connect to."""
     file = Path(tempfile.mkdtemp()) / "pool.yaml"
     file.write_text(POOL.format(host=host, insecure=str(host != "127.0.0.1").lower()))
-    url = re.search(r"grpc://\S+/net", schoolhouse("up", str(file), "--address", address)).group()
-    placed = nodes(find().status())
-    assert {name.split("/")[0]: where.zone for name, where in placed.items() if where.node_id != head} == {
-        "net": "b",
-        "elsewhere": "b",
-    }
-    assert sorted(name.split("/")[0] for name, where in placed.items() if where.node_id == head) == ["net"]
+    return re.search(r"grpc://\S+/net", schoolhouse("up", str(file), "--address", address)).group()
+
+
+@contextlib.contextmanager
+def training(url):
+    """A student meanwhile; gives its steps so far, and a function that waits for more of them."""
     steps, ended, found = [], threading.Event(), []
     student = rooms.start(students.run_slowly, url, {"insecure": "//127." not in url})
     following = threading.Thread(target=follow, args=(student, steps, ended, found), daemon=True)
     following.start()
-    for _ in range(times):
+
+    def goes_on():
         seen = len(steps)
-        until(lambda seen=seen: len(steps) > seen + 20)
-        lose()
-        until(lambda: len(serving()) == 1 and not serving("elsewhere"))
-        assert any(row["stage"] == "waiting for resources" for row in find().status())  # not beside the other one
-        seen = len(steps)
-        until(lambda seen=seen: len(steps) > seen + 20)
-        second_node()
-        until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
+        until(lambda: len(steps) > seen + 20)
+
+    yield goes_on
     ended.set()
     following.join(60)
     [(run, leaked)] = found
@@ -116,15 +121,75 @@ def check(address, host, second_node, lose, times):
     assert run.errors == []
     run.assert_undisturbed(len(run.used))
     assert leaked == {}
+
+
+def check(address, host, second_node, lose, times):
+    head = ray.get_runtime_context().get_node_id()
+    url = begin(address, host)
+    placed = nodes(find().status())
+    assert {name.split("/")[0]: where.zone for name, where in placed.items() if where.node_id != head} == {
+        "net": "b",
+        "elsewhere": "b",
+    }
+    assert sorted(name.split("/")[0] for name, where in placed.items() if where.node_id == head) == ["net"]
+    with training(url) as goes_on:
+        for _ in range(times):
+            goes_on()
+            lose()
+            until(lambda: len(serving()) == 1 and not serving("elsewhere"))
+            until(lambda: {row["stage"] for row in find().status() if row["stage"] != "serving"} == NO_ROOM)
+            for one in find().teachers().values():
+                assert "its node has died" in one["lost"], one
+            goes_on()
+            second_node()
+            until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
+    schoolhouse("down", "--address", address)
+
+
+def leaves(seconds):
+    """Ray says that the node of `elsewhere` is there for so long; gives the node, and what it is there until."""
+    [node] = [where.node_id for name, where in nodes(find().status()).items() if name.startswith("elsewhere/")]
+    until_s, why = time.time() + seconds, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+    assert gcs.drain_node(node, why, "the cloud takes it back", int(until_s * 1000)) == (True, "")
+    return node, until_s
+
+
+def check_leaving(address, host, second_node):
+    """A replacement serves before the node goes; and where there is no room, what is in flight is answered in time."""
+    head = ray.get_runtime_context().get_node_id()
+    with training(begin(address, host)) as goes_on:
+        goes_on()
+        before = nodes(find().status())
+        assert nodes_of_ray.leaving() == {}
+        node, until_s = leaves(3600)
+        assert nodes_of_ray.leaving() == {node: int(until_s * 1000) / 1000}
+        until(lambda: {row["stage"] for row in find().status()} == {*GOING, *NO_ROOM})  # all serve, and are replaced
+        second_node()
+        least = []
+        until(lambda: least.append(len(serving())) or len(serving()) == len(find().status()) - 1 == 2)
+        assert min(least) >= 1  # and the one that was about to go, until another one served
+        assert all(where.node_id != node for where in nodes(find().status()).values())
+        assert {name for name, where in before.items() if where.node_id == head} < {*nodes(find().status())}
+        until(lambda: sum(one["Alive"] for one in ray.nodes()) == 2)  # Ray ends one that has nothing to do any more
+        assert all(one["lost"] == "" for one in find().teachers().values())
+        _, until_s = leaves(25)
+        until(lambda: len(find().status()) == 3 and {row["stage"] for row in find().status()} == {"serving", *NO_ROOM})
+        assert time.time() < until_s
+        goes_on()
+        second_node()
+        until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
+        assert all(one["lost"] == "" for one in find().teachers().values())
     schoolhouse("down", "--address", address)
 
 
 def main(how, times="1", namespace="", link="", address="", own=""):
+    torch.set_num_threads(1)  # as the student has: its numbers are compared to the bit
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     started = []
 
     def start_second():
-        if how == "kill":
+        if how != "unplug":
             started.append(cluster.add_node(num_cpus=1, labels=LABELS))
             return
         if started:
@@ -135,7 +200,7 @@ def main(how, times="1", namespace="", link="", address="", own=""):
         started.append(subprocess.Popen(["ip", "netns", "exec", namespace, *command], stdout=subprocess.DEVNULL))
 
     def lose():
-        if how == "kill":
+        if how != "unplug":
             cluster.remove_node(started[-1], allow_graceful=False)
         else:
             subprocess.run(["ip", "link", "set", link, "down"], check=True)
@@ -143,15 +208,20 @@ def main(how, times="1", namespace="", link="", address="", own=""):
     cluster = Cluster()
     try:
         where = {"node_ip_address": own} if own else {}
-        cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=HEALTH, **where)
+        health = None if how == "drain" else HEALTH
+        cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=health, **where)
         start_second()
         with ray_cluster(cluster.address):
             assert ray.get_runtime_context().namespace == NAMESPACE
             until_nodes(2)
-            check(cluster.address, "0.0.0.0" if own else "127.0.0.1", start_second, lose, int(times))
+            host = "0.0.0.0" if own else "127.0.0.1"
+            if how == "drain":
+                check_leaving(cluster.address, host, start_second)
+            else:
+                check(cluster.address, host, start_second, lose, int(times))
     finally:
         cluster.shutdown()
-        for process in started if how != "kill" else []:
+        for process in started if how == "unplug" else []:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.terminate()
                 process.wait(10)

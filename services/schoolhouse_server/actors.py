@@ -3,7 +3,9 @@
 import logging
 import socket
 import threading
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import ray
@@ -29,6 +31,7 @@ from schoolhouse_server.web import WebServer, gate_of
 
 NAMESPACE = "schoolhouse"
 KEEPER, DIRECTORY = "keeper", "directory"
+_HEAD_NODE = {"node:__internal_head__": 0.001}  # where students find the directory again when it was restarted
 _LOG_LINES = 2000
 _DIRECTORY_RPCS = MAX_WATCHERS + 64
 
@@ -42,6 +45,7 @@ class Where:
     node_id: str
     host: str
     zone: str  # empty: not known
+    since_s: float = 0.0  # for how long it has been there
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class TeacherActor(PoolActor):
     """One replica: builds its teacher, serves it, reports its load. It owns the device that Ray gave it."""
 
     def __init__(self, name: str, spec: TeacherSpec, pool: PoolConfig, version: int = 0) -> None:
+        self._began = time.monotonic()
         self._id = (ray.get_runtime_context().get_actor_name() or name).rpartition("/")[2]
         super().__init__(pool.log_format, teacher=name, replica=self._id)
         self._name, self._spec, self._pool, self._version = name, spec, pool, version
@@ -98,7 +103,7 @@ class TeacherActor(PoolActor):
         """The node that it runs on."""
         context = ray.get_runtime_context()
         zone = (context.get_node_labels() or {}).get(self._pool.zone_label, "")
-        return Where(context.get_node_id(), socket.gethostname(), zone)
+        return Where(context.get_node_id(), socket.gethostname(), zone, time.monotonic() - self._began)
 
     def start(self) -> Report:
         """Build and serve. Raises what keeps it from that."""
@@ -219,6 +224,19 @@ class DirectoryActor(PoolActor):
     def publish(self, table: list[bytes]) -> None:
         """Replace the replica sets of all teachers."""
         self._directory.publish_all([directory_pb2.ReplicaSet.FromString(data) for data in table])
+
+
+def on_the_head(kind: type, name: str, *args: Any, max_concurrency: int, get_if_exists: bool) -> Any:
+    """An actor of the pool on the head node, which Ray starts again whenever its process ends.
+
+    Raises:
+        ValueError: there is one of that name, and not `get_if_exists`.
+    """
+    options = {"lifetime": "detached", "max_restarts": -1, "num_cpus": 0, "resources": _HEAD_NODE}
+    made = ray.remote(kind).options(
+        name=name, namespace=NAMESPACE, max_concurrency=max_concurrency, get_if_exists=get_if_exists, **options
+    )
+    return made.remote(*args)
 
 
 def bound(pool: PoolConfig) -> str:

@@ -68,7 +68,8 @@ def up(
                 with Live(console=out, refresh_per_second=4) as live:
                     launched.wait(timeout_s, lambda rows: live.update(_table(rows)))
             except BaseException:
-                launched.down()
+                if launched.made:
+                    launched.down()
                 raise
             for name in config.teachers:
                 out.print(f"students connect to  {launched.url(name)}", soft_wrap=True)
@@ -85,6 +86,9 @@ def status(address: Address = None) -> None:
     """Show the pool: its teachers, revisions, replicas and load."""
     with _pool(address) as found:
         out.print(_table(found.status()))
+        for name, one in found.teachers().items():
+            for trouble in filter(None, (one["error"] and f"cannot start: {one['error']}", one["lost"])):
+                out.print(f"{name}: {trouble}", soft_wrap=True, markup=False, highlight=False)
         out.print(f"directory at {found.address}", soft_wrap=True)
         if found.page:
             out.print(f"charts at {found.page}", soft_wrap=True)
@@ -262,11 +266,10 @@ def down(address: Address = None) -> None:
     from schoolhouse_server import local_cluster
 
     with _connected(address):
-        from schoolhouse_server.pool import find
+        from schoolhouse_server.pool import clear
 
-        found = find(required=address is not None)
-        if found is not None:
-            found.down()
+        if not clear() and address is not None:
+            raise ConfigError("there is no pool on this Ray cluster; start one with `schoolhouse up pool.yaml`")
     if address is None:
         local_cluster.stop()
     out.print("the pool is down")
@@ -319,9 +322,7 @@ def _pool(address: str | None) -> Iterator["Pool"]:
     with _connected(address):
         from schoolhouse_server.pool import find
 
-        found = find()
-        assert found is not None
-        yield found
+        yield find()
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -101,6 +101,7 @@ class TeacherSpec:
 
     Exactly one of `build` (`module:callable`, called with `kwargs`) and `transformers` (a checkpoint folder) is given.
     `weights` is a safetensors file loaded into the model afterwards. `threads` are torch's intra-op threads.
+    A replica that takes longer than `load_timeout_s` to load counts as failed; waiting for a node is no part of that.
     `early_stop` is that of `schoolhouse.LocalTeacher`, and `shared_memory_bytes` that of `serve`; `cache_bytes` of host
     memory keep features of each replica. `cost` to `pad` are those of `serve` too; so is `example`, as
     `module:callable`.
@@ -122,6 +123,7 @@ class TeacherSpec:
     placement: Placement = "DEFAULT"
     labels: dict[str, str] = Field(default_factory=dict)
     threads: Annotated[int, Field(ge=1)] | None = None
+    load_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 1800.0
     early_stop: bool = True
     cache_bytes: Annotated[int, Field(ge=0)] = 0
     shared_memory_bytes: Annotated[int, Field(ge=0, le=1 << 40)] = 1 << 30

@@ -1,6 +1,7 @@
 """The keeper: holds every teacher of a pool at its replicas, scales and rolls it, and tells the directory."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,10 +10,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from schoolhouse.errors import TeacherTimeoutError, TeacherUnavailableError
 from schoolhouse_wire.v1 import directory_pb2
 
-from schoolhouse_server import members, shown
-from schoolhouse_server.actors import PoolActor
+from schoolhouse_server import members, nodes, shown
+from schoolhouse_server.actors import DIRECTORY, DirectoryActor, PoolActor, on_the_head
 from schoolhouse_server.config import Bounds, PoolConfig
 from schoolhouse_server.desired import Desired, TeacherState, Version
 from schoolhouse_server.members import Member, ReplicaFailedError
@@ -20,6 +22,9 @@ from schoolhouse_server.planning import plan
 from schoolhouse_server.scaling import Meter, Scaler
 
 _LOOP_S = 0.5
+_NODES_S = 1.0  # between two looks at what Ray knows of its nodes
+_PUBLISH_TIMEOUT_S = 10.0
+_DIRECTORY_TIMEOUT_S = 120.0  # until it has started, which is little more than its imports
 _SCALE_S = 2.0  # between two looks at how long requests wait
 _ADOPT_TIMEOUT_S = 10.0
 _HOLD_TIMEOUT_S = 5.0
@@ -36,6 +41,7 @@ class Teacher:
     members: list[Member] = field(default_factory=list)
     failures: int = 0  # starts in a row
     error: str = ""
+    lost: str = ""  # which replica was gone last, when and why
     not_before: float = 0.0  # of the next start, after failures
     used_at: dict[int, float] = field(default_factory=dict)  # by version, on time.time()'s clock
     scaler: Scaler = field(default_factory=Scaler)
@@ -43,24 +49,66 @@ class Teacher:
     measured_at: float = 0.0
 
 
+@dataclass(frozen=True)
+class Entrance:
+    """Where people come in: the directory as HOST:PORT and as a URL, and the page with charts, if there is one."""
+
+    address: str
+    url: str
+    page: str
+
+
 class KeeperActor(PoolActor):
     """Keeps a pool as it should be. Restarted, it takes over the replicas and the newest desired state that is held.
+
+    It is the one actor that `up` makes, and makes the others: there is no pool, or one that becomes whole by itself.
 
     What must survive is held by all the pool's actors, which are named and detached: keeper, directory and replicas may
     die in any order, as long as one lives on. The cluster's own memory of which actors there are is that of Ray's GCS;
     where the head node may be lost, give Ray an external Redis (GCS fault tolerance).
     """
 
-    def __init__(self, pool: PoolConfig, directory: Any) -> None:
+    def __init__(self, pool: PoolConfig) -> None:
         super().__init__(pool.log_format)
-        self._directory = directory
+        self._pool = pool
+        self._directory: Any = None
         self._now = Desired.of(pool)
         self._teachers: dict[str, Teacher] = {name: Teacher() for name in self._now.teachers}
+        self._going: dict[str, float] = {}  # nodes that are about to go
+        self._seen_at = 0.0  # when the nodes were looked at
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._adopted = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="schoolhouse-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="schoolhouse-keeper", daemon=True)
         self._thread.start()
+
+    def is_of(self, config: PoolConfig) -> bool:
+        """Whether it is the pool of this file; of a port 0 any port."""
+        with self._locked():
+            now = self._now.config
+        ports = {name: getattr(now, name) for name in ("port", "http_port") if getattr(config, name) == 0}
+        return replace(config, **ports) == now
+
+    def entrance(self) -> Entrance:
+        """Where students and operators find the pool; waits until the directory has started.
+
+        Raises:
+            TeacherTimeoutError: it does not start in time.
+            TeacherUnavailableError: it cannot listen there.
+        """
+        with self._locked():
+            directory = self._directory
+        calls = [directory.address.remote(), directory.url.remote(), directory.page.remote()]
+        try:
+            return Entrance(*ray.get(calls, timeout=_DIRECTORY_TIMEOUT_S))
+        except GetTimeoutError as err:
+            raise TeacherTimeoutError(
+                f"the directory's actor did not start within {_DIRECTORY_TIMEOUT_S:g} s; has the head node room?"
+            ) from err
+        except RayError as err:
+            raise TeacherUnavailableError(
+                f"the directory cannot listen on {self._pool.host}:{self._pool.port}; is it taken? {members.why(err)}"
+            ) from err
 
     def status(self) -> list[dict[str, Any]]:
         """A row for each replica."""
@@ -77,7 +125,7 @@ class KeeperActor(PoolActor):
         """By teacher: its bounds, wanted and serving replicas, revision, whether it is all there, and what failed."""
         with self._locked():
             return {
-                name: shown.teacher(self._now.teachers[name], teacher.members, teacher.error)
+                name: shown.teacher(self._now.teachers[name], teacher.members, teacher.error, teacher.lost)
                 for name, teacher in self._teachers.items()
             }
 
@@ -116,8 +164,13 @@ class KeeperActor(PoolActor):
             member.kill()
 
     def _locked(self) -> threading.RLock:
-        """The lock, once what another keeper left has been taken over."""
-        self._adopted.wait(2 * _ADOPT_TIMEOUT_S)
+        """The lock, once what another keeper left has been taken over.
+
+        Raises:
+            TeacherUnavailableError: that is not so yet.
+        """
+        if not self._adopted.wait(2 * _ADOPT_TIMEOUT_S):
+            raise TeacherUnavailableError("the pool's keeper has not found out yet what is there; ask again")
         return self._lock
 
     def _change(self, desired: Desired) -> None:
@@ -131,7 +184,8 @@ class KeeperActor(PoolActor):
             _log.warning("no other actor holds the pool's new state yet")
 
     def _adopt(self) -> None:
-        """Take over the replicas and the desired state of a keeper that died."""
+        """Take over the directory, the replicas and the desired state of a keeper that died."""
+        self._directory = self._find_directory()
         found = members.adopt()
         everyone = [member for ones in found.values() for member in ones]
         calls = [holder.held.remote() for holder in (self._directory, *(member.actor for member in everyone))]
@@ -140,34 +194,85 @@ class KeeperActor(PoolActor):
             if state is not None and state.generation > self._now.generation:
                 self._now = state
         self.hold(self._now)
-        for name in self._now.teachers:
+        for name, state in self._now.teachers.items():
             ones = found.get(name, [])
+            for member in ones:
+                member.load_timeout_s = (state.version(member.version) or state.current).spec.load_timeout_s
             self._teachers[name] = Teacher(ones, used_at=dict.fromkeys((m.version for m in ones), time.time()))
         self._adopted.set()
 
+    def _find_directory(self) -> Any:
+        """The directory's actor, made where there is none."""
+        return on_the_head(DirectoryActor, DIRECTORY, self._pool, max_concurrency=4, get_if_exists=True)
+
+    def _run(self) -> None:
+        """The thread that keeps. If it ends before it should, so does the process: Ray starts a keeper again whose
+        process has ended, and would take this one for well.
+        """
+        try:
+            self._keep()
+        except BaseException:
+            _log.critical("the keeper cannot go on, and Ray starts it again", exc_info=True)
+            os._exit(1)
+
     def _keep(self) -> None:
-        self._adopt()
         while not self._stopping.is_set():
             try:
+                if not self._adopted.is_set():
+                    self._adopt()
+                self._see_nodes()
                 with self._lock:
                     for name in self._now.teachers:
-                        self._keep_teacher(name)
+                        self._keep_teacher(name, self._teachers[name])
                     serving, table = self._table()
-                ray.get(self._directory.publish.remote(table), timeout=10)
-                for member in serving:
-                    member.listed = True
-            except (RayError, GetTimeoutError):
-                _log.warning("the directory is away", exc_info=True)  # it restarts by itself
+                self._publish(serving, table)
             except Exception:
                 _log.exception("the keeper goes on")
             self._stopping.wait(_LOOP_S)
 
-    def _keep_teacher(self, name: str) -> None:
-        teacher = self._teachers[name]
-        for member in list(teacher.members):
-            self._look_at(name, teacher, member)
-        self._scale_by_load(name, teacher)
-        self._follow_plan(name, teacher)
+    def _publish(self, serving: list[Member], table: list[bytes]) -> None:
+        try:
+            ray.get(self._directory.publish.remote(table), timeout=_PUBLISH_TIMEOUT_S)
+        except (RayError, GetTimeoutError):
+            _log.warning("the directory is away", exc_info=True)
+            self._directory = (
+                self._find_directory()
+            )  # the same, which restarts by itself, unless it was killed for good
+            return
+        for member in serving:
+            member.listed = True
+
+    def _see_nodes(self) -> None:
+        """Hear from Ray which nodes are about to go, and why replicas have none."""
+        if time.monotonic() - self._seen_at < _NODES_S:
+            return
+        self._seen_at = time.monotonic()
+        with self._lock:
+            everyone = [(name, member) for name, teacher in self._teachers.items() for member in teacher.members]
+        try:
+            self._going = nodes.leaving()
+            demand = nodes.Demand.now(self._going) if any(member.where is None for _, member in everyone) else None
+        except Exception:  # of Ray's inside, it may be any
+            _log.warning("Ray does not say how its nodes are", exc_info=True)
+            return
+        for name, member in everyone:
+            if member.where is None and demand is not None:
+                state = self._now.teachers[name]
+                spec = (state.version(member.version) or state.current).spec
+                member.hears(demand.why(members.needs(spec), members.rule(spec)))
+            elif member.where is not None and member.where.node_id in self._going:
+                if member.goes_at is None:
+                    _log.info("%s/%s: its node %s is about to go", name, member.id, member.where.host)
+                member.goes_at = self._going[member.where.node_id]
+
+    def _keep_teacher(self, name: str, teacher: Teacher) -> None:
+        try:
+            for member in list(teacher.members):
+                self._look_at(name, teacher, member)
+            self._scale_by_load(name, teacher)
+            self._follow_plan(name, teacher)
+        except Exception:  # the other teachers are kept all the same
+            _log.exception("%s: the keeper goes on", name)
 
     def _look_at(self, name: str, teacher: Teacher, member: Member) -> None:
         """Hear what a replica says, and take those out that are at their end."""
@@ -180,6 +285,7 @@ class KeeperActor(PoolActor):
             self._remove(teacher, member)
             if not member.stopping:
                 _log.warning("%s/%s is gone: %s", name, member.id, err)
+                teacher.lost = f"{member.id} was gone at {time.strftime('%H:%M:%S')}: {err}"
                 if err.starting:
                     self._start_failed(name, teacher, member, str(err))
             return
@@ -237,12 +343,14 @@ class KeeperActor(PoolActor):
     def _scale_by_load(self, name: str, teacher: Teacher) -> None:
         state, now = self._now.teachers[name], time.monotonic()
         current = [m for m in teacher.members if m.version == state.current.number and m.phase != "draining"]
-        settled = current and all(m.phase == "serving" for m in current) and len(current) == state.count
-        if state.bounds.min == state.bounds.max or not settled or now - teacher.measured_at < _SCALE_S:
+        serving = [m for m in current if m.phase == "serving"]
+        if state.bounds.min == state.bounds.max or not serving or now - teacher.measured_at < _SCALE_S:
             return
         teacher.measured_at = now
-        pressure = teacher.meter.read([(member.id, member.load) for member in current], now)
-        count = teacher.scaler.decide(state.current.spec.autoscale, state.bounds, state.count, pressure, now)
+        pressure = teacher.meter.read([(member.id, member.load) for member in serving], now)
+        whole = len(serving) == len(current) == state.count  # else there are no more before all of these serve
+        bounds = state.bounds if whole else Bounds(min=state.bounds.min, max=state.count)
+        count = teacher.scaler.decide(state.current.spec.autoscale, bounds, state.count, pressure, now)
         if count != state.count:
             _log.info("%s: %d -> %d replicas, %s", name, state.count, count, pressure)
             self._change(self._now.with_teacher(name, replace(state, count=count)))
@@ -263,9 +371,13 @@ class KeeperActor(PoolActor):
                 self._change(self._now.with_teacher(name, self._now.teachers[name].without(version.number)))
 
     def _start(self, name: str, teacher: Teacher, version: Version) -> None:
-        others = [m for m in teacher.members if m.version == version.number and m.phase != "draining"]
-        if members.one_at_a_time(version.spec) and any(m.where is None for m in others):
-            return  # the next turn knows where that one went
+        others = [m for m in teacher.members if m.version == version.number and not m.going]
+        unplaced = [m for m in others if m.where is None]
+        if members.one_at_a_time(version.spec) and unplaced:
+            for member in unplaced:  # the next turn knows where they went, or what they wait for instead
+                if member.waits and member.labels != members.placement(version.spec, others).get("label_selector", {}):
+                    self._remove(teacher, member)
+            return
         teacher.members.append(members.start(name, version, others, self._now))
 
     def _table(self) -> tuple[list[Member], list[bytes]]:

@@ -1,6 +1,8 @@
 """A replica as the keeper sees it: starts its actor, asks it how it is, and ends it. Never waits for an answer."""
 
 import contextlib
+import itertools
+import math
 import time
 import uuid
 from collections.abc import Iterable
@@ -10,6 +12,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from schoolhouse.errors import SchoolhouseError
 from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server.actors import NAMESPACE, Report, TeacherActor, Where
@@ -18,8 +21,11 @@ from schoolhouse_server.desired import Desired, Version
 from schoolhouse_server.planning import Seen
 
 _HUNG_S = 60.0  # a replica that answers nothing for this long is replaced
-_LOAD_TIMEOUT_S = 1800.0
+_PROCESS_TIMEOUT_S = 1800.0  # until a process that Ray has room for has started, and imported what it needs
 _STOP_TIMEOUT_S = 10.0
+_LEAVE_S = 15.0  # before its node goes a replica drains, whether or not another one serves
+_LAST_S = 2.0  # before that it is to have stopped
+_MAX_WHY = 600  # characters of what Ray says
 _PREFIX = "teacher"
 _NODE_ID = "ray.io/node-id"
 
@@ -41,7 +47,12 @@ class Member:
     actor: Any
     pending: Any  # the call whose answer shows that it lives: a Report
     pending_where: Any
+    load_timeout_s: float = math.inf
+    labels: dict[str, str] | None = None  # of the nodes that Ray may choose among; None: not known any more
     began: float = field(default_factory=time.monotonic)
+    placed_at: float = field(default_factory=time.monotonic)  # Ray has had room for it, or it has loaded, since then
+    waits: str = ""  # why it has no room on any
+    goes_at: float | None = None  # until when its node is there, on time.time()'s clock, if that is about to go
     asked_at: float = field(default_factory=time.monotonic)
     phase: Literal["starting", "serving", "draining"] = "starting"
     listed: bool = False  # in the directory
@@ -56,6 +67,11 @@ class Member:
         """Whether it has been told to stop."""
         return self._stopping is not None
 
+    @property
+    def going(self) -> bool:
+        """Whether it drains, or its node is about to go."""
+        return self.phase == "draining" or self.goes_at is not None
+
     def seen(self) -> Seen:
         """What a plan is made from."""
         return Seen(
@@ -63,9 +79,11 @@ class Member:
             version=self.version,
             phase=self.phase,
             revision=self.report.revision,
-            placed=self.where is not None,
+            placed=not self.waits,
             age_s=time.monotonic() - self.began,
             sessions=self.load.sessions,
+            leaving=self.goes_at is not None,
+            due=self.goes_at is not None and self.goes_at - time.time() < _LEAVE_S,
         )
 
     def described(self) -> directory_pb2.Replica:
@@ -94,34 +112,45 @@ class Member:
         except ActorUnavailableError:
             self._check_time()
             self._ask(again=True)  # the network may return, and `asked_at` holds on
-        except RayActorError as err:
-            raise ReplicaFailedError("its process or its node died", starting=self.phase == "starting") from err
-        except RayError as err:  # start() raised
-            raise ReplicaFailedError(str(getattr(err, "cause", err)), starting=True) from err
+        except RayError as err:  # start() raised, its process or its node died, it was killed for its memory
+            raise ReplicaFailedError(why(err), starting=self.phase == "starting") from err
 
     def _check_time(self) -> None:
-        """Raises `ReplicaFailedError` for one that was asked too long ago."""
-        starting = self.phase == "starting"
-        if time.monotonic() - self.asked_at > (_LOAD_TIMEOUT_S if starting else _HUNG_S):
-            raise ReplicaFailedError("it did not answer for too long", starting=starting)
+        """Raises `ReplicaFailedError` for one that loads, or says nothing, for too long."""
+        now, starting = time.monotonic(), self.phase == "starting"
+        if not starting and now - self.asked_at > _HUNG_S:
+            raise ReplicaFailedError(f"it did not answer for {_HUNG_S:g} s", starting=False)
+        if starting and self.where is None and now - self.placed_at > _PROCESS_TIMEOUT_S:
+            raise ReplicaFailedError(f"its process did not start within {_PROCESS_TIMEOUT_S:g} s", starting=True)
+        if starting and self.where is not None and now - self.placed_at > self.load_timeout_s:
+            text = f"it was not loaded within {self.load_timeout_s:g} s, its load_timeout_s"
+            raise ReplicaFailedError(text, starting=True)
+
+    def hears(self, waits: str) -> None:
+        """Learn why it has no room on a node; empty if it has."""
+        self.waits = waits if self.where is None else ""
+        if self.waits:
+            self.placed_at = time.monotonic()
 
     def stage(self) -> str:
         """What it is doing, for an operator to read."""
         if self.phase != "starting":
-            return self.phase if self.listed else "registering"
+            stage = self.phase if self.listed else "registering"
+            return f"{stage}, its node is about to go" if self.goes_at is not None else stage
         if self.where is None:
-            return "waiting for resources"
+            return self.waits or "starting"
         try:
             return str(ray.get(self.actor.report.remote(), timeout=0.2).stage)
         except (RayError, GetTimeoutError):
             return self.report.stage
 
     def drain(self, timeout_s: float) -> None:
-        """Let it end what it has; one that does not serve yet has nothing."""
+        """Let it end what it has, as long as its node is there; one that does not serve yet has nothing."""
         if self.phase == "starting":
             self.stop()
         else:
-            self.actor.drain.remote(timeout_s)
+            left_s = math.inf if self.goes_at is None else max(self.goes_at - time.time() - _LAST_S, 0.0)
+            self.actor.drain.remote(min(timeout_s, left_s))
         self.phase = "draining"
 
     def stop(self) -> None:
@@ -145,6 +174,7 @@ class Member:
         if self.where is None and ray.wait([self.pending_where], timeout=0)[0]:
             try:
                 self.where = ray.get(self.pending_where)
+                self.waits, self.placed_at = "", time.monotonic() - self.where.since_s
             except ActorUnavailableError:
                 self.pending_where = self.actor.where.remote()
 
@@ -167,7 +197,7 @@ class Member:
 def start(teacher: str, version: Version, others: Iterable[Member], desired: Desired) -> Member:
     """A new replica of a version, placed as its spec says beside the `others` of that version."""
     member_id = uuid.uuid4().hex[:8]
-    spec = version.spec
+    spec, options = version.spec, placement(version.spec, others)
     actor = (
         ray.remote(TeacherActor)
         .options(
@@ -178,17 +208,59 @@ def start(teacher: str, version: Version, others: Iterable[Member], desired: Des
             num_cpus=spec.resources.num_cpus,
             num_gpus=spec.resources.num_gpus,
             resources=spec.resources.custom or None,
-            **_placement(spec, [member.where.node_id for member in others if member.where is not None]),
+            **options,
         )
         .remote(teacher, spec, version.pool, version.number)
     )
     actor.hold.remote(desired)
-    return Member(member_id, version.number, actor, actor.start.remote(), actor.where.remote())
+    return Member(
+        member_id,
+        version.number,
+        actor,
+        pending=actor.start.remote(),
+        pending_where=actor.where.remote(),
+        load_timeout_s=spec.load_timeout_s,
+        labels=options.get("label_selector", {}),
+    )
+
+
+def needs(spec: TeacherSpec) -> dict[str, float]:
+    """What a replica takes of its node, by Ray's names."""
+    return {"CPU": spec.resources.num_cpus, "GPU": spec.resources.num_gpus, **spec.resources.custom}
+
+
+def rule(spec: TeacherSpec) -> str:
+    """Which nodes a replica may be on, in words that follow what it needs; empty: any."""
+    labels = ", ".join(f"{name}: {value}" for name, value in spec.labels.items())
+    strict = f" with placement {spec.placement}" if spec.placement.startswith("STRICT") else ""
+    return (f" on a node of {{{labels}}}" if labels else "") + strict
+
+
+def why(err: RayError) -> str:
+    """What Ray, or the teacher's own code, says of an error: a line without particulars of processes and stacks."""
+    cause, lines = getattr(err, "cause", None), str(err).splitlines()
+    if isinstance(cause, Exception) and not isinstance(cause, RayError):
+        return _line(str(cause) if isinstance(cause, SchoolhouseError) else f"{type(cause).__name__}: {cause}")
+    if isinstance(err, RayActorError) and not err.actor_init_failed:  # particulars, and what happened below them
+        rest = list(itertools.dropwhile(lambda line: line.startswith("\t"), lines[1:]))
+    else:  # there may be a stack, and what was raised below it
+        rest = lines[max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1) + 1 :]
+    said = _line(" ".join(rest or lines[:1]))
+    return f"its node was preempted: {said}" if getattr(err, "preempted", False) else said
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_WHY]
 
 
 def one_at_a_time(spec: TeacherSpec) -> bool:
     """Whether the next replica's place depends on where the one before it went."""
     return spec.placement in ("STRICT_SPREAD", "PACK", "STRICT_PACK")
+
+
+def is_replica(name: str) -> bool:
+    """Whether an actor of that name is a replica of a teacher."""
+    return name.startswith(f"{_PREFIX}/")
 
 
 def adopt() -> dict[str, list[Member]]:
@@ -217,8 +289,9 @@ def actors(teacher: str = "", member_id: str = "") -> dict[str, Any]:
     return found
 
 
-def _placement(spec: TeacherSpec, nodes: list[str]) -> dict[str, Any]:
-    """Ray's options for a replica beside others on `nodes`. With a selector Ray itself waits for a node that fits."""
+def placement(spec: TeacherSpec, others: Iterable[Member]) -> dict[str, Any]:
+    """Ray's options for a replica beside the others. With a selector Ray itself waits for a node that fits."""
+    nodes = [member.where.node_id for member in others if member.where is not None]
     labels = dict(spec.labels)
     options: dict[str, Any] = {}
     if spec.placement == "SPREAD":

@@ -18,9 +18,11 @@ class Seen:
     version: int
     phase: Literal["starting", "serving", "draining"]
     revision: str = ""  # once it serves
-    placed: bool = True  # it has a node
+    placed: bool = True  # it has a node, or Ray has one for it
     age_s: float = 0.0
     sessions: int = 0
+    leaving: bool = False  # its node is about to go
+    due: bool = False  # and so soon that it cannot stay until another one serves
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,13 @@ def plan(state: TeacherState, replicas: Sequence[Seen], used_at: dict[int, float
     A roll goes on one replica at a time beyond the wanted number, and drains an old one for each new one that serves.
     Where there is no room for one more, an old one goes first, if it is not the last that serves. One replica of each
     old revision stays as long as a job has sessions with it and its time to linger has not passed.
+
+    Those whose node is about to go are replaced at once, all of them, and serve on until another one of their version
+    serves for each, or until they are due.
     """
-    current = [r for r in replicas if r.version == state.current.number and r.phase != "draining"]
-    old = [r for r in replicas if r.version != state.current.number and r.phase != "draining"]
+    staying = [r for r in replicas if r.phase != "draining" and not r.leaving]
+    current = [r for r in staying if r.version == state.current.number]
+    old = [r for r in staying if r.version != state.current.number]
     ready = [r for r in current if r.phase == "serving"]
     kept = _kept(state, old, ready, used_at, now)
     room = state.count + bool(old) - min(len(old), state.count)
@@ -50,7 +56,8 @@ def plan(state: TeacherState, replicas: Sequence[Seen], used_at: dict[int, float
     lost = [v for v in state.old if v.number in kept and not any(r.version == v.number for r in old)]
     start = (*[state.current] * missing, *lost)
     drain = [*_surplus(current, len(current) - state.count), *_retired(state, current, old, kept, replicas)]
-    return Plan(start, tuple(r.id for r in drain))
+    leaving = [r for r in replicas if r.phase != "draining" and r.leaving]
+    return Plan(start, tuple(r.id for r in [*drain, *_replaced(state, leaving, staying, kept)]))
 
 
 def _kept(
@@ -101,6 +108,16 @@ def _spare(serving: Sequence[Seen], kept: set[int], count: int) -> list[Seen]:
             chosen.append(replica)
             left.remove(replica.version)
     return chosen
+
+
+def _replaced(state: TeacherState, leaving: Sequence[Seen], staying: Sequence[Seen], kept: set[int]) -> list[Seen]:
+    """Those of nodes about to go that may drain: enough of the others serve, or there is no time to wait for it."""
+    gone = [r for r in leaving if r.due or r.phase == "starting"]
+    serving = [r for r in leaving if r not in gone]
+    safe = {r.version for r in staying if r.phase == "serving"}
+    spare = sum(r.phase == "serving" for r in staying) + len(serving) - state.count
+    wanted = {state.current.number, *kept}
+    return [*gone, *[r for r in serving if r.version in safe or r.version not in wanted][: max(spare, 0)]]
 
 
 def _no_room(current: Iterable[Seen]) -> bool:

@@ -14,14 +14,13 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherTimeoutError, TeacherUnavailableError
 
 from schoolhouse_server import members
-from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE, DirectoryActor
+from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE, on_the_head
 from schoolhouse_server.config import Bounds, PoolConfig
-from schoolhouse_server.keeper import KeeperActor
+from schoolhouse_server.keeper import Entrance, KeeperActor
 
 _CALL_TIMEOUT_S = 30.0
-_START_TIMEOUT_S = 120.0  # of an actor that does little more than import
+_START_TIMEOUT_S = 240.0  # of the keeper and the directory, which do little more than import
 _LOGS_TIMEOUT_S = 5.0
-_HEAD_NODE = {"node:__internal_head__": 0.001}  # where students find the directory again when it was restarted
 _STARTS = 3
 _STOP_TIMEOUT_S = 10.0
 _log = logging.getLogger(__name__)
@@ -34,12 +33,13 @@ class PoolFailedError(SchoolhouseError):
 class Pool:
     """A running pool, seen from a driver that is connected to its Ray cluster."""
 
-    def __init__(self, directory: Any, keeper: Any) -> None:
-        self._directory = directory
+    def __init__(self, keeper: Any, timeout_s: float = _CALL_TIMEOUT_S, *, made: bool = False) -> None:
         self._keeper = keeper
-        self.address: str = ray.get(directory.address.remote(), timeout=_CALL_TIMEOUT_S)
-        self.directory_url: str = ray.get(directory.url.remote(), timeout=_CALL_TIMEOUT_S)
-        self.page: str = ray.get(directory.page.remote(), timeout=_CALL_TIMEOUT_S)  # empty: it has none
+        self.made = made  # by this process; else it was there
+        entrance: Entrance = _asked(keeper, "entrance", timeout_s=timeout_s)
+        self.address = entrance.address
+        self.directory_url = entrance.url
+        self.page = entrance.page  # empty: it has none
 
     def url(self, teacher: str) -> str:
         """What a student connects to."""
@@ -68,7 +68,9 @@ class Pool:
         """
         actors = members.actors(teacher, replica)
         if not teacher:
-            actors = {KEEPER: self._keeper, DIRECTORY: self._directory, **actors}
+            with contextlib.suppress(ValueError):  # it is being made
+                actors = {DIRECTORY: ray.get_actor(DIRECTORY, namespace=NAMESPACE), **actors}
+            actors = {KEEPER: self._keeper, **actors}
         if not actors:
             choices = ", ".join(sorted(members.actors())) or "none"
             raise ConfigError(f"there is no replica {f'{teacher}/{replica}'.rstrip('/')}; there are: {choices}")
@@ -140,77 +142,124 @@ class Pool:
                 )
             time.sleep(0.2)
 
+    def is_of(self, config: PoolConfig) -> bool:
+        """Whether it is the pool of this file."""
+        return bool(self._ask("is_of", config))
+
     def _ask(self, method: str, *args: Any) -> Any:
-        """Call the keeper; what it raises of ours is raised here."""
-        try:
-            return ray.get(getattr(self._keeper, method).remote(*args), timeout=_CALL_TIMEOUT_S)
-        except RayTaskError as err:
-            if isinstance(err.cause, SchoolhouseError):
-                raise err.cause from err
-            raise
+        return _asked(self._keeper, method, *args)
 
     def down(self) -> None:
         """Stop all replicas, the directory and the keeper."""
-        try:
-            ray.get(self._keeper.stop.remote(), timeout=_CALL_TIMEOUT_S)
-        finally:
-            ray.kill(self._keeper)
-            ray.kill(self._directory)
+        clear()
+
+
+def _asked(keeper: Any, method: str, *args: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+    """What a method of the keeper returns.
+
+    Raises:
+        SchoolhouseError: that the method raised.
+        TeacherTimeoutError: the keeper does not answer in time.
+    """
+    try:
+        return ray.get(getattr(keeper, method).remote(*args), timeout=timeout_s)
+    except RayTaskError as err:
+        if isinstance(err.cause, SchoolhouseError):
+            raise err.cause from err
+        raise
+    except GetTimeoutError as err:
+        raise TeacherTimeoutError(
+            f"the pool's keeper did not answer within {timeout_s:g} s; if it does not later, `schoolhouse down` clears "
+            "what is there of the pool"
+        ) from err
 
 
 def launch(config: PoolConfig) -> Pool:
     """Create the pool's actors on the Ray cluster that this process is connected to; `wait` for it afterwards.
 
+    A pool of the same file that is there already, as of a launcher that was killed, is taken over as it is; what is
+    left of one without its keeper is cleared.
+
     Raises:
-        ConfigError: this cluster has a pool already.
+        ConfigError: this cluster has another pool already.
         TeacherUnavailableError: the directory's port is taken.
         TeacherTimeoutError: Ray does not start the directory in time.
     """
-    if find(required=False) is not None:
-        raise ConfigError("this Ray cluster has a pool already; stop it with `schoolhouse down`")
+    running = _running()
+    if running is not None:
+        if not running.is_of(config):
+            raise ConfigError("this Ray cluster has another pool already; stop it with `schoolhouse down`")
+        return running
+    clear()
     if config.port == 0:
         config = replace(config, port=_free_port())  # fixed, so that a restarted directory is found again
     if config.http_port == 0:
         config = replace(config, http_port=_free_port())
-    detached = {
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "max_restarts": -1,
-        "num_cpus": 0,
-        "resources": _HEAD_NODE,
-        "get_if_exists": False,
-    }
-    directory = ray.remote(DirectoryActor).options(name=DIRECTORY, max_concurrency=4, **detached).remote(config)
+    keeper = on_the_head(KeeperActor, KEEPER, config, max_concurrency=16, get_if_exists=False)
     try:
-        ray.get(directory.address.remote(), timeout=_START_TIMEOUT_S)
-    except GetTimeoutError as err:
-        ray.kill(directory)
-        raise TeacherTimeoutError(
-            f"the directory's actor did not start within {_START_TIMEOUT_S:g} s; has the cluster's head node room?"
-        ) from err
-    except RayError as err:
-        ray.kill(directory)
-        raise TeacherUnavailableError(
-            f"the directory cannot listen on {config.host}:{config.port}; is it taken? {_reason(err)}"
-        ) from err
-    keeper = ray.remote(KeeperActor).options(name=KEEPER, max_concurrency=16, **detached).remote(config, directory)
-    return Pool(directory, keeper)
+        return Pool(keeper, _START_TIMEOUT_S, made=True)
+    except BaseException:
+        clear()
+        raise
 
 
-def find(*, required: bool = True) -> Pool | None:
+def _running() -> Pool | None:
+    """The pool that is there, also if it has just begun to start. One that cannot start has no replicas: it is None."""
+    try:
+        return Pool(ray.get_actor(KEEPER, namespace=NAMESPACE), _START_TIMEOUT_S)
+    except ValueError:
+        return None
+    except (SchoolhouseError, RayError):
+        if members.actors():
+            raise
+        return None
+
+
+def find() -> Pool:
     """The pool of the Ray cluster that this process is connected to.
 
     Raises:
-        ConfigError: there is none, and `required`.
+        ConfigError: there is none, or only what is left of one.
+        SchoolhouseError: its keeper or directory does not come up; says why.
     """
     try:
-        return Pool(ray.get_actor(DIRECTORY, namespace=NAMESPACE), ray.get_actor(KEEPER, namespace=NAMESPACE))
+        return Pool(ray.get_actor(KEEPER, namespace=NAMESPACE))
     except ValueError as err:
-        if required:
-            raise ConfigError(
-                "there is no pool on this Ray cluster; start one with `schoolhouse up pool.yaml`"
-            ) from err
-        return None
+        left = ", ".join(_left())
+        raise ConfigError(
+            f"there is no pool on this Ray cluster, but parts of one whose keeper is gone: {left}; `schoolhouse down` "
+            "clears them, and so does `schoolhouse up pool.yaml`"
+            if left
+            else "there is no pool on this Ray cluster; start one with `schoolhouse up pool.yaml`"
+        ) from err
+
+
+def clear() -> bool:
+    """Stop whatever is there of a pool, be it whole or not; False if there was nothing.
+
+    Raises:
+        TeacherTimeoutError: Ray has not ended it in time.
+    """
+    found = _left()
+    if KEEPER in found:
+        with contextlib.suppress(RayError, GetTimeoutError, ValueError):  # it may hang, or be about to end
+            keeper = ray.get_actor(KEEPER, namespace=NAMESPACE)
+            ray.get(keeper.stop.remote(), timeout=_CALL_TIMEOUT_S)
+    deadline = time.monotonic() + _CALL_TIMEOUT_S
+    while left := _left():
+        if time.monotonic() > deadline:
+            raise TeacherTimeoutError(f"Ray has not ended {', '.join(left)} within {_CALL_TIMEOUT_S:g} s; try again")
+        for name in left:
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+        time.sleep(0.1)
+    return bool(found)
+
+
+def _left() -> list[str]:
+    """Names of the pool's actors; the keeper's comes first, as it would start the others again."""
+    names = [name for name in ray.util.list_named_actors() if members.is_replica(name) or name in (KEEPER, DIRECTORY)]
+    return sorted(names, key=lambda name: (name != KEEPER, name))
 
 
 def _lines(call: Any) -> list[str]:
@@ -219,10 +268,6 @@ def _lines(call: Any) -> list[str]:
     except (RayError, GetTimeoutError) as err:
         return [f"(no answer: {type(err).__name__})"]
     return found
-
-
-def _reason(err: RayError) -> str:
-    return str(err).strip().splitlines()[-1].strip()
 
 
 def _free_port() -> int:

@@ -36,7 +36,9 @@ class Scaler:
         self._patience = 1
 
     def decide(self, settings: Autoscale, bounds: Bounds, count: int, pressure: Pressure, now_s: float) -> int:
-        """How many replicas there should be, as `count` serve and none is on its way."""
+        """How many replicas there should be in place of `count`. Where some of those do not serve yet, `bounds.max`
+        is `count`: there are no more before they serve, and fewer if there is no need for them any more.
+        """
         over = pressure.delay_s > settings.target_delay_s
         under = pressure.delay_s < _QUIET_PART * settings.target_delay_s and (
             pressure.busy <= settings.max_busy * (count - 1)

@@ -32,7 +32,7 @@ def replica(name: str, state: TeacherState, member: "Member") -> dict[str, Any]:
     }
 
 
-def teacher(state: TeacherState, members: Sequence["Member"], error: str) -> dict[str, Any]:
+def teacher(state: TeacherState, members: Sequence["Member"], error: str, lost: str) -> dict[str, Any]:
     """Whether a teacher is all there, and what failed."""
     current = [m for m in members if m.version == state.current.number and m.phase == "serving" and m.listed]
     return {
@@ -45,6 +45,7 @@ def teacher(state: TeacherState, members: Sequence["Member"], error: str) -> dic
         "ready": len(current) >= state.count,
         "version": state.current.number,
         "error": error,
+        "lost": lost,
         "failed_roll": state.failed,
     }
 
