@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import schoolhouse as sh
 import torch
-from memfd import soon
 from models import Net
 from schoolhouse.errors import ConfigError, TeacherUnavailableError
 
@@ -52,31 +51,6 @@ def pids():
 
     names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].startswith("teacher/")]
     return [ray.get(ray.get_actor(n, namespace=NAMESPACE).__ray_call__.remote(lambda self: os.getpid())) for n in names]
-
-
-def test_a_keeper_whose_thread_ends_is_started_again(cluster, tmp_path, monkeypatch):
-    from failing_keeper import KeeperThatFailsOnce
-    from schoolhouse_server import pool
-
-    monkeypatch.setattr(pool, "KeeperActor", KeeperThatFailsOnce)
-    flag = tmp_path / "fail-once"
-    flag.touch()
-    failing = pool.launch(make(tmp_path, replicas=1))
-    try:
-
-        def ready():
-            with contextlib.suppress(ray.exceptions.RayError):  # it was asked as it ended
-                failing.wait(120)
-                return True
-            return False
-
-        assert soon(ready, timeout_s=120, collect=False)
-        assert not flag.exists()
-        assert [row["stage"] for row in failing.status()] == ["serving"]
-    finally:
-        failing.down()
-    with pytest.raises(ConfigError, match="there is no pool"):
-        pool.find()
 
 
 def test_a_teacher_that_cannot_be_built_says_why(cluster, tmp_path):
