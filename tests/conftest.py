@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
+import one_thread  # noqa: F401  # before torch
 import pytest
 import schoolhouse as sh
 import torch

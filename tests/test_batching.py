@@ -217,11 +217,11 @@ def test_what_was_learned_is_held_to():
 
 
 def test_rounding_is_allowed_for_and_no_more():
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+    for dtype, tolerance in ((torch.float64, 6e-9), (torch.float32, 6e-4), (torch.bfloat16, 0.12)):
         singles = [torch.tensor([[8.0, 1.0]], dtype=dtype), torch.tensor([[1.0, 2.0]], dtype=dtype)]
         for times, fits in ((0.5, True), (2.0, False)):
             merged = torch.cat(singles)
-            merged[1, 0] += 2.0 * tolerance * times
+            merged[1, 0] += 1.457 * tolerance * times  # what is usual beside 1 and 2: the mean of their roots, squared
             layout = Layout((1, 1), (1, 1))
             if fits:
                 learn(merged, singles, layout)

@@ -147,7 +147,7 @@ def test_a_port_that_is_taken_leaves_no_pool(pool, tmp_path):
     pool.down()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = replace(make(tmp_path), port=taken.getsockname()[1])
-        with pytest.raises(TeacherUnavailableError, match=f"cannot listen on 127.0.0.1:{config.port}; is it taken"):
+        with pytest.raises(TeacherUnavailableError, match=f"cannot listen on 127.0.0.1:{config.port}; is the port"):
             pools.launch(config)
     assert not pools.clear()  # nothing was left
 

@@ -58,6 +58,17 @@ def test_remote_equals_local_to_the_bit(teacher):
     assert local_losses[-1] != local_losses[0]
 
 
+def test_a_replica_computes_with_as_many_threads_as_its_process():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # another number than the environment's, with which some processors give other bits
+    try:
+        with serve(Net(32, seed=1)) as server, sh.connect(server.url) as teacher:
+            for x in torch.randn(5, 6, 8):
+                assert torch.equal(teacher.submit((x,), {}, [""]).result(60)[""], Net(32, seed=1)(x))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_taps_on_inputs_and_outputs(teacher):
     model, x = Net(32, seed=1), torch.randn(4, 8)
     got = teacher.submit((x,), {}, ["body", ("fc", "input"), ("", "output")]).result()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
-from schoolhouse_wire import background, framing, status
+from schoolhouse_wire import background, errors, framing
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -125,7 +125,7 @@ class Request:
 
     def give_up(self, error: BaseException) -> None:
         """What was to be done for it failed, here."""
-        self.fail(status.typed(error, "this client"))
+        self.fail(errors.typed(error, "this client"))
 
 
 def traced(

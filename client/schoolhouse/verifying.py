@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from schoolhouse_wire import background, status
+from schoolhouse_wire import background, errors
 from schoolhouse_wire.tensors import bytes_of
 
 from schoolhouse.errors import FeatureMismatchError, TeacherForwardError
@@ -161,7 +161,7 @@ class Pair:
         self._end(error=FeatureMismatchError(text))
 
     def _failed(self, error: BaseException) -> None:
-        self._end(error=status.typed(error, "this client"))
+        self._end(error=errors.typed(error, "this client"))
 
     def _end(self, features: Features | None = None, error: BaseException | None = None) -> None:
         outer, self._outer = self._outer, None

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from schoolhouse_wire import background, channel, status
+from schoolhouse_wire import background, channel, errors, status
 from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
@@ -82,7 +82,7 @@ class Watch:
         self._tell(error)
 
     def _on_error(self, error: BaseException) -> None:
-        tell = functools.partial(self._tell, status.typed(error, "this client"))
+        tell = functools.partial(self._tell, errors.typed(error, "this client"))
         background.run(tell, "telling of a watch", background.go_on)
 
     def _tell(self, error: SchoolhouseError) -> None:

@@ -150,3 +150,10 @@ BY_CODE: dict[int, type[SchoolhouseError]] = {
         PermissionDeniedError,
     )
 }
+
+
+def typed(error: BaseException, whose: str) -> SchoolhouseError:
+    """The error itself if it is one of ours; else what `whose` fault it is, without its text."""
+    if isinstance(error, SchoolhouseError):
+        return error
+    return TeacherInternalError(f"{whose} failed with a {type(error).__name__}; its log says more")

@@ -12,6 +12,7 @@ from schoolhouse_wire.errors import (
     TeacherInternalError,
     TeacherTimeoutError,
     TeacherUnavailableError,
+    typed,
 )
 from schoolhouse_wire.forks import grpc
 from schoolhouse_wire.scrubbing import scrub
@@ -75,13 +76,6 @@ def from_failure(failure: teacher_pb2.Failure) -> SchoolhouseError:
     return BY_CODE.get(failure.code, TeacherInternalError)(
         _short(failure.message) or "no reason was given", choices=choices
     )
-
-
-def typed(error: BaseException, whose: str) -> SchoolhouseError:
-    """The error itself if it is one of ours; else what `whose` fault it is, without its text."""
-    if isinstance(error, SchoolhouseError):
-        return error
-    return TeacherInternalError(f"{whose} failed with a {type(error).__name__}; its log says more")
 
 
 def _short(text: str) -> str:

@@ -265,10 +265,14 @@ class Engine:
         """Whether there is room for what it will be sent; then it is taken."""
         if self._unsent is None:
             return True
-        found = self._unsent.take(ticket.account.job, nbytes)
+        found = self._unsent.take(self._sender(ticket), nbytes)
         if isinstance(found, Share):
             ticket.share = found
         return isinstance(found, Share)
+
+    def _sender(self, ticket: Ticket) -> str:
+        """Whose bound it counts for: the job's with this teacher, as all else of a job does."""
+        return f"{self.description.name}/{ticket.account.job}"
 
     def _may_join(self, ticket: Ticket, other: Job) -> bool:
         """Whether there is room for features that another request is for; its own job has them once."""
@@ -280,7 +284,7 @@ class Engine:
         ticket = job.tickets[0]
         if self._unsent is None or ticket.share is not None:
             return "taken"
-        found = self._unsent.take(ticket.account.job, self._sizes.of(job.kind, job.elements))
+        found = self._unsent.take(self._sender(ticket), self._sizes.of(job.kind, job.elements))
         if isinstance(found, Share):
             ticket.share = found
         elif not job.has_room:

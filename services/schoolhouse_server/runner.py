@@ -60,6 +60,9 @@ class Runner:
 
     def run(self) -> None:
         """Work on what is queued, until the queue is closed."""
+        # Torch tells a thread how many threads its kernels may use as it is asked, or first runs one of its own in
+        # parallel. MKL's do not wait for that: with another number they add in another order, and so to other bits.
+        torch.get_num_threads()
         while jobs := self._take():
             self.compute(jobs)
             del jobs
