@@ -327,8 +327,8 @@ class ServerSession:
         wanted = Wanted.from_wire(call.taps, mask)
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
+        answer = functools.partial(self._or_end, self._answer, request_id, digest, wanted)
         if any(tap.side == HEAD for tap in wanted.taps):
-            answer = functools.partial(self._answer, request_id, digest, wanted)
             answer_head(self._engine, wanted, inputs, answer, allowed=self._teachers.allow_head)
             return
 
@@ -336,7 +336,7 @@ class ServerSession:
 
         def done(result: Answer | BaseException) -> None:
             if (ticket := self._tickets.pop(request_id, None)) is not None:  # not cancelled
-                self._answer(request_id, digest, wanted, result, rows, ticket.share)
+                answer(result, rows, ticket.share)
 
         assert self._member is not None
         ticket = self._tickets[request_id] = Ticket(done, self._member.account)
@@ -367,17 +367,6 @@ class ServerSession:
         share: Share | None = None,
     ) -> None:
         """Have the features sent, or the error."""
-        self._or_end(self._declare, request_id, digest, wanted, result, rows, share)
-
-    def _declare(
-        self,
-        request_id: int,
-        digest: bytes,
-        wanted: Wanted,
-        result: Answer | BaseException,
-        rows: int,
-        share: Share | None,
-    ) -> None:
         assert self._engine is not None
         if isinstance(result, BaseException):
             self._fail(request_id, result)  # not raised: its traceback, which holds all of a forward, would hold itself
