@@ -7,14 +7,33 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
 
 SCRIPT = str(Path(__file__).parent / "two_nodes.py")
 OWN, OTHER = "10.213.77.1", "10.213.77.2"
+
+
+def test_a_version_of_ray_that_does_not_say_is_logged_once(monkeypatch, caplog):
+    from ray.autoscaler.v2 import sdk
+    from schoolhouse_server import nodes
+
+    nodes._gcs.cache_clear()
+    nodes._warn.cache_clear()
+    monkeypatch.setattr(nodes.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
+    monkeypatch.delattr(sdk, "get_cluster_status")
+    monkeypatch.delattr(ray._raylet, "GcsClient")
+    for _ in range(3):
+        assert nodes.leaving() == {}
+        assert nodes.Demand.now({}) is None
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all(f"Ray {ray.__version__} does not say" in line for line in said)
+    assert ["GcsClient" in said[0], "get_cluster_status" in said[1]] == [True, True]
 
 
 def run(command, timeout_s=170):
