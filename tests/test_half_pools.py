@@ -87,7 +87,8 @@ def test_parts_of_a_pool_are_seen_and_cleared_by_the_commands_or_by_up(killed, m
     killed("alone")
     with monkeypatch.context() as patched:
         patched.setattr(pool, "ray_cluster", contextlib.nullcontext)
-        assert "parts of one whose keeper is gone: directory; `schoolhouse down`" in str(schoolhouse("status").exception)
+        said = str(schoolhouse("status").exception)
+        assert "parts of one whose keeper is gone: directory; `schoolhouse down`" in said
         assert "the pool is down" in schoolhouse("down").stdout
         assert names() == []
         assert "there is no pool on this Ray cluster; start one" in str(schoolhouse("down").exception)

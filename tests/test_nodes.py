@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,10 +37,20 @@ def test_a_version_of_ray_that_does_not_say_is_logged_once(monkeypatch, caplog):
     assert ["GcsClient" in said[0], "get_cluster_status" in said[1]] == [True, True]
 
 
-def run(command, timeout_s=170):
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+def run(command, timeout_s):
+    with contextlib.ExitStack() as stack:
+        # Ray's `Cluster` notes its address there, where every `ray.init` of the machine without one would find it.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True))
+        process = stack.enter_context(
+            subprocess.Popen(
+                command,
+                env=os.environ | {"RAY_TMPDIR": folder},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
         try:
             out, err = process.communicate(timeout=timeout_s)
         finally:
@@ -49,14 +60,10 @@ def run(command, timeout_s=170):
     assert out.splitlines()[-1] == "done"
 
 
-@pytest.mark.parametrize("times", ["1", pytest.param("5", marks=[pytest.mark.chaos, pytest.mark.timeout(600)])])
-def test_a_raylet_is_killed(times):
-    run([sys.executable, SCRIPT, "kill", times], 120 * int(times) + 50)
-
-
 @pytest.mark.timeout(300)
-def test_a_node_is_about_to_go():
-    run([sys.executable, SCRIPT, "drain"], 280)
+@pytest.mark.parametrize("times", ["1", pytest.param("5", marks=[pytest.mark.chaos, pytest.mark.timeout(800)])])
+def test_a_node_is_about_to_go_and_another_is_killed(times):
+    run([sys.executable, SCRIPT, "kill", times], 120 * int(times) + 160)
 
 
 def ip(*arguments):
