@@ -25,17 +25,16 @@ def launch(address, file, when):
         os.kill(os.getpid(), signal.SIGKILL)
 
     def make(*args, **options):
-        if when == "after":
-            actors.on_the_head(*args, **options)
-            time.sleep(0.5)  # until Ray has it, which goes on behind this
+        if when != "before":
+            made = actors.on_the_head(*args, **options)._actor_id.hex()
+            while ray._private.state.actors(made)["State"] == "DEPENDENCIES_UNREADY":  # it would end with this process
+                time.sleep(0.02)
         end()
 
     with pool.ray_cluster(address):
         read = config.load_pool(file)
         if when == "alone":  # as a `down` that is killed leaves it
-            actors.on_the_head(actors.DirectoryActor, "directory", read, max_concurrency=4, get_if_exists=False)
-            time.sleep(0.5)
-            end()
+            make(actors.DirectoryActor, "directory", read, max_concurrency=4, get_if_exists=False)
         if when in ("before", "after"):
             pool.on_the_head = make
         pool.launch(read).wait(120, end)
@@ -105,9 +104,9 @@ def test_a_pool_that_has_just_begun_is_cleared_or_taken_over(killed):
     killed("after")
     assert pool.clear()
     assert names() == []
-    file = killed("after")
-    assert pool.find().address
-    assert not pool.launch(load_pool(file)).made
+    launched = pool.launch(load_pool(killed("after")))
+    assert not launched.made
+    assert pool.find().address == launched.address
     assert pool.clear()
     assert names() == []
 

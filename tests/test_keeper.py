@@ -171,6 +171,18 @@ def test_why_teachers_cannot_start(net):
     assert why["late"] == "it was not loaded within 0.5 s, its load_timeout_s"
 
 
+def test_a_keeper_that_hangs_is_said_by_up_and_ended_by_down(net, monkeypatch):
+    from schoolhouse_server import pool
+
+    monkeypatch.setattr(pool, "_START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(pool, "_CALL_TIMEOUT_S", 5.0)
+    os.kill(called("keeper", keepers.pid), signal.SIGSTOP)
+    with pytest.raises(sh.errors.TeacherTimeoutError, match="not answer within 1 s; .* `schoolhouse down` clears"):
+        pool.launch(pool_file(net.folder, net=NET))
+    assert pool.clear()
+    assert ray.util.list_named_actors(all_namespaces=True) == []
+
+
 @pytest.mark.parametrize(("labels", "stays"), [({"ray.io/node-id": "gone"}, False), ({}, True)])
 def test_a_replica_that_waits_for_a_node_of_long_ago_holds_up_no_other(monkeypatch, labels, stays):
     from schoolhouse_server import keeper, members
