@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
-_context = multiprocessing.get_context("forkserver")  # of one that has imported all: a launcher begins at once
+# Of one process that has imported all, and what rooms.py would have it import: a launcher begins at once.
+_context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["schoolhouse_server.pool"])
 
 
