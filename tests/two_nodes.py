@@ -1,7 +1,7 @@
 """A pool on a Ray cluster of two nodes, one of which goes away while a student trains; run in a process of its own.
 
-`two_nodes.py kill TIMES` has Ray say that a node is about to go, as a cloud's preemption notice does, and then ends a
-raylet. `two_nodes.py unplug TIMES NAMESPACE LINK ADDRESS OWN_ADDRESS` has the second raylet in a network namespace, and
+`two_nodes.py kill TIMES` ends a raylet, and then has Ray say that a node is about to go, as a cloud's preemption notice
+does. `two_nodes.py unplug TIMES NAMESPACE LINK ADDRESS OWN_ADDRESS` has the second raylet in a network namespace, and
 takes its link down: nobody is told, packets just get lost. Prints "done".
 The student's losses are those of a run without faults, to the last bit, and it leaks nothing.
 """
@@ -86,6 +86,11 @@ def serving(teacher="net"):
     return [row for row in find().status() if row["teacher"] == teacher and row["stage"] == "serving"]
 
 
+def losses():
+    """Of each teacher, which replica was gone last, and why."""
+    return [one["lost"] for one in find().teachers().values()]
+
+
 @contextlib.contextmanager
 def pool(host):
     """Start the pool; gives where students connect to."""
@@ -124,8 +129,7 @@ def check_losing(second_node, lose):
     lose()
     until(lambda: len(serving()) == 1 and not serving("elsewhere"))
     until(lambda: {row["stage"] for row in find().status() if row["stage"] != "serving"} == NO_ROOM)
-    for one in find().teachers().values():
-        assert "its node has died" in one["lost"], one
+    assert all("its node has died" in lost for lost in losses()), losses()
     second_node()
     until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
 
@@ -139,10 +143,10 @@ def leaves(seconds):
     return node, until_s
 
 
-def check_leaving(second_node, goes_on):
+def check_leaving(second_node):
     """A replacement serves before the node goes; and where there is no room, what is in flight is answered in time."""
     head = ray.get_runtime_context().get_node_id()
-    before = nodes(find().status())
+    before, lost = nodes(find().status()), losses()
     assert nodes_of_ray.leaving() == {}
     node, until_s = leaves(3600)
     assert nodes_of_ray.leaving() == {node: int(until_s * 1000) / 1000}
@@ -157,10 +161,7 @@ def check_leaving(second_node, goes_on):
     _, until_s = leaves(20)
     until(lambda: len(find().status()) == 3 and {row["stage"] for row in find().status()} == {"serving", *NO_ROOM})
     assert time.time() < until_s
-    goes_on()
-    second_node()
-    until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
-    assert all(one["lost"] == "" for one in find().teachers().values())
+    assert losses() == lost
 
 
 def check(host, second_node, lose, times, *, leaving):
@@ -174,10 +175,11 @@ def check(host, second_node, lose, times, *, leaving):
         assert sorted(name.split("/")[0] for name, where in placed.items() if where.node_id == head) == ["net"]
         with training(url) as goes_on:
             goes_on()
-            if leaving:
-                check_leaving(second_node, goes_on)
             for _ in range(times):
                 check_losing(second_node, lose)
+                goes_on()
+            if leaving:
+                check_leaving(second_node)
                 goes_on()
 
 
