@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import one_thread  # noqa: F401  # before torch
 import pytest
@@ -71,6 +72,16 @@ def cluster():
     os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
     with ray_cluster(num_cpus=4) as address:
         yield address
+
+
+@pytest.fixture
+def actors(monkeypatch):
+    """The actors without Ray, which they need only to know where they are."""
+    found = pytest.importorskip("schoolhouse_server.actors")
+    context = SimpleNamespace(get_actor_name=lambda: "teacher/net/a1")
+    monkeypatch.setattr(found.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(found, "set_up", lambda *args, **about: None)
+    return found
 
 
 @pytest.fixture(params=["local", "remote"])

@@ -1,52 +1,49 @@
 """A launcher that is killed as it makes a pool: `up` makes it whole, `down` clears it, `status` says what is there."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 from schoolhouse.errors import ConfigError
-from test_cli import PATHS, SCHOOLHOUSE
+from schoolhouse_server import cli
+from typer.testing import CliRunner
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+# Of one process that has imported all, and what rooms.py would have it import: a launcher begins at once.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["schoolhouse_server.pool"])
 
-# Ends itself by `kill -9` before or after it makes the actor of a name, or as it waits for the replicas.
-LAUNCHER = """
-import os, signal, sys
-from pathlib import Path
 
-from ray.actor import ActorClass
-from schoolhouse_server import actors, config, pool
+def launch(address, file, when):
+    """Make a pool, and `kill -9` oneself before or after the keeper is made, or as one waits for the replicas."""
+    from schoolhouse_server import actors, config, pool
 
-address, file, when, name = sys.argv[1:]
-made = ActorClass._remote
-
-def make(self, *args, **options):
-    if (when, name) == ("before", options.get("name")):
+    def end(*_):
         os.kill(os.getpid(), signal.SIGKILL)
-    found = made(self, *args, **options)
-    if (when, name) == ("after", options.get("name")):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return found
 
-ActorClass._remote = make
-with pool.ray_cluster(address):
-    read = config.load_pool(Path(file))
-    if when == "alone":  # as a `down` that is killed leaves it
-        import ray
-        options = dict(namespace=actors.NAMESPACE, lifetime="detached", max_restarts=-1, num_cpus=0)
-        directory = ray.remote(actors.DirectoryActor).options(name="directory", **options).remote(read)
-        ray.get(directory.address.remote())
-        os.kill(os.getpid(), signal.SIGKILL)
-    pool.launch(read).wait(120, lambda rows: when == "waits" and os.kill(os.getpid(), signal.SIGKILL))
-"""
+    def make(*args, **options):
+        if when != "before":
+            made = actors.on_the_head(*args, **options)._actor_id.hex()
+            while ray._private.state.actors(made)["State"] == "DEPENDENCIES_UNREADY":  # it would end with this process
+                time.sleep(0.02)
+        end()
+
+    with pool.ray_cluster(address):
+        read = config.load_pool(file)
+        if when == "alone":  # as a `down` that is killed leaves it
+            make(actors.DirectoryActor, "directory", read, max_concurrency=4, get_if_exists=False)
+        if when in ("before", "after"):
+            pool.on_the_head = make
+        pool.launch(read).wait(120, end)
 
 
 @pytest.fixture
-def file(cluster, tmp_path):
-    """That of a pool; whatever the test leaves of it is cleared."""
+def killed(cluster, tmp_path):
+    """Has a launcher of a pool's file killed then, and gives the file; whatever is left is cleared."""
     from schoolhouse_server import pool
 
     path = tmp_path / "pool.yaml"
@@ -54,62 +51,71 @@ def file(cluster, tmp_path):
         "port: 0\nteachers: {net: {build: 'models:Net', kwargs: {width: 32, seed: 1}, threads: 1, "
         "resources: {num_cpus: 0.3}}}\n"
     )
-    yield path
+
+    def kill(when):
+        process = _context.Process(target=launch, args=(cluster, path, when))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        return path
+
+    yield kill
     pool.clear()
-
-
-def called(*command):
-    environment = os.environ | {"PYTHONPATH": PATHS, "COLUMNS": "120"}
-    return subprocess.run([*command], env=environment, capture_output=True, text=True, timeout=170)
-
-
-def kill_a_launcher(cluster, file, when, name):
-    done = called(sys.executable, "-c", LAUNCHER, cluster, str(file), when, name)
-    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def names():
     return [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
 
 
-@pytest.mark.parametrize(
-    ("when", "name", "left"),
-    [
-        ("before", "keeper", "nothing"),
-        ("alone", "directory", "parts"),
-        ("after", "keeper", "all"),
-        ("waits", "", "all"),
-    ],
-)
-def test_a_launcher_is_killed(cluster, file, when, name, left):
+def test_nothing_is_left_of_one_that_ends_before_it_makes_the_keeper(killed):
+    from schoolhouse_server import pool
+
+    killed("before")
+    with pytest.raises(ConfigError, match="there is no pool .* start one"):
+        pool.find()
+    assert names() == []
+    assert not pool.clear()
+
+
+def test_parts_of_a_pool_are_seen_and_cleared_by_the_commands_or_by_up(killed, monkeypatch):
     from schoolhouse_server import pool
     from schoolhouse_server.config import load_pool
 
-    kill_a_launcher(cluster, file, when, name)
-    if left == "all":
-        assert pool.find().address
-    else:
-        says = {"nothing": "there is no pool .* start one", "parts": "keeper is gone: directory; `schoolhouse down`"}
-        with pytest.raises(ConfigError, match=says[left]):
-            pool.find()
-    launched = pool.launch(load_pool(file))
-    launched.wait(120)
-    assert launched.made == (left != "all")  # else it is the one that became whole by itself
+    def schoolhouse(command):
+        return CliRunner().invoke(cli.app, [command, "--address", "of this process"])
+
+    killed("alone")
+    with monkeypatch.context() as patched:
+        patched.setattr(pool, "ray_cluster", contextlib.nullcontext)
+        said = str(schoolhouse("status").exception)
+        assert "parts of one whose keeper is gone: directory; `schoolhouse down`" in said
+        assert "the pool is down" in schoolhouse("down").stdout
+        assert names() == []
+        assert "there is no pool on this Ray cluster; start one" in str(schoolhouse("down").exception)
+    launched = pool.launch(load_pool(killed("alone")))
+    assert launched.made
     assert pool.clear()
     assert names() == []
-    kill_a_launcher(cluster, file, when, name)
-    assert pool.clear() == (left != "nothing")
+
+
+def test_a_pool_that_has_just_begun_is_cleared_or_taken_over(killed):
+    from schoolhouse_server import pool
+    from schoolhouse_server.config import load_pool
+
+    killed("after")
+    assert pool.clear()
+    assert names() == []
+    launched = pool.launch(load_pool(killed("after")))
+    assert not launched.made
+    assert pool.find().address == launched.address
+    assert pool.clear()
     assert names() == []
 
 
-def test_the_commands_see_what_is_there_and_clear_it(cluster, file):
-    kill_a_launcher(cluster, file, "alone", "directory")
-    status = called(*SCHOOLHOUSE, "status", "--address", cluster)
-    assert status.returncode == 1
-    assert "parts of one whose keeper is gone: directory" in status.stderr
-    down = called(*SCHOOLHOUSE, "down", "--address", cluster)
-    assert "the pool is down" in down.stdout
-    assert names() == []
-    again = called(*SCHOOLHOUSE, "down", "--address", cluster)
-    assert again.returncode == 1
-    assert "there is no pool on this Ray cluster; start one" in again.stderr
+def test_a_pool_that_becomes_whole_by_itself_is_taken_over(killed):
+    from schoolhouse_server import pool
+    from schoolhouse_server.config import load_pool
+
+    launched = pool.launch(load_pool(killed("waits")))
+    launched.wait(120)
+    assert not launched.made

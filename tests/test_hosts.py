@@ -90,16 +90,6 @@ def test_a_server_of_another_machines_address_says_what_this_one_has():
         serve(Net(32, seed=1), host="198.51.100.7", insecure=True)
 
 
-@pytest.fixture
-def actors(monkeypatch):
-    """The actors without Ray, which they need only to know where they are."""
-    found = pytest.importorskip("schoolhouse_server.actors")
-    context = SimpleNamespace(get_actor_name=lambda: "teacher/net/a1")
-    monkeypatch.setattr(found.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(found, "set_up", lambda *args, **about: None)
-    return found
-
-
 def pool(folder, host):
     (folder / "pool.yaml").write_text(
         f"host: '{host}'\nport: 0\nhttp_port: 0\nmetrics_ports: 21900-21999\nsecurity: {{insecure: true}}\n"

@@ -19,39 +19,38 @@ pytestmark = pytest.mark.ray
 NET = "{build: 'models:Net', kwargs: {width: 32, seed: 1}, threads: 1, resources: {num_cpus: 0.3}}"
 SLOW = (
     "{{build: 'slow_model:Slow', kwargs: {{forward_s: 0.05}}, threads: 1, resources: {{num_cpus: {cpus}}}, "
-    "load_timeout_s: 20, replicas: {{min: 1, max: 2}}, "
-    "autoscale: {{target_delay_s: 0.1, up_after_s: 1, down_after_s: 3}}}}"
+    "load_timeout_s: 10, replicas: {{min: 1, max: 2}}, "
+    "autoscale: {{target_delay_s: 0.1, up_after_s: 1, down_after_s: 2}}}}"
 )
 
 
 @pytest.fixture(scope="module")
-def launched(cluster, tmp_path_factory):
-    """Starts a pool of these teachers in the place of the one before, and stops it at the end."""
-    from schoolhouse_server import pool
-
-    folder, running = tmp_path_factory.mktemp("pool"), []
-    (folder / "own.py").write_text("class Odd(Exception):\n    pass\n\n\ndef raising():\n    raise Odd('only here')\n")
-
-    def launch(**teachers):
-        given = ", ".join(f"{name}: {spec}" for name, spec in teachers.items())
-        (folder / "pool.yaml").write_text(f"port: 0\ndrain_timeout_s: 4\nteachers: {{{given}}}\n")
-        while running:
-            running.pop().down()
-        running.append(pool.launch(load_pool(folder / "pool.yaml")))
-        return running[0]
-
-    yield launch
-    pool.clear()
-
-
-@pytest.fixture(scope="module")
-def net(launched):
+def net(cluster, tmp_path_factory):
     """A pool of one teacher, whose keeper had a bad start."""
     from schoolhouse_server import pool
 
+    folder = tmp_path_factory.mktemp("pool")
+    (folder / "own.py").write_text("class Odd(Exception):\n    pass\n\n\ndef raising():\n    raise Odd('only here')\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "KeeperActor", keepers.Hiccup)
-        return launched(net=NET)
+        found = pool.launch(pool_file(folder, net=NET))
+    found.folder = folder
+    yield found
+    pool.clear()
+
+
+def pool_file(folder, **teachers):
+    given = ", ".join(f"{name}: {spec}" for name, spec in teachers.items())
+    (folder / "pool.yaml").write_text(f"port: 0\ndrain_timeout_s: 4\nteachers: {{{given}}}\n")
+    return load_pool(folder / "pool.yaml")
+
+
+def add(pool, **teachers):
+    """More teachers, in a pool that runs."""
+    from schoolhouse_server.actors import KEEPER, NAMESPACE
+
+    keeper = ray.get_actor(KEEPER, namespace=NAMESPACE)
+    ray.get(keeper.roll.remote(pool_file(pool.folder, **teachers), list(teachers)), timeout=60)
 
 
 def eventually(check, timeout_s=100.0):
@@ -62,7 +61,7 @@ def eventually(check, timeout_s=100.0):
             return check()
         return False
 
-    return soon(holds, timeout_s)
+    return soon(holds, timeout_s, collect=False)  # nor is time for the actors' imports taken away
 
 
 def called(name, function):
@@ -106,24 +105,6 @@ def test_the_directory_is_made_again_where_it_was_killed_for_good(net):
     assert eventually(listed)
 
 
-def test_why_teachers_cannot_start(launched):
-    pool = launched(
-        raises="{build: 'keepers:raising', kwargs: {width: 9}, resources: {num_cpus: 0.3}}",
-        odd="{build: 'own:raising', resources: {num_cpus: 0.3}}",  # whose class the keeper cannot import
-        late="{build: 'keepers:slow_to_load', kwargs: {seconds: 300}, load_timeout_s: 0.5, resources: {num_cpus: 0.3}}",
-    )
-    why = {}
-
-    def failed():
-        why.update({name: one["lost"].partition(": ")[2] for name, one in pool.teachers().items() if one["lost"]})
-        return len(why) == 3
-
-    assert eventually(failed)
-    assert why["raises"] == "ValueError: a width of 9 is too much"
-    assert why["odd"].endswith("Odd: only here")
-    assert why["late"] == "it was not loaded within 0.5 s, its load_timeout_s"
-
-
 class Asked:
     """A teacher that is asked for more than it can do, or for nothing."""
 
@@ -131,7 +112,7 @@ class Asked:
         self._teacher, self._asked = teacher, []
 
     def more(self):
-        if sum(not future.done() for future in self._asked) < 60:
+        if sum(not future.done() for future in self._asked) < 20:
             begun = len(self._asked)  # equal requests would be computed once
             self._asked += [self._teacher.submit((torch.tensor([float(begun + i)]),), {}, [""]) for i in range(20)]
 
@@ -141,33 +122,65 @@ class Asked:
 
 
 @pytest.mark.timeout(300)
-def test_a_replica_without_room_holds_up_no_scaling(launched):
-    found = launched(large=SLOW.format(cpus=2.5), small=SLOW.format(cpus=0.3))  # of the four that there are
-    found.wait(120)
+def test_a_replica_without_room_holds_up_no_scaling(net):
+    add(net, large=SLOW.format(cpus=2.5), small=SLOW.format(cpus=0.3))  # of the four that there are
+    net.wait(120)
 
     def rows(name):
-        return [row["stage"] for row in found.status() if row["teacher"] == name]
+        return [row["stage"] for row in net.status() if row["teacher"] == name]
 
     def grows(name, stages):
         asked.more()
         return sorted(rows(name)) == stages
 
     no_room = "waits for {CPU: 2.5}: no node has it free"
-    with sh.connect(found.url("large")) as large, sh.connect(found.url("small")) as small:
+    with sh.connect(net.url("large")) as large, sh.connect(net.url("small")) as small:
         asked = Asked(large)
         assert eventually(lambda: grows("large", ["serving", no_room]))
         asked.end()
-        found.scale("large", Bounds(min=2, max=2))  # it is wanted, whatever the load
+        net.scale("large", Bounds(min=2, max=2))  # it is wanted, whatever the load
         waiting_since, asked = time.monotonic(), Asked(small)
         assert eventually(lambda: grows("small", ["serving", "serving"]))
         asked.end()
         assert eventually(lambda: rows("small") == ["serving"])
-        assert eventually(lambda: time.monotonic() > waiting_since + 22)  # longer than it may load
+        assert eventually(lambda: time.monotonic() > waiting_since + 11)  # longer than it may load
         assert sorted(rows("large")) == ["serving", no_room]
-        assert found.teachers()["large"]["lost"] == ""
-        found.scale("large", Bounds(min=1, max=2))
+        assert net.teachers()["large"]["lost"] == ""
+        net.scale("large", Bounds(min=1, max=2))
         assert eventually(lambda: rows("large") == ["serving"])
-        assert found.teachers()["large"]["wanted"] == 1
+        assert net.teachers()["large"]["wanted"] == 1
+
+
+def test_why_teachers_cannot_start(net):
+    add(
+        net,
+        raises="{build: 'keepers:raising', kwargs: {width: 9}, resources: {num_cpus: 0.1}}",
+        odd="{build: 'own:raising', resources: {num_cpus: 0.1}}",  # whose class the keeper cannot import
+        late="{build: 'keepers:slow_to_load', kwargs: {seconds: 300}, load_timeout_s: 0.5, resources: {num_cpus: 0.1}}",
+    )
+    why = {}
+
+    def failed():
+        lost = {name: net.teachers()[name]["lost"].partition(": ")[2] for name in ("raises", "odd", "late")}
+        why.update({name: one for name, one in lost.items() if one})
+        return len(why) == 3
+
+    assert eventually(failed)
+    assert why["raises"] == "ValueError: a width of 9 is too much"
+    assert why["odd"].endswith("Odd: only here")
+    assert why["late"] == "it was not loaded within 0.5 s, its load_timeout_s"
+
+
+def test_a_keeper_that_hangs_is_said_by_up_and_ended_by_down(net, monkeypatch):
+    from schoolhouse_server import pool
+
+    monkeypatch.setattr(pool, "_START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(pool, "_CALL_TIMEOUT_S", 5.0)
+    os.kill(called("keeper", keepers.pid), signal.SIGSTOP)
+    with pytest.raises(sh.errors.TeacherTimeoutError, match="not answer within 1 s; .* `schoolhouse down` clears"):
+        pool.launch(pool_file(net.folder, net=NET))
+    assert pool.clear()
+    assert ray.util.list_named_actors(all_namespaces=True) == []
 
 
 @pytest.mark.parametrize(("labels", "stays"), [({"ray.io/node-id": "gone"}, False), ({}, True)])

@@ -249,3 +249,17 @@ def test_a_job_keeps_its_revision_where_its_node_is_about_to_go(going):
     assert world.fewest[number] >= 1
     assert sorted(r.version for r in world.replicas) == [0, number]
     assert not any(r.leaving for r in world.replicas)
+
+
+def test_one_that_stays_for_a_job_takes_no_place_of_the_current_ones():
+    world = begun(replicas=2)
+    world.jobs = {0}
+    number = rolled(world, replicas=2)
+    world.run()
+    world.jobs = {0, number}
+    going = world.serving(number)[0].id
+    world.replicas = [replace(r, leaving=r.id == going) for r in world.replicas]
+    world.fewest = {}
+    world.run()
+    assert world.fewest == {"all": 3, 0: 1, number: 2}
+    assert not any(r.leaving for r in world.replicas)

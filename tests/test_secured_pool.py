@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import schoolhouse as sh
@@ -63,16 +62,6 @@ def test_a_roll_changes_no_tokens_file(load):
     with pytest.raises(errors.ConfigError, match=r"security.tokens of the file is not that of the pool"):
         now.rolled(load("{}"), ["net"])
     assert now.rolled(load("{tokens: tokens.yaml, allow_head: true}"), ["net"]).config.security.allow_head
-
-
-@pytest.fixture
-def actors(monkeypatch):
-    """The actors without Ray, which they need only to know where they are."""
-    found = pytest.importorskip("schoolhouse_server.actors")
-    context = SimpleNamespace(get_actor_name=lambda: "teacher/net/a1")
-    monkeypatch.setattr(found.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(found, "set_up", lambda *args, **about: None)
-    return found
 
 
 def test_a_replica_shares_as_the_pool_file_says(load, actors):

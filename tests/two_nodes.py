@@ -1,15 +1,13 @@
 """A pool on a Ray cluster of two nodes, one of which goes away while a student trains; run in a process of its own.
 
-`two_nodes.py kill TIMES` ends a raylet of this machine.
-`two_nodes.py drain` has Ray say that a node is about to go, as a cloud's preemption notice does.
-`two_nodes.py unplug TIMES NAMESPACE LINK ADDRESS OWN_ADDRESS` has the
-second raylet in a network namespace, and takes its link down: nobody is told, packets just get lost. Prints "done".
+`two_nodes.py kill TIMES` ends a raylet, and then has Ray say that a node is about to go, as a cloud's preemption notice
+does. `two_nodes.py unplug TIMES NAMESPACE LINK ADDRESS OWN_ADDRESS` has the second raylet in a network namespace, and
+takes its link down: nobody is told, packets just get lost. Prints "done".
 The student's losses are those of a run without faults, to the last bit, and it leaks nothing.
 """
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,8 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from schoolhouse_server import nodes as nodes_of_ray
 from schoolhouse_server.actors import NAMESPACE
-from schoolhouse_server.pool import find, ray_cluster
+from schoolhouse_server.config import load_pool
+from schoolhouse_server.pool import find, launch, ray_cluster
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "chaos"))
@@ -59,13 +58,6 @@ LABELS = {"ray.io/availability-zone": "b", "kind": "big"}
 HEALTH = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
 
-def schoolhouse(*arguments):
-    code = "from schoolhouse_server.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def until(true, timeout_s=120.0):
     deadline = time.monotonic() + timeout_s
     while not true():
@@ -77,7 +69,7 @@ def follow(student, steps, ended, found):
     """Let a student go on, and keep what it says at the end."""
     while isinstance(step := student.commands.recv(), int):
         steps.append(step)
-        time.sleep(0.02)
+        time.sleep(0.05)  # else it takes the processor from the actors that start
         student.commands.send(not ended.is_set())
     found.append(step)
 
@@ -94,11 +86,20 @@ def serving(teacher="net"):
     return [row for row in find().status() if row["teacher"] == teacher and row["stage"] == "serving"]
 
 
-def begin(address, host):
-    """Start the pool; where students connect to."""
+def losses():
+    """Of each teacher, which replica was gone last, and why."""
+    return [one["lost"] for one in find().teachers().values()]
+
+
+@contextlib.contextmanager
+def pool(host):
+    """Start the pool; gives where students connect to."""
     file = Path(tempfile.mkdtemp()) / "pool.yaml"
     file.write_text(POOL.format(host=host, insecure=str(host != "127.0.0.1").lower()))
-    return re.search(r"grpc://\S+/net", schoolhouse("up", str(file), "--address", address)).group()
+    found = launch(load_pool(file))
+    found.wait(120)
+    yield found.url("net")
+    found.down()
 
 
 @contextlib.contextmanager
@@ -123,27 +124,14 @@ def training(url):
     assert leaked == {}
 
 
-def check(address, host, second_node, lose, times):
-    head = ray.get_runtime_context().get_node_id()
-    url = begin(address, host)
-    placed = nodes(find().status())
-    assert {name.split("/")[0]: where.zone for name, where in placed.items() if where.node_id != head} == {
-        "net": "b",
-        "elsewhere": "b",
-    }
-    assert sorted(name.split("/")[0] for name, where in placed.items() if where.node_id == head) == ["net"]
-    with training(url) as goes_on:
-        for _ in range(times):
-            goes_on()
-            lose()
-            until(lambda: len(serving()) == 1 and not serving("elsewhere"))
-            until(lambda: {row["stage"] for row in find().status() if row["stage"] != "serving"} == NO_ROOM)
-            for one in find().teachers().values():
-                assert "its node has died" in one["lost"], one
-            goes_on()
-            second_node()
-            until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
-    schoolhouse("down", "--address", address)
+def check_losing(second_node, lose):
+    """What was on a node that is gone waits for another one, and the other replica serves on."""
+    lose()
+    until(lambda: len(serving()) == 1 and not serving("elsewhere"))
+    until(lambda: {row["stage"] for row in find().status() if row["stage"] != "serving"} == NO_ROOM)
+    assert all("its node has died" in lost for lost in losses()), losses()
+    second_node()
+    until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
 
 
 def leaves(seconds):
@@ -155,32 +143,44 @@ def leaves(seconds):
     return node, until_s
 
 
-def check_leaving(address, host, second_node):
+def check_leaving(second_node):
     """A replacement serves before the node goes; and where there is no room, what is in flight is answered in time."""
     head = ray.get_runtime_context().get_node_id()
-    with training(begin(address, host)) as goes_on:
-        goes_on()
-        before = nodes(find().status())
-        assert nodes_of_ray.leaving() == {}
-        node, until_s = leaves(3600)
-        assert nodes_of_ray.leaving() == {node: int(until_s * 1000) / 1000}
-        until(lambda: {row["stage"] for row in find().status()} == {*GOING, *NO_ROOM})  # all serve, and are replaced
-        second_node()
-        least = []
-        until(lambda: least.append(len(serving())) or len(serving()) == len(find().status()) - 1 == 2)
-        assert min(least) >= 1  # and the one that was about to go, until another one served
-        assert all(where.node_id != node for where in nodes(find().status()).values())
-        assert {name for name, where in before.items() if where.node_id == head} < {*nodes(find().status())}
-        until(lambda: sum(one["Alive"] for one in ray.nodes()) == 2)  # Ray ends one that has nothing to do any more
-        assert all(one["lost"] == "" for one in find().teachers().values())
-        _, until_s = leaves(25)
-        until(lambda: len(find().status()) == 3 and {row["stage"] for row in find().status()} == {"serving", *NO_ROOM})
-        assert time.time() < until_s
-        goes_on()
-        second_node()
-        until(lambda: len(serving()) == 2 and len(serving("elsewhere")) == 1)
-        assert all(one["lost"] == "" for one in find().teachers().values())
-    schoolhouse("down", "--address", address)
+    before, lost = nodes(find().status()), losses()
+    assert nodes_of_ray.leaving() == {}
+    node, until_s = leaves(3600)
+    assert nodes_of_ray.leaving() == {node: int(until_s * 1000) / 1000}
+    until(lambda: {row["stage"] for row in find().status()} == {*GOING, *NO_ROOM})  # all serve, and are replaced
+    second_node()
+    least = []
+    until(lambda: least.append(len(serving())) or len(serving()) == len(find().status()) - 1 == 2)
+    assert min(least) >= 1  # and the one that was about to go, until another one served
+    assert all(where.node_id != node for where in nodes(find().status()).values())
+    assert {name for name, where in before.items() if where.node_id == head} < {*nodes(find().status())}
+    until(lambda: sum(one["Alive"] for one in ray.nodes()) == 2)  # Ray ends one that has nothing to do any more
+    _, until_s = leaves(20)
+    until(lambda: len(find().status()) == 3 and {row["stage"] for row in find().status()} == {"serving", *NO_ROOM})
+    assert time.time() < until_s
+    assert losses() == lost
+
+
+def check(host, second_node, lose, times, *, leaving):
+    head = ray.get_runtime_context().get_node_id()
+    with pool(host) as url:
+        placed = nodes(find().status())
+        assert {name.split("/")[0]: where.zone for name, where in placed.items() if where.node_id != head} == {
+            "net": "b",
+            "elsewhere": "b",
+        }
+        assert sorted(name.split("/")[0] for name, where in placed.items() if where.node_id == head) == ["net"]
+        with training(url) as goes_on:
+            goes_on()
+            for _ in range(times):
+                check_losing(second_node, lose)
+                goes_on()
+            if leaving:
+                check_leaving(second_node)
+                goes_on()
 
 
 def main(how, times="1", namespace="", link="", address="", own=""):
@@ -208,17 +208,13 @@ def main(how, times="1", namespace="", link="", address="", own=""):
     cluster = Cluster()
     try:
         where = {"node_ip_address": own} if own else {}
-        health = None if how == "drain" else HEALTH
-        cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=health, **where)
+        cluster.add_node(num_cpus=1, include_dashboard=False, _system_config=HEALTH, **where)
         start_second()
         with ray_cluster(cluster.address):
             assert ray.get_runtime_context().namespace == NAMESPACE
             until_nodes(2)
             host = "0.0.0.0" if own else "127.0.0.1"
-            if how == "drain":
-                check_leaving(cluster.address, host, start_second)
-            else:
-                check(cluster.address, host, start_second, lose, int(times))
+            check(host, start_second, lose, int(times), leaving=how == "kill")
     finally:
         cluster.shutdown()
         for process in started if how == "unplug" else []:

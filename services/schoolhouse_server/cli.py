@@ -71,7 +71,8 @@ def up(
         with _connected(address):
             from schoolhouse_server.pool import launch
 
-            launched = launch(config)
+            with out.status("starting the pool's keeper and directory, or waiting for those that are there"):
+                launched = launch(config)
             try:
                 with _progress() as show:
                     launched.wait(timeout_s, show)
@@ -308,7 +309,9 @@ def down(address: Address = None) -> None:
     with _connected(address):
         from schoolhouse_server.pool import clear
 
-        if not clear() and address is not None:
+        with out.status("stopping the pool"):
+            cleared = clear()
+        if not cleared and address is not None:
             raise ConfigError("there is no pool on this Ray cluster; start one with `schoolhouse up pool.yaml`")
     if address is None:
         local_cluster.stop()

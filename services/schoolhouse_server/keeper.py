@@ -1,5 +1,6 @@
 """The keeper: holds every teacher of a pool at its replicas, scales and rolls it, and tells the directory."""
 
+import contextlib
 import logging
 import os
 import threading
@@ -15,7 +16,7 @@ from schoolhouse_wire import background
 from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server import members, nodes, shown
-from schoolhouse_server.actors import DIRECTORY, DirectoryActor, PoolActor, on_the_head
+from schoolhouse_server.actors import DIRECTORY, NAMESPACE, DirectoryActor, PoolActor, on_the_head
 from schoolhouse_server.config import Bounds, PoolConfig
 from schoolhouse_server.desired import Desired, TeacherState, Version
 from schoolhouse_server.members import Member, ReplicaFailedError
@@ -75,7 +76,6 @@ class KeeperActor(PoolActor):
         self._directory: Any = None
         self._now = Desired.of(pool)
         self._teachers: dict[str, Teacher] = {name: Teacher() for name in self._now.teachers}
-        self._going: dict[str, float] = {}  # nodes that are about to go
         self._seen_at = 0.0  # when the nodes were looked at
         self._lock = threading.RLock()
         self._stopping = threading.Event()
@@ -186,10 +186,12 @@ class KeeperActor(PoolActor):
 
     def _adopt(self) -> None:
         """Take over the directory, the replicas and the desired state of a keeper that died."""
-        self._directory = self._find_directory()
         found = members.adopt()
-        everyone = [member for ones in found.values() for member in ones]
-        calls = [holder.held.remote() for holder in (self._directory, *(member.actor for member in everyone))]
+        holders = [member.actor for ones in found.values() for member in ones]
+        with contextlib.suppress(ValueError):  # one that is made now holds nothing, and is not waited for
+            holders.append(ray.get_actor(DIRECTORY, namespace=NAMESPACE))
+        self._directory = self._find_directory()
+        calls = [holder.held.remote() for holder in holders]
         ray.wait(calls, num_returns=len(calls), timeout=_ADOPT_TIMEOUT_S)
         for state in _answers(calls):
             if state is not None and state.generation > self._now.generation:
@@ -226,9 +228,7 @@ class KeeperActor(PoolActor):
             ray.get(self._directory.publish.remote(table), timeout=_PUBLISH_TIMEOUT_S)
         except (RayError, GetTimeoutError):
             _log.warning("the directory is away", exc_info=True)
-            self._directory = (
-                self._find_directory()
-            )  # the same, which restarts by itself, unless it was killed for good
+            self._directory = self._find_directory()  # another one only where it was killed for good
             return
         for member in serving:
             member.listed = True
@@ -240,21 +240,17 @@ class KeeperActor(PoolActor):
         self._seen_at = time.monotonic()
         with self._lock:
             everyone = [(name, member) for name, teacher in self._teachers.items() for member in teacher.members]
-        try:
-            self._going = nodes.leaving()
-            demand = nodes.Demand.now(self._going) if any(member.where is None for _, member in everyone) else None
-        except Exception:  # of Ray's inside, it may be any
-            _log.warning("Ray does not say how its nodes are", exc_info=True)
-            return
+        going = nodes.leaving()
+        demand = nodes.Demand.now(going) if any(member.where is None for _, member in everyone) else None
         for name, member in everyone:
             if member.where is None and demand is not None:
                 state = self._now.teachers[name]
                 spec = (state.version(member.version) or state.current).spec
                 member.hears(demand.why(members.needs(spec), members.rule(spec)))
-            elif member.where is not None and member.where.node_id in self._going:
+            elif member.where is not None and member.where.node_id in going:
                 if member.goes_at is None:
                     _log.info("%s/%s: its node %s is about to go", name, member.id, member.where.host)
-                member.goes_at = self._going[member.where.node_id]
+                member.goes_at = going[member.where.node_id]
 
     def _keep_teacher(self, name: str, teacher: Teacher) -> None:
         try:

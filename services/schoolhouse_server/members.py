@@ -28,6 +28,7 @@ _LAST_S = 2.0  # before that it is to have stopped
 _MAX_WHY = 600  # characters of what Ray says
 _PREFIX = "teacher"
 _NODE_ID = "ray.io/node-id"
+_UNHEARD = "waits for a node"  # until Ray says more, which it may not
 
 
 class ReplicaFailedError(Exception):
@@ -220,6 +221,7 @@ def start(teacher: str, version: Version, others: Iterable[Member], desired: Des
         pending=actor.start.remote(),
         pending_where=actor.where.remote(),
         load_timeout_s=spec.load_timeout_s,
+        waits=_UNHEARD,
         labels=options.get("label_selector", {}),
     )
 

@@ -1,22 +1,23 @@
 """What Ray knows of its nodes: which of them are about to go, and what a replica that has none waits for.
 
 Ray publishes neither in its public API: Ray Serve asks the GCS for the first as is done here, and the second is what
-`ray status` prints. Nothing else of Ray's inside is used anywhere; `tests/test_leaving_nodes.py` holds it on the
-installed version.
+`ray status` prints. `tests/test_nodes.py` holds both on the installed version; one that does not answer so is logged,
+and the pool goes on without.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.autoscaler.v2.sdk import get_cluster_status
 
 _TIMEOUT_S = 5
 _ROUNDED = 1e-3  # Ray counts ten thousandths
+
+_log = logging.getLogger(__name__)
 
 
 def leaving() -> dict[str, float]:
@@ -24,8 +25,12 @@ def leaving() -> dict[str, float]:
 
     Ray places nothing on them any more. The time is on time.time()'s clock; `math.inf`: it is not known.
     """
-    found = _gcs(ray.get_runtime_context().gcs_address).get_draining_nodes(timeout=_TIMEOUT_S)
-    return {node: deadline_ms / 1000 if deadline_ms else math.inf for node, deadline_ms in found.items()}
+    try:
+        found = _gcs(ray.get_runtime_context().gcs_address).get_draining_nodes(timeout=_TIMEOUT_S)
+        return {node: deadline_ms / 1000 if deadline_ms else math.inf for node, deadline_ms in found.items()}
+    except Exception as err:  # of Ray's inside, it may be any
+        _warn("which nodes are about to go, so that replicas are replaced only once their node is gone", repr(err))
+        return {}
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,18 @@ class Demand:
     autoscaler: str = ""  # what it does about it
 
     @classmethod
-    def now(cls, going: Mapping[str, float]) -> "Demand":
-        """At present; `going` are the nodes that `leaving` found."""
+    def now(cls, going: Mapping[str, float]) -> "Demand | None":
+        """At present; `going` are the nodes that `leaving` found. None: Ray does not say."""
+        try:
+            return cls._now(going)
+        except Exception as err:  # of Ray's inside, it may be any
+            _warn("what replicas without a node wait for", repr(err))
+            return None
+
+    @classmethod
+    def _now(cls, going: Mapping[str, float]) -> "Demand":
+        from ray.autoscaler.v2.sdk import get_cluster_status  # only here: another version may not have it
+
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=_TIMEOUT_S)
         demands = status.resource_demands.ray_task_actor_demand
         nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.node_id not in going]
@@ -65,7 +80,15 @@ def _same(needs: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
 
 @functools.cache
 def _gcs(address: str) -> Any:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # only here: another version may not have it
+
     return GcsClient(address=address)
+
+
+@functools.lru_cache(64)
+def _warn(what: str, why: str) -> None:
+    """Log it once, and not at every look."""
+    _log.warning("Ray %s does not say %s: %s", ray.__version__, what, why)
 
 
 def _autoscaler(status: Any) -> str:

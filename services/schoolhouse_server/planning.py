@@ -1,5 +1,6 @@
 """What must be done to bring a teacher's replicas to what they should be: a pure function of what is seen."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -112,12 +113,15 @@ def _spare(serving: Sequence[Seen], kept: set[int], count: int) -> list[Seen]:
 
 def _replaced(state: TeacherState, leaving: Sequence[Seen], staying: Sequence[Seen], kept: set[int]) -> list[Seen]:
     """Those of nodes about to go that may drain: enough of the others serve, or there is no time to wait for it."""
-    gone = [r for r in leaving if r.due or r.phase == "starting"]
-    serving = [r for r in leaving if r not in gone]
-    safe = {r.version for r in staying if r.phase == "serving"}
-    spare = sum(r.phase == "serving" for r in staying) + len(serving) - state.count
-    wanted = {state.current.number, *kept}
-    return [*gone, *[r for r in serving if r.version in safe or r.version not in wanted][: max(spare, 0)]]
+    current, gone = state.current.number, []
+    serving = Counter(r.version for r in staying if r.phase == "serving")
+    for r in leaving:
+        needed = state.count if r.version == current else max(r.version in kept, state.count - serving[current])
+        if r.due or r.phase == "starting" or serving[r.version] >= needed:
+            gone.append(r)
+        else:
+            serving[r.version] += 1  # it stays for now
+    return gone
 
 
 def _no_room(current: Iterable[Seen]) -> bool:

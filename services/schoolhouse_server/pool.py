@@ -183,7 +183,7 @@ def launch(config: PoolConfig) -> Pool:
     Raises:
         ConfigError: this cluster has another pool already.
         TeacherUnavailableError: the directory's port is taken.
-        TeacherTimeoutError: Ray does not start the directory in time.
+        TeacherTimeoutError: the directory does not start, or a keeper that is there does not answer, in 240 s.
     """
     running = _running()
     if running is not None:
@@ -236,6 +236,8 @@ def find() -> Pool:
 
 def clear() -> bool:
     """Stop whatever is there of a pool, be it whole or not; False if there was nothing.
+
+    A keeper that hangs has 30 s to stop the others in order; then all are ended, which has 30 s again.
 
     Raises:
         TeacherTimeoutError: Ray has not ended it in time.
