@@ -86,15 +86,16 @@ def distilled(family, **more):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_converted_student_returns_what_it_did(family):
+def test_a_converted_student_returns_what_it_did(family, recwarn):
     plain, model = made(family), distilled(family)
-    asked = {**FAMILIES[family][2], "output_attentions": True, "output_hidden_states": True}
+    asked = {**FAMILIES[family][2], "output_attentions": True, "output_hidden_states": True, "return_dict": True}
     expected, got = plain(**asked), model(**asked)
     assert list(got.keys()) == list(expected.keys())
     assert any("attentions" in name for name in flattened_keys(expected))
     for one, other in zip(flat(got), flat(expected), strict=True):
         assert torch.equal(one, other)
     assert model.compute_kd_loss().item() == First()(expected, made(family, seed=1)(**asked)).item()
+    assert not [warning for warning in recwarn if "no parameter" in str(warning.message)]
     student = sh.export(model)
     assert type(student) is type(plain)
     assert len(flat(student(**asked))) == len(flat(expected))
