@@ -80,6 +80,23 @@ def test_another_one_of_its_class_looks_ahead_too():
     assert stepped(model, model, loop) == [[4.0, 5.0, 6.0, 7.0]]
 
 
+class OwnIterator(DataLoader):
+    """Is stepped through itself, by what its class says."""
+
+    def __iter__(self):
+        self.read = super().__iter__()
+        return self
+
+    def __next__(self):
+        return next(self.read) + 1
+
+
+def test_a_data_loader_that_is_its_own_iterator():
+    model = distilled()
+    rows = stepped(model, model, model.prefetch(OwnIterator(Rows(), batch_size=8)))
+    assert rows == [[float(i + 1) for i in range(8)], [float(i + 9) for i in range(8)]]
+
+
 class Source:
     """No DataLoader, with a length and an attribute."""
 

@@ -62,7 +62,8 @@ class Prefetch:
         if begun is not None and not begun.over:
             return begun
         _say_if_nothing_shards(self)
-        return self._looks.begin(super().__iter__())  # type: ignore[misc]  # of the loader's class
+        loaders = type(self).__bases__[1]
+        return self._looks.begin(iter(_sharing(vars(self), object.__new__(loaders))))
 
     def __next__(self) -> Any:
         if self._begun is None:
@@ -135,9 +136,13 @@ def prefetch(state: Distillation, loader: Iterable[Any], **settings: Any) -> Pre
     acts = isinstance(loader, data.DataLoader) and not isinstance(loader, Prefetch)
     source: Any = loader if acts else _Wraps(loader)
     kind: Any = type("Prefetch", (Prefetch, type(source)), {"__slots__": (), "_made": weakref.ref(looks)})
-    made: Any = kind.__new__(kind)
-    object.__setattr__(made, "__dict__", source.__dict__)  # unseen by Lightning, which would do it again to its own
-    return made  # type: ignore[no-any-return]
+    return _sharing(vars(source), kind.__new__(kind))  # type: ignore[no-any-return]
+
+
+def _sharing(attributes: dict[str, Any], made: Any) -> Any:
+    """What was made without a call of its class, with the very attributes of another one."""
+    object.__setattr__(made, "__dict__", attributes)  # unseen by Lightning, which would do it again to its own
+    return made
 
 
 def _say_if_nothing_shards(loader: Any) -> None:
