@@ -1,15 +1,13 @@
 """Look-ahead over a DataLoader acts as one: for trainers that look at it, make another of it, or go on within it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from loaders_job import ROWS, Counts, Rows, injected, stepped
 from looking_ahead import Asked, batches
 from models import Net, converted
 from torch.utils.data import DataLoader, SequentialSampler
+from two_ranks import two_ranks
 
 JOB = Path(__file__).with_name("loaders_job.py")
 
@@ -140,22 +138,7 @@ def test_accelerate_goes_on_in_the_middle(prepared):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    outs = [folder / f"{rank}.pt" for rank in range(2)]
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    commands = [[sys.executable, JOB, str(rank), folder / "rendezvous", out] for rank, out in enumerate(outs)]
-    started = [subprocess.Popen(c, stdout=log, stderr=log) for c, log in zip(commands, logs, strict=True)]
-    try:
-        codes = [process.wait(170) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-        texts = [Path(log.name).read_text() for log in logs]
-        for log in logs:
-            log.close()
-    assert codes == [0, 0], "\n".join(texts)
-    return [torch.load(out, weights_only=True) for out in outs]
+    return two_ranks(JOB, tmp_path_factory.mktemp("ranks"))
 
 
 def rows_of(found):
