@@ -62,7 +62,7 @@ class StaticLossBalancer(DistillationLossBalancer):
         ValueError: if a weight is not a finite number, or the weights' sum not within [0, 1].
     """
 
-    _SHOWN = ("_kd_loss_weight",)
+    _SETTINGS = ("_kd_loss_weight",)
 
     def __init__(self, kd_loss_weight: float | list[float] = 0.5) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class ScheduledLossBalancer(DistillationLossBalancer):
         ValueError: for accumulation_steps below 1; when it is called, for weights whose sum is not within [0, 1].
     """
 
-    _SHOWN = ("schedule", "_accumulation_steps")
+    _SETTINGS = ("schedule", "_accumulation_steps")
     forwards: torch.Tensor
 
     def __init__(self, schedule: Callable[[int], Weights], accumulation_steps: int = 1) -> None:
@@ -171,7 +171,7 @@ class ScaleBalancer(DistillationLossBalancer):
         ValueError: for weights whose sum is not within [0, 1], or another decay or max_factor.
     """
 
-    _SHOWN = ("_kd_loss_weight", "_decay", "_max_factor")
+    _SETTINGS = ("_kd_loss_weight", "_decay", "_max_factor")
     average: torch.Tensor
     updates: torch.Tensor
 

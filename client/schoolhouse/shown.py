@@ -6,13 +6,13 @@ from torch import nn
 
 
 class Shown(nn.Module):
-    """A module whose settings `print` shows: its attributes of the names in `_SHOWN`, without their underscores."""
+    """A module whose settings `print` shows: its attributes of the names in `_SETTINGS`, without their underscores."""
 
-    _SHOWN: ClassVar[tuple[str, ...]] = ()
+    _SETTINGS: ClassVar[tuple[str, ...]] = ()
 
-    def _shown(self) -> dict[str, Any]:
-        return {name.removeprefix("_"): getattr(self, name) for name in self._SHOWN}
+    def _settings(self) -> dict[str, Any]:
+        return {name.removeprefix("_"): getattr(self, name) for name in self._SETTINGS}
 
     def extra_repr(self) -> str:
         """The settings, for `print`."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._shown().items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings().items())

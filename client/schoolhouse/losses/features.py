@@ -24,7 +24,7 @@ class MGDLoss(Shown, _Loss):
         ValueError: for other channels, alpha_mgd or lambda_mgd.
     """
 
-    _SHOWN = ("_alpha_mgd", "_lambda_mgd")
+    _SETTINGS = ("_alpha_mgd", "_lambda_mgd")
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class MGDLoss(Shown, _Loss):
 class _HiddenLoss(Shown, _Loss):
     """What the losses between hidden states share: the student's are projected to the teacher's width, if needed."""
 
-    _SHOWN = ("_student_width", "_teacher_width", "_reduction")
+    _SETTINGS = ("_student_width", "_teacher_width", "_reduction")
 
     def __init__(self, student_width: int, teacher_width: int, reduction: str = "mean") -> None:
         _checks.check_positive("student_width", student_width)
@@ -136,7 +136,7 @@ class AttentionTransferLoss(Shown, _Loss):
         ValueError: for another p or reduction.
     """
 
-    _SHOWN = ("_p", "_reduction")
+    _SETTINGS = ("_p", "_reduction")
 
     def __init__(self, p: float = 2.0, reduction: str = "mean") -> None:
         _checks.check_reduction(reduction)
@@ -163,7 +163,7 @@ class RKDLoss(Shown, _Loss):
         ValueError: for other weights.
     """
 
-    _SHOWN = ("_distance_weight", "_angle_weight")
+    _SETTINGS = ("_distance_weight", "_angle_weight")
 
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__()

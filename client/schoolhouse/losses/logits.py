@@ -31,7 +31,7 @@ class LogitsLoss(Shown, _Loss):
         ValueError: for another temperature, reduction or vocabulary.
     """
 
-    _SHOWN: ClassVar[tuple[str, ...]] = _COMMON
+    _SETTINGS: ClassVar[tuple[str, ...]] = _COMMON
     _function: ClassVar[Callable[..., torch.Tensor] | None] = None  # which takes the settings, as keywords
 
     def __init__(self, temperature: float, reduction: str, vocabulary: str = "equal") -> None:
@@ -61,7 +61,7 @@ class LogitsLoss(Shown, _Loss):
         """The loss's function with its settings, but for `other` ones."""
         if self._function is None:
             raise NotImplementedError(f"{type(self).__name__} must define per_example")
-        return self._function(*outputs, **{**self._shown(), **other})
+        return self._function(*outputs, **{**self._settings(), **other})
 
 
 class LogitsDistillationLoss(LogitsLoss):
@@ -121,7 +121,7 @@ class JSDLoss(LogitsLoss):
         ValueError: for another beta, temperature, reduction or vocabulary.
     """
 
-    _SHOWN = ("_beta", *_COMMON)
+    _SETTINGS = ("_beta", *_COMMON)
     _function = staticmethod(functional.jsd)
 
     def __init__(
@@ -155,7 +155,7 @@ class SkewedKLLoss(LogitsLoss):
         ValueError: for another alpha, temperature, reduction or vocabulary.
     """
 
-    _SHOWN = ("_alpha", "_reverse", *_COMMON)
+    _SETTINGS = ("_alpha", "_reverse", *_COMMON)
     _function = staticmethod(functional.skewed_kl)
 
     def __init__(
@@ -192,7 +192,7 @@ class MFTLoss(LogitsLoss):
         ValueError: for another temperature, threshold, reduction or vocabulary.
     """
 
-    _SHOWN = ("_threshold", *_COMMON)
+    _SETTINGS = ("_threshold", *_COMMON)
     _function = staticmethod(functional.mft)
 
     def __init__(
@@ -234,7 +234,7 @@ class DKDLoss(LogitsLoss):
         ValueError: for another alpha, beta, temperature, reduction or vocabulary.
     """
 
-    _SHOWN = ("_alpha", "_beta", *_COMMON)
+    _SETTINGS = ("_alpha", "_beta", *_COMMON)
     _function = staticmethod(functional.dkd)
 
     def __init__(
@@ -277,7 +277,7 @@ class CausalLMLoss(Shown, _Loss):
         TypeError: for a module that gives no loss for each example.
     """
 
-    _SHOWN = ("_ignore_index",)
+    _SETTINGS = ("_ignore_index",)
 
     def __init__(self, loss: LogitsLoss, ignore_index: int = -100) -> None:
         super().__init__()
