@@ -129,6 +129,20 @@ def test_a_batch_that_a_full_queue_left_out_is_asked_for_with_its_own_forward(mo
         assert model.compute_kd_loss().item() == wanted(x)
 
 
+def test_forwards_without_a_loss_take_no_other_batchs_features(moved):
+    model = converted(Net(seed=1), sh.LocalTeacher(Net(32)))
+    loop = iter(model.prefetch(batches(4), depth=3))
+    first, second = next(loop)[0], next(loop)[0]
+    model(moved(first))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="again without compute_kd_loss"):
+            model(moved(first))
+    assert model.compute_kd_loss().item() == wanted(first)
+    next(loop)
+    model(moved(second))
+    assert model.compute_kd_loss().item() == wanted(second)
+
+
 class Labelled(Net):
     """The teacher's answer tells whether it was asked with labels."""
 

@@ -98,6 +98,7 @@ class Answer:
 class Guess:
     """The batch that a forward is taken to be on while the values that it got are on their way from a device."""
 
+    ahead: "Ahead"
     entry: "Entry"
     given: "Mapping[Ahead, Inputs]"  # that, as each loop's teacher was asked with it; the innermost loop's first
     call: Arguments
@@ -192,8 +193,10 @@ class Distillation:
 
     def drop_step(self) -> None:
         """Forget what the last forward produced; the teacher is told."""
-        if self.step is not None and self.step.answer is not None and self.step.ahead is None:
-            self.step.answer.future.cancel()
+        if self.step is not None:
+            self._wrong_guess(self.step)
+            if self.step.answer is not None and self.step.ahead is None:
+                self.step.answer.future.cancel()
         self.step = self.alone = self.recording = self.ended = self.recomputing = None
 
     def enter(self) -> bool:
@@ -295,7 +298,7 @@ class Distillation:
         if not waiting or any(entry.stale for _, entry in waiting):
             return None
         ahead, entry = waiting[0]
-        return Step(ahead.answer(entry, call), ahead=ahead, guess=Guess(entry, given, call, len(alike) > 1))
+        return Step(ahead.answer(entry, call), ahead=ahead, guess=Guess(ahead, entry, given, call, len(alike) > 1))
 
     def confirm(self, step: Step) -> None:
         """See whether a step's forward was on the batch that it was taken for; if it was on another one, it gets that.
@@ -304,20 +307,23 @@ class Distillation:
             FeatureMismatchError: if it was on none of those that were asked for, or if layers of the student were given
                 features of the wrong one.
         """
-        guess, step.guess = step.guess, None
+        guess = self._wrong_guess(step)
         if guess is None:
             return
-        taken = step.ahead
-        assert taken is not None
-        if guess.entry.inputs.same_as(guess.given[taken]):
-            return
-        taken.put_back(guess.entry)
         for ahead, inputs in guess.given.items():
             entry = ahead.find(inputs)
             if entry is not None and not entry.stale and not step.injected:
                 step.ahead, step.answer = ahead, ahead.answer(entry, guess.call)
                 return
-        raise FeatureMismatchError(taken.expected(guess.given[taken], taken.question(guess.call)))
+        raise FeatureMismatchError(guess.ahead.expected(guess.given[guess.ahead], guess.ahead.question(guess.call)))
+
+    def _wrong_guess(self, step: Step) -> Guess | None:
+        """The guess of a step if it was wrong; the batch that it named waits for its own forward again."""
+        guess, step.guess = step.guess, None
+        if guess is None or guess.entry.inputs.same_as(guess.given[guess.ahead]):
+            return None
+        guess.ahead.put_back(guess.entry)
+        return guess
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
         """Begin the student's forward, and the teacher's unless it is switched off."""
