@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import pytest
 import schoolhouse as sh
 import torch
-from models import converted
+from models import Counts, converted
 from schoolhouse.errors import FeatureMismatchError, UnsupportedValueError
 from schoolhouse_server import serve
 from torch import nn
@@ -135,16 +135,6 @@ def test_other_ways_to_go_by_the_class():
         assert type(twin) is kind
         assert len(twin(IDS, output_hidden_states=True).hidden_states) == 3
     assert repr(sh.export(model)).startswith("LlamaForCausalLM(")
-
-
-class Counts(sh.LocalTeacher):
-    """A teacher in this process that counts what it is asked."""
-
-    asked = 0
-
-    def submit(self, *args, **kwargs):
-        self.asked += 1
-        return super().submit(*args, **kwargs)
 
 
 def generates(**more):

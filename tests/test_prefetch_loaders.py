@@ -3,19 +3,13 @@
 from pathlib import Path
 
 import pytest
-from loaders_job import ROWS, Counts, Rows, injected, stepped
+from loaders_job import ROWS, Rows, asked, distilled, injected, stepped
 from looking_ahead import Asked, batches
 from models import Net, converted
 from torch.utils.data import DataLoader, SequentialSampler
 from two_ranks import two_ranks
 
 JOB = Path(__file__).with_name("loaders_job.py")
-
-
-def distilled():
-    model = converted(Net(seed=1), Counts(Net(32)))
-    model._modules.pop("_teacher_model")
-    return model
 
 
 class Epochs(DataLoader):
@@ -65,7 +59,7 @@ def test_two_of_one_loader_have_settings_and_steps_of_their_own():
         for model in (one, other):
             model(x)
             model.compute_kd_loss()
-    assert rows == one.teacher_model.asked[:4]
+    assert rows == asked(one)[:4]
 
 
 def test_another_one_of_its_class_looks_ahead_too():
