@@ -72,6 +72,25 @@ def test_another_one_of_its_class_looks_ahead_too():
     assert stepped(model, model, loop) == [[4.0, 5.0, 6.0, 7.0]]
 
 
+class Steps(DataLoader):
+    """Has an attribute and one of its class that look-ahead has a name for, too."""
+
+    steps, waited_s = 3, property(lambda self: -1.0)
+
+    def __len__(self):
+        return self.steps
+
+    def set_epoch(self, epoch):
+        self.steps = epoch
+
+
+def test_a_data_loaders_own_attributes_are_its_own():
+    loop = distilled().prefetch(Steps(Rows(), batch_size=4))
+    assert (len(loop), loop.waited_s) == (3, -1.0)
+    loop.set_epoch(2)
+    assert len(loop) == loop.steps == 2
+
+
 class OwnIterator(DataLoader):
     """Is stepped through itself, by what its class says."""
 

@@ -36,6 +36,8 @@ class Prefetch:
     """
 
     __slots__ = ("_begun", "_looks")
+    steps: int  # so far; this and the next are a DataLoader's own where it has such
+    waited_s: float  # seconds that they waited for the teacher
     _looks: "_Looks"
     _begun: "_Pass | None"  # which must not refer to this: in a cycle, it would outlive its last user
     _made: "weakref.ref[_Looks]"
@@ -46,16 +48,6 @@ class Prefetch:
         assert looks is not None, "the one that this is made of has them"
         self._looks, self._begun = looks, None
         return self
-
-    @property
-    def steps(self) -> int:
-        """Steps so far."""
-        return self._looks.steps
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds that they waited for the teacher."""
-        return self._looks.waited_s
 
     def __iter__(self) -> Any:
         begun, self._begun = self._begun, None
@@ -69,6 +61,21 @@ class Prefetch:
         if self._begun is None:
             self._begun = iter(self)
         return next(self._begun)
+
+
+class _Count:
+    """A number that a look-ahead has; what a DataLoader or its class has by that name comes first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, prefetch: Prefetch, _kind: Any) -> Any:
+        return getattr(prefetch._looks, self._name)
+
+
+class _Counts:
+    __slots__ = ()
+    steps, waited_s = _Count("steps"), _Count("waited_s")
 
 
 class _Wraps:
@@ -135,7 +142,7 @@ def prefetch(state: Distillation, loader: Iterable[Any], **settings: Any) -> Pre
         raise ConfigError(f"loader is a {type(loader).__name__}; it must be an iterable of batches")
     acts = isinstance(loader, data.DataLoader) and not isinstance(loader, Prefetch)
     source: Any = loader if acts else _Wraps(loader)
-    kind: Any = type("Prefetch", (Prefetch, type(source)), {"__slots__": (), "_made": weakref.ref(looks)})
+    kind: Any = type("Prefetch", (Prefetch, type(source), _Counts), {"__slots__": (), "_made": weakref.ref(looks)})
     return _sharing(vars(source), kind.__new__(kind))  # type: ignore[no-any-return]
 
 
