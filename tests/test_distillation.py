@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from pathlib import Path
 
 import pytest
 import schoolhouse as sh
@@ -58,6 +59,15 @@ def test_a_repeated_forward_warns_and_the_later_batch_counts(teacher, x):
     assert torch.equal(model.compute_kd_loss(), F.mse_loss(out, Net(32, seed=1)(x * 2)))
     with pytest.raises(errors.UsageError, match="forward"):
         model.compute_kd_loss()
+
+
+def test_a_warning_names_code_beside_torch_whose_folders_name_begins_like_torchs(teacher, x):
+    model, space = converted(Net(), teacher, nn.MSELoss()).train(), {}
+    beside = f"{Path(torch.__file__).parent}vision/train.py"
+    exec(compile("def twice(model, x): model(x), model(x)", beside, "exec"), space)
+    with pytest.warns(UserWarning, match="again without compute_kd_loss") as told:
+        space["twice"](model, x)
+    assert told[0].filename == beside
 
 
 def test_eval_works_and_a_change_of_mode_clears(teacher, x):
