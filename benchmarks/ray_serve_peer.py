@@ -102,7 +102,7 @@ def _running(servicer: type, add: str, *, max_ongoing_requests: int) -> Iterator
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     port, http_port = _free_port(), _free_port()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         options = gRPCOptions(port=port, grpc_servicer_functions=[f"ray_serve_peer.{add}"])
         serve.start(http_options={"host": "127.0.0.1", "port": http_port}, grpc_options=options)

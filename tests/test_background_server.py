@@ -31,7 +31,7 @@ SERVER = {  # what is made to fail, and whether that takes the end of a session
     "the reader": (ServerSession, "_receive", False),
     "the reader, at a call": (ServerSession, "_on_call", False),
     "the reader, at its end": (ServerSession, "_clear", True),
-    "an answer": (ServerSession, "_declare", False),
+    "an answer": (ServerSession, "_answer", False),
     "a failure": (ServerSession, "_tell_failed", False),
     "a reply": (ServerSession, "_reply", False),
     "what is sent": (Member, "sent", False),
@@ -64,13 +64,14 @@ def test_where_a_session_fails_its_client_is_told_and_the_replica_goes_on(what, 
             assert answer(other, 7) == 14
         load = functools.partial(server.load, "teacher")
         assert soon(lambda: server._teachers.sessions == 0 and load().in_flight == load().queued == 0)
+        assert soon(lambda: server.unsent.nbytes == 0)
         if what != "a place that is left":
             assert soon(lambda: load().sessions == 0)
     deaths.clear()
 
 
 @each_error
-@pytest.mark.parametrize(("owner", "name"), [(calls, "_head_answer"), (ServerSession, "_declare")])
+@pytest.mark.parametrize(("owner", "name"), [(calls, "_head_answer"), (ServerSession, "_answer")])
 def test_who_asks_for_a_head_is_told(owner, name, error, monkeypatch, deaths):
     trap = Trap(monkeypatch, owner, name, error)
     with replicas(Net()) as (server,), sh.connect(server.url, head_folder=None, timeout_s=30) as teacher:

@@ -8,11 +8,14 @@ import pytest
 import schoolhouse as sh
 import torch
 from memfd import MIB, soon
+from merging import Asked, engine_of
 from schoolhouse import encodings, errors
 from schoolhouse.wanted import Wanted
 from schoolhouse_server import serve
+from schoolhouse_server.counters import JobCounters
 from schoolhouse_server.queueing import FairQueue
-from schoolhouse_server.unsent import Share, Sizes, Unsent
+from schoolhouse_server.shares import Sizes
+from schoolhouse_server.unsent import Share, Unsent
 from schoolhouse_wire.codec import Arguments
 from test_queueing import Request
 from torch import nn
@@ -155,12 +158,17 @@ def test_shares_are_within_the_bounds_of_a_job_and_of_all():
     freed = []
     among = Unsent(10, 6)
     among.follow(lambda: freed.append(among.nbytes))
-    one = among.take("a", None)  # of unknown size: the job has nothing else
+    one = among.take("a", None)  # of unknown size: one at a time
+    other = among.take("b", None)
     assert isinstance(one, Share)
-    assert (among.nbytes, among.take("a", 1), among.take("b", 5)) == (6, "job", "replica")
+    assert isinstance(other, Share)
+    assert (among.nbytes, among.take("a", None), freed) == (0, "job", [])
     one.resize(4)
+    assert freed == [4]
+    other.end()
     two, three = among.take("a", 2), among.take("b", 4)
-    assert (among.nbytes, among.take("a", 1), among.take("c", 1), freed) == (10, "job", "replica", [4])
+    assert (among.nbytes, among.take("a", 1), among.take("c", 1), freed) == (10, "job", "replica", [4, 4])
+    assert (among.take("a", None), among.take("c", None)) == ("job", "replica")
     beside = two.beside()
     assert among.nbytes == 12
     for share in (one, two, three, beside, beside):
@@ -188,6 +196,78 @@ def test_sizes_grow_with_the_inputs_and_are_those_of_a_kind():
     drawn = [Wanted.of([""], {"": encodings.sampled(3)}).with_seeds() for _ in range(2)]
     kinds = {sizes.kind_of(Arguments(), one)[0] for one in drawn}
     assert len(kinds) == 1
+
+
+class Sent(Asked):
+    """A request of a job, 32 bytes for each row, whose reply is sent as soon as it is there."""
+
+    def __init__(self, job, rows=1, like=None, **more):
+        super().__init__(torch.ones(rows, 8), **more)
+        self.ticket.account = JobCounters(job)
+        self.ticket.done = self.send
+        if like is not None:
+            self.job.key = like.job.key
+
+    def send(self, result):
+        self.ticket.drop()
+        self.answers.put(result)
+
+
+@contextmanager
+def holding(max_bytes, max_job_bytes):
+    """An engine that has made one reply for job a, and is at one for job h until it is let go on; and that."""
+    bound = Unsent(max_bytes, max_job_bytes)
+    with engine_of(nn.Identity(), unsent=bound) as engine:
+        first, held, gate = Sent("a"), Sent("h", hold=True), engine.teacher.module
+        engine.submit(first.job)
+        first.result()
+        engine.submit(held.job)
+        assert gate.began.acquire(timeout=20)
+        yield engine, gate.go.release
+        held.result()
+        assert bound.nbytes == 0
+
+
+def test_where_the_replica_is_full_those_that_have_their_room_go_on():
+    with holding(160, 64) as (engine, go_on):
+        queued = [Sent("a") for _ in range(2)]
+        joining = [Sent(job, like=one) for job in "bc" for one in queued]
+        last = Sent("d", rows=2)  # it goes first, and b and c have all but the 32 bytes of what is held
+        for one in (*queued, *joining, last):
+            engine.submit(one.job)
+        go_on()
+        for one in (*queued, *joining, last):
+            assert one.features[""].eq(1).all()
+
+
+@pytest.mark.parametrize("job", ["deaf", "other"])
+def test_a_request_of_a_new_kind_waits_for_no_reply_that_nobody_reads(job):
+    with holding(80, 64) as (engine, go_on):
+        unread, new = Sent("deaf"), Sent(job)
+        unread.ticket.done = unread.answers.put
+        new.job.inputs = Arguments((torch.ones(1, 1, 8),))
+        for one in (unread, new):
+            engine.submit(one.job)
+        go_on()
+        assert unread.features[""].eq(1).all()
+        assert new.features[""].shape == (1, 1, 8)
+        unread.ticket.drop()
+
+
+def test_a_request_beside_one_of_its_job_that_was_cancelled_has_its_bytes():
+    with holding(160, 64) as (engine, go_on):
+        one = Sent("a", hold=True)
+        two = Sent("a", like=one, hold=True)
+        engine.submit(one.job)
+        go_on()
+        assert engine.teacher.module.began.acquire(timeout=20)
+        engine.submit(two.job)
+        engine.cancel(one.ticket)
+        found = []
+        two.ticket.done = lambda result: (found.append(two.ticket.share.nbytes), two.send(result))
+        go_on()
+        two.result()
+        assert found == [32]
 
 
 class Rooms:
@@ -238,6 +318,17 @@ def test_where_the_replica_is_full_nobody_passes_the_one_whose_turn_it_is():
     thread.join(20)
     assert [one.job for one in found] == ["a", "b"]
     assert rooms.asked[:3] == ["a"] * 3
+
+
+def test_where_the_replica_is_full_nobody_is_taken_along_with_one_that_has_its_room():
+    rooms, has_room = Rooms(), {Request("b")}
+    queue = FairQueue(100, rooms, has_room.__contains__)
+    for one in (Request("a"), Request("a"), *has_room, Request("c")):
+        queue.put(one)
+    rooms.full = {"a": "replica"}
+    assert {*queue.take(lambda _taken, other: other.job == "c")} == has_room
+    rooms.full = {}
+    assert [queue.take()[0].job for _ in range(3)] == ["a", "c", "a"]
 
 
 def test_who_waits_behind_one_that_is_cancelled_is_served():

@@ -42,7 +42,7 @@ class Answer:
         self._features: Features | None = None  # once they are here
         self._versions: list[tuple[torch.Tensor, int, bool]] = []
         self._pid = os.getpid()
-        if future.done() and future.exception() is None:
+        if future.done() and self.error() is None:
             self._watch(future.result())
 
     def _watch(self, features: Features) -> Features:

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 import logging
 import re
 import sys
@@ -124,29 +125,34 @@ class _Stopped(BaseException):
 
 
 class _Recorder:
-    """The last value of each tap; with `ends`, it ends the forward once each tap has one.
+    """The last value of each tap."""
 
-    With `watches`, it also tells whether a value is changed later.
+    def __init__(self) -> None:
+        self.features: dict[Tap, Any] = {}
+
+    def record(self, tap: Tap, value: Any) -> None:
+        self.features[tap] = value
+
+
+class _Watching(_Recorder):
+    """It also tells whether a value is the first one and stays what it is; with `ends`, it ends a forward that has all.
+
+    A value of the side STATE is kept as it is then.
     """
 
-    def __init__(self, taps: Sequence[Tap], *, ends: bool, watches: bool) -> None:
-        self.features: dict[Tap, Any] = {}
+    def __init__(self, taps: Sequence[Tap], *, ends: bool, allowed: bool) -> None:
+        super().__init__()
         self._calls = dict.fromkeys(taps, 0)
         self._versions: dict[Tap, list[tuple[torch.Tensor, int]]] = {}
-        self._ends, self._watches = ends, watches
-
-    @property
-    def complete(self) -> bool:
-        """Each tap has a feature."""
-        return len(self.features) == len(self._calls)
+        self._ends, self._allowed = ends, allowed
 
     def record(self, tap: Tap, value: Any) -> None:
         self._calls[tap] += 1
-        self.features[tap] = value = map_tensors(value, torch.clone) if tap.side == STATE else value
-        if self._ends and self.complete:
+        super().record(tap, map_tensors(value, torch.clone) if tap.side == STATE else value)
+        if self._ends and len(self.features) == len(self._calls):
             raise _Stopped
-        if self._watches:
-            self._versions[tap] = [(tensor, version_of(tensor)) for tensor in tensors_of(value)]
+        if self._allowed:
+            self._versions[tap] = [(tensor, version_of(tensor)) for tensor in tensors_of(self.features[tap])]
 
     def settled(self, tap: Tap) -> bool:
         """After a whole forward: the tap's last value was its first, and nothing changed it later."""
@@ -168,12 +174,17 @@ class EarlyStop:
         self.allowed = allowed
         self._settled: dict[Tap, bool] = {}
 
-    def after(self, taps: Sequence[Tap]) -> bool:
-        """Whether a forward with these taps may end early."""
-        return bool(self._settled) and _WHOLE not in taps and all(self._settled.get(tap, False) for tap in taps)
+    def recorder(self, taps: Sequence[Tap]) -> _Recorder:
+        """What takes these taps' values, and may end the forward."""
+        if not self.allowed and all(tap.side != STATE for tap in taps):
+            return _Recorder()
+        ends = _WHOLE not in taps and all(self._settled.get(tap, False) for tap in taps)
+        return _Watching(taps, ends=ends, allowed=self.allowed)
 
     def learn(self, recorder: _Recorder) -> None:
         """See what a whole forward shows."""
+        if not isinstance(recorder, _Watching):
+            return
         for tap in recorder.features:
             if self.allowed or tap.side == STATE:
                 before, now = self._settled.get(tap), recorder.settled(tap)
@@ -191,7 +202,7 @@ def run_with_taps(model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], ea
         UnknownTapError: for a submodule that did not run.
         TeacherForwardError: if the forward fails after its last tap, unless it may end there.
     """
-    recorder = _Recorder(taps, ends=early.after(taps), watches=early.allowed)
+    recorder = early.recorder(taps)
     handles: list[Any] = []
     try:
         for tap in taps:
@@ -205,7 +216,7 @@ def run_with_taps(model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], ea
     except _Stopped:
         pass
     except Exception as err:
-        if not recorder.complete:
+        if len(recorder.features) < len(taps):
             raise
         if not early.allowed:
             raise TeacherForwardError(
@@ -217,8 +228,8 @@ def run_with_taps(model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], ea
     finally:
         for handle in handles:
             handle.remove()
-    missing = [tap.module for tap in taps if tap not in recorder.features]
-    if missing:
+    if len(recorder.features) < len(taps):
+        missing = [tap.module for tap in taps if tap not in recorder.features]
         raise UnknownTapError(f"the submodules {missing} did not run in this forward, so they have no features")
     return {tap: recorder.features[tap] for tap in taps}
 
@@ -275,8 +286,7 @@ def structure_of(value: Any, plain: Callable[[torch.Tensor], Hashable], other: C
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and values of its own; a nested one, a DTensor and one on `meta` do not."""
-    known = type(tensor) in (torch.Tensor, nn.Parameter)
-    return known and not tensor.is_nested and tensor.device.type != "meta"
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_nested and not tensor.is_meta
 
 
 def storages_of(value: Any) -> set[int]:
@@ -303,11 +313,9 @@ def owned(values: list[Any]) -> Any:
     value = map_tensors(values.pop(), lambda tensor: _alias(tensor, aliases))
     mine = [alias for _, alias in aliases.values()]
     aliases.clear()
-    holders: dict[int, int] = {}
-    for alias in mine:
-        storage = alias.untyped_storage()._cdata
-        holders[storage] = holders.get(storage, 0) + 1
-    copies = {id(alias): alias.clone() for alias in mine if not _is_free(alias, holders)}
+    storages = [alias.untyped_storage()._cdata for alias in mine]
+    shared = [not _is_free(alias, storages.count(at)) for alias, at in zip(mine, storages, strict=True)]
+    copies = {id(alias): alias.clone() for alias in itertools.compress(mine, shared)}
     return map_tensors(value, lambda tensor: copies.get(id(tensor), tensor)) if copies else value
 
 
@@ -317,10 +325,10 @@ def _alias(tensor: torch.Tensor, aliases: dict[int, tuple[torch.Tensor, torch.Te
     return aliases.setdefault(id(tensor), (tensor, tensor.detach()))[1]
 
 
-def _is_free(alias: torch.Tensor, holders: Mapping[int, int]) -> bool:
-    """Whether only our aliases hold the storage of one, and torch itself has made it."""
+def _is_free(alias: torch.Tensor, aliases: int) -> bool:
+    """Whether only so many of our aliases hold the storage of one, and torch itself has made it."""
     storage = alias.untyped_storage()  # python's own object, of which the storage itself counts one holder at most
-    alone = torch._C._storage_Use_Count(storage._cdata) <= holders[storage._cdata] + 1
+    alone = torch._C._storage_Use_Count(storage._cdata) <= aliases + 1
     return alone and storage.resizable() and sys.getrefcount(storage) == _REFERENCES
 
 

@@ -190,7 +190,7 @@ class LocalTeacher:
     def compute(self, inputs: Arguments, wanted: Wanted) -> Features:
         """Features as they arrive; raises as `forward` and `encode` do."""
         values = self.forward(inputs, wanted)
-        if any(wanted.encodings):
+        if not wanted.as_computed:
             heads = {tap: self.head(name, tap.module) for tap, name in wanted.heads().items()}
             values = decoded(self.encode(values, wanted), heads)
         return Features(values, revision=self._revision)
@@ -252,7 +252,8 @@ class LocalTeacher:
         return {tap: values[place] for tap, place in places.items()}
 
     def _captured(self, inputs: Arguments, taps: tuple[Tap, ...], *, own: bool) -> dict[Tap, Any]:
-        check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
+        if not self._modules.keys() >= {tap.module for tap in taps}:
+            check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
         try:
             with self._lock, torch.no_grad():
                 if self.module.training:  # train() on a model that holds this one reaches it too
@@ -312,9 +313,10 @@ def _copied(inputs: Arguments) -> Arguments:
     copies: dict[int, torch.Tensor] = {}
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.clone()
-        return copies[id(tensor)]
+        found = copies.get(id(tensor))
+        if found is None:
+            found = copies[id(tensor)] = tensor.clone()
+        return found
 
     copied: Arguments = map_tensors(inputs, copy)
     return copied

@@ -42,6 +42,11 @@ class Wanted:
     encodings: tuple[Encoding | None, ...]
     mask: torch.Tensor | None = None
 
+    @functools.cached_property
+    def as_computed(self) -> bool:
+        """Whether no tap has an encoding."""
+        return not any(self.encodings)
+
     @classmethod
     def of(
         cls, taps: Iterable[TapLike], encodings: Mapping[Any, Encoding | None] | None = None, positions: Any = None
@@ -82,20 +87,20 @@ class Wanted:
 
     def with_seeds(self) -> "Wanted":
         """The same, with seeds for encodings that draw, other ones each time."""
-        if not any(self.encodings):
+        if self.as_computed:
             return self
         return dataclasses.replace(self, encodings=tuple(seeded(e, secrets.randbits(64)) for e in self.encodings))
 
     def heads(self) -> dict[Tap, str]:
         """The head whose input travels, by the tap of the logits."""
-        if not any(self.encodings):
+        if self.as_computed:
             return {}
         pairs = zip(self.taps, self.encodings, strict=True)
         return {tap: encoding.head for tap, encoding in pairs if isinstance(encoding, Hidden)}
 
     def to_wire(self) -> tuple[teacher_pb2.Tap, ...]:
         """Taps as messages; the mask travels with the inputs."""
-        if not any(self.encodings):
+        if self.as_computed:
             return taps_to_wire(self.taps)
         made = [teacher_pb2.Tap.FromString(tap.SerializeToString()) for tap in taps_to_wire(self.taps)]
         for message, encoding in zip(made, self.encodings, strict=True):

@@ -22,7 +22,8 @@ def map_where(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any]
     if type(value) is dict:
         return {key: map_where(item, kinds, change) for key, item in value.items()}
     if isinstance(value, Arguments):
-        return Arguments([map_where(item, kinds, change) for item in value], map_where(value.kwargs, kinds, change))
+        items = [map_where(item, kinds, change) for item in value]  # first, as `change` may count
+        return Arguments(items, value.kwargs and map_where(value.kwargs, kinds, change))
     if (record := record_of(value)) is not None:
         fields = {name: map_where(item, kinds, change) for name, item in record.fields.items()}
         return with_fields(value, record, fields)

@@ -35,11 +35,12 @@ from schoolhouse_server.finite import Kind
 from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.merging import Joint, Merger
 from schoolhouse_server.outlet import CLOSED, Outlet
-from schoolhouse_server.queueing import FairQueue, Room
+from schoolhouse_server.queueing import FairQueue
 from schoolhouse_server.runner import Runner
+from schoolhouse_server.shares import Shares
 from schoolhouse_server.sharing import COSTS, rows_of
 from schoolhouse_server.timer import Timer
-from schoolhouse_server.unsent import Share, Sizes, Unsent
+from schoolhouse_server.unsent import Unsent
 from schoolhouse_server.watchdog import FORWARD_TIMEOUT_S, Watchdog, checked_timeout_s
 
 _LATE = "the request's deadline passed while it waited for the teacher"
@@ -102,8 +103,8 @@ class Engine:
             self_check.check_modules(teacher.module, self.description, merge)
             self.merger = Merger(merge, self.description, lambda: self.device.forward.recent_s)
             self_check.check_example(teacher, self.device, self.merger.former, example)
-        self._queue: FairQueue[Job] = FairQueue(max_queued, self._reserve, lambda job: job.has_room)
-        self._unsent, self._sizes = unsent, Sizes()
+        self._shares = Shares(unsent, self.description.name)
+        self._queue: FairQueue[Job] = FairQueue(max_queued, self._shares.reserve, lambda job: job.has_room)
         if unsent is not None:
             unsent.follow(self._queue.wake)
         self._outlet = Outlet(
@@ -192,15 +193,14 @@ class Engine:
         job.rows, job.cost = rows_of(job.inputs), float(self._cost_of(job.inputs))
         if self.merger is not None and not job.alone:
             self.merger.prepare(job)
-        if self._unsent is not None:
-            job.kind, job.elements = self._sizes.kind_of(job.inputs, job.wanted)
+        self._shares.sized(job)
         if self.cache is not None and not job.alone:
             job.cache_key = self.cache.key(job.content, job.key)
             found = self.cache.get(job.cache_key)
-            if found is not None and self._has_share(job.tickets[0], found.nbytes):
+            if found is not None and self._shares.take(job.tickets[0], found.nbytes) == "taken":
                 with self._lock:
                     self.served += 1
-                job.tickets[0].done(Answer(found, self.description.revision))
+                self._tell(job.tickets[0], Answer(found, self.description.revision))
                 return
         job.inputs = self.device.pin(job.inputs)  # may fail, so before others join
         with self._lock:
@@ -224,6 +224,8 @@ class Engine:
         with self._lock:
             ticket.cancelled = True
             job, ticket.job = ticket.job, None
+            if job in self._begun:  # its features are made all the same, and it ends with them
+                return
             if job is not None and job.cancelled and self._queue.remove(job):
                 self._forget(job)
         ticket.drop()
@@ -251,7 +253,7 @@ class Engine:
         other = self._in_flight.get(job.key)
         if other is None or other.cancelled or time.monotonic() > other.deadline:  # it may be about to fail
             return False
-        if not _equal(other.content, job.content) or not all(self._may_join(ticket, other) for ticket in job.tickets):
+        if not _equal(other.content, job.content) or not self._shares.joins(job.tickets[0], other):
             return False
         other.tickets += job.tickets
         for ticket in job.tickets:
@@ -261,44 +263,6 @@ class Engine:
         self._queue.wake()  # there may be room for it now
         return True
 
-    def _has_share(self, ticket: Ticket, nbytes: int | None) -> bool:
-        """Whether there is room for what it will be sent; then it is taken."""
-        if self._unsent is None:
-            return True
-        found = self._unsent.take(self._sender(ticket), nbytes)
-        if isinstance(found, Share):
-            ticket.share = found
-        return isinstance(found, Share)
-
-    def _sender(self, ticket: Ticket) -> str:
-        """Whose bound it counts for: the job's with this teacher, as all else of a job does."""
-        return f"{self.description.name}/{ticket.account.job}"
-
-    def _may_join(self, ticket: Ticket, other: Job) -> bool:
-        """Whether there is room for features that another request is for; its own job has them once."""
-        of_its_own = any(one.account.job == ticket.account.job for one in other.tickets)
-        return of_its_own or self._has_share(ticket, self._sizes.of(other.kind, other.elements))
-
-    def _reserve(self, job: Job) -> Room:
-        """Take the room for a request's features; the queue's lock is held. Where others joined it, theirs will do."""
-        ticket = job.tickets[0]
-        if self._unsent is None or ticket.share is not None:
-            return "taken"
-        found = self._unsent.take(self._sender(ticket), self._sizes.of(job.kind, job.elements))
-        if isinstance(found, Share):
-            ticket.share = found
-        elif not job.has_room:
-            return found
-        return "taken"
-
-    def _without_room(self, job: Job) -> list[Ticket]:
-        """Those of a job, now that its features are there, who cannot be sent them: there was room for others only."""
-        shares = {ticket.account.job: ticket.share for ticket in job.tickets if ticket.share is not None}
-        for ticket in job.tickets:
-            if ticket.share is None and (found := shares.get(ticket.account.job)) is not None:
-                ticket.share = found.beside()
-        return [ticket for ticket in job.tickets if ticket.share is None and not ticket.cancelled]
-
     def _queue_again(self, job: Job, tickets: list[Ticket]) -> None:
         """Have some of those who waited for a job wait for their own job's room."""
         left = dataclasses.replace(job, tickets=tickets, again=0, alarm=None)
@@ -307,20 +271,11 @@ class Engine:
                 self._enqueue(left)
         except SchoolhouseError as err:
             for ticket in tickets:
-                background.run(functools.partial(ticket.done, err), "telling of an error", background.go_on)
+                self._tell(ticket, err)
 
     def _measured(self, job: Job, features: Any) -> None:
-        """Its features are there, and are to go to the host; raises `MessageTooLargeError` if they may not."""
-        if self._unsent is None:
-            return
-        nbytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors_of(features))
-        self._sizes.learn(job.kind, job.elements, nbytes)
-        with self._lock:
-            tickets = [*job.tickets]
-        for ticket in tickets:
-            if ticket.share is not None:
-                ticket.share.resize(nbytes)
-        self._unsent.check(nbytes)
+        with self._lock:  # nobody joins it meanwhile
+            self._shares.measured(job, features)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""
@@ -437,19 +392,23 @@ class Engine:
                 return
             self._begun.discard(job)
             self._forget(job)
-            no_room = self._without_room(job) if self._unsent is not None and isinstance(answer, Answer) else []
+            no_room = self._shares.lacking(job) if isinstance(answer, Answer) else []
             if no_room:
                 job.tickets = [ticket for ticket in job.tickets if ticket not in no_room]
             self.served += len(job.tickets)
             for ticket in job.tickets:
                 ticket.job = None
         for ticket in job.tickets:
-            if isinstance(answer, BaseException) or ticket.cancelled:
-                ticket.drop()
-            if not ticket.cancelled:
-                background.run(functools.partial(ticket.done, answer), "telling of an answer", background.go_on)
+            self._tell(ticket, answer)
         if no_room:
             self._queue_again(job, no_room)
+
+    def _tell(self, ticket: Ticket, answer: Answer | BaseException) -> None:
+        """Answer one who waits, unless that was cancelled."""
+        if isinstance(answer, BaseException) or ticket.cancelled:
+            ticket.drop()
+        if not ticket.cancelled:
+            background.run(functools.partial(ticket.done, answer), "telling of an answer", background.go_on)
 
 
 def _equal(a: Any, b: Any) -> bool:

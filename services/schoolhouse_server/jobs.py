@@ -39,8 +39,9 @@ class Ticket:
 
     def drop(self) -> None:
         """Nothing will be sent."""
-        if self.share is not None:
-            self.share.end()
+        share, self.share = self.share, None
+        if share is not None:
+            share.end()
 
 
 @dataclass(eq=False)

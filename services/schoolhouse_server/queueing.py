@@ -46,7 +46,7 @@ class _Flow(Generic[T]):
     deficit: float
     waiting: deque[T] = field(default_factory=deque)
     listed: bool = False  # among those to be served next
-    blocked: bool = False  # there was no room for its first request, when last it was its turn
+    blocked: bool = False  # its job was full, when last it was its turn
 
     @property
     def served_next(self) -> bool:
@@ -57,8 +57,8 @@ class FairQueue(Generic[T]):
     """Requests that wait for the device. `max_queued` is how many may.
 
     `reserve` takes the room for one that is about to be taken. A job that is full keeps its turn, and others go first,
-    as do those of its own that `has_room` says have some; where the replica is full, all wait, else a large one might
-    wait for ever. `wake` looks again.
+    as do those of its own that `has_room` says have some; where the replica is full, all but such wait, else a large
+    one might wait for ever. `wake` looks again.
 
     Jobs with a deficit above 0 are served in turn, a request each, and charged; it may fall below 0. When no job that
     waits has any left, all get as many rounds as the first of them needs, at once; a round is the job's weight times
@@ -159,6 +159,8 @@ class FairQueue(Generic[T]):
                 self._changed.wait()
             flow, turns, at = found
             taken = [self._charge(flow, at)]
+            if turns is None:  # what else comes free is for the one that waits for it
+                return taken
             self._take_along(taken, fits)
             while not self._count and not self._closed and (pause_s := linger(taken)) > 0:
                 self._changed.wait(pause_s)
@@ -184,8 +186,11 @@ class FairQueue(Generic[T]):
             flow.listed = True
             turns.append(flow)
 
-    def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]], int] | None":
-        """The job whose turn it is, off its list, that list, and which of its requests has room; None if none has."""
+    def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]] | None, int] | None":
+        """The job whose turn it is, off its list, that list, and which of its requests has room; None if none has.
+
+        Where the replica is full, whoever has room goes, alone and without a list: its job keeps its turn.
+        """
         aside: list[tuple[_Flow[T], deque[_Flow[T]]]] = []  # they keep their turns
         try:
             while True:
@@ -196,14 +201,16 @@ class FairQueue(Generic[T]):
                             flow.listed = False
                             continue
                         room = self._reserve(flow.waiting[0])
-                        flow.blocked = room != "taken"
+                        flow.blocked = room == "job"
+                        if room == "replica":
+                            aside.append((flow, turns))
+                            rooms = ((one, self._first_with_room(one)) for one in self._flows.values())
+                            return next(((one, None, at) for one, at in rooms if at is not None), None)
                         at = 0 if room == "taken" else self._first_with_room(flow)
                         if at is not None:
                             flow.listed = False
                             return flow, turns, at
                         aside.append((flow, turns))
-                        if room == "replica":
-                            return None
                 if not self._give_rounds():
                     return None
         finally:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,11 +19,10 @@ from schoolhouse.errors import (
 )
 from schoolhouse.taps import HEAD
 from schoolhouse.wanted import Wanted
-from schoolhouse_wire import background, channel, framing, pipes, shared_memory, status
+from schoolhouse_wire import background, channel, framing, status
 from schoolhouse_wire.codec import read_layout
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
-from schoolhouse_wire.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.admission import FloodError
@@ -43,6 +42,7 @@ from schoolhouse_server.jobs import Answer, Job, Ticket
 from schoolhouse_server.logs import SessionLog
 from schoolhouse_server.membership import Member
 from schoolhouse_server.receiving import Partial, Receiving
+from schoolhouse_server.same_host import SameHost
 from schoolhouse_server.sharing import LEASE_S, Sharing, rows_of
 from schoolhouse_server.spans import SessionSpans
 from schoolhouse_server.telling import Telling
@@ -82,10 +82,7 @@ class ServerSession:
         self._unopened: Alarm | None = None  # until then
         self._closing = threading.Lock()
         self._closed = False
-        self._shared_memory_bytes = shared_memory_bytes
-        self._offered: tuple[ReplicaSegment, pipes.Offered] | None = None
-        self._segment: ReplicaSegment | None = None  # once the client has attached it
-        self._pipes: pipes.Pipes | None = None  # in the place of the stream, once the client uses them
+        self._same_host = SameHost(shared_memory_bytes)
 
     def start(self) -> None:
         """Begin to read; a client that says nothing, not even Open, has its time, too."""
@@ -98,8 +95,7 @@ class ServerSession:
         with self._closing:
             first, self._closed = not self._closed, True
         with contextlib.ExitStack() as ending:  # each of these, whatever another one raises
-            if self._pipes is not None:
-                ending.callback(self._pipes.close)
+            ending.callback(self._same_host.close)
             ending.callback(self.outbox.close)
             ending.callback(self._spans.dropped)
             if first and self._member is not None:
@@ -138,19 +134,19 @@ class ServerSession:
     def answers(self) -> Iterator[Message | bytes]:
         """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
         for message in self.outbox:
-            if self._pipes is None:
+            if (pipes := self._same_host.pipes) is None:
                 yield message
-            elif not self._pipes.send(framing.write_message(message)):
+            elif not pipes.send(framing.write_message(message)):
                 return
 
     def _arrivals(self) -> Iterator[Any]:
         for message in self._messages:
             yield message
-            if self._pipes is not None:
+            if self._same_host.pipes is not None:
                 break
         else:
             self._asked_all = not self._closed
-        for data in self._pipes or ():
+        for data in self._same_host.pipes or ():
             yield framing.received(teacher_pb2.ClientMessage, data)
 
     def _read(self) -> None:
@@ -194,7 +190,7 @@ class ServerSession:
         self.outbox.clear()
         self._messages = iter(())
         self._receiving.clear()
-        self._offered = self._segment = None
+        self._same_host.clear()
 
     def _receive(self, message: Any) -> None:
         if isinstance(message, ProtocolError):
@@ -204,13 +200,13 @@ class ServerSession:
             return
         if message.released:
             check_released(message.released)
-            self._free(message.released)
+            self._same_host.free(message.released)
         if message.HasField("call"):
             self._on_call(framing.unchanged(message.call))
         elif message.HasField("cancel"):
             self._on_cancel(message.cancel.request_id)
         elif message.HasField("attached"):
-            self._on_attached(message.attached)
+            self._same_host.attached(message.attached)
         elif message.HasField("open"):
             self._on_open(message.open)
 
@@ -228,13 +224,8 @@ class ServerSession:
         self._enter(message, engine, sharing)
         self.log.info("a session began")
         opened = opened_by(engine, sharing, self._limits)
-        if message.shared_memory and self._shared_memory_bytes and not shared_memory.lacks():
-            with contextlib.suppress(OSError):  # there is none to be had: the stream does
-                offered_pipes = pipes.Offered()
-                offered = shared_memory.create(self._shared_memory_bytes, self.outbox, checksums=message.checksums)
-                opened.shared_memory.CopyFrom(offered.offer)
-                offered_pipes.describe_in(opened.shared_memory)
-                self._offered = offered, offered_pipes
+        if message.shared_memory:
+            self._same_host.offer(opened, self.outbox, checksums=message.checksums)
         self._telling.tell(teacher_pb2.ServerMessage(opened=opened))
         assert self._member is not None
         self._teachers.drain.join(self._member)
@@ -261,24 +252,6 @@ class ServerSession:
             self._member.cancelled(request_id)
         self._spans.dropped(request_id)
 
-    def _on_attached(self, message: teacher_pb2.Attached) -> None:
-        offered, self._offered = self._offered, None
-        if offered is None:
-            return
-        segment, offered_pipes = offered
-        segment.withdraw()
-        offered_pipes.withdraw()
-        if message.attached:
-            self._segment = segment
-            self._pipes = offered_pipes.pipes if message.pipes else None
-        if self._closed and self._pipes is not None:
-            self._pipes.close()
-
-    def _free(self, offsets: Iterable[int]) -> None:
-        if self._segment is not None:
-            for offset in offsets:
-                self._segment.free(offset)
-
     def _on_call(self, call: teacher_pb2.Call) -> None:
         self._telling.check_read()
         try:
@@ -295,7 +268,7 @@ class ServerSession:
             self._spans.begin(call, self._engine.description.name, self._member.account.job)
             check_revision(call.revision, self._engine)
             began = time.perf_counter()
-            incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._segment)
+            incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._same_host.segment)
             partial = Partial(call, incoming, began)
             if partial.incoming.complete:
                 self._queue(partial)
@@ -306,8 +279,9 @@ class ServerSession:
         except Exception as err:
             self._fail(call.request_id, err)
         finally:
-            if self._segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
-                self._segment.done(call.payload.shared)
+            segment = self._same_host.segment
+            if segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
+                segment.done(call.payload.shared)
 
     def _refuse_twin(self, request_id: int) -> None:
         error = ProtocolError(f"a call came with the id {request_id} of one that is in flight")
@@ -327,8 +301,8 @@ class ServerSession:
         wanted = Wanted.from_wire(call.taps, mask)
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
+        answer = functools.partial(self._or_end, self._answer, request_id, digest, wanted)
         if any(tap.side == HEAD for tap in wanted.taps):
-            answer = functools.partial(self._answer, request_id, digest, wanted)
             answer_head(self._engine, wanted, inputs, answer, allowed=self._teachers.allow_head)
             return
 
@@ -336,7 +310,7 @@ class ServerSession:
 
         def done(result: Answer | BaseException) -> None:
             if (ticket := self._tickets.pop(request_id, None)) is not None:  # not cancelled
-                self._answer(request_id, digest, wanted, result, rows, ticket.share)
+                answer(result, rows, ticket.share)
 
         assert self._member is not None
         ticket = self._tickets[request_id] = Ticket(done, self._member.account)
@@ -367,17 +341,6 @@ class ServerSession:
         share: Share | None = None,
     ) -> None:
         """Have the features sent, or the error."""
-        self._or_end(self._declare, request_id, digest, wanted, result, rows, share)
-
-    def _declare(
-        self,
-        request_id: int,
-        digest: bytes,
-        wanted: Wanted,
-        result: Answer | BaseException,
-        rows: int,
-        share: Share | None,
-    ) -> None:
         assert self._engine is not None
         if isinstance(result, BaseException):
             self._fail(request_id, result)  # not raised: its traceback, which holds all of a forward, would hold itself
@@ -401,7 +364,7 @@ class ServerSession:
             reply.payload.CopyFrom(payload)
             return teacher_pb2.ServerMessage(reply=reply, released=segment.released() if segment is not None else ())
 
-        segment, member = self._segment, self._member
+        segment, member = self._same_host.segment, self._member
         assert self._engine is not None
         assert member is not None
         began = time.perf_counter()

@@ -75,10 +75,10 @@ def serve(
     yet, take up to `max_job_unsent_bytes` of host memory, and those of all jobs and teachers here `max_unsent_bytes`:
     beyond that requests wait in the queue, before their forward, so that a client that does not read gets few features
     made and others are served. How many bytes a request will take is known from the last one with the same taps and
-    encodings, as features grow with the inputs; the first of a kind runs when its job has nothing else that is made or
-    unsent. What is larger than one of the bounds fails with `MessageTooLargeError` once its size is known. A client
-    that says nothing for `lease_s` loses its session; 0: it may be silent for ever. Up to `max_sessions` clients have
-    one at once; more wait, up to their `teacher_timeout_s`.
+    encodings, as features grow with the inputs. The first of a kind counts once its features are made, so that each job
+    may exceed the bounds by one such request. What is larger than one of the bounds fails with `MessageTooLargeError`
+    once its size is known. A client that says nothing for `lease_s` loses its session; 0: it may be silent for ever. Up
+    to `max_sessions` clients have one at once; more wait, up to their `teacher_timeout_s`.
 
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 

@@ -1,37 +1,29 @@
-"""Features that are not sent yet: how many bytes of them a replica, and each of its jobs, may have at once.
+"""Features that are not sent yet: how many bytes of them a replica, and each of its jobs, may have at once."""
 
-A request has its share from before its forward until its reply is sent, or nobody wants it. How large it is tells the
-last request of its kind; of a kind that is new, its job has nothing else until the features are there.
-"""
-
-import dataclasses
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from schoolhouse.errors import MessageTooLargeError
-from schoolhouse.taps import tensors_of
-from schoolhouse.wanted import Wanted
-from schoolhouse_wire.encodings import Sampled
 
-_MAX_KINDS = 4096
 Full: TypeAlias = Literal["job", "replica"]
 
 
 @dataclass(eq=False)
 class Share:
-    """One reply's part of the bounds."""
+    """One reply's part of the bounds: its bytes, 0 as long as nobody knows them."""
 
     among: "Unsent"
     job: str
     nbytes: int
+    known: bool = True
     ended: bool = False
 
     def resize(self, nbytes: int) -> None:
         """By now it is known how large the reply is."""
-        self.among.change(self, nbytes)
+        if nbytes != self.nbytes or not self.known:
+            self.among.change(self, nbytes)
 
     def beside(self) -> "Share":
         """One more, for another reply of the job with the same features."""
@@ -51,6 +43,7 @@ class Unsent:
         self._bound = "max_unsent_bytes" if max_bytes < max_job_bytes else "max_job_unsent_bytes"
         self._lock = threading.Lock()
         self._jobs: dict[str, int] = {}
+        self._unknown: set[str] = set()  # jobs that have a reply of unknown size
         self._followers: list[Callable[[], None]] = []
         self.nbytes = 0
 
@@ -61,16 +54,21 @@ class Unsent:
     def take(self, job: str, nbytes: int | None) -> Share | Full:
         """A share for a reply, None for one of unknown size; or whose bytes there are too few of.
 
-        One larger than a job's bound counts as that: whether it is so large shows only its features, in `check`.
+        A job has one of unknown size at a time, as soon as there is any room: it may exceed the bounds by that one, but
+        does not wait for a client that does not read. One that is likely to be larger than a job's bound counts as the
+        bound: only its features tell, in `check`.
         """
-        nbytes = self.max_job_bytes if nbytes is None else min(nbytes, self.max_job_bytes)
+        least = 1 if nbytes is None else min(nbytes, self.max_job_bytes)
         with self._lock:
-            if self._jobs.get(job, 0) + nbytes > self.max_job_bytes:
+            if self._jobs.get(job, 0) + least > self.max_job_bytes or (nbytes is None and job in self._unknown):
                 return "job"
-            if self.nbytes + nbytes > self._max_bytes:
+            if self.nbytes + least > self._max_bytes:
                 return "replica"
-            self._count(job, nbytes)
-        return Share(self, job, nbytes)
+            if nbytes is None:
+                self._unknown.add(job)
+                return Share(self, job, 0, known=False)
+            self._count(job, least)
+        return Share(self, job, least)
 
     def add(self, job: str, nbytes: int) -> Share:
         """A share whether or not there is room."""
@@ -92,47 +90,17 @@ class Unsent:
         with self._lock:
             if share.ended:
                 return
-            more, share.ended = nbytes - share.nbytes, ended
-            self._count(share.job, more)
-            share.nbytes = nbytes
-        if more < 0:
+            frees = nbytes < share.nbytes or not share.known
+            if not share.known:
+                self._unknown.remove(share.job)
+            self._count(share.job, nbytes - share.nbytes)
+            share.nbytes, share.known, share.ended = nbytes, True, ended
+        if frees:
             for freed in self._followers:
                 freed()
 
     def _count(self, job: str, more: int) -> None:
         self.nbytes += more
-        self._jobs[job] = self._jobs.get(job, 0) + more
-        if not self._jobs[job]:
+        left = self._jobs[job] = self._jobs.get(job, 0) + more
+        if not left:
             del self._jobs[job]
-
-
-class Sizes:
-    """What replies take, by the kind of request: by what is wanted, and how many dimensions the inputs have.
-
-    They are taken to grow with the inputs, as they do with the rows, and the tokens.
-    """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, float] = OrderedDict()  # bytes for each element of the inputs
-        self._lock = threading.Lock()
-
-    @staticmethod
-    def kind_of(inputs: Any, wanted: Wanted) -> tuple[Hashable, int]:
-        """A request's kind, and the elements of its inputs."""
-        tensors = [*tensors_of(inputs)]
-        kinds = (dataclasses.replace(e, seed=None) if isinstance(e, Sampled) else e for e in wanted.encodings)
-        dims = tuple(tensor.dim() for tensor in tensors)
-        return (wanted.taps, *kinds, dims), max(sum(tensor.numel() for tensor in tensors), 1)
-
-    def of(self, kind: Hashable, elements: int) -> int | None:
-        """Bytes of the features of such a request; None if that is not known."""
-        found = self._known.get(kind)
-        return None if found is None else round(found * elements)
-
-    def learn(self, kind: Hashable, elements: int, nbytes: int) -> None:
-        """The features of such a request took so many bytes."""
-        with self._lock:
-            self._known[kind] = nbytes / elements
-            self._known.move_to_end(kind)
-            if len(self._known) > _MAX_KINDS:
-                self._known.popitem(last=False)

@@ -68,12 +68,12 @@ def logits_distillation(
             vocabulary=vocabulary,
         )
         return loss_of_form(rules, logits_s, values, reduction)
-    log_student = F.log_softmax(logits_s / temperature, dim=-1)
-    teacher = F.softmax(values / temperature, dim=-1).detach()
+    log_student = F.log_softmax(_softened(logits_s, temperature), dim=-1)
+    teacher = F.softmax(_softened(values, temperature), dim=-1).detach()
     loss = _kl_to_target(log_student, teacher, reduction)
     if reduction == "none":
         loss = loss.sum(dim=-1)
-    return loss * temperature**2
+    return _scaled(loss, temperature)
 
 
 def mft(
@@ -105,10 +105,10 @@ def mft(
         rules = Rules("mft", dense, temperature, elementwise=True, mean_of_elements=True, vocabulary=vocabulary)
         return loss_of_form(rules, logits_s, values, reduction, labels.reshape(logits_s.shape[:-1]))
     n_classes = logits_s.shape[-1]
-    log_student = F.log_softmax(logits_s / temperature, dim=-1).reshape(-1, n_classes)
-    teacher = F.softmax((values / temperature).reshape(-1, n_classes), dim=-1).detach()
+    log_student = F.log_softmax(_softened(logits_s, temperature), dim=-1).reshape(-1, n_classes)
+    teacher = F.softmax(_softened(values, temperature).reshape(-1, n_classes), dim=-1).detach()
     loss = _kl_to_target(log_student, _corrected(teacher, labels, threshold), reduction)
-    return loss * temperature**2
+    return _scaled(loss, temperature)
 
 
 def reverse_kl(
@@ -234,10 +234,19 @@ def dkd(
         dense = functools.partial(dkd, alpha=alpha, beta=beta, reduction="none", vocabulary=vocabulary)
         rules = Rules("dkd", dense, temperature, vocabulary=vocabulary)
         return loss_of_form(rules, logits_s, values, reduction, labels)
-    masses_s, others_s = _decoupled(widen(logits_s) / temperature, labels)
-    masses_t, others_t = _decoupled(widen(values.detach()) / temperature, labels)
+    masses_s, others_s = _decoupled(_softened(widen(logits_s), temperature), labels)
+    masses_t, others_t = _decoupled(_softened(widen(values.detach()), temperature), labels)
     loss = alpha * _kl(masses_t, masses_s) + beta * _kl(others_t, others_s)
     return _finish(loss, logits_s, temperature, reduction)
+
+
+def _softened(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits over the temperature; at 1, as most are used, they are themselves, without a copy."""
+    return logits if temperature == 1 else logits / temperature
+
+
+def _scaled(loss: torch.Tensor, temperature: float) -> torch.Tensor:
+    return loss if temperature == 1 else loss * temperature**2
 
 
 def _kl_to_target(log_student: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -270,8 +279,8 @@ def _log_distributions(
     logits_s: torch.Tensor, logits_t: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of student and teacher at `temperature`, in float32 or wider."""
-    log_s = F.log_softmax(widen(logits_s) / temperature, dim=-1)
-    log_t = F.log_softmax(widen(logits_t.detach()) / temperature, dim=-1)
+    log_s = F.log_softmax(_softened(widen(logits_s), temperature), dim=-1)
+    log_t = F.log_softmax(_softened(widen(logits_t.detach()), temperature), dim=-1)
     return log_s, log_t
 
 
@@ -310,4 +319,4 @@ def _decoupled(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
 def _finish(loss: torch.Tensor, logits: torch.Tensor, temperature: float, reduction: str) -> torch.Tensor:
     """The per-example losses `[...]` of `logits`, scaled, reduced and in the dtype of the logits."""
     reduced = reduce(loss, reduction, n_mean=loss.numel(), batch_size=logits.shape[0])
-    return (reduced * temperature**2).to(logits.dtype)
+    return _scaled(reduced, temperature).to(logits.dtype)
