@@ -5,9 +5,9 @@ import os
 import sys
 import warnings
 
-import schoolhouse as sh
 import torch
 import torch.distributed as dist
+from looking_ahead import Asked
 from models import Net, converted
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -33,18 +33,6 @@ class Stream(IterableDataset):
             yield torch.full((8,), float(i))
 
 
-class Counts(sh.LocalTeacher):
-    """A teacher in this process that writes down the rows of each batch that it was asked for."""
-
-    def __init__(self, module):
-        super().__init__(module)
-        self.asked = []
-
-    def submit(self, args, kwargs, taps, **more):
-        self.asked.append(args[0][:, 0].tolist())
-        return super().submit(args, kwargs, taps, **more)
-
-
 def injected(loader, sampler):
     """Another DataLoader of the same class with another sampler, made of one's attributes: as Lightning makes it."""
     kept = ("dataset", "batch_size", "num_workers", "collate_fn", "drop_last")
@@ -64,10 +52,12 @@ def stepped(model, run, loop):
 
 
 def distilled():
-    teacher = Counts(Net(32))
-    model = converted(Net(seed=1), teacher)
-    model._modules.pop("_teacher_model")  # so that teacher_model is the one that counts
-    return model
+    return converted(Net(seed=1), Asked())
+
+
+def asked(model):
+    """The rows of each batch that its teacher was asked for."""
+    return [x[:, 0].tolist() for x in model.teacher_model.asked]
 
 
 def warned(loop):
@@ -81,7 +71,7 @@ def trained(make):
     model = distilled()
     run = DistributedDataParallel(model)
     loop = make(model)
-    return {"rows": stepped(model, run, loop), "asked": model.teacher_model.asked, "warned": warned(loop)}
+    return {"rows": stepped(model, run, loop), "asked": asked(model), "warned": warned(loop)}
 
 
 def plain():
@@ -147,7 +137,7 @@ def lightning():
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, **quiet)
     assert trainer.world_size == 2
     trainer.fit(module)
-    return {"rows": module.rows, "asked": module.model.teacher_model.asked}
+    return {"rows": module.rows, "asked": asked(module.model)}
 
 
 CHECKS = [plain, with_sampler, injected_sampler, stream, prepared, prepared_after, lightning]

@@ -67,6 +67,16 @@ class Extra(Net):
         self.extra = state
 
 
+class Counts(sh.LocalTeacher):
+    """A teacher in this process that counts what it is asked."""
+
+    asked = 0
+
+    def submit(self, *args, **kwargs):
+        self.asked += 1
+        return super().submit(*args, **kwargs)
+
+
 def same(a, b):
     """Whether two models have equal states."""
     return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())

@@ -1,7 +1,5 @@
 """Two students that are one: DistributedDataParallel and FSDP2 over gloo, each rank with its own rows."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ from distributed_job import GIVE_UP_S, KINDS, LAYERS, ROWS, SHARDED, WHEN, Block
 from models import Net
 from schoolhouse_server import serve
 from torch.nn import functional as F
+from two_ranks import two_ranks
 
 pytestmark = pytest.mark.timeout(300)
 JOB = Path(__file__).with_name("distributed_job.py")
@@ -20,33 +19,15 @@ def job(request, tmp_path_factory):
     """What both ranks found, with a teacher in each or one that is served, and the batches that the served one got."""
     folder = tmp_path_factory.mktemp("ranks")
     if request.param == "local":
-        return run(folder), None
+        return two_ranks(JOB, folder), None
     seen = []
     with serve(Taught(seen)) as taught, serve(Blocks(1)) as blocks:
-        return run(folder, taught.url, blocks.url), seen
+        return two_ranks(JOB, folder, taught.url, blocks.url), seen
 
 
 @pytest.fixture
 def ranks(job):
     return job[0]
-
-
-def run(folder, *urls):
-    outs = [folder / f"{rank}.pt" for rank in range(2)]
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    commands = [[sys.executable, JOB, str(rank), folder / "rendezvous", out, *urls] for rank, out in enumerate(outs)]
-    started = [subprocess.Popen(c, stdout=log, stderr=log) for c, log in zip(commands, logs, strict=True)]
-    try:
-        codes = [process.wait(200) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-        texts = [Path(log.name).read_text() for log in logs]
-        for log in logs:
-            log.close()
-    assert codes == [0, 0], "\n".join(texts)
-    return [torch.load(out, weights_only=True) for out in outs]
 
 
 def expected_step(student, loss, x):

@@ -4,19 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import schoolhouse as sh
 import torch
 from models import some_logits
 from schoolhouse import functional
-from schoolhouse.losses import (
-    CausalLMLoss,
-    DKDLoss,
-    JSDLoss,
-    LogitsDistillationLoss,
-    LogitsLoss,
-    MFTLoss,
-    ReverseKLLoss,
-    SkewedKLLoss,
-)
 from schoolhouse.sparse import HiddenLogits
 from sparse_forms import FakeHead, draws, positioned, top_k, value_and_gradient
 
@@ -39,12 +30,12 @@ def jensen(p, q):
 
 
 MAKERS = {
-    "kl": (LogitsDistillationLoss, kl),
-    "reverse": (ReverseKLLoss, lambda p, q: kl(q, p)),
-    "jsd": (lambda *args, **kwargs: JSDLoss(0.3, *args, **kwargs), jensen),
-    "skewed": (lambda *args, **kwargs: SkewedKLLoss(0.2, *args, **kwargs), skewed),
+    "kl": (sh.LogitsDistillationLoss, kl),
+    "reverse": (sh.ReverseKLLoss, lambda p, q: kl(q, p)),
+    "jsd": (lambda *args, **kwargs: sh.JSDLoss(0.3, *args, **kwargs), jensen),
+    "skewed": (lambda *args, **kwargs: sh.SkewedKLLoss(0.2, *args, **kwargs), skewed),
 }
-LABELLED = {"mft": MFTLoss, "dkd": lambda t, *args, **kwargs: DKDLoss(1.0, 2.0, t, *args, **kwargs)}
+LABELLED = {"mft": sh.MFTLoss, "dkd": lambda t, *args, **kwargs: sh.DKDLoss(1.0, 2.0, t, *args, **kwargs)}
 ALL = {**{name: make for name, (make, _) in MAKERS.items()}, **LABELLED}
 
 
@@ -195,14 +186,14 @@ def test_a_row_whose_draws_are_all_padding_counts_nothing():
 def test_causal_losses_compare_the_shared_classes(name, classes_s, classes_t):
     student, teacher = pair(classes_s, classes_t)
     want = value_and_gradient(
-        CausalLMLoss(ALL[name](TEMPERATURE)), student[..., :SHARED], teacher[..., :SHARED], LABELS
+        sh.CausalLMLoss(ALL[name](TEMPERATURE)), student[..., :SHARED], teacher[..., :SHARED], LABELS
     )
-    got, gradient = value_and_gradient(CausalLMLoss(made(name)), student, teacher, LABELS)
+    got, gradient = value_and_gradient(sh.CausalLMLoss(made(name)), student, teacher, LABELS)
     torch.testing.assert_close((got, gradient[..., :SHARED]), want)
     assert not gradient[..., SHARED:].any()
     head = FakeHead(classes_t, classes_t)  # logits are its width's, so that hidden states can be any
     hidden = HiddenLogits(teacher @ torch.linalg.inv(head.weight.T), head, 3)
-    torch.testing.assert_close(CausalLMLoss(made(name))(student, hidden, LABELS), want[0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(sh.CausalLMLoss(made(name))(student, hidden, LABELS), want[0], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("make", [lambda t: top_k(t, 4, TEMPERATURE), lambda t: draws(t, 20, 0, TEMPERATURE)])
@@ -211,7 +202,7 @@ def test_causal_losses_of_a_padded_teachers_sparse_forms(make):
     form = make(teacher)
     counted = LABELS[:, 1:] != -100
     want = made("kl")(student, form)[:, :-1][counted].mean()
-    torch.testing.assert_close(CausalLMLoss(made("kl"))(student, form, LABELS), want)
+    torch.testing.assert_close(sh.CausalLMLoss(made("kl"))(student, form, LABELS), want)
 
 
 def test_equal_classes_are_computed_as_ever():
@@ -225,20 +216,20 @@ def test_equal_classes_are_computed_as_ever():
 def test_the_error_names_the_way():
     student, teacher = torch.zeros(2, 49_152), torch.zeros(2, 49_280)
     says = "give the loss vocabulary='shared': it compares the first 49152 classes"
-    for loss in (LogitsDistillationLoss(), ReverseKLLoss(), CausalLMLoss(JSDLoss())):
+    for loss in (sh.LogitsDistillationLoss(), sh.ReverseKLLoss(), sh.CausalLMLoss(sh.JSDLoss())):
         with pytest.raises(ValueError, match=says):
             loss(student, teacher)
         with pytest.raises(ValueError, match=says):
             loss(student, top_k(teacher, 3))
     with pytest.raises(ValueError, match=r"\(3, 49280\); they must be equal$"):
-        LogitsDistillationLoss(vocabulary="shared")(student, torch.zeros(3, 49_280))
-    for wrong in (lambda: DKDLoss(vocabulary="first"), lambda: functional.jsd(student, student, vocabulary="first")):
+        sh.LogitsDistillationLoss(vocabulary="shared")(student, torch.zeros(3, 49_280))
+    for wrong in (lambda: sh.DKDLoss(vocabulary="first"), lambda: functional.jsd(student, student, vocabulary="first")):
         with pytest.raises(ValueError, match="vocabulary is 'first'; choices: 'equal', 'shared'"):
             wrong()
 
 
 def test_losses_of_ones_own_may_have_it_too():
-    class Squares(LogitsLoss):
+    class Squares(sh.LogitsLoss):
         def __init__(self):
             super().__init__(1.0, "none", "shared")
 
@@ -247,4 +238,4 @@ def test_losses_of_ones_own_may_have_it_too():
 
     student, teacher = pair(SHARED, 10)
     want = (student - teacher[..., :SHARED]).square().mean(-1)[:, :-1].mean()
-    torch.testing.assert_close(CausalLMLoss(Squares())(student, teacher).double(), want)
+    torch.testing.assert_close(sh.CausalLMLoss(Squares())(student, teacher).double(), want)

@@ -1,14 +1,18 @@
-"""Look-ahead: order, bounds and pairing."""
+"""Look-ahead: order, bounds, pairing, and what is shown of it."""
 
+import threading
 import warnings
 import weakref
+from concurrent.futures import wait
 
 import pytest
 import schoolhouse as sh
 import torch
 from looking_ahead import Asked, Pair, batches, distilled, expected_loss, train
 from models import Net, converted
+from schoolhouse import step
 from schoolhouse.errors import FeatureMismatchError, UsageError
+from schoolhouse_server import serve
 from torch import nn
 from torch.nn import functional as F
 
@@ -254,3 +258,38 @@ def test_batches_and_features_are_freed_with_the_next_one():
         here.append([ref() is not None for ref in inputs])
     assert here[2] == [False, False, True, True, True]
     assert here[4] == [False] * 4 + [True]
+
+
+def test_progress_tells_how_long_each_step_waited(monkeypatch):
+    gate = threading.Event()
+
+    def waiting(futures):
+        threading.Timer(0.2, gate.set).start()  # from when it waits
+        return wait(futures)
+
+    monkeypatch.setattr(step, "wait", waiting)
+
+    class Gated(Net):
+        def forward(self, x):
+            assert gate.wait(20)
+            return super().forward(x)
+
+    waits, bar = [], []
+    with serve(Gated(32)) as server, sh.connect(server.url) as teacher:
+        model = converted(Net(seed=1), teacher)
+        looked = model.prefetch(batches(3), progress=waits.append)
+        for x, _ in looked:
+            model(x)
+            model.compute_kd_loss()
+        assert looked.steps == len(waits) == 3
+        assert waits[0] >= 0.15
+        assert looked.waited_s == pytest.approx(sum(waits))
+
+        class Bar:
+            def set_postfix(self, **shown):
+                bar.append(shown)
+
+        for x, _ in model.prefetch(batches(2), progress=Bar()):
+            model(x)
+            model.compute_kd_loss()
+    assert [list(shown) for shown in bar] == [["teacher_wait_ms"]] * 2

@@ -1,23 +1,15 @@
 """Look-ahead over a DataLoader acts as one: for trainers that look at it, make another of it, or go on within it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from loaders_job import ROWS, Counts, Rows, injected, stepped
+from loaders_job import ROWS, Rows, asked, distilled, injected, stepped
 from looking_ahead import Asked, batches
 from models import Net, converted
 from torch.utils.data import DataLoader, SequentialSampler
+from two_ranks import two_ranks
 
 JOB = Path(__file__).with_name("loaders_job.py")
-
-
-def distilled():
-    model = converted(Net(seed=1), Counts(Net(32)))
-    model._modules.pop("_teacher_model")
-    return model
 
 
 class Epochs(DataLoader):
@@ -67,7 +59,7 @@ def test_two_of_one_loader_have_settings_and_steps_of_their_own():
         for model in (one, other):
             model(x)
             model.compute_kd_loss()
-    assert rows == one.teacher_model.asked[:4]
+    assert rows == asked(one)[:4]
 
 
 def test_another_one_of_its_class_looks_ahead_too():
@@ -78,6 +70,42 @@ def test_another_one_of_its_class_looks_ahead_too():
     model(x)
     model.compute_kd_loss()
     assert stepped(model, model, loop) == [[4.0, 5.0, 6.0, 7.0]]
+
+
+class Steps(DataLoader):
+    """Has an attribute and one of its class that look-ahead has a name for, too."""
+
+    steps, waited_s = 3, property(lambda self: -1.0)
+
+    def __len__(self):
+        return self.steps
+
+    def set_epoch(self, epoch):
+        self.steps = epoch
+
+
+def test_a_data_loaders_own_attributes_are_its_own():
+    loop = distilled().prefetch(Steps(Rows(), batch_size=4))
+    assert (len(loop), loop.waited_s) == (3, -1.0)
+    loop.set_epoch(2)
+    assert len(loop) == loop.steps == 2
+
+
+class OwnIterator(DataLoader):
+    """Is stepped through itself, by what its class says."""
+
+    def __iter__(self):
+        self.read = super().__iter__()
+        return self
+
+    def __next__(self):
+        return next(self.read) + 1
+
+
+def test_a_data_loader_that_is_its_own_iterator():
+    model = distilled()
+    rows = stepped(model, model, model.prefetch(OwnIterator(Rows(), batch_size=8)))
+    assert rows == [[float(i + 1) for i in range(8)], [float(i + 9) for i in range(8)]]
 
 
 class Source:
@@ -123,22 +151,7 @@ def test_accelerate_goes_on_in_the_middle(prepared):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    outs = [folder / f"{rank}.pt" for rank in range(2)]
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    commands = [[sys.executable, JOB, str(rank), folder / "rendezvous", out] for rank, out in enumerate(outs)]
-    started = [subprocess.Popen(c, stdout=log, stderr=log) for c, log in zip(commands, logs, strict=True)]
-    try:
-        codes = [process.wait(170) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-        texts = [Path(log.name).read_text() for log in logs]
-        for log in logs:
-            log.close()
-    assert codes == [0, 0], "\n".join(texts)
-    return [torch.load(out, weights_only=True) for out in outs]
+    return two_ranks(JOB, tmp_path_factory.mktemp("ranks"))
 
 
 def rows_of(found):

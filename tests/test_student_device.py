@@ -3,7 +3,7 @@
 import pytest
 import schoolhouse as sh
 import torch
-from looking_ahead import batches, expected_loss
+from looking_ahead import Asked, batches, expected_loss
 from models import Net, config, converted
 from schoolhouse.errors import FeatureMismatchError
 from student_device import LateDevice
@@ -17,6 +17,15 @@ CUDA = "cuda:0"
 def device(monkeypatch):
     with LateDevice(monkeypatch) as device:
         yield device
+
+
+@pytest.fixture(params=["host", "device"])
+def moved(request):
+    """What a loop does with a batch before the forward."""
+    if request.param == "host":
+        return torch.clone
+    request.getfixturevalue("device")
+    return lambda x: x.to(CUDA)
 
 
 def wanted(x):
@@ -89,6 +98,70 @@ def test_batches_that_were_taken_together_are_found_in_any_order(device, teach):
     assert model.compute_kd_loss().item() == wanted(x)
 
 
+def test_the_depth_that_was_needed_is_told(moved):
+    model = converted(Net(seed=1), sh.LocalTeacher(Net(32)))
+    loop = iter(model.prefetch(batches(6), depth=2))
+    taken = [next(loop)[0] for _ in range(4)]
+    with pytest.raises(FeatureMismatchError, match="depth=4 or above"):
+        (model(moved(taken[0])), model.compute_kd_loss())
+
+
+def test_a_loop_may_go_on_between_a_forward_and_its_loss(moved):
+    model = converted(Net(seed=1), sh.LocalTeacher(Net(32)))
+    loop = iter(model.prefetch(batches(6), depth=3))
+    first, second = next(loop)[0], next(loop)[0]
+    model(moved(second))
+    third = next(loop)[0]
+    assert model.compute_kd_loss().item() == wanted(second)
+    for x in (first, third):
+        model(moved(x))
+        assert model.compute_kd_loss().item() == wanted(x)
+
+
+def test_a_batch_that_a_full_queue_left_out_is_asked_for_with_its_own_forward(moved):
+    teacher = Asked()
+    model = converted(Net(seed=1), teacher)
+    loop, teacher.busy_from = iter(model.prefetch(batches(4), depth=2)), 1
+    first, second = next(loop)[0], next(loop)[0]
+    teacher.busy_from = None
+    for x in (second, first, first):
+        model(moved(x))
+        assert model.compute_kd_loss().item() == wanted(x)
+
+
+def test_forwards_without_a_loss_take_no_other_batchs_features(moved):
+    model = converted(Net(seed=1), sh.LocalTeacher(Net(32)))
+    loop = iter(model.prefetch(batches(4), depth=3))
+    first, second = next(loop)[0], next(loop)[0]
+    model(moved(first))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="again without compute_kd_loss"):
+            model(moved(first))
+    assert model.compute_kd_loss().item() == wanted(first)
+    next(loop)
+    model(moved(second))
+    assert model.compute_kd_loss().item() == wanted(second)
+
+
+class Labelled(Net):
+    """The teacher's answer tells whether it was asked with labels."""
+
+    def forward(self, x, labels=None):
+        return super().forward(x) * (1 if labels is None else 2)
+
+
+@pytest.mark.parametrize("inputs", [(None, dict), (dict, None)])
+def test_loops_within_loops_ask_each_in_its_own_way(moved, inputs):
+    model = converted(Labelled(seed=1), sh.LocalTeacher(Labelled(seed=2)))
+    outer, inner = ([{"x": x, "labels": y} for x, y in batches(2, seed=seed)] for seed in (1, 2))
+    for first in model.prefetch(outer, inputs=inputs[0]):
+        for second in model.prefetch(inner, inputs=inputs[1]):
+            for batch, own in ((first, inputs[0]), (second, inputs[1])):
+                out = model(**{name: moved(value) for name, value in batch.items()})
+                theirs = Labelled(seed=2)(batch["x"], batch["labels"] if own else None)
+                assert torch.equal(model.compute_kd_loss().cpu(), sh.LogitsDistillationLoss()(out.cpu(), theirs))
+
+
 def layerwise():
     torch.manual_seed(0)
     student, module = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2))
@@ -118,6 +191,15 @@ def test_layers_that_get_the_teachers_inputs_get_those_of_their_batch(device):
     x = next(loop)[0]
     with pytest.raises(FeatureMismatchError, match="of other values"):
         (model(x.to(CUDA) + 1), model.compute_kd_loss())
+
+
+def test_layers_get_the_inputs_of_their_batch_again(moved):
+    model, module = layerwise()
+    loop = iter(model.prefetch(batches(4), depth=3))
+    first, second = next(loop)[0], next(loop)[0]
+    for x in (first, first, second, second):
+        model(moved(x))
+        assert torch.equal(model.compute_kd_loss().cpu(), loss_of(model, module, x))
 
 
 class Twice(nn.Module):

@@ -78,7 +78,7 @@ class Ahead:
         self._depth = depth
         self._max_bytes = max_bytes
         self._progress = progress
-        self._dropped = 0  # since the last forward, batches whose own did not come in time
+        self._dropped = 0  # since the last loss, batches whose forward did not come in time
         self._interrupted_by: int | None = None  # as the loop last went on
 
     def go_on(self) -> None:
@@ -147,8 +147,13 @@ class Ahead:
             whole = Arguments(call, {**{name: entry.call.kwargs[name] for name in left_out}, **call.kwargs})
             answer = entry.answer = self._state.request(self.question(call), whole)
         entry.used = True
-        self._dropped = 0
         return answer
+
+    def put_back(self, entry: Entry) -> None:
+        """The forward that had its answer was on another batch: its own may still come."""
+        entry.used = False
+        if entry.answer is not None and entry not in self._yielded:  # the loop went on meanwhile
+            self._yielded.appendleft(entry)
 
     def expects_a_forward(self) -> bool:
         """Whether a batch that was yielded waits for its forward."""
@@ -178,6 +183,7 @@ class Ahead:
     def used(self, step: Step) -> None:
         """The loss of a step is being computed."""
         assert step.answer is not None
+        self._dropped = 0
         waited_s, step.answer.waited_s = step.answer.waited_s, 0.0
         self._progress(waited_s)
 

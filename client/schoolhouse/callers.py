@@ -1,11 +1,12 @@
 """Who called the model: warnings name the user's line, not one of this package or of torch."""
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-_INNER = tuple(str(Path(file).parent) for file in (torch.__file__, __file__))
+_INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 def to_caller() -> int:

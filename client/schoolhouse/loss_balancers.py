@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
 
 from schoolhouse.callers import to_caller
+from schoolhouse.shown import Shown
 
 STUDENT_LOSS_KEY = "student_loss"
 
@@ -24,7 +24,7 @@ Losses: TypeAlias = dict[str, torch.Tensor]
 _ROUNDING = 1e-9
 
 
-class DistillationLossBalancer(nn.Module):
+class DistillationLossBalancer(Shown):
     """Interface of a balancer. The keys are `ClassName_i` of the losses and `STUDENT_LOSS_KEY`.
 
     A balancer has no parameters, which no loss would train. Its buffers are in the meta-model's state dict.
@@ -62,13 +62,11 @@ class StaticLossBalancer(DistillationLossBalancer):
         ValueError: if a weight is not a finite number, or the weights' sum not within [0, 1].
     """
 
+    _SETTINGS = ("_kd_loss_weight",)
+
     def __init__(self, kd_loss_weight: float | list[float] = 0.5) -> None:
         super().__init__()
         self._kd_loss_weight = _checked(kd_loss_weight, "kd_loss_weight")
-
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"kd_loss_weight={self._kd_loss_weight}"
 
     def forward(self, loss: Losses) -> torch.Tensor:
         """Weighted sum of the scalar losses."""
@@ -119,6 +117,7 @@ class ScheduledLossBalancer(DistillationLossBalancer):
         ValueError: for accumulation_steps below 1; when it is called, for weights whose sum is not within [0, 1].
     """
 
+    _SETTINGS = ("schedule", "_accumulation_steps")
     forwards: torch.Tensor
 
     def __init__(self, schedule: Callable[[int], Weights], accumulation_steps: int = 1) -> None:
@@ -129,10 +128,6 @@ class ScheduledLossBalancer(DistillationLossBalancer):
         self._accumulation_steps = accumulation_steps
         self._count = 0  # as the buffer, which may lie on a device that would have to be waited for
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
-
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"schedule={self.schedule!r}, accumulation_steps={self._accumulation_steps}"
 
     @property
     def step(self) -> int:
@@ -176,6 +171,7 @@ class ScaleBalancer(DistillationLossBalancer):
         ValueError: for weights whose sum is not within [0, 1], or another decay or max_factor.
     """
 
+    _SETTINGS = ("_kd_loss_weight", "_decay", "_max_factor")
     average: torch.Tensor
     updates: torch.Tensor
 
@@ -191,11 +187,6 @@ class ScaleBalancer(DistillationLossBalancer):
         slots = len(self._kd_loss_weight) + 1  # the first is the student's
         self.register_buffer("average", torch.zeros(slots, dtype=torch.float32))
         self.register_buffer("updates", torch.zeros(slots, dtype=torch.int64))
-
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        bounds = f"decay={self._decay}, max_factor={self._max_factor}"
-        return f"kd_loss_weight={self._kd_loss_weight}, {bounds}"
 
     @abc.abstractmethod
     def magnitudes(self, losses: list[torch.Tensor]) -> list[torch.Tensor]:

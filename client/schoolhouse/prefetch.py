@@ -36,6 +36,8 @@ class Prefetch:
     """
 
     __slots__ = ("_begun", "_looks")
+    steps: int  # so far; this and the next are a DataLoader's own where it has such
+    waited_s: float  # seconds that they waited for the teacher
     _looks: "_Looks"
     _begun: "_Pass | None"  # which must not refer to this: in a cycle, it would outlive its last user
     _made: "weakref.ref[_Looks]"
@@ -47,27 +49,33 @@ class Prefetch:
         self._looks, self._begun = looks, None
         return self
 
-    @property
-    def steps(self) -> int:
-        """Steps so far."""
-        return self._looks.steps
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds that they waited for the teacher."""
-        return self._looks.waited_s
-
     def __iter__(self) -> Any:
         begun, self._begun = self._begun, None
         if begun is not None and not begun.over:
             return begun
         _say_if_nothing_shards(self)
-        return self._looks.begin(super().__iter__())  # type: ignore[misc]  # of the loader's class
+        loaders = type(self).__bases__[1]
+        return self._looks.begin(iter(_sharing(vars(self), object.__new__(loaders))))
 
     def __next__(self) -> Any:
         if self._begun is None:
             self._begun = iter(self)
         return next(self._begun)
+
+
+class _Count:
+    """A number that a look-ahead has; what a DataLoader or its class has by that name comes first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, prefetch: Prefetch, _kind: Any) -> Any:
+        return getattr(prefetch._looks, self._name)
+
+
+class _Counts:
+    __slots__ = ()
+    steps, waited_s = _Count("steps"), _Count("waited_s")
 
 
 class _Wraps:
@@ -134,10 +142,14 @@ def prefetch(state: Distillation, loader: Iterable[Any], **settings: Any) -> Pre
         raise ConfigError(f"loader is a {type(loader).__name__}; it must be an iterable of batches")
     acts = isinstance(loader, data.DataLoader) and not isinstance(loader, Prefetch)
     source: Any = loader if acts else _Wraps(loader)
-    kind: Any = type("Prefetch", (Prefetch, type(source)), {"__slots__": (), "_made": weakref.ref(looks)})
-    made: Any = kind.__new__(kind)
-    object.__setattr__(made, "__dict__", source.__dict__)  # unseen by Lightning, which would do it again to its own
-    return made  # type: ignore[no-any-return]
+    kind: Any = type("Prefetch", (Prefetch, type(source), _Counts), {"__slots__": (), "_made": weakref.ref(looks)})
+    return _sharing(vars(source), kind.__new__(kind))  # type: ignore[no-any-return]
+
+
+def _sharing(attributes: dict[str, Any], made: Any) -> Any:
+    """What was made without a call of its class, with the very attributes of another one."""
+    object.__setattr__(made, "__dict__", attributes)  # unseen by Lightning, which would do it again to its own
+    return made
 
 
 def _say_if_nothing_shards(loader: Any) -> None:

@@ -98,10 +98,11 @@ class Answer:
 class Guess:
     """The batch that a forward is taken to be on while the values that it got are on their way from a device."""
 
+    ahead: "Ahead"
     entry: "Entry"
-    given: Inputs
+    given: "Mapping[Ahead, Inputs]"  # that, as each loop's teacher was asked with it; the innermost loop's first
     call: Arguments
-    among_others: bool  # of its form, and not forwarded yet
+    among_others: bool  # of its form
 
 
 @dataclass(eq=False)
@@ -192,8 +193,10 @@ class Distillation:
 
     def drop_step(self) -> None:
         """Forget what the last forward produced; the teacher is told."""
-        if self.step is not None and self.step.answer is not None and self.step.ahead is None:
-            self.step.answer.future.cancel()
+        if self.step is not None:
+            self._wrong_guess(self.step)
+            if self.step.answer is not None and self.step.ahead is None:
+                self.step.answer.future.cancel()
         self.step = self.alone = self.recording = self.ended = self.recomputing = None
 
     def enter(self) -> bool:
@@ -269,11 +272,11 @@ class Distillation:
         """
         for ahead in [*self.ahead]:
             ahead.rest_if_interrupted()
-        loops = [(ahead, self._given(ahead, call)) for ahead in [*self.ahead][::-1]]
-        if training and (step := self._guessed(loops, call)) is not None:
+        given = {ahead: self._given(ahead, call) for ahead in [*self.ahead][::-1]}
+        if training and (step := self._guessed(given, call)) is not None:
             return step
-        for ahead, given in loops:
-            if (entry := ahead.find(given)) is not None:
+        for ahead, inputs in given.items():
+            if (entry := ahead.find(inputs)) is not None:
                 return Step(ahead.answer(entry, call), ahead=ahead)
         last = self.expecting
         if training and last is not None and last.expects_a_forward():
@@ -284,20 +287,18 @@ class Distillation:
         """What of a call a loop's teacher was asked with."""
         return bound(self.signature, ahead.question(call))
 
-    def _guessed(self, loops: "list[tuple[Ahead, Inputs]]", call: Arguments) -> Step | None:
-        """A step for the next batch that a call may be on; None where its values are here, or none waits for it."""
-        alike = [
-            (ahead, entry, given)
-            for ahead, given in loops
-            if given.on_their_way
-            for entry in ahead.alike(given)
-            if not entry.used
-        ]
-        if not alike or alike[0][1].stale:  # for a stale one the teacher is asked now: it may not be the one later
+    def _guessed(self, given: "Mapping[Ahead, Inputs]", call: Arguments) -> Step | None:
+        """A step for the next batch that a call may be on; None where its values are here, or none waits for it.
+
+        None, too, where one of those that wait is to be asked for again: its own call alone has its values.
+        """
+        loops = [(ahead, inputs) for ahead, inputs in given.items() if inputs.on_their_way]
+        alike = [(ahead, entry) for ahead, inputs in loops for entry in ahead.alike(inputs)]
+        waiting = [(ahead, entry) for ahead, entry in alike if not entry.used]
+        if not waiting or any(entry.stale for _, entry in waiting):
             return None
-        ahead, entry, given = alike[0]
-        guess = Guess(entry, given, call, among_others=len(alike) > 1)
-        return Step(ahead.answer(entry, call), ahead=ahead, guess=guess)
+        ahead, entry = waiting[0]
+        return Step(ahead.answer(entry, call), ahead=ahead, guess=Guess(ahead, entry, given, call, len(alike) > 1))
 
     def confirm(self, step: Step) -> None:
         """See whether a step's forward was on the batch that it was taken for; if it was on another one, it gets that.
@@ -306,17 +307,23 @@ class Distillation:
             FeatureMismatchError: if it was on none of those that were asked for, or if layers of the student were given
                 features of the wrong one.
         """
-        guess, step.guess = step.guess, None
-        if guess is None or guess.entry.inputs.same_as(guess.given):
+        guess = self._wrong_guess(step)
+        if guess is None:
             return
-        guess.entry.used = False
-        for ahead in [*self.ahead][::-1]:
-            entry = ahead.find(guess.given)
+        for ahead, inputs in guess.given.items():
+            entry = ahead.find(inputs)
             if entry is not None and not entry.stale and not step.injected:
                 step.ahead, step.answer = ahead, ahead.answer(entry, guess.call)
                 return
-        assert step.ahead is not None
-        raise FeatureMismatchError(step.ahead.expected(guess.given, step.ahead.question(guess.call)))
+        raise FeatureMismatchError(guess.ahead.expected(guess.given[guess.ahead], guess.ahead.question(guess.call)))
+
+    def _wrong_guess(self, step: Step) -> Guess | None:
+        """The guess of a step if it was wrong; the batch that it named waits for its own forward again."""
+        guess, step.guess = step.guess, None
+        if guess is None or guess.entry.inputs.same_as(guess.given[guess.ahead]):
+            return None
+        guess.ahead.put_back(guess.entry)
+        return guess
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
         """Begin the student's forward, and the teacher's unless it is switched off."""

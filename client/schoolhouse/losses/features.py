@@ -7,10 +7,11 @@ from torch.nn.modules.loss import _Loss
 from schoolhouse import functional
 from schoolhouse.functional import _checks
 from schoolhouse.functional.features import spread_positions, zero_uncounted
+from schoolhouse.shown import Shown
 from schoolhouse.sparse import SparseForm
 
 
-class MGDLoss(_Loss):
+class MGDLoss(Shown, _Loss):
     """Masked generative distillation of feature maps (arXiv 2205.01529); trainable.
 
     Args:
@@ -22,6 +23,8 @@ class MGDLoss(_Loss):
     Raises:
         ValueError: for other channels, alpha_mgd or lambda_mgd.
     """
+
+    _SETTINGS = ("_alpha_mgd", "_lambda_mgd")
 
     def __init__(
         self,
@@ -45,10 +48,6 @@ class MGDLoss(_Loss):
             nn.Conv2d(num_teacher_channels, num_teacher_channels, kernel_size=3, padding=1),
         )
 
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"alpha_mgd={self._alpha_mgd}, lambda_mgd={self._lambda_mgd}"
-
     def forward(self, out_s: torch.Tensor, out_t: torch.Tensor) -> torch.Tensor:
         """Loss, a scalar, of maps `[batch, channels, height, width]` that differ in channels at most."""
         _checks.check_tensors("maps", out_s, out_t)
@@ -57,8 +56,10 @@ class MGDLoss(_Loss):
         )
 
 
-class _HiddenLoss(_Loss):
+class _HiddenLoss(Shown, _Loss):
     """What the losses between hidden states share: the student's are projected to the teacher's width, if needed."""
+
+    _SETTINGS = ("_student_width", "_teacher_width", "_reduction")
 
     def __init__(self, student_width: int, teacher_width: int, reduction: str = "mean") -> None:
         _checks.check_positive("student_width", student_width)
@@ -69,11 +70,6 @@ class _HiddenLoss(_Loss):
         self.projection = nn.Identity() if same else nn.Linear(student_width, teacher_width, bias=False)
         self._student_width, self._teacher_width = student_width, teacher_width
         self._reduction = reduction
-
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        widths = f"student_width={self._student_width}, teacher_width={self._teacher_width}"
-        return f"{widths}, reduction={self._reduction!r}"
 
     def _project(self, hidden_s: torch.Tensor, hidden_t: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         _checks.check_tensors("hidden states", hidden_s, hidden_t)
@@ -129,7 +125,7 @@ class HiddenCosineLoss(_HiddenLoss):
         return functional.hidden_cosine(projected, hidden_t, mask=mask, reduction=self._reduction)
 
 
-class AttentionTransferLoss(_Loss):
+class AttentionTransferLoss(Shown, _Loss):
     """Squared difference of normalised attention maps (arXiv 1612.03928).
 
     Args:
@@ -140,6 +136,8 @@ class AttentionTransferLoss(_Loss):
         ValueError: for another p or reduction.
     """
 
+    _SETTINGS = ("_p", "_reduction")
+
     def __init__(self, p: float = 2.0, reduction: str = "mean") -> None:
         _checks.check_reduction(reduction)
         super().__init__(reduction=reduction)
@@ -149,16 +147,12 @@ class AttentionTransferLoss(_Loss):
         self._p = p
         self._reduction = reduction
 
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"p={self._p}, reduction={self._reduction!r}"
-
     def forward(self, maps_s: torch.Tensor, maps_t: torch.Tensor) -> torch.Tensor:
         """Loss of maps `[batch, channels, height, width]` that differ in channels at most."""
         return functional.attention_transfer(maps_s, maps_t, p=self._p, reduction=self._reduction)
 
 
-class RKDLoss(_Loss):
+class RKDLoss(Shown, _Loss):
     """Relational knowledge distillation, by distances and angles between a batch's examples (arXiv 1904.05068).
 
     Args:
@@ -169,16 +163,14 @@ class RKDLoss(_Loss):
         ValueError: for other weights.
     """
 
+    _SETTINGS = ("_distance_weight", "_angle_weight")
+
     def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__()
         _checks.check_weight("distance_weight", distance_weight)
         _checks.check_weight("angle_weight", angle_weight)
         self._distance_weight = distance_weight
         self._angle_weight = angle_weight
-
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"distance_weight={self._distance_weight}, angle_weight={self._angle_weight}"
 
     def forward(self, embeddings_s: torch.Tensor, embeddings_t: torch.Tensor) -> torch.Tensor:
         """Loss, a scalar, of embeddings `[batch, width]`; widths may differ."""

@@ -1,6 +1,7 @@
 """Losses between class logits of a student and of a teacher; the maths stands in `schoolhouse.functional`."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -8,10 +9,13 @@ from torch.nn.modules.loss import _Loss
 
 from schoolhouse import functional
 from schoolhouse.functional import _checks
+from schoolhouse.shown import Shown
 from schoolhouse.sparse import LogitsLike
 
+_COMMON = ("_temperature", "_reduction", "_vocabulary")
 
-class LogitsLoss(_Loss):
+
+class LogitsLoss(Shown, _Loss):
     """Base of the losses between logits: settings that all have, and the loss of each example.
 
     Args:
@@ -27,6 +31,9 @@ class LogitsLoss(_Loss):
         ValueError: for another temperature, reduction or vocabulary.
     """
 
+    _SETTINGS: ClassVar[tuple[str, ...]] = _COMMON
+    _function: ClassVar[Callable[..., torch.Tensor] | None] = None  # which takes the settings, as keywords
+
     def __init__(self, temperature: float, reduction: str, vocabulary: str = "equal") -> None:
         _checks.check_positive("temperature", temperature)
         _checks.check_reduction(reduction)
@@ -41,10 +48,6 @@ class LogitsLoss(_Loss):
         """Which classes are compared."""
         return self._vocabulary
 
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"temperature={self._temperature}, reduction={self._reduction!r}, vocabulary={self._vocabulary!r}"
-
     def per_example(
         self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -52,11 +55,13 @@ class LogitsLoss(_Loss):
 
         `CausalLMLoss` takes any subclass that defines it.
         """
-        return self._divergence(logits_s, logits_t, "none")
+        return self._divergence(logits_s, logits_t, reduction="none")
 
-    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        """The loss, if it needs no labels."""
-        raise NotImplementedError(f"{type(self).__name__} must define per_example")
+    def _divergence(self, *outputs: Any, **other: Any) -> torch.Tensor:
+        """The loss's function with its settings, but for `other` ones."""
+        if self._function is None:
+            raise NotImplementedError(f"{type(self).__name__} must define per_example")
+        return self._function(*outputs, **{**self._settings(), **other})
 
 
 class LogitsDistillationLoss(LogitsLoss):
@@ -71,21 +76,14 @@ class LogitsDistillationLoss(LogitsLoss):
         ValueError: for another temperature, reduction or vocabulary.
     """
 
+    _function = staticmethod(functional.logits_distillation)
+
     def __init__(self, temperature: float = 1.0, reduction: str = "mean", *, vocabulary: str = "equal") -> None:
         super().__init__(temperature, reduction, vocabulary)
 
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
-        return self._divergence(logits_s, logits_t, self._reduction)
-
-    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        return functional.logits_distillation(
-            logits_s,
-            logits_t,
-            temperature=self._temperature,
-            reduction=reduction,
-            vocabulary=self._vocabulary,
-        )
+        return self._divergence(logits_s, logits_t)
 
 
 class ReverseKLLoss(LogitsLoss):
@@ -100,21 +98,14 @@ class ReverseKLLoss(LogitsLoss):
         ValueError: for another temperature, reduction or vocabulary.
     """
 
+    _function = staticmethod(functional.reverse_kl)
+
     def __init__(self, temperature: float = 1.0, reduction: str = "batchmean", *, vocabulary: str = "equal") -> None:
         super().__init__(temperature, reduction, vocabulary)
 
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
-        return self._divergence(logits_s, logits_t, self._reduction)
-
-    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        return functional.reverse_kl(
-            logits_s,
-            logits_t,
-            temperature=self._temperature,
-            reduction=reduction,
-            vocabulary=self._vocabulary,
-        )
+        return self._divergence(logits_s, logits_t)
 
 
 class JSDLoss(LogitsLoss):
@@ -130,6 +121,9 @@ class JSDLoss(LogitsLoss):
         ValueError: for another beta, temperature, reduction or vocabulary.
     """
 
+    _SETTINGS = ("_beta", *_COMMON)
+    _function = staticmethod(functional.jsd)
+
     def __init__(
         self,
         beta: float = 0.5,
@@ -142,23 +136,9 @@ class JSDLoss(LogitsLoss):
         _checks.check_fraction("beta", beta)
         self._beta = beta
 
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"beta={self._beta}, {super().extra_repr()}"
-
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
-        return self._divergence(logits_s, logits_t, self._reduction)
-
-    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        return functional.jsd(
-            logits_s,
-            logits_t,
-            beta=self._beta,
-            temperature=self._temperature,
-            reduction=reduction,
-            vocabulary=self._vocabulary,
-        )
+        return self._divergence(logits_s, logits_t)
 
 
 class SkewedKLLoss(LogitsLoss):
@@ -175,6 +155,9 @@ class SkewedKLLoss(LogitsLoss):
         ValueError: for another alpha, temperature, reduction or vocabulary.
     """
 
+    _SETTINGS = ("_alpha", "_reverse", *_COMMON)
+    _function = staticmethod(functional.skewed_kl)
+
     def __init__(
         self,
         alpha: float = 0.1,
@@ -190,24 +173,9 @@ class SkewedKLLoss(LogitsLoss):
         self._alpha = alpha
         self._reverse = reverse
 
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"alpha={self._alpha}, reverse={self._reverse}, {super().extra_repr()}"
-
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, of the same shape."""
-        return self._divergence(logits_s, logits_t, self._reduction)
-
-    def _divergence(self, logits_s: torch.Tensor, logits_t: LogitsLike, reduction: str) -> torch.Tensor:
-        return functional.skewed_kl(
-            logits_s,
-            logits_t,
-            alpha=self._alpha,
-            temperature=self._temperature,
-            reduction=reduction,
-            reverse=self._reverse,
-            vocabulary=self._vocabulary,
-        )
+        return self._divergence(logits_s, logits_t)
 
 
 class MFTLoss(LogitsLoss):
@@ -224,6 +192,9 @@ class MFTLoss(LogitsLoss):
         ValueError: for another temperature, threshold, reduction or vocabulary.
     """
 
+    _SETTINGS = ("_threshold", *_COMMON)
+    _function = staticmethod(functional.mft)
+
     def __init__(
         self,
         temperature: float = 1.0,
@@ -236,31 +207,17 @@ class MFTLoss(LogitsLoss):
         _checks.check_fraction("threshold", threshold)
         self._threshold = threshold
 
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"threshold={self._threshold}, {super().extra_repr()}"
-
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]`, flattened to `[n, classes]`; labels are `[n]` or `[...]`."""
-        return self._mft(logits_s, logits_t, labels, self._reduction)
+        return self._divergence(logits_s, logits_t, labels)
 
     def per_example(
         self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Losses `[...]` of logits `[..., classes]` and labels `[...]`, which are needed."""
         labels = _needed(labels, self)
-        return self._mft(logits_s, logits_t, labels.reshape(-1), "none").sum(dim=-1).reshape(labels.shape)
-
-    def _mft(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor, reduction: str) -> torch.Tensor:
-        return functional.mft(
-            logits_s,
-            logits_t,
-            labels,
-            temperature=self._temperature,
-            threshold=self._threshold,
-            reduction=reduction,
-            vocabulary=self._vocabulary,
-        )
+        losses = self._divergence(logits_s, logits_t, labels.reshape(-1), reduction="none")
+        return losses.sum(dim=-1).reshape(labels.shape)
 
 
 class DKDLoss(LogitsLoss):
@@ -277,6 +234,9 @@ class DKDLoss(LogitsLoss):
         ValueError: for another alpha, beta, temperature, reduction or vocabulary.
     """
 
+    _SETTINGS = ("_alpha", "_beta", *_COMMON)
+    _function = staticmethod(functional.dkd)
+
     def __init__(
         self,
         alpha: float = 1.0,
@@ -292,34 +252,18 @@ class DKDLoss(LogitsLoss):
         self._alpha = alpha
         self._beta = beta
 
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"alpha={self._alpha}, beta={self._beta}, {super().extra_repr()}"
-
     def forward(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor) -> torch.Tensor:
         """Loss of the student's logits `[..., classes]` against the teacher's, for the labels `[...]`."""
-        return self._dkd(logits_s, logits_t, labels, self._reduction)
+        return self._divergence(logits_s, logits_t, labels)
 
     def per_example(
         self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Losses `[...]` of logits `[..., classes]` and labels `[...]`, which are needed."""
-        return self._dkd(logits_s, logits_t, _needed(labels, self), "none")
-
-    def _dkd(self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor, reduction: str) -> torch.Tensor:
-        return functional.dkd(
-            logits_s,
-            logits_t,
-            labels,
-            alpha=self._alpha,
-            beta=self._beta,
-            temperature=self._temperature,
-            reduction=reduction,
-            vocabulary=self._vocabulary,
-        )
+        return self._divergence(logits_s, logits_t, _needed(labels, self), reduction="none")
 
 
-class CausalLMLoss(_Loss):
+class CausalLMLoss(Shown, _Loss):
     """Mean of a loss between logits over the tokens of a causal language model that count.
 
     Logits of each position, in float32, are held against the label of the next; positions whose next label is
@@ -332,6 +276,8 @@ class CausalLMLoss(_Loss):
     Raises:
         TypeError: for a module that gives no loss for each example.
     """
+
+    _SETTINGS = ("_ignore_index",)
 
     def __init__(self, loss: LogitsLoss, ignore_index: int = -100) -> None:
         super().__init__()
@@ -361,10 +307,6 @@ class CausalLMLoss(_Loss):
             ignore_index=self._ignore_index,
             vocabulary=self.loss.vocabulary,
         )
-
-    def extra_repr(self) -> str:
-        """The settings, for `print`."""
-        return f"ignore_index={self._ignore_index}"
 
 
 _CAUSAL_LM_CHOICES = (

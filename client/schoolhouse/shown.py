@@ -1,0 +1,18 @@
+"""What `print` shows of a loss or a balancer."""
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Shown(nn.Module):
+    """A module whose settings `print` shows: its attributes of the names in `_SETTINGS`, without their underscores."""
+
+    _SETTINGS: ClassVar[tuple[str, ...]] = ()
+
+    def _settings(self) -> dict[str, Any]:
+        return {name.removeprefix("_"): getattr(self, name) for name in self._SETTINGS}
+
+    def extra_repr(self) -> str:
+        """The settings, for `print`."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
