@@ -81,9 +81,10 @@ def _within(module: nn.Module, compute: Callable[[], Any]) -> Any:
 
 def _sharded_around(model: nn.Module, layer: str) -> list[Any]:
     """The parts of the model that hold `layer`, itself among them, and are sharded on their own; outermost first."""
-    kind, module, found = _fsdp_class(), model, []
+    kind, found = _fsdp_class(), []
+    module: Any = model
     for name in layer.split(".") if kind and layer else ():
-        module = getattr(module, name)
+        module = module._modules[name]
         if isinstance(module, kind):
             found.append(module)
     return found
