@@ -32,10 +32,10 @@ fuzz: $(STAMP)  ## a million mutated frames for the codec and a live server, in 
 	.venv-fuzz/bin/python tests/fuzz/run.py --frames 1000000 --seconds 540
 
 chaos: $(STAMP)  ## students train on while processes are killed and stopped, and connections cut, delayed and corrupted
-	$(BIN)/python -m pytest -m chaos tests/chaos tests/test_nodes.py tests/test_benchmarks.py
+	$(BIN)/python -m pytest -m chaos tests/chaos tests/pool/test_nodes.py tests/project/test_benchmarks.py
 
 cluster: $(STAMP)  ## takes a node of a Ray cluster off its network, in network namespaces; needs root
-	$(BIN)/python -m pytest -m cluster tests/test_nodes.py
+	$(BIN)/python -m pytest -m cluster tests/pool/test_nodes.py
 
 parity:  ## the same scripts with nvidia-modelopt, in an environment of its own (it imports what it does not require)
 	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity

@@ -20,9 +20,9 @@ from typing import Any
 import ray
 import schoolhouse as sh
 import torch
-from schoolhouse_server.config import PoolConfig, Resources, TeacherSpec
-from schoolhouse_server.members import actors
-from schoolhouse_server.pool import Pool, launch, ray_cluster
+from schoolhouse_server.pool.config import PoolConfig, Resources, TeacherSpec
+from schoolhouse_server.pool.driver import Pool, launch, ray_cluster
+from schoolhouse_server.pool.replica_handle import actors
 from torch import nn
 
 TIMEOUT_S = 300.0

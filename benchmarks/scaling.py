@@ -22,8 +22,8 @@ from typing import Any
 import schoolhouse as sh
 import torch
 from emulated import start_replica
-from schoolhouse_server.config import PoolConfig, Resources, TeacherSpec
-from schoolhouse_server.pool import launch, ray_cluster
+from schoolhouse_server.pool.config import PoolConfig, Resources, TeacherSpec
+from schoolhouse_server.pool.driver import launch, ray_cluster
 from torch import nn
 
 ROWS, FEATURES_BYTES = 32, 64 << 10

@@ -26,10 +26,10 @@ import ray
 import schoolhouse as sh
 import torch
 from ray.exceptions import RayError
-from schoolhouse_server.actors import DIRECTORY, KEEPER, NAMESPACE
-from schoolhouse_server.config import PoolConfig, Resources, TeacherSpec
-from schoolhouse_server.members import actors
-from schoolhouse_server.pool import Pool, launch, ray_cluster
+from schoolhouse_server.pool.actors import DIRECTORY, KEEPER, NAMESPACE
+from schoolhouse_server.pool.config import PoolConfig, Resources, TeacherSpec
+from schoolhouse_server.pool.driver import Pool, launch, ray_cluster
+from schoolhouse_server.pool.replica_handle import actors
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "chaos")]

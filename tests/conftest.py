@@ -13,7 +13,7 @@ import schoolhouse as sh
 import torch
 from memfd import memfds, soon
 from schoolhouse_server import serve
-from schoolhouse_wire import shared_memory
+from schoolhouse_wire.same_host import shared_memory
 from xdist.scheduler import LoadScopeScheduling
 
 HERE = str(Path(__file__).parent)
@@ -67,7 +67,7 @@ def deaths():
 @pytest.fixture(scope="session")
 def cluster():
     """The address of the session's local Ray cluster; its workers can import the tests' models."""
-    from schoolhouse_server.pool import ray_cluster
+    from schoolhouse_server.pool.driver import ray_cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
     with ray_cluster(num_cpus=4) as address:
@@ -77,7 +77,7 @@ def cluster():
 @pytest.fixture
 def actors(monkeypatch):
     """The actors without Ray, which they need only to know where they are."""
-    found = pytest.importorskip("schoolhouse_server.actors")
+    found = pytest.importorskip("schoolhouse_server.pool.actors")
     context = SimpleNamespace(get_actor_name=lambda: "teacher/net/a1")
     monkeypatch.setattr(found.ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(found, "set_up", lambda *args, **about: None)

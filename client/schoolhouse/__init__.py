@@ -2,26 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from schoolhouse_wire.codec import Arguments, Opaque
+from schoolhouse_wire.values.codec import Arguments, Opaque
 
 from schoolhouse import encodings, errors, functional, sparse
-from schoolhouse.checkpoint import restore, save
-from schoolhouse.config import ExportStudentConfig, KDLossConfig, LayerwiseKDConfig
-from schoolhouse.connecting import connect
-from schoolhouse.distillation import convert, export
-from schoolhouse.distillation_model import DistillationModel
-from schoolhouse.layerwise_distillation_model import LayerwiseDistillationModel
-from schoolhouse.loss_balancers import (
-    STUDENT_LOSS_KEY,
-    CosineSchedule,
-    DistillationLossBalancer,
-    GradientScaleBalancer,
-    LinearSchedule,
-    LossScaleBalancer,
-    ScaleBalancer,
-    ScheduledLossBalancer,
-    StaticLossBalancer,
-)
+from schoolhouse.checkpoint.checkpoint import restore, save
+from schoolhouse.distill.config import ExportStudentConfig, KDLossConfig, LayerwiseKDConfig
+from schoolhouse.distill.convert import convert, export
+from schoolhouse.distill.layerwise import LayerwiseDistillationModel
+from schoolhouse.distill.model import DistillationModel
 from schoolhouse.losses import (
     AttentionTransferLoss,
     CausalLMLoss,
@@ -37,13 +25,25 @@ from schoolhouse.losses import (
     RKDLoss,
     SkewedKLLoss,
 )
-from schoolhouse.request import Traffic
+from schoolhouse.losses.balancers import (
+    STUDENT_LOSS_KEY,
+    CosineSchedule,
+    DistillationLossBalancer,
+    GradientScaleBalancer,
+    LinearSchedule,
+    LossScaleBalancer,
+    ScaleBalancer,
+    ScheduledLossBalancer,
+    StaticLossBalancer,
+)
+from schoolhouse.remote.connecting import connect
+from schoolhouse.remote.request import Traffic
+from schoolhouse.remote.verification import Verification
 from schoolhouse.taps import Tap
-from schoolhouse.teachers import Features, LocalTeacher, Teacher, TeacherDescription
-from schoolhouse.verifying import Verification
+from schoolhouse.teachers.local import Features, LocalTeacher, Teacher, TeacherDescription
 
 if TYPE_CHECKING:
-    from schoolhouse.remote import RemoteTeacher
+    from schoolhouse.remote.teacher import RemoteTeacher
 
 __all__ = [
     "STUDENT_LOSS_KEY",
@@ -98,6 +98,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "RemoteTeacher":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from schoolhouse.remote import RemoteTeacher  # which imports gRPC: a student whose teacher is here needs none
+    from schoolhouse.remote.teacher import (
+        RemoteTeacher,  # which imports gRPC: a student whose teacher is here needs none
+    )
 
     return RemoteTeacher

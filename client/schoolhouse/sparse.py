@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
 import torch
-from schoolhouse_wire.nested import map_where
 from schoolhouse_wire.packed import PACKED, CastTensor, PositionedRows, SampledRows, ScaledRows, TopKRows
+from schoolhouse_wire.values.tree import map_where
 
 from schoolhouse.errors import ProtocolError
 from schoolhouse.taps import Tap

@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from schoolhouse_wire.codec import Arguments
 from schoolhouse_wire.memory import version_of
-from schoolhouse_wire.nested import map_tensors
-from schoolhouse_wire.records import record_of
 from schoolhouse_wire.v1 import teacher_pb2
+from schoolhouse_wire.values.codec import Arguments
+from schoolhouse_wire.values.records import record_of
+from schoolhouse_wire.values.tree import map_tensors
 from torch import nn
 
 from schoolhouse.errors import ConfigError, TeacherForwardError, UnknownTapError

@@ -10,8 +10,8 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.packed import MAX_CLASSES, MAX_DRAWS
-from schoolhouse_wire.tensors import DTYPE_OF_NUMBER, DTYPES
 from schoolhouse_wire.v1 import teacher_pb2
+from schoolhouse_wire.values.tensors import DTYPE_OF_NUMBER, DTYPES
 
 CAST_DTYPES = (torch.bfloat16, torch.float16)
 ROW_DTYPES = (torch.int8, torch.float8_e4m3fn)

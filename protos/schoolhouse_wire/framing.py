@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 import xxhash
 from google.protobuf.message import DecodeError, Message
 
-from schoolhouse_wire import codec, memory
+from schoolhouse_wire import memory
 from schoolhouse_wire.errors import CorruptPayloadError, MessageTooLargeError, ProtocolError
 from schoolhouse_wire.limits import ALIGNMENT, FRAME_BYTES, INLINE_BYTES, Limits
 from schoolhouse_wire.outbox import PAUSE
-from schoolhouse_wire.shared_memory import Segment, add_spots
-from schoolhouse_wire.tensors import aligned, bytes_of
+from schoolhouse_wire.same_host.shared_memory import Segment, add_spots
 from schoolhouse_wire.v1 import teacher_pb2
+from schoolhouse_wire.values import codec
+from schoolhouse_wire.values.tensors import aligned, bytes_of
 
 M = TypeVar("M", bound=Message)
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from schoolhouse_wire.errors import CorruptPayloadError
-from schoolhouse_wire.tensors import DTYPE_OF_NUMBER
+from schoolhouse_wire.values.tensors import DTYPE_OF_NUMBER
 
 MAX_DRAWS = 65_535
 MAX_CLASSES = (1 << 31) - 1  # they are counted in int32

@@ -13,13 +13,13 @@ from directories import DirectoryServer
 from models import Net
 from proxy import Proxy
 from schoolhouse_server import serve
-from schoolhouse_wire import shared_memory
+from schoolhouse_wire.same_host import shared_memory
 from schoolhouse_wire.v1 import directory_pb2
 
 WIDTH = 512  # so that features do not fit into a message's header
 _START_TIMEOUT_S = 60.0
 _context: Any = multiprocessing.get_context("forkserver")  # of one that has imported all: a start takes no second
-_context.set_forkserver_preload(["torch", "schoolhouse", "schoolhouse_server.replica"])
+_context.set_forkserver_preload(["torch", "schoolhouse", "schoolhouse_server.replica.replica"])
 
 
 def teacher_model() -> Net:

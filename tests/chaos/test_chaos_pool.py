@@ -47,14 +47,14 @@ class KilledPool:
         self.launch()
 
     def launch(self):
-        from schoolhouse_server import config, pool
+        from schoolhouse_server.pool import config, driver
 
-        self.pool = pool.launch(config.load_pool(self.path))
+        self.pool = driver.launch(config.load_pool(self.path))
         self.pool.wait(TIMEOUT_S)
 
     def pids(self, prefix):
         """Those of the actors whose names begin so; raises `RayError` or `ValueError` where one has just died."""
-        from schoolhouse_server.actors import NAMESPACE
+        from schoolhouse_server.pool.actors import NAMESPACE
 
         found = [ray.get_actor(name, namespace=NAMESPACE) for name in names() if name.startswith(prefix)]
         return ray.get([one.__ray_call__.remote(lambda self: os.getpid()) for one in found], timeout=TIMEOUT_S)

@@ -7,7 +7,7 @@ from torch.nn.modules.loss import _Loss
 from schoolhouse import functional
 from schoolhouse.functional import _checks
 from schoolhouse.functional.features import spread_positions, zero_uncounted
-from schoolhouse.shown import Shown
+from schoolhouse.losses.shown import Shown
 from schoolhouse.sparse import SparseForm
 
 

@@ -9,7 +9,7 @@ from torch.nn.modules.loss import _Loss
 
 from schoolhouse import functional
 from schoolhouse.functional import _checks
-from schoolhouse.shown import Shown
+from schoolhouse.losses.shown import Shown
 from schoolhouse.sparse import LogitsLike
 
 _COMMON = ("_temperature", "_reduction", "_vocabulary")

@@ -1,0 +1,283 @@
+"""save() and restore(): the student on disk, without the teacher and without code."""
+
+import contextlib
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from schoolhouse.checkpoint.file import read, shortened, write
+from schoolhouse.distill.convert import is_sharded, unwrapped
+from schoolhouse.distill.layerwise import LayerwiseDistillationModel
+from schoolhouse.distill.model import BALANCER, LOSSES, DistillationModel
+from schoolhouse.errors import CheckpointError
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, include_losses: bool = False) -> None:
+    """Write the student alone to `path`; the teacher is never in it.
+
+    The file is safetensors, or, where the student's state holds what that format cannot (such as a module's extra
+    state), what `torch.load(weights_only=True)` reads. Tensors that share memory are written once. It is written
+    beside `path`, synced and renamed, so that a crash leaves the former checkpoint as it was. A file that was there
+    keeps its permission bits, and a link stays one, to the new file. It takes memory for a copy of the student.
+
+    With FSDP2 every rank calls it, and rank 0 writes the whole tensors; with DistributedDataParallel call it on rank 0.
+
+    Args:
+        model: a converted or a plain student, or one inside DistributedDataParallel or torch.compile.
+        path: the file; its folder must exist.
+        include_losses: also write the losses' parameters and the balancer's state. `restore` puts them into a
+            converted model.
+
+    Raises:
+        CheckpointError: if the state holds what cannot be read back without running code, or a tensor without values;
+            the former checkpoint stays as it was.
+    """
+    inner = unwrapped(model)
+    sharded = is_sharded(inner)
+    state = _state_of(inner, sharded)
+    if isinstance(inner, DistillationModel) and not include_losses:
+        state = {name: value for name, value in state.items() if not _extra(name)}
+    try:
+        if not sharded or torch.distributed.get_rank() == 0:
+            write(Path(path), _facts(inner), state)
+    finally:
+        if sharded:
+            torch.distributed.barrier()
+
+
+def restore(student: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> nn.Module:
+    """Load what `save` wrote into `student`, which is returned.
+
+    A plain student stays plain: the meta-model does not come back. If the file is of a converted one, a warning says
+    how to convert again. A converted student also gets the losses and the balancer's state, if the file has them.
+    Nothing is loaded unless all of it fits, and no code in a file is ever run. If loading fails all the same, what the
+    student was is put back; so it takes memory for a copy of the student, beside that for the file.
+
+    Args:
+        student: a student of the same architecture, converted or not. Unless sharded, it needs memory: not `meta`.
+        path: the file.
+        strict: refuse a file that has too few or too many names. In any case shapes and layouts must be equal, and no
+            complex number becomes a real one, nor a float an integer; a float may change its precision.
+
+    Raises:
+        CheckpointError: if the file is damaged, of another format, or of another architecture, or if the student's own
+            code refuses it; the student is unchanged.
+        FileNotFoundError: if there is none.
+    """
+    inner = unwrapped(student)
+    facts, given = read(Path(path))
+    mode = _mode(facts, path)
+    own, state = _own_state(inner), given
+    if isinstance(inner, DistillationModel):
+        own = _of_same_parts(own, given)
+    else:
+        state = _of_same_parts(given, own)
+    sharded = is_sharded(inner)
+    _check(state, own, strict, sharded, path)
+    state = {name: value for name, value in state.items() if name in own}
+    _load_or_put_back(inner, state, {name: own[name] for name in state}, sharded, path)
+    if not isinstance(inner, DistillationModel):
+        _say_how_to_convert(mode, len(_of_same_parts(given, own)) < len(given))
+    return student
+
+
+def _extra(name: str) -> str:
+    """The part of a meta-model, beside the student, that a name of its state belongs to; "" for the student."""
+    part = name.split(".", 1)[0]
+    return part if part in (LOSSES, BALANCER) else ""
+
+
+def _of_same_parts(state: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A state without the losses and the balancer if another has none."""
+    parts = {"", *map(_extra, other)}
+    return {name: value for name, value in state.items() if _extra(name) in parts}
+
+
+# State of models.
+
+
+def _own_state(model: nn.Module) -> dict[str, Any]:
+    """The state without a teacher's."""
+    if not isinstance(model, DistillationModel):
+        return model.state_dict()
+    with model.hide_teacher_model():
+        state: dict[str, Any] = model.state_dict()
+        return state
+
+
+def _state_of(model: nn.Module, sharded: bool) -> dict[str, Any]:
+    """Whole tensors; of a sharded model on rank 0 alone."""
+    if not sharded:
+        return _own_state(model)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    with model.hide_teacher_model() if isinstance(model, DistillationModel) else contextlib.nullcontext():
+        return get_model_state_dict(model, options=options)
+
+
+def _load(model: nn.Module, state: dict[str, Any], sharded: bool) -> None:
+    if not sharded:
+        model.load_state_dict(state, strict=False)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    with model.hide_teacher_model() if isinstance(model, DistillationModel) else contextlib.nullcontext():
+        set_model_state_dict(model, state, options=options)
+
+
+def _load_or_put_back(
+    model: nn.Module, state: dict[str, Any], own: Mapping[str, Any], sharded: bool, path: Any
+) -> None:
+    """Load `state`; if that raises, load again the values that the model had, which are `own`."""
+    before: dict[str, Any] = {}
+    try:
+        before.update((name, _copy(value, sharded)) for name, value in own.items())
+        _load(model, state, sharded)
+    except BaseException as err:
+        left = _put_back(model, before)
+        if not isinstance(err, Exception):
+            raise
+        raise CheckpointError(
+            f"{path} cannot be loaded into this student ({type(err).__name__}: {err}); the student is unchanged{left}"
+        ) from err
+
+
+def _copy(value: Any, sharded: bool) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    return value.detach().clone() if sharded else value.detach().to("cpu", copy=True)
+
+
+def _put_back(model: nn.Module, before: dict[str, Any]) -> str:
+    """What may not be as before, for a message."""
+    without_memory = any(isinstance(value, torch.Tensor) and value.is_meta for value in before.values())
+    try:
+        model.load_state_dict(before, strict=False, assign=without_memory)
+    except Exception:
+        return ", but for what its own code, such as set_extra_state, changed before it raised"
+    return ""
+
+
+# What fits.
+
+
+def _check(state: Mapping[str, Any], own: Mapping[str, Any], strict: bool, sharded: bool, path: Any) -> None:
+    found: dict[str, list[str]] = {}
+    for what, name in _misfits(state, own, strict, sharded):
+        found.setdefault(what, []).append(name)
+    if found:
+        faults = "; ".join(f"{len(names)} {what}: {shortened(names)}" for what, names in found.items())
+        raise CheckpointError(f"{path} does not fit this student, which is unchanged: {faults}")
+
+
+def _misfits(
+    state: Mapping[str, Any], own: Mapping[str, Any], strict: bool, sharded: bool
+) -> Iterator[tuple[str, str]]:
+    """What is wrong, and with which value."""
+    for name, value in state.items():
+        if name in own and name.rpartition(".")[2] != "_extra_state":  # which the student's own code checks
+            if unwritable := _unwritable(own[name], sharded):
+                yield unwritable, name
+            elif difference := _difference(value, own[name]):
+                yield "of another kind, shape or dtype", f"{name} is {difference}"
+    if strict:
+        yield from (("missing in the file", name) for name in own if name not in state)
+        yield from (("unknown to the model", name) for name in state if name not in own)
+
+
+def _unwritable(own: Any, sharded: bool) -> str:
+    """Why nothing can be loaded into a student's value, and what to do."""
+    if not isinstance(own, torch.Tensor):
+        return ""
+    if is_lazy(own):
+        return "uninitialised in the model (run a forward first)"
+    if own.is_nested:
+        return "nested in the model (keep padded tensors instead)"
+    if own.is_meta and not sharded:
+        return "on the meta device in the model (call its to_empty(device=...), or build it with memory, first)"
+    steps = zip(own.shape, own.stride(), strict=True) if own.layout is torch.strided else ()
+    if any(size > 1 and step == 0 for size, step in steps):
+        return "expanded in the model, with elements that share memory (make them .contiguous() first)"
+    return ""
+
+
+def _difference(given: Any, own: Any) -> str:
+    """What a file has and what the model expects, if the one cannot become the other without loss."""
+    tensors = isinstance(given, torch.Tensor), isinstance(own, torch.Tensor)
+    if not any(tensors):
+        return ""
+    if _kind(given) != _kind(own):
+        return f"{_kind(given)} in the file and {_kind(own)} in the model"
+    if given.is_meta:
+        return "without values in the file, on the meta device"
+    if given.shape != own.shape:
+        return f"{tuple(given.shape)} in the file and {tuple(own.shape)} in the model"
+    if _loses(given.dtype, own.dtype):
+        return f"{given.dtype} in the file and {own.dtype} in the model"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"no tensor but a {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    return f"a quantised tensor of {value.dtype}" if value.is_quantized else f"a tensor of layout {value.layout}"
+
+
+def _loses(given: torch.dtype, own: torch.dtype) -> bool:
+    """Whether a cast drops more than precision."""
+    return not own.is_complex and (given.is_complex or (given.is_floating_point and not own.is_floating_point))
+
+
+# What a file says of the meta-model.
+
+
+def _facts(model: nn.Module) -> dict[str, str]:
+    converted = isinstance(model, DistillationModel)
+    student = model.original_cls if isinstance(model, DistillationModel) else type(model)
+    facts = {"student": f"{student.__module__}.{student.__qualname__}"}
+    return {**facts, "distillation": json.dumps(_distillation(model))} if converted else facts
+
+
+def _distillation(model: Any) -> dict[str, Any]:
+    state, balancer = model._schoolhouse, model.loss_balancer
+    return {
+        "mode": "layerwise_kd" if isinstance(model, LayerwiseDistillationModel) else "kd_loss",
+        "criterion": [[*pair, type(loss).__name__] for pair, loss in state.criterion.items()],
+        "balancer": type(balancer).__name__ if balancer is not None else None,
+    }
+
+
+def _mode(facts: Mapping[str, Any], path: Any) -> str:
+    """The mode to convert with, as code; "" if the file does not say that it is of a converted student."""
+    if "distillation" not in facts:
+        return ""
+    try:
+        was = json.loads(facts["distillation"])
+        criterion = ", ".join(f"({s!r}, {t!r}): {loss}(...)" for s, t, loss in was["criterion"])
+        balancer = f", 'loss_balancer': {was['balancer']}(...)" if was["balancer"] else ""
+        return f"[({was['mode']!r}, {{'teacher_model': ..., 'criterion': {{{criterion}}}{balancer}}})]"
+    except (KeyError, TypeError, ValueError, RecursionError) as err:
+        raise CheckpointError(f"{path} is damaged: what it says of the distillation is not readable: {err!r}") from err
+
+
+def _say_how_to_convert(mode: str, extras: bool) -> None:
+    if not mode and not extras:
+        return
+    again = mode or "[('kd_loss', {...})]"
+    also = "; then restore again, for the losses and the balancer in the file" if extras else ""
+    warnings.warn(
+        f"restored the student alone; to go on distilling, convert it: convert(student, mode={again}){also}",
+        stacklevel=3,
+    )

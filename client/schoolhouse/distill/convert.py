@@ -1,0 +1,240 @@
+"""convert() and export(): a student and a config become a DistillationModel, and back."""
+
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from schoolhouse_wire.encodings import Encoding, Hidden
+from torch import nn
+
+from schoolhouse.distill.config import KDLossConfig, make_model, make_teacher, read_mode
+from schoolhouse.distill.layerwise import LayerwiseDistillationModel
+from schoolhouse.distill.loss_arguments import LossArguments
+from schoolhouse.distill.model import EXTRAS, DistillationModel, detach, run_forward
+from schoolhouse.distill.step import Distillation
+from schoolhouse.distill.unseen import Unseen
+from schoolhouse.errors import ConfigError
+from schoolhouse.remote.connecting import connect
+from schoolhouse.taps import check_modules, module_names
+from schoolhouse.teachers.local import LocalTeacher, Teacher
+
+_STUDENT_CHOICES = "an nn.Module, or a class, callable or tuple (callable, args, kwargs) that makes one"
+_KINDS = {"kd_loss": DistillationModel, "layerwise_kd": LayerwiseDistillationModel}
+
+
+def convert(model: Any, mode: Any) -> Any:
+    """Turn `model`, in place, into a meta-model that distils a teacher into it.
+
+    Args:
+        model: the student; afterwards an instance of a dynamic subclass of its own class. A class, a callable or a
+            tuple `(callable, args, kwargs)` is called first.
+        mode: one mode, as a name, `[name]`, `[(name, config)]` or `{name: config}`. The modes: "kd_loss"
+            (`KDLossConfig`), "layerwise_kd" (`LayerwiseKDConfig`), and "export_student", which is `export`. A config
+            is an object of that class or a dict of its fields.
+
+    With DistributedDataParallel convert the module inside first and wrap it then, without `static_graph`, and without
+    `find_unused_parameters` if a loss has parameters; all that requires gradients must take part in the loss, so if
+    losses stand at inner layers only, freeze what comes after those before wrapping. With FSDP2 (`fully_shard`) do
+    either first; if the student is sharded first, so must be each loss that has parameters. Each rank asks the teacher
+    for its own rows.
+
+    Raises:
+        ConfigError: a field is wrong; the message names it and the choices.
+        UnknownTapError: a layer that the student or the teacher does not have; lists close matches.
+    """
+    name, config = read_mode(mode)
+    if name == "export_student":
+        return export(model)
+    model = model if isinstance(model, nn.Module) else make_model(model, "model", _STUDENT_CHOICES)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model made a {type(model).__name__}; choices: {_STUDENT_CHOICES}")
+    _check_student(model)
+    config.check()
+    pairs = config.pairs()
+    check_modules((layer for layer, _ in pairs), module_names(model), "the student")
+    return _convert(model, config, pairs, _KINDS[name])
+
+
+def _convert(
+    model: nn.Module, config: KDLossConfig, pairs: dict[tuple[str, str], nn.Module], kind: type[DistillationModel]
+) -> nn.Module:
+    _check_sharding(model, pairs.values())
+    _check_trainable(model)
+    encodings = config.tap_encodings(layer for _, layer in pairs)
+    teacher, parameters = _teacher(model, config.teacher_model, pairs, encodings.values())
+    if encodings:
+        _check_encodes(teacher)
+    state = Distillation(
+        teacher=teacher,
+        owns_teacher=teacher is not config.teacher_model,
+        criterion=pairs,
+        loss_arguments=LossArguments(pairs.values()),
+        unseen=Unseen(parameters),
+        encodings=encodings,
+        positions=config.positions,
+        asks_at_once=config.eval_kd or kind._schoolhouse_mode.needs_inputs,
+        original_cls=type(model),
+        minimal_state_dict=config.expose_minimal_state_dict,
+        own_forward=model.__dict__.pop("forward", None),
+    )
+    object.__setattr__(model, "_schoolhouse", state)
+    model.__class__ = meta_class(kind, type(model))
+    assert isinstance(model, DistillationModel)
+    model._schoolhouse_mode.attach(model, config.loss_balancer)
+    return model
+
+
+def _teacher(
+    student: nn.Module, given: Any, pairs: Iterable[tuple[str, str]], encodings: Iterable[Encoding]
+) -> tuple[Teacher, Iterable[str]]:
+    """The teacher, which has all the layers, and what its forward takes.
+
+    A module is frozen once that is known not to freeze the student.
+    """
+    made = make_teacher(given, connect)
+    heads = [encoding.head for encoding in encodings if isinstance(encoding, Hidden)]
+    layers = [*(layer for _, layer in pairs), *heads]
+    module = made.module if isinstance(made, LocalTeacher) else made
+    if isinstance(module, nn.Module):
+        _check_apart(student, module)
+        check_modules(layers, module_names(module), "the teacher")
+        local = made if isinstance(made, LocalTeacher) else LocalTeacher(module)
+        return local, local.parameters
+    description = module.describe()
+    check_modules(layers, description.modules, f"teacher {description.name!r}")
+    return module, description.parameters
+
+
+def _check_encodes(teacher: Teacher) -> None:
+    try:
+        inspect.signature(teacher.submit).bind((), {}, (), encodings={}, positions=None)
+    except TypeError as err:
+        raise ConfigError(
+            f"encodings are given, and the submit of teacher_model, a {type(teacher).__name__}, does not take them "
+            f"({err}); choices: no encodings, or a submit with encodings= and positions="
+        ) from err
+
+
+def export(model: nn.Module) -> nn.Module:
+    """The plain student back: the same object, of its own class, without hooks; a wrapper around it is taken off."""
+    inner = unwrapped(model)
+    if inner is not model:
+        warnings.warn(
+            f"export takes the {type(model).__name__} off and changes the model inside; wrap it again if needed",
+            stacklevel=2,
+        )
+    if not isinstance(inner, DistillationModel):
+        warnings.warn(f"there is nothing to export: this is a plain {type(inner).__name__}", stacklevel=2)
+        return inner
+    state = inner._schoolhouse
+    detach(inner)
+    inner.__class__ = _without_meta(type(inner), state.original_cls)  # type: ignore[assignment]
+    object.__delattr__(inner, "_schoolhouse")
+    if state.own_forward is not None:
+        inner.forward = state.own_forward
+    if state.owns_teacher:
+        state.teacher.close()
+    return inner
+
+
+def _check_student(model: nn.Module) -> None:
+    if isinstance(model, DistillationModel):
+        raise ConfigError("the model is converted already; export() it first")
+    if unwrapped(model) is not model:
+        then = "shard it with fully_shard" if type(model).__name__ == "FullyShardedDataParallel" else "wrap it"
+        raise ConfigError(
+            f"the model is wrapped in {type(model).__name__}, which would not see the losses' parameters and would be "
+            f"left behind: convert the module inside first, then {then}"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "the model is a ScriptModule, whose class cannot change; convert the module that it was made of"
+        )
+    taken = [name for name in EXTRAS if name in {*model._modules, *model._parameters, *model._buffers, *vars(model)}]
+    if taken:
+        raise ConfigError(f"the model has {taken} of its own, which is where convert puts its parts: rename them")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, FSDP1 or torch.compile, or the module itself."""
+    inner = {
+        "DistributedDataParallel": "module",
+        "DataParallel": "module",
+        "FullyShardedDataParallel": "module",
+        "OptimizedModule": "_orig_mod",
+    }.get(type(model).__name__)  # by name, since importing all of them takes seconds
+    if inner is None or not type(model).__module__.startswith("torch."):
+        return model
+    return unwrapped(getattr(model, inner))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or tensor parallelism has made DTensors of parameters of the model."""
+    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever did
+    return module is not None and any(isinstance(parameter, module.DTensor) for parameter in model.parameters())
+
+
+def _check_sharding(student: nn.Module, losses: Iterable[nn.Module]) -> None:
+    alone = [type(loss).__name__ for loss in losses if [*loss.parameters()] and not is_sharded(loss)]
+    if alone and is_sharded(student):
+        raise ConfigError(
+            f"the student is sharded and the trainable losses ({', '.join(alone)}) are not, so that no one would "
+            "average their gradients over ranks: fully_shard each loss too before convert, or convert first"
+        )
+
+
+def _check_trainable(student: nn.Module) -> None:
+    parameters = [*student.parameters()]
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        warnings.warn(
+            "no parameter of the student requires gradients, so nothing of it will be trained; if it is a copy of a "
+            "model that has been a teacher, call student.requires_grad_() first",
+            stacklevel=4,
+        )
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    own = {id(parameter): name for name, parameter in student.named_parameters()}
+    shared = [own[id(parameter)] for parameter in teacher.parameters() if id(parameter) in own]
+    if student is teacher or shared:
+        raise ConfigError(
+            f"teacher_model shares parameters with the student ({', '.join(shared[:5])}), and a teacher is frozen; "
+            "give a copy.deepcopy of it"
+        )
+
+
+_classes: dict[tuple[type, type], Any] = {}
+
+
+def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) -> Any:
+    """The class that a student of `student_class` gets; always the same one."""
+
+    @functools.wraps(student_class.forward)
+    def forward(self: DistillationModel, *args: Any, **kwargs: Any) -> Any:
+        return run_forward(self, *args, **kwargs)
+
+    def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
+        return student_class(*args, **kwargs)
+
+    # Its own name and place, since others look for what they know of a student by these: transformers for what it
+    # records and for the architecture that it saves. What such a caller makes of the class is a plain student.
+    names = {name: getattr(student_class, name) for name in ("__module__", "__qualname__")}
+    if (kind, student_class) not in _classes:
+        space = {"forward": forward, "__new__": new, **names}
+        _classes[kind, student_class] = type(student_class.__name__, (kind, student_class), space)
+    return _classes[kind, student_class]
+
+
+def _without_meta(converted: type, student_class: type[nn.Module]) -> type[nn.Module]:
+    """The student's class; a class that was put on after `convert`, as `fully_shard` does, stays on."""
+    if issubclass(converted.__bases__[0], DistillationModel):
+        return student_class
+    above, *rest = converted.__bases__
+    if not rest or not issubclass(rest[-1], DistillationModel):
+        raise ConfigError(f"the class {converted.__name__} was put on after convert, and export cannot take it off")
+    own = {key: value for key, value in vars(converted).items() if key not in ("__dict__", "__weakref__")}
+    return type(converted.__name__, (above, *rest[:-1], student_class), own)

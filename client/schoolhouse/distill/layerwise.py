@@ -1,0 +1,141 @@
+"""LayerwiseDistillationModel: named layers of the student get the teacher's inputs and learn to give its outputs."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from schoolhouse.distill.model import DistillationModel, KDMode
+from schoolhouse.distill.step import Distillation, Step, eager, on_device_of
+from schoolhouse.errors import FeatureMismatchError
+from schoolhouse.taps import Tap, apart_from, storages_of, tensors_of
+
+
+class LayerwiseMode(KDMode):
+    """What the mode "layerwise_kd" does to a student."""
+
+    needs_inputs = True
+
+    def attach(self, model: DistillationModel, balancer: Any) -> None:
+        """Also freeze all but the layers in the criterion."""
+        super().attach(model, balancer)
+        state = model._schoolhouse
+        model.requires_grad_(False)
+        for layer, _ in state.criterion:
+            model.get_submodule(layer).requires_grad_(True)
+        head = model._modules.get("lm_head")
+        if head is not None and not any(f"{layer}.".startswith("lm_head.") for layer, _ in state.criterion):
+            state.undo.append(_Skip(head))
+
+    def taps(self, state: Distillation) -> tuple[Tap, ...]:
+        """The inputs too."""
+        layers = dict.fromkeys(layer for _, layer in state.criterion)
+        return tuple(Tap(layer, side) for layer in layers for side in ("input", "output"))
+
+    def hook(self, state: Distillation, layer: str, module: nn.Module) -> None:
+        """Also give the layer the inputs of its pair."""
+        paired = next(teacher_layer for student_layer, teacher_layer in state.criterion if student_layer == layer)
+        inject = _Inject(state, layer, Tap(paired, "input"))
+        state.handles.append(module.register_forward_pre_hook(inject, with_kwargs=True))
+        super().hook(state, layer, module)
+
+    def mark(self, state: Distillation, step: Step, losses: dict[str, torch.Tensor]) -> None:
+        """Tell in a backward whose layers run again."""
+        for loss in losses.values():
+            if loss.requires_grad:
+                loss.register_hook(_Recomputes(state, step))  # type: ignore[no-untyped-call]
+
+
+class LayerwiseDistillationModel(DistillationModel):
+    """Mixin of a student whose layers in the criterion replace layers of the teacher.
+
+    Each gets the inputs of the teacher's layer: its positional arguments, and where the teacher's layer was called with
+    keyword arguments alone, those of them that hold tensors. All else of the student is frozen, the losses' own
+    parameters too: `model.loss_modules.requires_grad_()` trains them. A layer `lm_head` of the student, if it is not in
+    the criterion, passes its input on. `export` leaves `requires_grad` as it is.
+    """
+
+    _schoolhouse_mode = LayerwiseMode()
+
+    def _get_name(self) -> str:
+        return f"Layerwise{super()._get_name()}"
+
+
+class _Skip:
+    """Makes a module pass its input on, until it is called; its parameters stay where they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own_forward = module.__dict__.get("forward")
+        module.forward = _pass_on
+
+    def __call__(self) -> None:
+        del self._module.forward
+        if self._own_forward is not None:
+            self._module.forward = self._own_forward
+
+
+def _pass_on(value: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return value
+
+
+class _Recomputes:
+    """Hook of a step's loss: from here on it is this step's layers that activation checkpointing may run again."""
+
+    def __init__(self, state: Distillation, step: Step) -> None:
+        self._state, self._step = state, step
+
+    def __call__(self, _gradient: torch.Tensor) -> None:
+        self._state.recomputing = self._step
+
+
+class _Inject:
+    """Forward pre-hook that gives a layer what the teacher's layer was given."""
+
+    def __init__(self, state: Distillation, layer: str, tap: Tap) -> None:
+        self._state, self._layer, self._tap = state, layer, tap
+
+    @eager
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        step = self._state.recording
+        if step is None:
+            return self._again(args, kwargs) if torch._C._current_graph_task_id() != -1 else None
+        if step.answer is None:
+            return None  # the student runs alone
+        if self._layer in step.injected:
+            step.ran_twice.add(self._layer)
+            warnings.warn(
+                f"the layer {self._layer!r} runs again in one forward, now on inputs of the student's own", stacklevel=2
+            )
+            return None
+        if step.guess is not None and step.guess.among_others:
+            self._state.confirm(step)
+        device = [*module.parameters(), *tensors_of(args), *tensors_of(kwargs)][:1]
+        features = step.features()
+        learned = storages_of([value for tap, value in features.items() if tap.side == "output"])
+        given = on_device_of(device, apart_from(features[self._tap], learned))
+        step.injected[self._layer] = given
+        return _replaced(given, args, kwargs)
+
+    def _again(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        step = self._state.recomputing
+        if step is None:
+            raise FeatureMismatchError(
+                f"activation checkpointing runs the layer {self._layer!r} again, in a backward that did not start at "
+                "a loss of compute_kd_loss, so that the inputs which it had cannot be told"
+            )
+        if self._layer in step.ran_twice:
+            raise FeatureMismatchError(
+                f"the layer {self._layer!r} runs several times in a forward, so that activation checkpointing cannot "
+                "tell which inputs each run had; leave it out of the checkpointed part"
+            )
+        given = step.injected.get(self._layer)
+        return None if given is None else _replaced(given, args, kwargs)
+
+
+def _replaced(given: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if len(given):
+        return tuple(given), kwargs
+    theirs = {name: given.kwargs[name] for name in kwargs if [*tensors_of(given.kwargs.get(name))]}
+    return args, {**kwargs, **theirs}

@@ -1,0 +1,422 @@
+"""DistillationModel: a student whose forward also asks the teacher, and which computes the losses between them."""
+
+import copyreg
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from schoolhouse.distill.parallel import as_forward, check_data_parallel, check_loss_sharding, unshard_in_backward
+from schoolhouse.distill.prefetch import Prefetch, prefetch
+from schoolhouse.distill.step import Distillation, Step, eager, on_device_of
+from schoolhouse.errors import ConfigError, FeatureMismatchError
+from schoolhouse.losses.balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
+from schoolhouse.taps import Tap
+from schoolhouse.teachers.local import LocalTeacher
+
+# Names in the module tree, as the seed's.
+TEACHER, LOSSES, BALANCER = "_teacher_model", "_loss_modules", "_loss_balancer"
+EXTRAS = (LOSSES, BALANCER, TEACHER)
+
+
+class KDMode:
+    """What the mode "kd_loss" does to a student; "layerwise_kd" differs in these."""
+
+    needs_inputs = False  # of the teacher's layers, while the student's forward runs
+
+    def attach(self, model: "DistillationModel", balancer: DistillationLossBalancer | None) -> None:
+        """Set hooks and register what a converted student has beside its own modules."""
+        state = model._schoolhouse
+        state.taps = self.taps(state)
+        for layer in dict.fromkeys(layer for layer, _ in state.criterion):
+            self.hook(state, layer, model.get_submodule(layer))
+        stateful = [loss for loss in state.criterion.values() if [*loss.parameters(), *loss.buffers()]]
+        model.add_module(LOSSES, nn.ModuleList(dict.fromkeys(stateful)))
+        model.add_module(BALANCER, balancer)
+        if isinstance(state.teacher, LocalTeacher):
+            model.add_module(TEACHER, state.teacher.module)
+        state.handles.append(model.register_load_state_dict_post_hook(_forgive_extras))  # type: ignore[no-untyped-call]
+
+    def taps(self, state: Distillation) -> tuple[Tap, ...]:
+        """The teacher's features that a step needs."""
+        return tuple(dict.fromkeys(Tap(layer) for _, layer in state.criterion))
+
+    def hook(self, state: Distillation, layer: str, module: nn.Module) -> None:
+        """Capture what a layer of the student returns; "" is the student itself."""
+        capture = _Capture(state, layer) if layer else _CaptureWhole(state)
+        state.handles.append(module.register_forward_hook(capture))
+
+    def mark(self, state: Distillation, step: Step, losses: dict[str, torch.Tensor]) -> None:
+        """Called with the losses of a step, before they are reduced."""
+
+
+class DistillationModel(nn.Module):
+    """Mixin of the dynamic subclass that `convert` gives a student.
+
+    In its module tree stand `_loss_modules` (the losses with parameters or buffers), `_loss_balancer`, and
+    `_teacher_model` if the teacher lives in this process. It stands before the student's own class, so that apart from
+    ModelOpt's names all of its own begin with `_schoolhouse`: another could be one of the student's.
+    """
+
+    _schoolhouse: Distillation
+    _schoolhouse_mode: KDMode = KDMode()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, *rest = reduced
+        kind = type(self).__bases__[0]
+        if make is copyreg.__newobj__ and issubclass(kind, DistillationModel):  # type: ignore[attr-defined]
+            return (_new, (kind, self._schoolhouse.original_cls, *args[1:]), *rest)
+        return (make, args, *rest)
+
+    def _get_name(self) -> str:
+        """The name that a print of the model shows; that of its class is the student's own."""
+        return f"Distillation{super()._get_name()}"  # type: ignore[no-untyped-call]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ConfigError(
+            "DataParallel runs copies of the student whose outputs would be lost; use DistributedDataParallel"
+        )
+
+    def extra_repr(self) -> str:
+        """As the student's own, with the losses by their layers: those without state are not in the module tree."""
+        pairs = self._schoolhouse.criterion.items()
+        return "\n".join([*filter(None, [super().extra_repr()]), *(f"{pair}: {loss!r}" for pair, loss in pairs)])
+
+    @property
+    def original_cls(self) -> type[nn.Module]:
+        """The student's own class."""
+        return self._schoolhouse.original_cls
+
+    @property
+    def teacher_model(self) -> Any:
+        """The teacher's module if it lives in this process, otherwise the Teacher, such as a RemoteTeacher."""
+        return self._modules.get(TEACHER, self._schoolhouse.teacher)
+
+    @property
+    def loss_modules(self) -> nn.ModuleList:
+        """The losses that have parameters or buffers, in the order of the criterion."""
+        return cast(nn.ModuleList, self._modules[LOSSES])
+
+    @property
+    def loss_balancer(self) -> DistillationLossBalancer | None:
+        """The balancer, if any."""
+        return cast("DistillationLossBalancer | None", self._modules[BALANCER])
+
+    def hide_teacher_model(self, enable: bool = True) -> Any:
+        """Context in which the teacher's module is not in the module tree, if it ever is."""
+        return _hidden(self, TEACHER, nn.Module, enable)
+
+    def hide_loss_modules(self, enable: bool = True) -> Any:
+        """Context in which the losses are not in the module tree."""
+        return _hidden(self, LOSSES, nn.ModuleList, enable)
+
+    @contextmanager
+    def only_teacher_forward(self, enable: bool = True) -> Iterator[None]:
+        """Within it, a forward runs the teacher alone and returns its output, as its encoding makes it arrive.
+
+        A forward of the student on the same batch, within `only_student_forward`, completes the step.
+        """
+        state = self._schoolhouse
+        before, state.only_teacher = state.only_teacher, enable or state.only_teacher
+        try:
+            yield
+        finally:
+            state.only_teacher = before
+
+    @contextmanager
+    def only_student_forward(self, enable: bool = True) -> Iterator[None]:
+        """Within it, a forward runs the student alone: for validation."""
+        state = self._schoolhouse
+        before, state.only_student = state.only_student, enable or state.only_student
+        try:
+            yield
+        finally:
+            state.only_student = before
+
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`; the teacher stays in eval mode, and a change of mode drops what was captured."""
+        if mode != self.training:
+            self._schoolhouse.drop_step()
+        super().train(mode)
+        if (teacher := self._modules.get(TEACHER)) is not None:
+            teacher.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`; the teacher stays frozen."""
+        super().requires_grad_(requires_grad)
+        if (teacher := self._modules.get(TEACHER)) is not None:
+            teacher.requires_grad_(False)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.state_dict`, without the teacher if `expose_minimal_state_dict`."""
+        with self._schoolhouse.lock, self.hide_teacher_model(self._schoolhouse.minimal_state_dict):
+            return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`; a checkpoint of the student alone is loaded into the student alone.
+
+        Teacher, losses and balancer are left as they are where the checkpoint has nothing of them, and the teacher
+        always if `expose_minimal_state_dict`.
+        """
+
+        def absent(name: str) -> bool:
+            return not any(key.startswith(f"{name}.") for key in state_dict)
+
+        with (
+            self._schoolhouse.lock,
+            self.hide_teacher_model(self._schoolhouse.minimal_state_dict or absent(TEACHER)),
+            self.hide_loss_modules(absent(LOSSES)),
+            _hidden(self, BALANCER, lambda: None, absent(BALANCER)),
+        ):
+            return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def prefetch(
+        self,
+        loader: Iterable[Any],
+        depth: int = 4,
+        inputs: Callable[[Any], Any] | None = None,
+        *,
+        max_bytes: int = 1 << 30,
+        progress: Any = None,
+    ) -> Prefetch:
+        """The batches of `loader`, while the teacher works on the next ones.
+
+        Each forward gets the features that its own batch asked for. In training, a forward on anything else while a
+        batch waits for its own raises `FeatureMismatchError`; in eval mode it is as without look-ahead. Of a batch on a
+        GPU, only `compute_kd_loss` sees other values, so that no forward waits for the device.
+
+        Args:
+            loader: any iterable of batches. It is read in this thread, up to `depth` batches ahead; what it raises is
+                raised after the batches before it. Of a DataLoader, what is returned is one too, of the same class and
+                with the same attributes; with several ranks and a sampler that shards nothing a pass over it warns.
+            depth: how many batches the teacher is asked for ahead of the one that is yielded, and how many that were
+                yielded may wait for their forward, such as micro-batches that are taken together. A forward on one
+                that had to wait for longer raises `FeatureMismatchError`, which says what depth was needed.
+            inputs: makes of a batch what the model is called with: `(args, kwargs)`, a tuple of positional arguments,
+                a dict of keyword arguments, or a single argument. Without it, the student's forward takes what has the
+                names of its parameters, or as many leading items as it needs; and the teacher is not asked with the
+                `labels` among them, unless they have no default or the decoder's inputs are made of them.
+            max_bytes: bound of what is held ahead, in bytes of inputs and of features, where a batch that is not here
+                yet counts by those before it; one batch is always allowed.
+            progress: called after each step with the seconds that it waited for the teacher; or a progress bar with
+                `set_postfix`, such as tqdm's.
+
+        Raises:
+            ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch,
+                or whether that was written into meanwhile, as of an object of a type that cannot travel.
+        """
+        return prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
+
+    def export(self) -> nn.Module:
+        """As `schoolhouse.export(model)`."""
+        from schoolhouse.distill.convert import export
+
+        return export(self)
+
+    def compute_kd_loss(
+        self,
+        student_loss: torch.Tensor | None = None,
+        loss_reduction_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        skip_balancer: bool = False,
+        **loss_fn_kwargs: Any,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Wait for the features of the last forward's batch, and reduce the losses to a scalar.
+
+        Args:
+            student_loss: the student's own loss; needs a balancer.
+            loss_reduction_fn: applied to each distillation loss before balancing, such as a masked mean.
+            skip_balancer: return the losses by name instead: `ClassName_i` in the order of the criterion, and
+                `STUDENT_LOSS_KEY`.
+            **loss_fn_kwargs: given to each loss whose forward has a parameter of that name, or `**kwargs`.
+
+        Raises:
+            ConfigError: for a student_loss without a balancer.
+            UsageError: if there was no forward since the last call, if it ran in another thread, or for a keyword
+                argument that no loss takes.
+            FeatureMismatchError: if student and teacher did not run on the same batch, or if the forward was on another
+                batch than `prefetch` has yielded, where that could not be seen before.
+            SchoolhouseError: whatever kept the teacher from answering.
+        """
+        state = self._schoolhouse
+        balancer: Any = self._modules[BALANCER]
+        if student_loss is not None and balancer is None:
+            raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
+        arguments = state.loss_arguments.of_each(loss_fn_kwargs)
+        step = state.complete_step()
+        try:
+            state.confirm(step)
+            features = step.features()
+        finally:
+            state.step = state.alone = state.ended = None  # used, or lost
+        if step.ahead is not None:
+            step.ahead.used(step)
+        losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
+        layers = [layer for layer, _ in state.criterion]
+        for name, loss in as_forward(self, layers, lambda: _losses(self, step, features, arguments)).items():
+            losses[name] = loss if loss_reduction_fn is None else loss_reduction_fn(loss)
+        self._schoolhouse_mode.mark(state, step, losses)
+        if skip_balancer:
+            return losses
+        if balancer is None:
+            return next(iter(losses.values()))
+        total: torch.Tensor = balancer(losses)
+        return total
+
+
+def detach(model: DistillationModel) -> None:
+    """Take down what `KDMode.attach` has set up."""
+    state = model._schoolhouse
+    for handle in state.handles:
+        handle.remove()
+    for undo in state.undo:
+        undo()
+    state.drop_step()
+    for ahead in list(state.ahead):
+        ahead.close()
+    for name in EXTRAS:
+        model._modules.pop(name, None)
+
+
+@contextmanager
+def _hidden(
+    model: DistillationModel, name: str, stand_in: Callable[[], nn.Module | None], enable: bool
+) -> Iterator[None]:
+    enable = enable and name in model._modules
+    module = model._modules.get(name)
+    if enable:
+        model._modules[name] = stand_in()
+    try:
+        yield
+    finally:
+        if enable:
+            model._modules[name] = module
+
+
+def run_forward(model: DistillationModel, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a converted student: the teacher gets the batch too."""
+    state = model._schoolhouse
+    if state.only_teacher and not state.only_student:
+        return _ask_alone(model, args, kwargs)
+    extras = _enter(model, args, kwargs)
+    try:
+        if state.own_forward is not None:
+            output = state.own_forward(*args, **kwargs)
+        else:
+            output = state.original_cls.forward(model, *args, **kwargs)
+        if extras is not None:
+            _end(model, output)
+    finally:
+        _leave(model, extras)
+    return output
+
+
+def _losses(
+    model: DistillationModel, step: Step, features: Mapping[Tap, Any], arguments: Sequence[Mapping[str, Any]]
+) -> dict[str, torch.Tensor]:
+    losses = {}
+    for i, ((student_layer, teacher_layer), loss_fn) in enumerate(model._schoolhouse.criterion.items()):
+        if student_layer not in step.outputs:
+            raise FeatureMismatchError(f"the student's layer {student_layer!r} did not run in the last forward")
+        output = step.outputs[student_layer]
+        unshard_in_backward(model, student_layer, output)
+        target = on_device_of(output, features[Tap(teacher_layer)])
+        losses[f"{type(loss_fn).__name__}_{i}"] = loss_fn(output, target, **arguments[i])
+    return losses
+
+
+class _Capture:
+    """Forward hook that keeps a layer's output while the student's forward runs; a class, so that it pickles."""
+
+    def __init__(self, state: Distillation, layer: str) -> None:
+        self._state = state
+        self._layer = layer
+
+    @eager
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        step = self._state.recording
+        if step is None:
+            return
+        step.outputs[self._layer] = output
+        if step.gradients and not torch.is_grad_enabled():
+            warnings.warn(
+                f"the layer {self._layer!r} runs without gradients, so its loss trains nothing: under no_grad, or in "
+                "activation checkpointing with use_reentrant=True, where use_reentrant=False works",
+                stacklevel=2,
+            )
+
+
+class _CaptureWhole:
+    """Forward hook of the student itself: what a call of it returns, which others may have changed after its forward.
+
+    Such are forward hooks that were there before, and a `forward` that was wrapped after `convert`, as accelerate does.
+    """
+
+    def __init__(self, state: Distillation) -> None:
+        self._state = state
+
+    @eager
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._state.returned(output)
+
+
+@eager
+def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Module | None] | None:
+    """Begin a forward, and hide the extras: one that walks over its children, as nn.Sequential's, must not see them.
+
+    None if it is within another one.
+    """
+    state = model._schoolhouse
+    if not state.enter():
+        return None
+    try:
+        losses = model._modules[LOSSES]
+        check_data_parallel(model, losses)
+        check_loss_sharding(model, losses)
+        state.begin(args, kwargs, model.training)
+        return {name: model._modules.pop(name) for name in EXTRAS if name in model._modules}
+    except BaseException:
+        state.leave()
+        raise
+
+
+@eager
+def _end(model: DistillationModel, output: Any) -> None:
+    model._schoolhouse.end(output)
+
+
+@eager
+def _leave(model: DistillationModel, extras: dict[str, nn.Module | None] | None) -> None:
+    model._modules.update(extras or {})
+    model._schoolhouse.leave()
+
+
+@eager
+def _ask_alone(model: DistillationModel, args: Any, kwargs: Any) -> Any:
+    model._schoolhouse.enter()
+    try:
+        return model._schoolhouse.ask_alone(args, kwargs)
+    finally:
+        model._schoolhouse.leave()
+
+
+def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
+    """Post hook of load_state_dict, for a model inside another one, such as DistributedDataParallel."""
+    for name in EXTRAS:
+        part = model._modules.get(name)
+        absent = [key for key in incompatible.missing_keys if f".{name}." in f".{key}"]
+        if part is not None and len(absent) == len(part.state_dict()):
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in absent]
+
+
+def _new(kind: type[DistillationModel], student_class: type[nn.Module], *args: Any) -> Any:
+    from schoolhouse.distill.convert import meta_class
+
+    made = student_class.__new__(student_class, *args)
+    object.__setattr__(made, "__class__", meta_class(kind, student_class))
+    return made

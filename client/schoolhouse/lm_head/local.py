@@ -1,0 +1,61 @@
+"""The heads of a module in this process: described when asked for, and held against the module's own logits."""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from schoolhouse_wire.memory import version_of
+from torch import nn
+
+from schoolhouse.lm_head.describe import head_of
+from schoolhouse.lm_head.head import Head
+from schoolhouse.taps import is_plain
+
+_MAX_COUNTED = 4096
+
+
+class OwnHeads:
+    """Heads of one module. A head is described again once weights of its submodule were changed, replaced or moved.
+
+    A copy of it has described nothing: the weights of another module are others.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._known: dict[tuple[str, str], tuple[Hashable, Head]] = {}
+        self._runs: OrderedDict[Hashable, int] = OrderedDict()
+
+    def get(self, name: str, tap_module: str) -> Head:
+        """What makes the logits that `tap_module` returns of what submodule `name` receives; as `head_of` does."""
+        state = self.state(name)
+        found = self._known.get((name, tap_module))
+        if found is None or found[0] != state:
+            found = self._known[name, tap_module] = (state, head_of(self._module, name, tap_module))
+        return found[1]
+
+    def state(self, name: str) -> Hashable:
+        """Another one whenever weights of the submodule are changed, replaced or moved."""
+        module = self._module.get_submodule(name)
+        return tuple((_place(weight), version_of(weight)) for weight in (*module.parameters(), *module.buffers()))
+
+    def is_due(self, inputs: Hashable) -> bool:
+        """Whether a run on such inputs is one to hold the heads against: the 1st, the 2nd, the 4th, the 8th, ...
+
+        What a model does to some numbers only, or since a hook was added, shows in no first run.
+        """
+        before = self._runs.get(inputs, 0)
+        return before & (before + 1) == 0
+
+    def ran(self, inputs: Hashable) -> None:
+        """Count a run in which nothing was wrong."""
+        self._runs[inputs] = self._runs.get(inputs, 0) + 1
+        if len(self._runs) > _MAX_COUNTED:
+            self._runs.popitem(last=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (OwnHeads, (self._module,))
+
+
+def _place(weight: torch.Tensor) -> int:
+    return weight.data_ptr() if is_plain(weight) and weight.layout is torch.strided else id(weight)

@@ -1,0 +1,402 @@
+"""Each request goes to a replica, to another one if that is lost, and waits, to its deadline, while there is none."""
+
+import os
+import random
+import threading
+import time
+from collections import deque
+
+from schoolhouse.errors import (
+    RevisionChangedError,
+    SchoolhouseError,
+    TeacherInternalError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
+from schoolhouse.remote import at_exit
+from schoolhouse.remote.budget import RetryBudget
+from schoolhouse.remote.directory import revision_changed
+from schoolhouse.remote.outstanding import Outstanding
+from schoolhouse.remote.parking import Parking
+from schoolhouse.remote.replica_pool import Link, Links
+from schoolhouse.remote.replica_set import Known, ReplicaSet
+from schoolhouse.remote.request import Request, Traffic, late
+from schoolhouse.remote.session import Session
+from schoolhouse.remote.settings import Settings
+from schoolhouse.remote.watching import Watch
+
+_LOOK_AGAIN_S = 0.1
+_MAX_LOSSES = 4  # replicas that one request may be lost with: it may be what ends them
+
+
+class Dispatcher:
+    """The sessions with the replicas of one teacher, and the requests on their way through them.
+
+    What ends requests runs in the threads of the sessions, of the watch and of the deadlines; none of them holds the
+    RemoteTeacher, so that it ends when nobody uses it.
+    """
+
+    def __init__(self, target: str, name: str, revision: str, settings: Settings, first: ReplicaSet) -> None:
+        """`revision` is that of every request, or empty where each has its own."""
+        self._target, self._name, self._revision = target, name, revision
+        self._settings = settings
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        rng = random.Random()  # not the global one, whose numbers belong to the training
+        self._links = Links(self._start, settings.connect_timeout_s, rng)
+        self._known = Known(first)
+        self._links.update(first, time.monotonic())
+        self._where: dict[Request, Link] = {}
+        self._finished: deque[tuple[Link, int]] = deque()  # links, and the bytes that they have less to do
+        self._parked = Parking(name, settings.wait_s, self._tried)
+        self._budget = RetryBudget(time.monotonic())
+        self._past = Traffic()  # of sessions that have ended
+        self._watch = Watch(target, name, settings.zone, self, settings.security)
+        self._watching = False
+        self._directory_error: SchoolhouseError | None = None  # while it is away
+        self.outstanding = Outstanding(settings.max_pending, self._fail_late, self._tend)
+        self._used = False  # a session was open
+        self.closed = False
+
+    @property
+    def current(self) -> str:
+        """The revision that a request which may be of any gets now."""
+        return self._links.current
+
+    @property
+    def known(self) -> ReplicaSet:
+        """The replicas as far as they are known."""
+        return self._known.set
+
+    def sessions(self) -> list[Session]:
+        """Those that are open, or that open."""
+        return [link.session for link in self._links if link.session is not None]
+
+    def threads(self) -> list[Session | Watch]:
+        """What has a thread within gRPC."""
+        return [*self.sessions(), self._watch]
+
+    def traffic(self) -> Traffic:
+        """Requests answered so far, and the bytes that they took."""
+        with self._lock:
+            return sum((session.traffic for session in self.sessions()), self._past)
+
+    def answers_here(self) -> bool:
+        """Whether this thread is one that ends requests, so that none would end while it waited."""
+        sessions = any(session.reads_here for session in self.sessions())
+        return sessions or self.outstanding.runs_here or self._watch.runs_here
+
+    def open_one(self, revision: str) -> None:
+        """Have a session open, if one can be within the connect timeout."""
+        deadline = time.monotonic() + self._settings.connect_timeout_s
+        with self._changed:
+            while not self.closed and (now := time.monotonic()) < deadline:
+                self._begin()
+                if self._links.pick(revision, now) is not None or self._links.hopeless(revision, now) is not None:
+                    return
+                self._changed.wait(min(_LOOK_AGAIN_S, deadline - now))
+
+    def close(self) -> None:
+        """End the sessions; what is unanswered fails with `TeacherUnavailableError`. It waits for no lock of threads.
+
+        In a fork it does nothing: the sessions are the parent's, and locks may be held by threads that are not here.
+        """
+        if self._pid != os.getpid():
+            return
+        self.closed = True
+        self._watch.close()
+        for session in self.sessions():
+            session.close()
+        while (request := self._parked.pop()) is not None:
+            request.fail(self._gone())
+        self.outstanding.close()
+
+    def dispatch(self, request: Request, parked_at: float | None = None) -> None:
+        """Give the request to a replica, or keep it until there is one; fails it where that would not help."""
+        while True:
+            with self._lock:
+                found = self._assign(request, parked_at)
+                session = found.session if isinstance(found, Link) else None
+            if isinstance(found, SchoolhouseError):
+                request.refuse(found)  # without the lock, as callbacks run
+            if session is None:
+                break
+            if session.send(request):
+                return
+            with self._lock:
+                self._links.ended(session)
+            self.forget(request)
+            parked_at = None  # its clock went on
+        if parked_at is None:
+            self.outstanding.stir()
+
+    def _assign(self, request: Request, parked_at: float | None) -> Link | SchoolhouseError | None:
+        """The link for the request, which counts there from now on; None if it is parked, or has ended; or why not."""
+        now = time.monotonic()
+        self._begin()
+        self._settle()
+        link = None if self.closed else self._links.pick(request.revision, now, request.apart_from, request.alone)
+        if link is None:
+            error = self._hopeless(request, now)
+            if isinstance(error, RevisionChangedError) and self._follow(request):
+                return self._assign(request, parked_at)
+            self._parked.no_replica(now)
+            return error or self._park(request, now if parked_at is None else parked_at)
+        self._parked.found_replica(now)
+        if not self._budget.allows(request, now):
+            return self._park(request, now if parked_at is None else parked_at)
+        if request.start_clock(now):
+            self.outstanding.reschedule(request)
+        self._links.take(link, request.nbytes)
+        self._where[request] = link
+        if request.future.done():  # before it could be found there
+            self.forget(request)
+            return None
+        return link
+
+    def _hopeless(self, request: Request, now: float) -> SchoolhouseError | None:
+        if self.closed:
+            return self._gone()
+        error = self._links.hopeless(request.revision, now)
+        if isinstance(error, RevisionChangedError):
+            return revision_changed(self._name, self._target, request.revision, error.choices)
+        return error
+
+    def _park(self, request: Request, since: float) -> SchoolhouseError | None:
+        if request.future.done():
+            return None
+        if self._parked.put(request, since):
+            self.outstanding.reschedule(request)
+        closed_meanwhile = self.closed and self._parked.drop(request)
+        return self._gone() if closed_meanwhile else None
+
+    def _follow(self, request: Request) -> bool:
+        """Let the request be of the present revision, if that is what was asked for. Heads are of one revision."""
+        current = self._links.current
+        if not self._settings.follow_revisions or request.wanted.heads() or current in ("", request.revision):
+            return False
+        request.revision = current
+        return True
+
+    def _settle(self) -> None:
+        """Count what has ended meanwhile."""
+        while self._finished:
+            self._links.give_back(*self._finished.popleft())
+
+    def forget(self, request: Request) -> Link | None:
+        """It has ended: nothing here refers to it any more. Takes no lock of threads that may wait, as `close`."""
+        self._parked.drop(request)
+        link = self._where.pop(request, None)
+        if link is not None:
+            self._finished.append((link, request.nbytes))
+            if link.leaving or link.strikes:
+                self.outstanding.stir()
+        return link
+
+    def cancel(self, request: Request) -> None:
+        """Forget the request, and have the replica that works on it told."""
+        link = self.forget(request)
+        session = link.session if link is not None else None
+        if session is not None:
+            session.cancel(request)
+
+    def _begin(self) -> None:
+        if not self._watching and not self.closed:
+            at_exit.close_first(self)
+            self.outstanding.start()
+            self._watch.start()
+            self._watching = True  # else, as no thread is left, the next request tries again
+
+    def _start(self, link: Link) -> Session:
+        at_exit.close_first(self)
+        session = Session(
+            link.replica.address,
+            self._name,
+            job=self._settings.job,
+            weight=self._settings.weight,
+            shared_memory=self._settings.shared_memory,
+            checksums=self._settings.checksums,
+            tune_allocator=self._settings.tune_allocator,
+            security=self._settings.security,
+            revision=self._revision,
+            owner=self,
+            clock=time.monotonic,
+        )
+        session.start()
+        self.outstanding.stir()  # it opens in time, or is given up
+        if self.closed:  # meanwhile, and that closed only those that there were
+            session.close()
+        return session
+
+    # What sessions tell, each in its own thread.
+
+    def on_opened(self, session: Session) -> None:
+        """Send what waits, if it is of the right revision."""
+        with self._changed:
+            link = self._links.of(session)
+            wrong = bool(self._revision) and session.revision != self._revision
+            if link is not None and wrong:  # the server does not look at what it was asked for
+                error = RevisionChangedError(f"it has revision {session.revision}", choices=(session.revision,))
+                self._links.lost(link, error, time.monotonic())
+            elif link is not None:
+                self._links.opened(link)
+                self._used = True
+            self._changed.notify_all()
+        if link is None or wrong or self.closed:
+            session.close()
+        self._flush()
+        self.outstanding.stir()  # its lease is to be renewed
+
+    def on_draining(self, session: Session) -> None:
+        """Send nothing more there; it is closed when it is idle."""
+        with self._lock:
+            self._links.draining()
+        self.outstanding.stir()
+
+    def on_unavailable(self, session: Session, request: Request, error: SchoolhouseError) -> None:
+        """Send it elsewhere; a replica that refuses a request so is about to stop."""
+        session.draining = True
+        self.on_draining(session)
+        self._again(request, error)
+
+    def on_wrong(self, session: Session, request: Request, error: SchoolhouseError) -> None:
+        """Leave the replica, and send the request elsewhere: nothing of such an answer is used."""
+        with self._lock:
+            link = self._links.of(session)
+            if link is not None:
+                self._links.strike(link, error)
+        session.close()
+        request.losses += 1
+        self._again(request, error)
+
+    def on_broken(self, session: Session, request: Request, error: SchoolhouseError) -> None:
+        """Send it to another replica; where there is none, once more if only its bytes were damaged."""
+        with self._lock:
+            link = self._links.of(session)
+            alone = link is None or self._links.other(link, time.monotonic()) is None
+        request.losses += 1
+        request.apart_from = session.address
+        if alone and (request.losses > 1 or isinstance(error, TeacherInternalError)):
+            self.forget(request)
+            request.fail(error)
+        else:
+            self._again(request, error)
+
+    def on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
+        """Send again what is unanswered: requests are idempotent."""
+        with self._changed:
+            self._past += session.traffic
+            link, now = self._links.of(session), time.monotonic()
+            if link is not None:
+                if not link.opened and now >= link.give_up_at:
+                    error = TeacherUnavailableError(f"no answer within {self._settings.connect_timeout_s:g} s")
+                self._links.lost(link, error, now)
+            self._changed.notify_all()
+        for request in lost:
+            self._again(request, error)
+        self.outstanding.stir()
+
+    def _again(self, request: Request, error: SchoolhouseError) -> None:
+        request.or_fail(self._send_again, request, error)
+
+    def _send_again(self, request: Request, error: SchoolhouseError) -> None:
+        self.forget(request)
+        if self.closed or request.future.done():
+            request.fail(self._gone())  # not raised: this frame, and so all that was lost, would hang on it
+        elif request.losses < _MAX_LOSSES:
+            request.is_retry = True
+            self.dispatch(request)
+        elif isinstance(error, TeacherUnavailableError):
+            request.fail(
+                TeacherUnavailableError(f"{request.losses} replicas were lost while they had this request; {error}")
+            )
+        else:
+            request.fail(error)
+
+    # What the directory tells, in the thread of the watch.
+
+    def on_set(self, found: ReplicaSet) -> None:
+        """Take the replica set over."""
+        with self._changed:
+            now = time.monotonic()
+            self._known.hear(found, self._revision, now)
+            self._links.update(self._known.set, now)
+            if self._directory_error is not None:
+                self._links.try_all_again()
+            self._directory_error = None
+            self._changed.notify_all()
+        self._flush()
+        self.outstanding.stir()
+
+    def on_silence(self, error: SchoolhouseError) -> None:
+        """Go on with what is known."""
+        with self._changed:
+            self._known.forget_doubts()
+            self._directory_error = error
+            self._changed.notify_all()
+        self.outstanding.stir()
+
+    # What time brings, in the thread of the deadlines.
+
+    def _tend(self) -> float | None:
+        with self._lock:
+            now = time.monotonic()
+            self._settle()
+            if self._known.settle(now):
+                self._links.update(self._known.set, now)
+            overdue = [*self._links.overdue(now), *self._links.silent(now, self._settings.patience_s)]
+            moving = self._links.waiting_where_it_ends()
+        for session in overdue:
+            session.close()
+        for request in moving:
+            self.forget(request)
+            request.or_fail(self.dispatch, request)
+        self._flush()
+        times = [self._next_time(now), *(session.renew() for session in self.sessions())]
+        return min((at for at in times if at is not None), default=None)
+
+    def _hold(self, now: float) -> bool:
+        """Have a session open even if there is nothing to ask: by it the pool knows that the revision is in use.
+
+        Returns whether there is none yet.
+        """
+        wanted = self._used and bool(self._revision) and not self.closed
+        if not wanted or self._links.holds(self._revision) or self._links.hopeless(self._revision, now) is not None:
+            return False
+        return self._links.pick(self._revision, now) is None
+
+    def _flush(self) -> None:
+        """Try what is parked again."""
+        with self._lock:
+            parked = self._parked.take_all()
+        for request, since in parked.items():
+            request.or_fail(self.dispatch, request, since)
+
+    def _next_time(self, tended_at: float) -> float | None:
+        """When to tend again, at the latest. What fell due since `tended_at` was not looked at yet."""
+        with self._lock:
+            now = time.monotonic()
+            wanted = self._hold(now) or bool(self._parked)
+            times = [self._known.settles_at, self._links.due_at(tended_at, wanted=wanted), self._parked.say(now)]
+            if self._parked and self._budget.next_at > now:
+                times.append(self._budget.next_at)
+            if self._links.count > 1:
+                times.append(now + self._settings.patience_s / 4)
+        return min((at for at in times if at is not None), default=None)
+
+    def _fail_late(self, request: Request) -> None:
+        with self._lock:
+            if request.deadline > time.monotonic():  # it was found a replica meanwhile
+                return
+            waited_in_vain = self._parked.over() if request in self._parked else None
+        self.cancel(request)
+        request.fail(waited_in_vain or TeacherTimeoutError(late(request, self._settings.timeout_s)))
+
+    def _tried(self) -> str:
+        away = self._directory_error
+        directory = f"the directory at {self._target} {'answers' if away is None else f'is away: {away.message}'}"
+        return f"tried: {self._links.tried()}; {directory}"
+
+    def _gone(self) -> SchoolhouseError:
+        return TeacherUnavailableError(f"the connection to {self._name!r} at {self._target} was closed")

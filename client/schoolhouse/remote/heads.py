@@ -1,0 +1,49 @@
+"""The heads of a remote teacher: asked for once, and kept while they are of use."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from schoolhouse_wire.encodings import Hidden
+from schoolhouse_wire.values.codec import Arguments
+
+from schoolhouse.lm_head.disk_cache import HeadCache
+from schoolhouse.lm_head.head import Head
+from schoolhouse.taps import HEAD, Tap
+from schoolhouse.teachers.query import Wanted
+
+_MAX_KEPT = 8
+
+
+class FetchedHeads:
+    """The last heads that were asked for of one teacher, all of one revision: a roll lets go of those before it.
+
+    Requests hold their own heads as long as they need them. `ask(revision, inputs, wanted)` returns what the teacher
+    answers, by tap.
+    """
+
+    def __init__(self, folder: str | Path | None, ask: Callable[[str, Arguments, Wanted], Any]) -> None:
+        self._cache = HeadCache(folder)
+        self._ask = ask
+        self._known: dict[tuple[str, str, str], Head] = {}
+
+    def get(self, revision: str, name: str, tap_module: str) -> Head:
+        """What makes the logits that `tap_module` returns of what submodule `name` receives.
+
+        The teacher is asked for its digest first, which tells whether a head from the disk is the same.
+        """
+        found = self._known.get((revision, name, tap_module))
+        if found is None:
+            tap = Tap(tap_module, HEAD)
+            wanted = Wanted((tap,), (Hidden(head=name),))
+            digest = self._ask(revision, Arguments((), {"digest_only": True}), wanted)[tap]
+            found = self._cache.fetch(
+                revision,
+                name,
+                tap_module,
+                lambda: Head.from_value(self._ask(revision, Arguments(), wanted)[tap]),
+                digest=str(digest),
+            )
+            kept = [(key, head) for key, head in self._known.items() if key[0] == revision]
+            self._known = dict([*kept, ((revision, name, tap_module), found)][-_MAX_KEPT:])
+        return found

@@ -1,0 +1,369 @@
+"""What a client knows of each replica: the session with it, what is outstanding there, and when to try it again."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from schoolhouse.errors import (
+    CorruptPayloadError,
+    ProtocolError,
+    RevisionChangedError,
+    SchoolhouseError,
+    TeacherBusyError,
+    TeacherInternalError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+    UnknownTeacherError,
+)
+from schoolhouse.remote.replica_set import Replica, ReplicaSet, backoff_s, choose
+from schoolhouse.remote.request import Request
+from schoolhouse.remote.session import Session
+
+_LONGEST_BACKOFF_S, _LONGEST_REST_S = 2.0, 30.0  # of a replica that cannot be reached, and of one that misbehaves
+_TRIAL_AFTER = 3  # strikes in a row, until it has answered
+_RECOVERED = 32  # answers without one
+_NEXT_OPENING_S = 0.25
+_FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
+# Of another teacher: a replica that is gone may be listed, and its port have gone to that one's.
+_PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError, UnknownTeacherError)
+# Of a session that was open: it is struck for it. Of one that was to open: it may pass, unless it comes again.
+_BROKEN = (CorruptPayloadError, ProtocolError, TeacherInternalError)
+_BELIEVED_AFTER = 3  # openings in a row
+
+
+@dataclass(eq=False)
+class Link:
+    """One replica, and the session with it if there is one."""
+
+    replica: Replica
+    told_at: float  # when the directory told of its load
+    listed: bool = True  # in the set of the directory
+    session: Session | None = None
+    opened: bool = False
+    give_up_at: float = 0.0  # while a session opens
+    nbytes: int = 0  # of the inputs that are outstanding there
+    requests: int = 0
+    failures: int = 0  # in a row
+    strikes: int = 0  # of them, what it did wrong: it was silent, or answered with something else
+    strike: SchoolhouseError | None = None  # for which its session is being closed
+    puzzles: int = 0  # openings in a row that ended so
+    retry_at: float = 0.0
+    error: SchoolhouseError | None = None  # that the last session ended with
+
+    @property
+    def revision(self) -> str:
+        """As the replica says, or else the directory; empty: not known."""
+        return self.session.revision if self.session is not None and self.opened else self.replica.revision
+
+    def may_serve(self, revision: str) -> bool:
+        """Whether it is of that revision, as far as is known; the empty one stands for any."""
+        return not revision or self.revision in ("", revision)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it gets no new requests: it stops, or is not of the teacher any more."""
+        stops = self.session is not None and self.session.draining
+        return stops or self.replica.draining or not self.listed
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it gets one request and no other until that is answered."""
+        answered = self.session is not None and self.session.traffic.requests
+        return self.strikes >= _TRIAL_AFTER and not answered
+
+    def refuses(self, now: float) -> bool:
+        """Whether it said, lately, what does not pass by itself, such as that it has other weights."""
+        passing = isinstance(self.error, _PASSING) or 0 < self.puzzles < _BELIEVED_AFTER
+        return self.error is not None and not passing and now < self.retry_at
+
+    def others(self, now: float) -> int:
+        """Requests of others that wait there, as far as was said lately."""
+        session = self.session
+        if session is not None and session.answered_at > now - _FRESH_S:
+            return session.others_queued
+        return self.replica.queued if self.told_at > now - _FRESH_S else 0
+
+
+class Links:
+    """The links with all replicas of a teacher, by address. The caller holds a lock."""
+
+    def __init__(self, start: Callable[[Link], Session], connect_timeout_s: float, rng: random.Random) -> None:
+        """`start(link)` begins to open a session."""
+        self._start = start
+        self._connect_timeout_s = connect_timeout_s
+        self._random = rng
+        self._by_address: dict[str, Link] = {}
+        self._tiers: dict[str, tuple[float, list[list[Link]]]] = {}  # by revision, and until when
+        self._unit = 0.0  # bytes of a usual request
+        self._next_opening_at = 0.0  # while nothing is open
+        self._slowest_s = 0.0  # that an answer took, of sessions that have ended
+        self.current = ""  # revision of requests that may be of any
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(list(self._by_address.values()))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._by_address)
+
+    def of(self, session: Session) -> Link | None:
+        """The link whose session it is, unless that has another by now."""
+        link = self._by_address.get(session.address)
+        return link if link is not None and link.session is session else None
+
+    def update(self, found: ReplicaSet, now: float) -> None:
+        """Take over the replica set: what is not listed any more is left when it is idle."""
+        self._tiers.clear()
+        for link in self:
+            link.listed = False
+        for replica in found.replicas:
+            link = self._by_address.setdefault(replica.address, Link(replica, now))
+            if link.replica.id != replica.id or link.replica.revision != replica.revision:  # another one, anew
+                link.failures = link.strikes = link.puzzles = 0
+                link.retry_at, link.error = 0.0, None
+            link.replica, link.told_at, link.listed = replica, now, True
+        self._settle_current(found.current)
+        self._drop_gone()
+
+    def _settle_current(self, wanted: str) -> None:
+        there = [link.revision for link in self if not link.leaving and link.revision]
+        self.current = next((r for r in (wanted, self.current, *there) if r in there), self.current)
+
+    def pick(self, revision: str, now: float, apart_from: str = "", soon: bool = False) -> Link | None:
+        """An open one for that revision. A better one that is not open yet is opened meanwhile.
+
+        The one at the address `apart_from` only if there is no other; with `soon`, also if the others could not be
+        reached when that was last tried.
+        """
+        until, tiers = self._tiers.get(revision, (0.0, []))
+        if now >= until:
+            until, tiers = self._tiers[revision] = self._usable(revision, now)
+        if apart_from:
+            others = _those(tiers, lambda link: link.replica.address != apart_from)
+            hopeful = _those(others, lambda link: link.opened or not link.failures) if soon else others
+            tiers = hopeful or tiers
+        if any(link.strikes for tier in tiers for link in tier):
+            tiers = _those(tiers, lambda link: not (link.on_trial and link.requests))
+        if not tiers:
+            return None
+        link = self._choose(tiers, now)
+        if link.opened:
+            return link
+        ready = _those(tiers, lambda link: link.opened)
+        if not ready:
+            self._open_another(tiers, now)
+            return None
+        self._open(link, now)
+        return self._choose(ready, now)
+
+    def holds(self, revision: str) -> bool:
+        """Whether a session for that revision is open."""
+        return any(link.opened and not link.leaving and link.may_serve(revision) for link in self)
+
+    def _open_another(self, tiers: list[list[Link]], now: float) -> None:
+        """Nothing is open yet: begin with the best one, and a little later with the next, as the first may hang."""
+        fresh = _those(tiers, lambda link: link.session is None)
+        if fresh and now >= self._next_opening_at:
+            self._next_opening_at = now + _NEXT_OPENING_S
+            self._open(self._choose(fresh, now), now)
+
+    def _choose(self, tiers: list[list[Link]], now: float) -> Link:
+        if len(tiers) == len(tiers[0]) == 1:
+            return tiers[0][0]
+        return choose(tiers, lambda link: link.nbytes + link.others(now) * self._unit, self._unit, self._random)
+
+    def _usable(self, revision: str, now: float) -> tuple[float, list[list[Link]]]:
+        mine = [link for link in self if link.may_serve(revision) and not link.leaving]
+        until = min((link.retry_at for link in mine if link.retry_at > now), default=float("inf"))
+        tiers: dict[int, list[Link]] = {}
+        for link in mine:
+            if link.session is not None or link.retry_at <= now:
+                tiers.setdefault(link.replica.distance, []).append(link)
+        return until, [tiers[distance] for distance in sorted(tiers)]
+
+    def _open(self, link: Link, now: float) -> None:
+        if link.session is None:
+            self._tiers.clear()
+            link.give_up_at = now + self._connect_timeout_s
+            try:
+                link.session = self._start(link)
+            except Exception as err:  # no thread or descriptor is left, for one
+                self._put_aside(link, TeacherUnavailableError(f"{link.replica.address}: {err}"), now)
+
+    def try_all_again(self) -> None:
+        """Something has answered that did not: others may, too."""
+        self._tiers.clear()
+        for link in self:
+            link.retry_at = 0.0
+
+    def take(self, link: Link, nbytes: int) -> None:
+        """Count a request that goes there."""
+        link.nbytes += nbytes
+        link.requests += 1
+        self._unit += (nbytes - self._unit) / (16 if self._unit else 1)
+
+    def give_back(self, link: Link, nbytes: int) -> None:
+        """Count a request that has ended."""
+        link.nbytes -= nbytes
+        link.requests -= 1
+
+    def opened(self, link: Link) -> None:
+        """Its session said hello."""
+        self._tiers.clear()
+        link.opened, link.error = True, None
+        self._settle_current(self.current)
+
+    def ended(self, session: Session) -> None:
+        """It takes no requests any more, and will say so itself."""
+        link = self.of(session)
+        if link is not None:
+            link.opened = False
+            self._tiers.clear()
+
+    def draining(self) -> None:
+        """A session has begun to drain."""
+        self._tiers.clear()
+
+    def lost(self, link: Link, error: SchoolhouseError, now: float) -> None:
+        """Its session has ended. One that has answered is tried again at once, others with backoff."""
+        assert link.session is not None
+        answered, draining = link.session.traffic.requests, link.session.draining
+        strike, link.strike = link.strike, None
+        if strike is None and link.session.revision and isinstance(error, _BROKEN):
+            strike = error
+        puzzles = not link.session.revision and isinstance(error, _BROKEN)
+        link.puzzles = link.puzzles + 1 if puzzles else 0
+        self._slowest_s = max(self._slowest_s, link.session.slowest_s)
+        link.session, link.opened = None, False
+        if answered >= _RECOVERED:
+            link.strikes = 0
+        if strike is not None:
+            link.strikes += 1
+            error = TeacherUnavailableError(strike.message)  # it may pass
+        elif answered and not draining:
+            link.failures = 0
+        self._put_aside(link, error, now)
+
+    def strike(self, link: Link, error: SchoolhouseError) -> None:
+        """It gets nothing more from here on; the caller closes its session."""
+        self._tiers.clear()
+        link.strike, link.opened = error, False
+
+    def other(self, link: Link, now: float) -> Link | None:
+        """Another one that could take its requests, an open one if there is."""
+        others = [
+            other
+            for other in self
+            if other is not link
+            and not other.leaving
+            and other.may_serve(link.revision)
+            and (other.session is not None or other.retry_at <= now)
+        ]
+        return max(others, key=lambda other: other.opened, default=None)
+
+    def silent(self, now: float, patience_s: float) -> list[Session]:
+        """Leave replicas that say nothing for so long though they have requests, if another can take those.
+
+        For twice as long as the slowest answer took, where that is longer.
+
+        Returns their sessions, to be closed. A request is moved so once, and where all are slow it stays where it is.
+        """
+        found = []
+        slowest_s = max((link.session.slowest_s for link in self if link.session is not None), default=0.0)
+        patience_s = max(patience_s, 2 * max(slowest_s, self._slowest_s))
+        for link in self if self.count > 1 else ():
+            session = link.session
+            if session is None or not _is_silent(link, now - patience_s):
+                continue
+            moving, other = session.asked(), self.other(link, now)
+            if other is None or _is_silent(other, now - patience_s) or all(request.moved for request in moving):
+                continue
+            if not _goes_on(other, session.silent_since):  # they may be as slow, and this one was asked first
+                continue
+            if not other.opened:
+                self._open(other, now)
+                continue
+            for request in moving:
+                request.moved = True
+            why = f"{link.replica.address}: it had requests and said nothing for {patience_s:.3g} s"
+            self.strike(link, TeacherTimeoutError(why))
+            found.append(session)
+        return found
+
+    def _put_aside(self, link: Link, error: SchoolhouseError, now: float) -> None:
+        self._tiers.clear()
+        self._next_opening_at = 0.0
+        link.error = error
+        link.failures += 1
+        longest_s = _LONGEST_REST_S if link.strikes else _LONGEST_BACKOFF_S
+        link.retry_at = now + backoff_s(link.failures, self._random, longest_s=longest_s)
+        self._drop_gone()
+
+    def _drop_gone(self) -> None:
+        for link in self:
+            if not link.listed and link.session is None:
+                del self._by_address[link.replica.address]
+
+    def overdue(self, now: float) -> list[Session]:
+        """Sessions to close: those that leave and are idle, and those that did not open in time."""
+        idle = [link.session for link in self if link.leaving and not link.requests]
+        slow = [link.session for link in self if not link.opened and now >= link.give_up_at]
+        return [session for session in {*idle, *slow} if session is not None]
+
+    def waiting_where_it_ends(self) -> list[Request]:
+        """Take requests back that were not sent yet to replicas that stop, if another one is open."""
+        if not any(link.opened and not link.leaving for link in self):
+            return []
+        ending = [link.session for link in self if link.leaving and link.session is not None]
+        return [request for session in ending for request in session.take_back()]
+
+    def due_at(self, now: float, *, wanted: bool) -> float | None:
+        """When there may be something to do: an opening takes too long, or, if `wanted`, one is to be tried again."""
+        times = [link.give_up_at for link in self if link.session is not None and not link.opened]
+        if wanted:
+            fresh = [link for link in self if link.session is None and not link.leaving]
+            times += [max(link.retry_at, self._next_opening_at) for link in fresh]
+        return min((at for at in times if at > now), default=None)
+
+    def hopeless(self, revision: str, now: float) -> SchoolhouseError | None:
+        """Why waiting would not help a request of that revision, if so."""
+        listed = [link for link in self if link.listed]
+        mine = [link for link in listed if link.may_serve(revision)]
+        if mine and not all(link.refuses(now) for link in mine):
+            return None
+        if mine and not isinstance(mine[0].error, RevisionChangedError):
+            return mine[0].error
+        others = {link.revision for link in listed if link.revision not in ("", revision)}
+        others |= {choice for link in mine if link.error is not None for choice in link.error.choices}
+        return RevisionChangedError("", choices=sorted(others)) if listed else None
+
+    def tried(self) -> str:
+        """What became of each replica, in words."""
+        return "; ".join(map(_state, self)) or "the directory lists none"
+
+
+def _is_silent(link: Link, since: float) -> bool:
+    silent_since = link.session.silent_since if link.session is not None and link.opened else None
+    return silent_since is not None and silent_since <= since
+
+
+def _goes_on(link: Link, since: float | None) -> bool:
+    """Whether it has answered since then, or has nothing to answer."""
+    session = link.session
+    if session is None or not link.opened or session.silent_since is None or since is None:
+        return True
+    return session.answered_at > since
+
+
+def _those(tiers: list[list[Link]], wanted: Callable[[Link], bool]) -> list[list[Link]]:
+    return [found for tier in tiers if (found := [link for link in tier if wanted(link)])]
+
+
+def _state(link: Link) -> str:
+    address = link.replica.address
+    if link.error is not None:
+        return f"{address}: {link.error.message.removeprefix(f'{address}: ')}"
+    if link.leaving:
+        return f"{address}: it is about to stop"
+    return f"{address}: open" if link.opened else f"{address}: not open yet"

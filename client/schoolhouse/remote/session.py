@@ -1,0 +1,420 @@
+"""One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from google.protobuf.message import Message
+from schoolhouse_wire import background, framing, memory
+from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.rpc import channel, status
+from schoolhouse_wire.rpc.forks import grpc
+from schoolhouse_wire.rpc.security import ClientSecurity
+from schoolhouse_wire.same_host import pipes
+from schoolhouse_wire.same_host import shared_memory as same_host
+from schoolhouse_wire.same_host.shared_memory import ClientSegment
+from schoolhouse_wire.v1 import teacher_pb2
+
+from schoolhouse.errors import (
+    CorruptPayloadError,
+    FeatureMismatchError,
+    ProtocolError,
+    SchoolhouseError,
+    TeacherInternalError,
+    TeacherUnavailableError,
+)
+from schoolhouse.remote.flow_control import Window
+from schoolhouse.remote.owner import Owner
+from schoolhouse.remote.request import Request, Traffic, features_of
+
+_WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # what came is not what was asked for
+_BROKEN = (TeacherInternalError, CorruptPayloadError)  # that a replica says: another may do better
+
+
+class Session:
+    """A stream to one replica."""
+
+    def __init__(
+        self,
+        address: str,
+        teacher: str,
+        *,
+        job: str,
+        weight: float,
+        shared_memory: bool,
+        checksums: bool,
+        tune_allocator: bool,
+        security: ClientSecurity,
+        revision: str = "",
+        owner: Owner,
+        clock: Callable[[], float],
+    ) -> None:
+        self.address = address
+        self.alive = self.draining = False
+        self.others_queued = 0  # requests of others that waited for the replica's device when it last answered
+        self.answered_at = float("-inf")
+        self.slowest_s = 0.0  # that an answer took, from when the replica was asked
+        lacks = same_host.lacks()
+        self._transport = (  # until the replica's hello
+            f"stream: shared memory needs {lacks}, which this system ({sys.platform}) does not have"
+            if shared_memory and lacks
+            else "stream: shared memory is switched off here"
+        )
+        self._overflowed = 0  # replies that found no room in shared memory
+        self._requests = self._sent_bytes = self._received_bytes = 0
+        self._open_message = teacher_pb2.Open(
+            protocol=channel.PROTOCOL,
+            teacher=teacher,
+            job=job,
+            weight=weight,
+            shared_memory=shared_memory and not lacks,
+            checksums=checksums,
+            revision=revision,
+        )
+        self._tune_allocator = tune_allocator
+        self._security = security
+        self._owner = owner
+        self._clock = clock
+        self._outbox: Outbox[Message | bytes] = Outbox()
+        self._segment: ClientSegment | None = None
+        self._pipes: pipes.Pipes | None = None
+        self._attached: Message | None = None  # after it our messages go through pipes
+        self._window: Window[Request] = Window()
+        self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
+        self._hello = teacher_pb2.Opened()
+        self._said_at = self._heard_at = self._busy_since = clock()
+
+    @property
+    def transport(self) -> str:
+        """How features come, and why so."""
+        if not self._overflowed:
+            return self._transport
+        return f"{self._transport}, and the stream for {self._overflowed} replies that found no room there"
+
+    @property
+    def outstanding(self) -> int:
+        """Requests given to this session that have no answer yet."""
+        return len(self._window)
+
+    @property
+    def silent_since(self) -> float | None:
+        """Since when the replica says nothing, although it has requests; None if it has none."""
+        if not self.alive or not self._window.in_flight:
+            return None
+        return max(self._heard_at, self._busy_since)
+
+    def asked(self) -> list[Request]:
+        """The requests that the replica has."""
+        return self._window.asked()
+
+    @property
+    def reads_here(self) -> bool:
+        """Whether this thread is the one that receives its answers, as in a callback of a future."""
+        return self._reader is threading.current_thread()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the answered requests of this session moved."""
+        return Traffic(self._requests, self._sent_bytes, self._received_bytes)
+
+    @property
+    def revision(self) -> str:
+        """Of the replica, once it said hello."""
+        return self._hello.revision
+
+    def start(self) -> None:
+        """Begin to connect; the owner is told how that ends."""
+        if self._tune_allocator:
+            memory.keep_freed_memory()
+        self._channel = channel.connect(self.address, self._security)
+        stub = self._channel.stream_stream(
+            channel.SESSION_METHOD,
+            request_serializer=framing.write_message,
+            response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
+        )
+        self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
+        self._call: Any = stub(self._sent())
+        name = f"schoolhouse-session-{self.address}"
+        self._reader = background.thread(self._read, name=name, on_death=self._on_error)
+        self._reader.start()
+
+    def send(self, request: Request) -> bool:
+        """Queue a request for this replica; False if the session has ended."""
+        if not self.alive or not self._window.add(request):
+            return False
+        self._pump()
+        return True
+
+    def take_back(self) -> list[Request]:
+        """What was not sent yet, or was sent back: it is not this session's any more."""
+        return self._window.take_back()
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, and tell the replica, once the stream is ready for it.
+
+        It takes no lock: the garbage collector may come here from a thread that holds one.
+        """
+        self._outbox.put(self._cancellation(request))
+
+    def _cancellation(self, request: Request) -> Iterator[Message]:
+        request_id = self._window.remove(request)
+        self._pump()
+        if request_id is None:
+            return
+        self._partial.pop(request_id, None)
+        yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
+
+    def close(self) -> None:
+        """End the stream; what is unanswered goes to the owner's `on_loss`."""
+        self._outbox.close()
+        if self._pipes is not None:
+            self._pipes.close()
+        self._call.cancel()
+        self._channel.close()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until a closed session's thread is at its end."""
+        self._reader.join(timeout_s)
+
+    def _pump(self) -> None:
+        """Send what waits, as far as the window goes."""
+        idle = not self._window.in_flight  # before: another thread may send meanwhile
+        while (found := self._window.next()) is not None:
+            found[1].asked_at = self._clock()
+            if idle:
+                self._busy_since, idle = found[1].asked_at, False
+            self._outbox.put(self._messages(*found))
+
+    def renew(self) -> float | None:
+        """Tell the replica that this client lives, unless it heard so lately; returns when to ask again."""
+        if not self.alive or not self._hello.lease_s:
+            return None
+        now, every = self._clock(), self._hello.lease_s / 3
+        if now < self._said_at + every:
+            return self._said_at + every
+        self._outbox.put(iter([teacher_pb2.ClientMessage(renew=teacher_pb2.Renew())]))
+        return now + every
+
+    def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
+        def head(payload: teacher_pb2.Payload) -> Message:
+            call = teacher_pb2.Call(
+                request_id=request_id,
+                taps=request.wanted.to_wire(),
+                revision=request.revision,
+                timeout_s=max(request.deadline - self._clock(), 0.001),
+                inputs=request.outgoing.header,
+                payload=payload,
+                traceparent=request.sent(),
+                alone=request.alone,
+            )
+            framing.add_checksum(call)
+            return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
+
+        segment = self._segment
+        try:
+            yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
+        except GeneratorExit:
+            raise
+        except BaseException as err:  # of this request alone, and the stream goes on
+            self.cancel(request)
+            background.failed(err, "sending a request", request.give_up)
+
+    def _sent(self) -> Iterator[Message | bytes]:
+        """What goes to the replica over the stream; gRPC's thread takes it."""
+        try:
+            yield from self._outgoing()
+        except GeneratorExit:
+            raise
+        except BaseException as err:
+            background.failed(err, "what is sent to a replica", lambda _error: self._call.cancel())
+
+    def _outgoing(self) -> Iterator[Message | bytes]:
+        """What goes through pipes is sent meanwhile."""
+        through = None
+        for message in self._outbox:
+            self._said_at = self._clock()
+            if through is None:
+                yield message
+                through = self._pipes if message is self._attached else None
+            elif not through.send(framing.write_message(message)):
+                return
+
+    def _arrivals(self) -> Iterator[Any]:
+        for message in self._call:
+            yield message
+            if self._pipes is not None:
+                break
+        for data in self._pipes or ():
+            yield framing.read_message(teacher_pb2.ServerMessage, data)
+        yield from self._call  # why it ended
+
+    def _read(self) -> None:
+        error: SchoolhouseError
+        try:
+            for message in self._arrivals():
+                self._receive(message)
+            error = TeacherUnavailableError(f"the teacher at {self.address} ended the session")
+        except grpc.RpcError as err:
+            error = status.from_rpc_error(err, self.address)
+        except SchoolhouseError as err:  # the stream itself is broken: a frame that fits nothing
+            error = err
+        self._end(error)
+
+    def _on_error(self, error: BaseException) -> None:
+        what = f"{self.address} sent what this client cannot read: {type(error).__name__}; its log says more"
+        self._end(ProtocolError(what))
+
+    def _end(self, error: SchoolhouseError) -> None:
+        self.alive = False
+        lost = self._window.end()
+        background.run(self._free, "freeing what a session had", background.go_on)
+
+        def give_up(err: BaseException) -> None:
+            for request in lost:
+                request.give_up(err)
+            self._owner.on_loss(self, [], error)
+
+        background.run(lambda: self._owner.on_loss(self, lost, error), "telling of a session's end", give_up)
+
+    def _free(self) -> None:
+        self._partial.clear()
+        segment, self._segment = self._segment, None
+        with contextlib.ExitStack() as freeing:  # each of these, whatever another one raises
+            if segment is not None:
+                freeing.callback(segment.close)
+            freeing.callback(self._outbox.clear)
+            freeing.callback(self.close)
+
+    def _receive(self, message: Any) -> None:
+        self._heard_at = self._clock()
+        if isinstance(message, framing.Frame):
+            self._on_frame(message)
+            return
+        if message.released and self._segment is not None:
+            for offset in message.released:
+                self._segment.free(offset)
+        if message.HasField("reply"):
+            self._on_reply(message.reply)
+        elif message.HasField("failure"):
+            request = self._take(message.failure.request_id)
+            if request is not None:
+                request.or_fail(self._on_failure, request, status.from_failure(message.failure))
+            self._pump()
+        elif message.HasField("wait"):
+            self._window.wait(message.wait.request_id)
+        elif message.HasField("resume"):
+            self._window.resume()
+            self._pump()
+        elif message.HasField("opened"):
+            self._on_opened(message.opened)
+        elif message.HasField("draining"):
+            self.draining = True
+            self._owner.on_draining(self)
+
+    def _on_failure(self, request: Request, error: SchoolhouseError) -> None:
+        if isinstance(error, TeacherUnavailableError):
+            self._owner.on_unavailable(self, request, error)
+        elif isinstance(error, _BROKEN):
+            self._owner.on_broken(self, request, error)
+        else:
+            request.fail(error)
+
+    def _on_bad_answer(self, request_id: int, error: SchoolhouseError) -> None:
+        request = self._window.get(request_id)
+        if request is None:  # cancelled meanwhile
+            return
+        if isinstance(error, _WRONG):
+            self._take(request_id)
+            request.or_fail(self._owner.on_wrong, self, request, error)
+        else:
+            self.cancel(request)
+            request.fail(error)
+
+    def _on_opened(self, opened: teacher_pb2.Opened) -> None:
+        if self._open_message.shared_memory:
+            self._attach(opened)
+        self._hello = opened
+        self._window.grant(opened)
+        self.alive = True
+        self._owner.on_opened(self)
+
+    def _attach(self, opened: teacher_pb2.Opened) -> None:
+        if not opened.HasField("shared_memory"):
+            self._transport = "stream: the replica offers no shared memory"
+            return
+        try:
+            self._segment = same_host.attach(opened.shared_memory, self._outbox, checksums=self._open_message.checksums)
+            self._transport = "shared memory"
+        except OSError as err:
+            reason = err.strerror or err
+            self._transport = f"stream: the replica is on another machine or its memory cannot be opened: {reason}"
+        if self._segment is not None:
+            with contextlib.suppress(OSError):
+                self._pipes = pipes.open_offered(opened.shared_memory)
+                end = self._pipes.end
+                if not self._call.add_callback(background.called(end, "ending pipes", background.go_on)):
+                    end()  # it has ended already
+        attached = teacher_pb2.Attached(attached=self._segment is not None, pipes=self._pipes is not None)
+        self._attached = teacher_pb2.ClientMessage(attached=attached)
+        self._outbox.put(iter([self._attached]))
+
+    def _on_reply(self, reply: teacher_pb2.Reply) -> None:
+        request = self._window.get(reply.request_id)
+        if request is None:  # cancelled
+            self._refuse(reply.payload)
+            return
+        try:
+            incoming = framing.Incoming(reply.features, reply.payload, request.limits, self._segment)
+        except SchoolhouseError as err:
+            self._refuse(reply.payload)
+            self._on_bad_answer(reply.request_id, err)
+            return
+        if incoming.complete:
+            self._finish(reply, incoming)
+        else:
+            self._partial[reply.request_id] = reply, incoming
+            if reply.request_id not in self._window:  # cancelled meanwhile, before it could be found there
+                self._partial.pop(reply.request_id, None)
+
+    def _refuse(self, payload: teacher_pb2.Payload) -> None:
+        if self._segment is not None and payload.HasField("shared"):
+            self._segment.refuse(payload.shared)
+
+    def _on_frame(self, frame: framing.Frame) -> None:
+        partial = self._partial.get(frame.request_id)
+        if partial is None:
+            return  # cancelled
+        reply, incoming = partial
+        try:
+            incoming.add(frame.offset, frame.data, frame.digest)
+        except SchoolhouseError as err:
+            self._on_bad_answer(frame.request_id, err)
+            return
+        if incoming.complete:
+            self._overflowed += self._segment is not None
+            self._finish(reply, incoming)
+
+    def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> None:
+        request = self._take(reply.request_id)
+        if request is None:
+            return
+        self._requests += 1
+        self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
+        self._received_bytes += incoming.nbytes + len(reply.features)
+        self.slowest_s = max(self.slowest_s, self._clock() - request.asked_at)
+        self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
+        request.answered_by = self.address
+        try:
+            request.received(incoming.nbytes + len(reply.features))
+            request.resolve(features_of(request, reply, incoming))
+        except _WRONG as err:
+            request.or_fail(self._owner.on_wrong, self, request, err)
+        except Exception as err:  # no memory for what was packed, for one: it is this request's alone
+            request.fail(err)
+        self._pump()  # after the answer is delivered: who waits for it goes on meanwhile
+
+    def _take(self, request_id: int) -> Request | None:
+        self._partial.pop(request_id, None)
+        return self._window.take(request_id)

@@ -1,0 +1,310 @@
+"""RemoteTeacher: the Teacher protocol over gRPC."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from schoolhouse_wire import background, framing
+from schoolhouse_wire.encodings import Encoding
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.values.codec import Arguments
+
+from schoolhouse.errors import RevisionChangedError, SchoolhouseError, TeacherUnavailableError, UsageError
+from schoolhouse.lm_head.head import Head
+from schoolhouse.remote import directory
+from schoolhouse.remote.dispatcher import Dispatcher
+from schoolhouse.remote.facts import Facts
+from schoolhouse.remote.heads import FetchedHeads
+from schoolhouse.remote.replica_set import ReplicaSet
+from schoolhouse.remote.request import Request, Traffic, traced
+from schoolhouse.remote.session import Session
+from schoolhouse.remote.settings import Settings
+from schoolhouse.remote.verification import Pair, Verification, Verifier
+from schoolhouse.taps import Tap, TapLike
+from schoolhouse.teachers.local import Features, TeacherDescription
+from schoolhouse.teachers.query import Wanted
+from schoolhouse.tracing import tracer
+
+_LIMITS, _HEAD_LIMITS = Limits(), Limits(max_payload_bytes=16 << 30)
+_ASK_AGAIN_S = 0.25
+_FOLLOW_TIMEOUT_S = 2.0  # that a submit waits for the facts of a new revision, and then goes on with the last one
+
+
+class RemoteTeacher:
+    """A teacher behind gRPC. It connects at the first use and again in a process that was forked from this one."""
+
+    def __init__(self, url: str, **settings: Any) -> None:
+        """Without connecting; the settings are those of `connect`, but without a `head_folder` heads stay in memory,
+        and `security`, a `ClientSecurity`, stands for `ca` to `insecure`.
+        """
+        self.url = url
+        self._target, self._name, host, tls = directory.parse(url)
+        given = Settings(**settings)
+        self._settings = dataclasses.replace(given, security=given.security.towards(host, tls=tls))
+        self._settings.security.allow(self._target)
+        self._tracer = tracer(self._settings.tracing)
+        self._closed = False
+        self._pinned = self._settings.revision  # the one that it began with, also in a copy and after a fork
+        self._inherited: ReplicaSet | None = None  # what the process knew that this one was forked from
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+        self._facts: Facts | None = None
+        self._dispatcher: Dispatcher | None = None
+        self._verifier = Verifier(self._name, self._settings.verify_every, self._settings.verify_tolerance)
+        self._follow_at = 0.0  # when to ask for the facts of a new revision again
+        self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
+        self._pid = os.getpid()  # last: other threads of a fork must not use what is the parent's
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (self.url, self._settings, self._pinned))
+
+    def __repr__(self) -> str:
+        return f"RemoteTeacher({self.url!r})"
+
+    def __enter__(self) -> "RemoteTeacher":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def describe(self) -> TeacherDescription:
+        """What the teacher is, from the teacher itself, and how its features come: asks a replica for that."""
+        facts, dispatcher = self._connected()
+        dispatcher.open_one(facts.revision)
+        found = sorted({session.transport for session in self.open_sessions()})
+        return dataclasses.replace(facts.description, transport="; ".join(found) or "none: no session is open")
+
+    def facts(self) -> TeacherDescription:
+        """What `describe` says of the teacher itself; asked once, and its revision is what every reply must be of."""
+        return self._connected()[0].description
+
+    def _connected(self) -> tuple[Facts, Dispatcher]:
+        if self._pid != os.getpid():
+            self._inherited = self._dispatcher.known if self._dispatcher is not None else self._inherited
+            self._reset()
+        with self._lock:
+            if self._facts is None or self._dispatcher is None:
+                self._facts, self._dispatcher = self._connect()
+                if self._closed:  # meanwhile, by who could not see the dispatcher yet
+                    self._dispatcher.close()
+            elif self._settings.follow_revisions and self._dispatcher.current not in ("", self._facts.revision):
+                self._follow(self._dispatcher)
+            return self._facts, self._dispatcher
+
+    def _connect(self) -> tuple[Facts, Dispatcher]:
+        found, facts = self._first_facts()
+        if not self._settings.follow_revisions:
+            self._pinned = facts.revision
+        dispatcher = Dispatcher(self._target, self._name, self._pinned, self._settings, found)
+        weakref.finalize(self, dispatcher.close).atexit = False
+        return facts, dispatcher
+
+    def _first_facts(self) -> tuple[ReplicaSet, Facts]:
+        """Ask the directory, and a replica; both again while no replica answers, until the connect timeout."""
+        timeout_s = self._settings.connect_timeout_s
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(deadline - time.monotonic(), 0.001)
+            found = self._find(left_s)
+            revision = self._pinned or (found.current if found.serves(found.current) else "")
+            try:
+                return found, self._learn(found, revision, max(deadline - time.monotonic(), 0.001))
+            except TeacherUnavailableError:
+                if time.monotonic() + _ASK_AGAIN_S > deadline:
+                    raise
+            time.sleep(_ASK_AGAIN_S)
+
+    def _find(self, timeout_s: float) -> ReplicaSet:
+        if self._inherited is not None:
+            timeout_s /= 2  # the rest is for a replica, if the directory does not answer
+        try:
+            return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
+        except TeacherUnavailableError:
+            if self._inherited is None:
+                raise
+            return self._inherited
+
+    def _learn(self, found: ReplicaSet, revision: str, timeout_s: float) -> Facts:
+        addresses = [replica.address for replica in found.of(revision)]
+        if not addresses and found.replicas:
+            raise directory.revision_changed(self._name, self._target, revision, found.revisions())
+        return Facts(*directory.describe(addresses, self._name, revision, timeout_s, self._settings.security))
+
+    def _follow(self, dispatcher: Dispatcher) -> None:
+        """Learn about a new revision. Without an answer the last one is gone on with, as long as it is there."""
+        if time.monotonic() < self._follow_at:
+            return
+        timeout_s = min(_FOLLOW_TIMEOUT_S, self._settings.connect_timeout_s)
+        with contextlib.suppress(SchoolhouseError):
+            self._facts = self._learn(dispatcher.known, dispatcher.current, timeout_s)
+        self._follow_at = time.monotonic() + timeout_s
+
+    def submit(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        taps: Iterable[TapLike],
+        *,
+        encodings: Mapping[TapLike, Encoding | None] | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> "Future[Features]":
+        """Send one batch; returns at once. Cancelling the future frees the teacher's slot.
+
+        A replica that is lost, or stops, is no error as long as another one, or itself again, answers in time.
+        `encodings` say how taps travel, `positions` is the mask `[batch, length]` for those that need it. The first
+        request whose hidden states travel in place of logits waits for the teacher's head.
+
+        Raises:
+            UnknownTapError: before anything is sent.
+            ConfigError: for encodings of other taps, or positions that are missing or not needed.
+            UsageError: after `close`; and where a callback of a future is the first to need a head.
+            UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
+            TeacherBusyError: `max_pending` requests are without an answer already.
+
+        The future of a request that is verified raises `FeatureMismatchError` where two replicas disagree.
+        """
+        if self._closed:
+            raise UsageError(f"{self!r} is closed; connect again")
+        facts, dispatcher = self._connected()
+        wanted = facts.wanted(taps, encodings, positions)
+        facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeout_s)
+        inputs = Arguments(args, kwargs)
+        given = inputs if wanted.mask is None else (inputs, wanted.mask)
+        request = self._request(facts, given, wanted, heads, revision=facts.revision)
+        if heads and self._settings.follow_revisions:
+            request.follow = self._follow_with
+        if not self._verifier.is_due():
+            return self._send(dispatcher, request)
+        request.alone = True
+        return Pair(self._verifier, request, functools.partial(self._send, dispatcher)).start(self._again)
+
+    def _with_heads(self, facts: Facts, wanted: Wanted, deadline: float) -> tuple[Facts, dict[Tap, Head]]:
+        """The heads of what is wanted, of the present revision if that one is gone meanwhile and others may follow."""
+        while True:
+            try:
+                names = wanted.heads().items()
+                return facts, {tap: self._heads.get(facts.revision, name, tap.module) for tap, name in names}
+            except RevisionChangedError:
+                if not self._settings.follow_revisions or time.monotonic() + _ASK_AGAIN_S > deadline:
+                    raise
+            time.sleep(_ASK_AGAIN_S)
+            facts, _ = self._connected()
+
+    def _follow_with(self, request: Request) -> None:
+        """Have a request whose revision is gone answered by the present one, with the heads of that one.
+
+        In a thread of its own, as heads may have to be asked for.
+        """
+        try:
+            facts, dispatcher = self._connected()
+            while facts.revision == request.revision and not (request.done or self._closed):
+                time.sleep(_ASK_AGAIN_S)
+                facts, dispatcher = self._connected()
+            facts, request.heads = self._with_heads(facts, request.wanted, request.deadline)
+            request.revision = facts.revision
+            dispatcher.dispatch(request)
+        except Exception as err:
+            request.fail(err)
+
+    def _request(
+        self,
+        facts: Facts,
+        inputs: Any,
+        wanted: Wanted,
+        heads: Mapping[Tap, Head],
+        limits: Limits = _LIMITS,
+        *,
+        revision: str,
+    ) -> Request:
+        outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
+        deadline = time.monotonic() + self._settings.timeout_s
+        span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.job)
+        return Request(outgoing, wanted, revision, deadline, heads, limits, span)
+
+    def _again(self, request: Request) -> Request:
+        """The same request, to be answered by another replica."""
+        outgoing, deadline = copy.copy(request.outgoing), time.monotonic() + self._settings.timeout_s
+        return Request(
+            outgoing,
+            request.wanted,
+            request.revision,
+            deadline,
+            request.heads,
+            request.limits,
+            alone=True,
+            apart_from=request.answered_by,
+        )
+
+    def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
+        request_id = dispatcher.outstanding.add(request)
+        # The future must not refer to the request: in a cycle, its features would outlive their use.
+        done = functools.partial(self._done, dispatcher, request_id)
+        request.future.add_done_callback(background.called(done, "forgetting a request", background.go_on))
+        try:
+            dispatcher.dispatch(request)
+        except BaseException:  # no thread could be had, for one: nobody will see the future
+            request.future.cancel()
+            raise
+        return request.future
+
+    def _done(self, dispatcher: Dispatcher, request_id: int, future: "Future[Features]") -> None:
+        """Forget the request. The teacher lives at least until here, as the future's callback refers to it."""
+        request = dispatcher.outstanding.remove(request_id)
+        if request is None:
+            return
+        if future.cancelled():
+            dispatcher.cancel(request)
+        else:
+            dispatcher.forget(request)
+
+    def traffic(self) -> Traffic:
+        """Requests answered so far, and the bytes that they took."""
+        return self._dispatcher.traffic() if self._dispatcher is not None else Traffic()
+
+    def verification(self) -> Verification:
+        """How many requests were computed twice so far, as `verify_every` asks, and how that ended."""
+        return self._verifier.counts
+
+    def open_sessions(self) -> list[Session]:
+        """The sessions with its replicas."""
+        sessions = self._dispatcher.sessions() if self._dispatcher is not None else []
+        return [session for session in sessions if session.alive]
+
+    def close(self) -> None:
+        """End the sessions; what is unanswered fails with `TeacherUnavailableError`.
+
+        It happens by itself when nobody holds the teacher, or a future of its, any more.
+        """
+        self._closed = True
+        if self._dispatcher is not None:
+            self._dispatcher.close()
+
+
+def _rebuild(url: str, settings: Settings, pinned: str) -> RemoteTeacher:
+    teacher = RemoteTeacher(url, **vars(settings))
+    teacher._pinned = pinned
+    return teacher
+
+
+def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments, wanted: Wanted) -> Features:
+    found = teacher()
+    assert found is not None
+    facts, dispatcher = found._connected()
+    if dispatcher.answers_here():
+        raise UsageError(
+            f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
+            "it: answers come in its thread. Submit one such request elsewhere first"
+        )
+    request = found._request(facts, inputs, wanted, {}, _HEAD_LIMITS, revision=revision)
+    return found._send(dispatcher, request).result()

@@ -1,0 +1,257 @@
+"""A feature into its encoding, on the device where it was computed."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from schoolhouse_wire.encodings import Cast, Encoding, Hidden, PerRow, Sampled, TopK
+from schoolhouse_wire.errors import UnsupportedValueError
+from schoolhouse_wire.packed import CastTensor, PositionedRows, SampledRows, ScaledRows, TopKRows
+from schoolhouse_wire.values.codec import Arguments
+from schoolhouse_wire.values.records import record_of
+from schoolhouse_wire.values.tensors import DTYPES
+from schoolhouse_wire.values.tree import map_tensors
+
+_DRAWN_ELEMENTS = 16 << 20  # classes and draws of the rows that are drawn from at a time: 128 MiB of float64
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@torch.no_grad()
+def encode(value: Any, encoding: Encoding | None, mask: torch.Tensor | None = None) -> Any:
+    """A feature as it travels: the structure of `value`, its tensors packed as `encoding` says.
+
+    What is no floating-point tensor, has no element, or would not become smaller travels as computed. For `TopK` and
+    `Sampled`, `value` is logits `[..., classes]` or has them as its field `logits`; its other fields are as computed.
+    For `Hidden`, it is what the head was called with. `mask` `[...]` is that of the positions.
+
+    Raises:
+        UnsupportedValueError: if there are no logits, if the positions do not fit, or if the numbers do not.
+    """
+    if encoding is None:
+        return value
+    if isinstance(encoding, Hidden):
+        inner = encoding.encoding or Encoding()
+        states = hidden_states(value, encoding.head)
+        return encode(states, dataclasses.replace(inner, positions=encoding.positions), mask)
+    logits = logits_of(value) if isinstance(encoding, TopK | Sampled) else None
+    packer = _Packer(encoding, logits, _needed(mask) if encoding.positions else None)
+    packed = map_tensors(value, packer.pack)
+    packer.finish()
+    return packed
+
+
+class _Packer:
+    """Packs tensors one by one. Their numbers are checked at the end, so that a device is waited for once."""
+
+    def __init__(self, encoding: Encoding, logits: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        self._encoding = encoding
+        self._logits = logits  # the one tensor to encode; None: all of them
+        self._mask = mask
+        self._packed: dict[int, tuple[torch.Tensor, Any]] = {}  # a tensor that stands twice is encoded once
+        self._fitted = False
+        self._doubts: list[_Doubt] = []
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return tensor
+        if id(tensor) not in self._packed:
+            encoded = self._logits is None or tensor is self._logits
+            self._packed[id(tensor)] = (tensor, self._pack(tensor, encoded))
+        return self._packed[id(tensor)][1]
+
+    def _pack(self, tensor: torch.Tensor, encoded: bool) -> Any:
+        mask = self._mask
+        if mask is None or tensor.dim() <= mask.dim() or tensor.shape[: mask.dim()] != mask.shape:
+            return self._encoded(tensor) if encoded else tensor
+        self._fitted |= encoded
+        index = mask.flatten().nonzero().squeeze(1).to(tensor.device)
+        rows = tensor.flatten(0, mask.dim() - 1).index_select(0, index)
+        return PositionedRows(mask, self._encoded(rows) if encoded else rows)
+
+    def _encoded(self, tensor: torch.Tensor) -> Any:
+        encoding = self._encoding
+        if isinstance(encoding, TopK):
+            return _top_k(tensor, encoding)
+        if isinstance(encoding, Sampled):
+            return _sampled(tensor, encoding)
+        if isinstance(encoding, Cast) and tensor.numel() and encoding.dtype.itemsize < tensor.dtype.itemsize:
+            return _cast(tensor, encoding.dtype, self._doubts)
+        if isinstance(encoding, PerRow) and tensor.numel() and tensor.dim() and tensor.dtype.itemsize > 1:
+            return _scaled_rows(tensor, encoding.dtype, self._doubts)
+        return tensor
+
+    def finish(self) -> None:
+        """Raise UnsupportedValueError for the first tensor that the encoding could not hold."""
+        if self._mask is not None and not self._fitted:
+            raise UnsupportedValueError(
+                f"positions were asked for with a mask of the shape {tuple(self._mask.shape)}, and the feature has no "
+                "floating-point tensor of that leading shape and more dimensions; give a mask of the tokens' shape, "
+                "[batch, length], or ask for this tap without positions"
+            )
+        if self._doubts:
+            device = self._doubts[0].raised.device
+            raised = torch.stack([doubt.raised.to(device) for doubt in self._doubts]).tolist()
+            for doubt in itertools.compress(self._doubts, raised):
+                if doubt.holds():
+                    raise UnsupportedValueError(doubt.message)
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """What a cheap look at a tensor's numbers raised, a bool on its device; `holds` looks closely, and rarely."""
+
+    raised: torch.Tensor
+    holds: Callable[[], bool]
+    message: str
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, doubts: list[_Doubt]) -> CastTensor:
+    values = tensor.to(dtype)
+    lowest, highest = values.aminmax()
+    choices = "as computed" if dtype == torch.bfloat16 else "bf16, or as computed"
+    doubts.append(
+        _Doubt(
+            ~(lowest.isfinite() & highest.isfinite()),
+            lambda: bool((values.isinf() & tensor.isfinite()).any()),
+            f"a tensor of the shape {tuple(tensor.shape)} has numbers beyond {torch.finfo(dtype).max:g}, which {dtype} "
+            f"cannot hold; choices: {choices}",
+        )
+    )
+    return CastTensor(values, DTYPES[tensor.dtype])
+
+
+def _scaled_rows(tensor: torch.Tensor, dtype: torch.dtype, doubts: list[_Doubt]) -> ScaledRows:
+    wide = _widen(tensor)
+    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    # A scale below the smallest normal number has few digits, or none: rows so small lose theirs instead.
+    scales = (wide.abs().amax(dim=-1, keepdim=True) / limit).float().clamp(min=_TINY)
+    doubts.append(
+        _Doubt(
+            ~scales.isfinite().all(),
+            lambda: True,
+            f"a tensor of the shape {tuple(tensor.shape)} has a row with NaN, inf, or numbers that float32 cannot "
+            "hold, for which there is no scale; choices: bf16, as computed, or, of logits, topk",
+        )
+    )
+    scaled = wide / scales
+    return ScaledRows((scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scales, DTYPES[tensor.dtype])
+
+
+def _top_k(logits: torch.Tensor, encoding: TopK) -> TopKRows:
+    """The k largest of logits `[..., classes]`."""
+    classes = logits.shape[-1]
+    scaled = _scaled(logits, encoding.temperature)
+    values, indices = scaled.topk(min(encoding.k, classes), dim=-1)
+    tail = scaled.scatter(-1, indices, -torch.inf).logsumexp(dim=-1)
+    values = values.to(logits.dtype) if encoding.temperature == 1 else values
+    return TopKRows(values, indices.to(_index_dtype(classes)), tail, classes, float(encoding.temperature))
+
+
+def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
+    """Draws from logits `[..., classes]`: the distinct classes of each row, their counts and log-probabilities."""
+    if encoding.seed is None:
+        raise ValueError("an encoding that draws has no seed; give one by seeded(encoding, seed)")
+    classes, n = logits.shape[-1], encoding.n
+    rows = logits.reshape(-1, classes)
+    generator = torch.Generator(logits.device).manual_seed(encoding.seed)
+    parts = torch.split(rows, max(1, _DRAWN_ELEMENTS // (classes + n)))
+    draws, norms = map(torch.cat, zip(*(_draws(part, encoding, generator) for part in parts), strict=True))
+    if not bool(norms.isfinite().all()):
+        raise UnsupportedValueError(
+            "logits hold NaN, inf, or no number above -inf in a row, so that nothing can be drawn from it; choices: "
+            "topk, bf16, as computed, or at_positions, for a mask that leaves such rows out"
+        )
+    indices, counts = _distinct(draws)
+    log_probs = (_scaled(rows.gather(1, indices.long()), encoding.temperature) - norms).masked_fill(counts == 0, 0.0)
+    shape = (*logits.shape[:-1], indices.shape[1])
+    return SampledRows(
+        indices.to(_index_dtype(classes)).reshape(shape),
+        counts.to(torch.uint8 if n <= 255 else torch.uint16).reshape(shape),
+        log_probs.reshape(shape),
+        n,
+        classes,
+        float(encoding.temperature),
+    )
+
+
+def _draws(logits: torch.Tensor, encoding: Sampled, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes `[rows, n]` drawn from logits `[rows, classes]`, and the log-sum-exp `[rows, 1]`.
+
+    In float64: torch.multinomial sums in the dtype of the probabilities, and in float32 a class of a probability below
+    3e-8, of which a vocabulary has many, adds nothing to a sum that is near 1, so that it would never be drawn.
+    """
+    scaled = _scaled(logits, encoding.temperature)
+    norm = scaled.logsumexp(dim=-1, keepdim=True)
+    cumulative = (scaled - norm).double().exp().cumsum_(dim=1)
+    shape = (len(logits), encoding.n)
+    places = torch.rand(shape, dtype=torch.float64, device=logits.device, generator=generator)
+    return torch.searchsorted(cumulative, places * cumulative[:, -1:], right=True).int(), norm
+
+
+def _distinct(draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct classes of each row of draws `[rows, n]`, and how often they stand there, padded with 0 and 0."""
+    ordered = draws.sort(dim=1).values
+    starts = torch.ones_like(ordered)
+    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    place = starts.cumsum(dim=1) - 1
+    width = int(place.max()) + 1 if len(draws) else 0
+    empty = ordered.new_zeros(len(draws), width)
+    return empty.scatter(1, place, ordered), empty.scatter_add(1, place, torch.ones_like(ordered))
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    wide = _widen(logits)
+    return wide if temperature == 1 else wide / temperature
+
+
+def _index_dtype(classes: int) -> torch.dtype:
+    return torch.uint16 if classes <= 1 << 16 else torch.int32
+
+
+def _needed(mask: torch.Tensor | None) -> torch.Tensor:
+    if not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool or not mask.dim():
+        came = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise UnsupportedValueError(f"the mask of the positions is {came}; a bool tensor [batch, length] is needed")
+    return mask
+
+
+def logits_of(value: Any) -> torch.Tensor:
+    """The logits `[..., classes]` of a feature: itself, or its field `logits`.
+
+    Raises:
+        UnsupportedValueError: if it has none.
+    """
+    record = record_of(value)
+    logits = value if record is None else record.fields.get("logits")
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point() or not logits.dim():
+        raise UnsupportedValueError(
+            f"an encoding of logits was asked for, and the feature is a {type(value).__qualname__} that is, or has as "
+            "`.logits`, no floating-point tensor [..., classes]; choices: tap the layer that returns them, such as "
+            "'lm_head', or ask for another encoding, such as bf16 or int8"
+        )
+    if not logits.shape[-1]:
+        raise UnsupportedValueError(f"the logits have the shape {tuple(logits.shape)}, which has no classes")
+    return logits
+
+
+def hidden_states(value: Any, head: str) -> torch.Tensor:
+    """The one floating-point tensor that the head was called with.
+
+    Raises:
+        UnsupportedValueError: if there is another number of them.
+    """
+    given = [*value, *value.kwargs.values()] if isinstance(value, Arguments) else [value]
+    states = [item for item in given if isinstance(item, torch.Tensor) and item.is_floating_point()]
+    if len(states) != 1:
+        raise UnsupportedValueError(
+            f"the head {head!r} was called with {len(states)} floating-point tensors, and hidden states are one; "
+            "choices: another head, or another encoding, such as topk, bf16 or int8"
+        )
+    return states[0]

@@ -1,0 +1,99 @@
+"""Channel and server options that both sides must agree on."""
+
+from typing import Any, NamedTuple
+
+from schoolhouse_wire.limits import FRAME_BYTES, Limits
+from schoolhouse_wire.rpc import forks
+from schoolhouse_wire.rpc.forks import grpc
+from schoolhouse_wire.rpc.security import ClientSecurity
+
+PROTOCOL = 4
+SESSION_METHOD = "/schoolhouse.v1.TeacherService/Session"
+MAX_MESSAGE_BYTES = Limits().max_header_bytes + FRAME_BYTES
+TOKEN_KEY, TOKEN_PREFIX = "authorization", "Bearer "  # metadata of an RPC
+_CLIENT_PING_MS = 30_000
+_SERVER_MIN_PING_MS = 10_000  # strictly below the client's interval, or a long forward ends in too_many_pings
+
+_COMMON: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # identity alone: nothing that comes is ever inflated
+]
+
+CLIENT_OPTIONS: list[tuple[str, int | str]] = [
+    *_COMMON,
+    ("grpc.keepalive_time_ms", _CLIENT_PING_MS),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+SERVER_OPTIONS: list[tuple[str, int | str]] = [
+    *_COMMON,
+    ("grpc.max_concurrent_streams", 64),  # of one connection
+    ("grpc.max_allowed_incoming_connections", 2048),
+    ("grpc.server_handshake_timeout_ms", 20_000),  # for a connection that does not say what it is for
+    ("grpc.max_connection_idle_ms", 60_000),  # without a stream; a channel connects again as it is used
+    ("grpc.http2.min_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),  # received ones; gRPC's C name for it
+    ("grpc.http2.max_ping_strikes", 2),
+    ("grpc.so_reuseport", 0),
+]
+
+
+def connect(target: str, security: ClientSecurity = ClientSecurity()) -> grpc.Channel:
+    """A channel to `target`; it connects at its first use. Each RPC of it carries the token, if there is one.
+
+    Raises:
+        ConfigError: `target` may be on another machine, and `security` is plaintext that was not asked for by name.
+    """
+    security.allow(target)
+    forks.before_grpc()
+    opened = _opened(target, security)
+    if not security.token:
+        return opened
+    return grpc.intercept_channel(opened, _with_token(security.token))
+
+
+def _opened(target: str, security: ClientSecurity) -> grpc.Channel:
+    if not security.tls:
+        return grpc.insecure_channel(target, options=CLIENT_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(security.ca, security.key, security.cert)
+    options = [*CLIENT_OPTIONS, ("grpc.ssl_target_name_override", security.server_name)]
+    return grpc.secure_channel(target, credentials, options=options)
+
+
+class _Details(NamedTuple):
+    """An RPC's settings, as gRPC's interceptors take them."""
+
+    method: str
+    timeout: float | None
+    metadata: list[tuple[str, str | bytes]]
+    credentials: Any
+    wait_for_ready: bool | None
+    compression: Any
+
+
+class _WithToken:
+    """Adds the token to the metadata of each RPC; the messages of a stream don't pass here."""
+
+    def __init__(self, token: str) -> None:
+        self._entry = (TOKEN_KEY, f"{TOKEN_PREFIX}{token}")
+
+    def _continued(self, continuation: Any, given: Any, request: Any) -> Any:
+        metadata = [*(given.metadata or ()), self._entry]
+        rest = (given.credentials, given.wait_for_ready, given.compression)
+        return continuation(_Details(given.method, given.timeout, metadata, *rest), request)
+
+    intercept_unary_unary = intercept_unary_stream = _continued
+    intercept_stream_unary = intercept_stream_stream = _continued
+
+
+def _with_token(token: str) -> Any:
+    """An interceptor of this process's gRPC, whose base classes are others in a fork."""
+    kinds = (
+        grpc.UnaryUnaryClientInterceptor,
+        grpc.UnaryStreamClientInterceptor,
+        grpc.StreamUnaryClientInterceptor,
+        grpc.StreamStreamClientInterceptor,
+    )
+    return type("WithToken", (_WithToken, *kinds), {})(token)

@@ -1,0 +1,189 @@
+"""Messages between processes of one machine, through two pipes without names: a stream's way takes four times as many
+wake-ups of threads.
+"""
+
+import contextlib
+import os
+import select
+import stat
+import struct
+import threading
+import weakref
+from collections.abc import Iterator
+
+from schoolhouse_wire.errors import ProtocolError
+from schoolhouse_wire.rpc.channel import MAX_MESSAGE_BYTES
+from schoolhouse_wire.v1 import teacher_pb2
+
+_LENGTH = struct.Struct("<I")  # before each message
+_READ_BYTES = 64 << 10  # what a pipe holds, unless it was enlarged
+_LAST_READS = 16  # after `end`: more than a pipe holds, and a bound for a peer that goes on all the same
+
+
+class Pipes:
+    """The two ends that one process has: of one thread that sends, and of one that iterates over what arrives."""
+
+    def __init__(self, incoming: int, outgoing: int) -> None:
+        """Own two file descriptors; raises `OSError`, and has closed them, where there is none left for a third."""
+        self._incoming, self._outgoing = incoming, outgoing
+        self._ended = self._closed = False
+        self._pid = os.getpid()
+        self._users = 0  # threads that send or iterate
+        self._lock = threading.RLock()  # the garbage collector may close it wherever it runs
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable from `end` or `close` on
+        except OSError:
+            _close(incoming, outgoing)
+            raise
+        # When nobody is in a call any more: another file may get the number.
+        self._release = weakref.finalize(self, _close, incoming, outgoing, self._wake)
+        self._release.atexit = False
+        self._readable, self._writable = select.poll(), select.poll()
+        for fd, poll, event in (incoming, self._readable, select.POLLIN), (outgoing, self._writable, select.POLLOUT):
+            os.set_blocking(fd, False)
+            poll.register(fd, event)
+            poll.register(self._wake, select.POLLIN)
+
+    def end(self) -> None:
+        """End sending, and iterating after what has arrived by now: the other side will say no more."""
+        with self._lock:
+            if not self._closed:
+                self._ended = True
+                os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """End sending and iterating at once, in whatever thread they are."""
+        if self._pid != os.getpid():
+            return  # a fork: they are the parent's
+        with self._lock:
+            self._closed = True
+            if self._users:
+                os.eventfd_write(self._wake, 1)
+            else:
+                self._release()
+
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[None]:
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._closed and not self._users:
+                    self._release()
+
+    def send(self, message: bytes) -> bool:
+        """Write a message, as soon as the other side has read enough; False if it is gone, or after `end`, `close`."""
+        parts = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
+        with self._used():
+            while parts and not (self._ended or self._closed):
+                try:
+                    written = os.writev(self._outgoing, parts)
+                except BlockingIOError:
+                    self._writable.poll()
+                    continue
+                except BrokenPipeError:
+                    return False
+                while parts and written >= parts[0].nbytes:
+                    written -= parts.pop(0).nbytes
+                if written:
+                    parts[0] = parts[0][written:]
+        return not parts
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The messages that arrive, until `end` or `close`, or until the other side is gone.
+
+        Raises:
+            ProtocolError: the next message would be larger than any.
+        """
+        with self._used():
+            yield from self._messages()
+
+    def _messages(self) -> Iterator[bytes]:
+        held, last_reads = bytearray(), _LAST_READS
+        while not self._closed and last_reads:
+            last_reads -= self._ended
+            try:
+                data = os.read(self._incoming, _READ_BYTES)
+            except BlockingIOError:
+                if self._ended:
+                    return
+                self._readable.poll()
+                continue
+            if not data:
+                return
+            held += data
+            at = 0
+            while len(held) - at >= _LENGTH.size:
+                [size] = _LENGTH.unpack_from(held, at)
+                if size > MAX_MESSAGE_BYTES:
+                    raise ProtocolError(f"a message of {size} bytes came, over the limit of {MAX_MESSAGE_BYTES}")
+                end = at + _LENGTH.size + size
+                if end > len(held):
+                    break
+                with memoryview(held) as view:
+                    message = bytes(view[at + _LENGTH.size : end])
+                at = end
+                yield message
+            del held[:at]
+
+
+class Offered:
+    """Two pipes of this process, of which another one may open its ends until `withdraw()`."""
+
+    def __init__(self) -> None:
+        """Raises `OSError` where there are none left."""
+        incoming, self.to_replica_fd = os.pipe2(os.O_CLOEXEC)
+        try:
+            self.to_client_fd, outgoing = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            _close(incoming, self.to_replica_fd)
+            raise
+        self.withdraw = weakref.finalize(self, _close, self.to_replica_fd, self.to_client_fd)
+        self.withdraw.atexit = False
+        self.pipes = Pipes(incoming, outgoing)
+
+    def describe_in(self, offer: teacher_pb2.SharedMemory) -> None:
+        """Say in an offer which pipes they are."""
+        offer.to_replica_fd, offer.to_client_fd = self.to_replica_fd, self.to_client_fd
+        offer.to_replica_inode = os.fstat(self.to_replica_fd).st_ino
+        offer.to_client_inode = os.fstat(self.to_client_fd).st_ino
+
+
+def open_offered(offer: teacher_pb2.SharedMemory) -> Pipes:
+    """The client's ends of the pipes that a replica offers.
+
+    Raises:
+        OSError: they cannot be opened.
+    """
+    incoming = _open(offer.pid, offer.to_client_fd, offer.to_client_inode, os.O_RDONLY)
+    try:
+        outgoing = _open(offer.pid, offer.to_replica_fd, offer.to_replica_inode, os.O_WRONLY)
+    except OSError:
+        os.close(incoming)
+        raise
+    return Pipes(incoming, outgoing)
+
+
+def _open(pid: int, fd: int, inode: int, mode: int) -> int:
+    path = f"/proc/{pid}/fd/{fd}"
+    _check(path, os.stat(path), inode)  # before it is opened, which to some files does something
+    opened = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(path, os.fstat(opened), inode)
+    except OSError:
+        os.close(opened)
+        raise
+    return opened
+
+
+def _check(path: str, found: os.stat_result, inode: int) -> None:
+    if not stat.S_ISFIFO(found.st_mode) or found.st_ino != inode:
+        raise OSError(f"{path} here is not the replica's pipe")
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)

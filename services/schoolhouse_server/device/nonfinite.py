@@ -1,0 +1,77 @@
+"""Whether numbers are finite: a cheap look at all of them, and a close one at those of which it says that some are not.
+
+What is not finite may decide what becomes of the rows beside it, which no comparison of finite numbers shows.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from schoolhouse.taps import is_plain, tensors_of
+from schoolhouse_wire.values.codec import Arguments
+
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128}
+_DTYPES |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
+Kind = Literal["finite", "infinite", "nan"]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all numbers of a nested value are finite. It waits for their device."""
+    return all(math.isfinite(_sum(tensor).item()) for tensor in _numbers(value)) or kind(value) == "finite"
+
+
+def total(value: Any) -> torch.Tensor | None:
+    """The sum of a nested value's floating-point numbers; None if there is none.
+
+    It is not finite where one of them is not; and, rarely, where it is too large itself.
+    """
+    sums = [_sum(tensor) for tensor in _numbers(value)]
+    if not sums:
+        return None
+    if len(sums) == 1:
+        return sums[0]
+    return torch.stack([one.to(sums[0].device, torch.float32) for one in sums]).sum()
+
+
+def is_finite_total(found: torch.Tensor | None) -> bool:
+    """Whether a `total` is finite. It waits for its device."""
+    return found is None or math.isfinite(found.item())
+
+
+def kind(value: Any) -> Kind:
+    """What is among a nested value's numbers: a NaN, or else something infinite, or neither. It looks closely."""
+    found: Kind = "finite"
+    for tensor in map(_real, _numbers(value)):
+        if bool(tensor.isnan().any()):
+            return "nan"
+        if bool(tensor.isinf().any()):
+            found = "infinite"
+    return found
+
+
+def _numbers(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors that may hold what is not finite; of tensors side by side, as mostly, without a walk through them."""
+    items: Iterable[Any] = (value,)
+    if type(value) is dict:
+        items = value.values()
+    elif isinstance(value, Arguments):
+        items = (*value, *value.kwargs.values())
+    for item in items:
+        yield from filter(_counts, (item,) if isinstance(item, torch.Tensor) else tensors_of(item))
+
+
+def _counts(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in _DTYPES and is_plain(tensor) and tensor.layout is torch.strided
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 for float16, whose largest number is soon exceeded."""
+    real = _real(tensor)
+    return real.sum(dtype=torch.float32) if real.dtype is torch.float16 else real.sum()
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.float() if tensor.itemsize == 1 else tensor  # of eight bits they have no sums

@@ -1,0 +1,417 @@
+"""One teacher on one device: requests come in, wait, run by themselves or merged, and their features go out."""
+
+import dataclasses
+import functools
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from schoolhouse.errors import (
+    RevisionChangedError,
+    SchoolhouseError,
+    TeacherForwardError,
+    TeacherMemoryError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
+from schoolhouse.taps import tensors_of
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse_wire import background
+from schoolhouse_wire.v1 import directory_pb2
+from schoolhouse_wire.values.codec import Declared
+from schoolhouse_wire.values.tensors import bytes_of
+
+from schoolhouse_server.common.timer import Timer
+from schoolhouse_server.device.device import Device, lacks_memory
+from schoolhouse_server.device.nonfinite import Kind
+from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, Watchdog, checked_timeout_s
+from schoolhouse_server.engine.cache import FeatureCache
+from schoolhouse_server.engine.fair_queue import FairQueue
+from schoolhouse_server.engine.jobs import Answer, Job, Ticket
+from schoolhouse_server.engine.reply_pipeline import CLOSED, Outlet
+from schoolhouse_server.engine.runner import Runner
+from schoolhouse_server.engine.shares import Shares
+from schoolhouse_server.engine.unsent import Unsent
+from schoolhouse_server.merge import self_check
+from schoolhouse_server.merge.batching import MergeSettings
+from schoolhouse_server.merge.merging import Joint, Merger
+from schoolhouse_server.observe.counters import Counters
+from schoolhouse_server.session.quotas import COSTS, rows_of
+
+_LATE = "the request's deadline passed while it waited for the teacher"
+_log = logging.getLogger(__name__)
+STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What keeps an engine from work for good: a forward that does not return, or a device that does nothing more."""
+
+    stage: Literal["stuck", "broken"]
+    why: str
+
+
+class Engine:
+    """Runs one LocalTeacher. `submit` refuses beyond `max_queued` requests.
+
+    Two threads: one brings inputs to the device and starts forwards, one encodes features and brings them to the host.
+    Receiving and sending happen in the threads of the sessions. So the next forward follows the last one at once.
+
+    Where one of the two is at one piece of work for `forward_timeout_s`, or the device is broken, all requests fail
+    with `TeacherUnavailableError`, so that others answer them, no more are taken, and `on_trouble` is called. A request
+    that was the only one on a device that broke is to blame, and fails with its own error.
+
+    Raises:
+        ConfigError: for a module whose requests cannot be merged as `merge` says.
+    """
+
+    def __init__(
+        self,
+        teacher: LocalTeacher,
+        *,
+        max_queued: int,
+        cache_bytes: int = 0,
+        cost: str = "rows",
+        timer: Timer | None = None,
+        merge: MergeSettings | None = None,
+        example: Callable[[], Any] | None = None,
+        forward_timeout_s: float = FORWARD_TIMEOUT_S,
+        on_trouble: Callable[[], None] = lambda: None,
+        unsent: Unsent | None = None,
+    ) -> None:
+        timeout_s = checked_timeout_s(forward_timeout_s)
+        merge = merge or MergeSettings()
+        self.description = dataclasses.replace(teacher.describe(), merge=merge.mode)
+        self.teacher = teacher
+        self.served = self.joined = 0
+        self.cache = FeatureCache(cache_bytes) if cache_bytes else None
+        self.device = Device(self.description.device)
+        # Torch counts no changes of inference tensors. There may be thousands, and each request looks at all of them.
+        self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
+        self._versions = [weight._version for weight in self._weights]
+        self.counters = Counters()
+        self._cost_of = COSTS[cost]
+        self._owns_timer = timer is None
+        self._timer = timer or Timer()
+        self.merger: Merger[Job] | None = None
+        if merge.mode != "never":
+            self_check.check_modules(teacher.module, self.description, merge)
+            self.merger = Merger(merge, self.description, lambda: self.device.forward.recent_s)
+            self_check.check_example(teacher, self.device, self.merger.former, example)
+        self._shares = Shares(unsent, self.description.name)
+        self._queue: FairQueue[Job] = FairQueue(max_queued, self._shares.reserve, lambda job: job.has_room)
+        if unsent is not None:
+            unsent.follow(self._queue.wake)
+        self._outlet = Outlet(
+            teacher,
+            self.device,
+            self.cache,
+            end=self._end,
+            again=self._queue.again,
+            is_doubtful=self._is_doubtful,
+            measured=self._measured,
+        )
+        self.runner = Runner(
+            teacher,
+            self.device,
+            self.merger,
+            self._queue,
+            self._outlet,
+            self.counters,
+            admit=self._admit,
+            end=self._end,
+        )
+        self._in_flight: dict[Hashable, Job] = {}
+        self._begun: set[Job] = set()  # they have left the queue
+        self._lock = threading.Lock()
+        self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
+        self._threads = [
+            background.thread(self.runner.run, name="schoolhouse-engine-in", on_death=self._in_failed),
+            background.thread(self._outlet.run, name="schoolhouse-engine-out", on_death=self._out_failed),
+        ]
+        pulses = (self.runner.pulse, self._outlet.pulse)
+        self._watchdog = Watchdog(self._timer, timeout_s, pulses, functools.partial(self._stuck, timeout_s))
+        self._on_trouble = on_trouble
+        self.trouble: Trouble | None = None
+        self._closed = False
+
+    @property
+    def batch_limit_rows(self) -> int:
+        """Rows that a merged forward may hold; 0 if nothing is merged."""
+        return self.merger.settings.max_batch_rows if self.merger is not None else 0
+
+    @property
+    def running(self) -> int:
+        """Requests that have left the queue and are not answered."""
+        return len(self._begun)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for the device."""
+        return len(self._queue)
+
+    def fill(self, load: directory_pb2.Load, in_flight: dict[str, int]) -> None:
+        """Write what is counted by job, and how long requests wait, into a message."""
+        self.counters.fill(load, self._queue.queued(), in_flight)
+        load.queue_delay_s = self.counters.delay_s(self._queue.oldest())
+
+    def stage_s(self) -> dict[str, float]:
+        """Seconds spent so far, by stage; summed over requests, so that stages that overlap count each."""
+        on_device = {name: getattr(self.device, name).seconds for name in ("h2d", "forward", "encode", "d2h")}
+        return {name: (self._outside_s | on_device)[name] for name in STAGES}
+
+    def count(self, stage: str, seconds: float) -> None:
+        """Add to a stage that runs in the threads of sessions."""
+        with self._lock:
+            self._outside_s[stage] += seconds
+
+    def start(self) -> None:
+        """Begin to work on what is queued."""
+        for thread in self._threads:
+            thread.start()
+        self._watchdog.start()
+
+    def check(self) -> None:
+        """Raise TeacherUnavailableError if it takes no requests any more."""
+        if self.trouble is not None:
+            raise TeacherUnavailableError(self.trouble.why)
+        if self._closed:
+            raise TeacherUnavailableError(CLOSED)
+
+    def submit(self, job: Job) -> None:
+        """Queue a request, or have an identical one in flight, or the cache, answer it too.
+
+        Raises:
+            TeacherBusyError: when the queue is full.
+            TeacherUnavailableError: when it was closed.
+        """
+        job.rows, job.cost = rows_of(job.inputs), float(self._cost_of(job.inputs))
+        if self.merger is not None and not job.alone:
+            self.merger.prepare(job)
+        self._shares.sized(job)
+        if self.cache is not None and not job.alone:
+            job.cache_key = self.cache.key(job.content, job.key)
+            found = self.cache.get(job.cache_key)
+            if found is not None and self._shares.take(job.tickets[0], found.nbytes) == "taken":
+                with self._lock:
+                    self.served += 1
+                self._tell(job.tickets[0], Answer(found, self.description.revision))
+                return
+        job.inputs = self.device.pin(job.inputs)  # may fail, so before others join
+        with self._lock:
+            self.check()
+            if not self._join(job):
+                self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> None:
+        """Put a job into the queue; the lock is held."""
+        self.check()
+        job.queued_at = time.perf_counter()
+        self._queue.put(job)
+        self._in_flight[job.key] = job
+        for ticket in job.tickets:
+            ticket.job = job
+        if job.deadline < math.inf:
+            job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forget who waits for a job; it leaves the queue at once, if nobody else does."""
+        with self._lock:
+            ticket.cancelled = True
+            job, ticket.job = ticket.job, None
+            if job in self._begun:  # its features are made all the same, and it ends with them
+                return
+            if job is not None and job.cancelled and self._queue.remove(job):
+                self._forget(job)
+        ticket.drop()
+
+    def _expire(self, job: Job) -> None:
+        """At its deadline, a request that still waits for the device fails."""
+        with self._lock:
+            if time.monotonic() < job.deadline:  # another one joined
+                job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
+                return
+            if not self._queue.remove(job):
+                return
+        self._begin(job, charged=False)
+        self._end(job, TeacherTimeoutError(_LATE))
+
+    def _forget(self, job: Job) -> None:
+        """Nobody joins any more, and no deadline matters. The lock is held."""
+        if self._in_flight.get(job.key) is job:
+            del self._in_flight[job.key]
+        if job.alarm is not None:
+            self._timer.cancel(job.alarm)
+
+    def _join(self, job: Job) -> bool:
+        """Have a job in flight on the same inputs answer this one; equal digests alone are not trusted."""
+        other = self._in_flight.get(job.key)
+        if other is None or other.cancelled or time.monotonic() > other.deadline:  # it may be about to fail
+            return False
+        if not _equal(other.content, job.content) or not self._shares.joins(job.tickets[0], other):
+            return False
+        other.tickets += job.tickets
+        for ticket in job.tickets:
+            ticket.job = other
+        other.deadline = max(other.deadline, job.deadline)
+        self.joined += 1
+        self._queue.wake()  # there may be room for it now
+        return True
+
+    def _queue_again(self, job: Job, tickets: list[Ticket]) -> None:
+        """Have some of those who waited for a job wait for their own job's room."""
+        left = dataclasses.replace(job, tickets=tickets, again=0, alarm=None)
+        try:
+            with self._lock:
+                self._enqueue(left)
+        except SchoolhouseError as err:
+            for ticket in tickets:
+                self._tell(ticket, err)
+
+    def _measured(self, job: Job, features: Any) -> None:
+        with self._lock:  # nobody joins it meanwhile
+            self._shares.measured(job, features)
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""
+        with self._lock:  # nothing is queued from here on
+            self._closed = True
+        self._watchdog.end()
+        self._drop(self._queue.close(), CLOSED)
+        end = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread.is_alive() and self.trouble is None:
+                thread.join(max(end - time.monotonic(), 0.0))
+        if self._owns_timer:
+            self._timer.close()
+
+    def _drop(self, jobs: list[Job], why: str) -> None:
+        """Fail jobs that still waited."""
+        for job in jobs:
+            if job not in self._begun:
+                self._begin(job, charged=False)
+            self._end(job, TeacherUnavailableError(why))
+
+    def _is_doubtful(self, joint: Joint[Job], kinds: Sequence[Kind]) -> bool:
+        return self.merger is not None and self.merger.is_doubtful(joint, kinds)
+
+    def _admit(self, job: Job) -> bool:
+        self._begin(job)
+        try:
+            self._check(job)
+        except Exception as err:
+            self._end(job, err)
+            return False
+        return True
+
+    def _in_failed(self, _error: BaseException) -> None:
+        self._failed()
+        self._outlet.finish()
+
+    def _out_failed(self, _error: BaseException) -> None:
+        self._failed()
+        self._outlet.discard()
+
+    def _failed(self) -> None:
+        """Where one of the threads ends, nobody waits for it."""
+        why = f"the engine of teacher {self.description.name!r} failed; its log says more; ask another replica"
+        with self._lock:
+            self._begun |= {*self._in_flight.values()}  # also what was taken and had not begun
+        self._break_down(Trouble("broken", why))
+
+    def _stuck(self, timeout_s: float) -> None:
+        name = self.description.name
+        self._break_down(
+            Trouble("stuck", f"a forward of teacher {name!r} has not returned for {timeout_s:g} s; ask another replica")
+        )
+
+    def _break_down(self, trouble: Trouble, blamed: Job | None = None) -> None:
+        """Answer all who wait, but for one that is told of its own error, and take no more."""
+        with self._lock:  # nothing is queued from here on
+            first = not self._closed and self.trouble is None
+            if first:
+                self.trouble = trouble
+            begun = self._begun - {blamed}
+        self._drop([*begun.union(self._queue.close())], trouble.why)
+        if first:
+            _log.error("the replica must be replaced: %s", trouble.why)
+            background.run(self._on_trouble, "telling of the trouble", background.go_on)
+
+    def _told(self, job: Job, error: BaseException) -> BaseException:
+        """What those who wait for a job are told of an error."""
+        if isinstance(error, SchoolhouseError) and not isinstance(error, TeacherForwardError):
+            return error
+        if lacks_memory(error):
+            return TeacherMemoryError("the teacher has no room for these features; ask for fewer rows or taps at once")
+        if not self.device.is_broken():
+            return error
+        alone = self._begun == {job}
+        why = f"the device of teacher {self.description.name!r} does nothing any more; ask another replica"
+        self._break_down(Trouble("broken", why), job if alone else None)
+        if not alone:
+            return TeacherUnavailableError(why)
+        return TeacherForwardError(f"the forward on this input broke the teacher's device: {error}")
+
+    def _begin(self, job: Job, charged: bool = True) -> None:
+        """A job has left the queue."""
+        waited_s = time.perf_counter() - job.queued_at
+        with self._lock:
+            self._begun.add(job)
+            self._outside_s["queue"] += waited_s
+            if job.alarm is not None:
+                self._timer.cancel(job.alarm)
+        self.counters.began(job.tickets[0].account, cost=job.cost if charged else 0.0, waited_s=waited_s)
+
+    def _check(self, job: Job) -> None:
+        """Raise what keeps a job from the device."""
+        if self.trouble is not None:
+            raise TeacherUnavailableError(self.trouble.why)
+        if job.cancelled:
+            raise TeacherUnavailableError("nobody waits for the features any more")
+        if time.monotonic() > job.deadline:
+            raise TeacherTimeoutError(_LATE)
+        if [weight._version for weight in self._weights] != self._versions:
+            raise RevisionChangedError(
+                f"the teacher's weights were changed in place after it was served as {self.description.revision}; "
+                "serve it again"
+            )
+
+    def _end(self, job: Job, result: Declared | BaseException) -> None:
+        """Answer all who wait for a job."""
+        if isinstance(result, Declared):
+            answer: Answer | BaseException = Answer(result, self.description.revision)
+        else:
+            answer = self._told(job, result)
+        with self._lock:
+            if job not in self._begun:  # it was answered when the engine broke down
+                return
+            self._begun.discard(job)
+            self._forget(job)
+            no_room = self._shares.lacking(job) if isinstance(answer, Answer) else []
+            if no_room:
+                job.tickets = [ticket for ticket in job.tickets if ticket not in no_room]
+            self.served += len(job.tickets)
+            for ticket in job.tickets:
+                ticket.job = None
+        for ticket in job.tickets:
+            self._tell(ticket, answer)
+        if no_room:
+            self._queue_again(job, no_room)
+
+    def _tell(self, ticket: Ticket, answer: Answer | BaseException) -> None:
+        """Answer one who waits, unless that was cancelled."""
+        if isinstance(answer, BaseException) or ticket.cancelled:
+            ticket.drop()
+        if not ticket.cancelled:
+            background.run(functools.partial(ticket.done, answer), "telling of an answer", background.go_on)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether values of equal structure hold equal bytes."""
+    pairs = zip(tensors_of(a), tensors_of(b), strict=True)
+    return all(torch.equal(bytes_of(one.contiguous()), bytes_of(other.contiguous())) for one, other in pairs)

@@ -1,0 +1,189 @@
+"""The way out of a device: features are encoded, brought to the host, declared and handed to those who wait."""
+
+import dataclasses
+import logging
+import queue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from schoolhouse.errors import TeacherUnavailableError
+from schoolhouse.taps import Tap, tensors_of
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse_wire.limits import INLINE_BYTES
+from schoolhouse_wire.values.codec import Declared, pack
+
+from schoolhouse_server.device import nonfinite
+from schoolhouse_server.device.device import Device, Span, lacks_memory
+from schoolhouse_server.device.watchdog import Pulse
+from schoolhouse_server.engine.cache import FeatureCache
+from schoolhouse_server.engine.jobs import Job
+from schoolhouse_server.merge.merging import Joint
+from schoolhouse_server.merge.splitting import unshared
+from schoolhouse_server.observe.spans import tell_stages
+
+_log = logging.getLogger(__name__)
+CLOSED = "the teacher is shutting down"
+_MAX_AGAIN = 2
+_WAITING = 2  # forwards whose features are on the way out while the device goes on
+SENDING_S = 1e-3  # about what it takes to send small features off
+
+
+@dataclass(eq=False)
+class Part:
+    """One job's features: as the forward returned them, and then in host memory."""
+
+    job: "Job"
+    values: dict[Tap, Any]
+    here: dict[Tap, Any] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Landing:
+    """A forward that was started, and for whom. The inputs are kept until the device is done with them."""
+
+    parts: list[Part]
+    inputs: Any
+    spans: list[Span]
+    settled: bool = False  # the spans are counted
+    joint: Joint[Job] | None = None  # of a merged forward
+    total: torch.Tensor | None = None  # of its numbers; see `finite`
+
+    @property
+    def is_small(self) -> bool:
+        """Whether sending it off takes less time than handing it to another thread."""
+        tensors = (tensor for part in self.parts for tensor in tensors_of(part.values))
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors) <= INLINE_BYTES
+
+
+class Outlet:
+    """Sends off what forwards made; `end` is told each job's features, or the error.
+
+    `again` takes jobs that are to be run again, and tells whether somebody will: those whose features had no room, and
+    merged ones of which `is_doubtful` says that their numbers may be none of theirs. `measured` is told what a job's
+    features will take, before memory of the host is taken for them, and raises if that is too much.
+    """
+
+    def __init__(
+        self,
+        teacher: LocalTeacher,
+        device: Device,
+        cache: FeatureCache | None,
+        *,
+        end: Callable[[Job, Declared | BaseException], None],
+        again: Callable[[Sequence[Job]], bool],
+        is_doubtful: Callable[[Joint[Job], Sequence[nonfinite.Kind]], bool],
+        measured: Callable[[Job, Any], None],
+    ) -> None:
+        self._teacher, self._device, self._cache, self._end = teacher, device, cache, end
+        self._again, self._is_doubtful, self._measured = again, is_doubtful, measured
+        self._waiting: queue.Queue[Landing | None] = queue.Queue(_WAITING)
+        self.pulse = Pulse()
+
+    def put(self, work: Landing) -> None:
+        """Hand over a forward; waits while enough others are on their way."""
+        self._waiting.put(work)
+
+    def settle(self) -> None:
+        """Wait until all that was put is sent off. For the thread that puts."""
+        self._waiting.join()
+
+    def finish(self) -> None:
+        """End `run` when what was put before is on its way."""
+        self._waiting.put(None)
+
+    def run(self) -> None:
+        """Send off what comes, until the end."""
+        while (work := self._waiting.get()) is not None:
+            try:
+                with self.pulse:
+                    self.land(work)
+            finally:
+                del work
+                self._waiting.task_done()
+
+    def discard(self) -> None:
+        """Send off nothing more of what comes, until the end: who puts is not kept waiting."""
+        while self._waiting.get() is not None:
+            self._waiting.task_done()
+
+    def land(self, work: Landing) -> None:
+        """Encode and fetch the features of all jobs, and then answer one after another."""
+        sent = [part for part in work.parts if self._send_off(part, work.spans[-1])]
+        if sent and work.joint is not None and work.total is not None and self._is_strange(work.joint, work):
+            self._run_again([part.job for part in sent])
+            return
+        for part in sent:
+            self._deliver(part, work)
+
+    def _is_strange(self, joint: Joint[Job], work: Landing) -> bool:
+        """Whether a merged forward has to be held against single ones before anybody gets its features."""
+        try:
+            self._device.wait(work.spans[-1])
+            if nonfinite.is_finite_total(work.total):
+                return False
+            return self._is_doubtful(joint, [nonfinite.kind(part.values) for part in work.parts])
+        except BaseException:  # of the device: who waits for it is told so
+            return False
+
+    def _run_again(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.again += 1
+        if not self._again(jobs):
+            for job in jobs:
+                self._end(job, TeacherUnavailableError(CLOSED))
+
+    def _failed(self, job: Job, error: BaseException) -> None:
+        """Fail a job; run it again, twice at most, if there was no room for its features."""
+        if lacks_memory(error) and job.again < _MAX_AGAIN:
+            self._run_again([job])
+        else:
+            self._end(job, error)
+
+    def _send_off(self, part: Part, computed: Span) -> bool:
+        device = self._device
+        try:
+            encoded, made = device.encode.run(computed, self._teacher.encode, part.values, part.job.wanted)
+            self._measured(part.job, encoded)
+            part.here, landed = device.d2h.run(made, device.fetch, encoded)
+        except BaseException as err:
+            self._failed(part.job, err)
+            return False
+        part.spans = [made, landed]
+        return True
+
+    def _deliver(self, part: Part, work: Landing) -> None:
+        job = part.job
+        try:
+            self._device.wait(part.spans[-1])
+            for span in part.spans if work.settled else (*work.spans, *part.spans):
+                span.settle()
+            work.settled = True
+            tell_stages(job.tickets, job.queued_at, (*work.spans, *part.spans))
+            here = unshared(part.here) if len(work.parts) > 1 else part.here
+            features = declare([here[tap] for tap in job.wanted.taps])
+            self._keep(job, features)
+        except BaseException as err:
+            self._failed(job, err)
+            return
+        self._end(job, features)
+
+    def _keep(self, job: Job, features: Declared) -> None:
+        """Put features into the cache, unless there is no memory for that."""
+        if self._cache is None or job.cache_key is None:
+            return
+        try:
+            self._cache.put(job.cache_key, features)
+        except (RuntimeError, MemoryError) as err:
+            if not lacks_memory(err):
+                raise
+            _log.warning("there is no memory to cache features: %s", err)
+
+
+def declare(features: list[Any]) -> Declared:
+    """Features of taps, ready to travel, and how many bytes each takes."""
+    declared = pack(features, opaque=True)
+    sizes = tuple(sum(tensor.nbytes for tensor in tensors_of(value)) for value in features)
+    return dataclasses.replace(declared, item_bytes=sizes)

@@ -1,0 +1,288 @@
+"""The thread that runs forwards: of one request, of several merged, or again where the first try did not do."""
+
+import contextlib
+import functools
+import gc
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from schoolhouse.errors import TeacherForwardError
+from schoolhouse.taps import Tap
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire.values.codec import Arguments, Declared
+
+from schoolhouse_server.device import nonfinite
+from schoolhouse_server.device.device import Device, Span, lacks_memory
+from schoolhouse_server.device.watchdog import Pulse
+from schoolhouse_server.engine.fair_queue import FairQueue
+from schoolhouse_server.engine.jobs import Job
+from schoolhouse_server.engine.reply_pipeline import SENDING_S, Landing, Outlet, Part
+from schoolhouse_server.engine.split_on_oom import RowParts
+from schoolhouse_server.merge import self_check
+from schoolhouse_server.merge.merging import Joint, Merger
+from schoolhouse_server.merge.splitting import UnmergeableError
+from schoolhouse_server.observe.counters import Counters
+
+_AHEAD = 4
+_ON_DEVICE_TRIES = 2  # of a request whose features had no room on their way out; then they are encoded on the host
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Runner:
+    """Takes requests from the queue and starts their forwards.
+
+    `admit` tells whether a request that has left the queue is still to run, and `end` is told of those that failed.
+    """
+
+    def __init__(
+        self,
+        teacher: LocalTeacher,
+        device: Device,
+        merger: Merger[Job] | None,
+        queue: FairQueue[Job],
+        outlet: Outlet,
+        counters: Counters,
+        *,
+        admit: Callable[[Job], bool],
+        end: Callable[[Job, Declared | BaseException], None],
+    ) -> None:
+        self.pulse = Pulse()
+        self._teacher, self._device, self._merger = teacher, device, merger
+        self._queue, self._outlet, self._counters = queue, outlet, counters
+        self._admit, self._end = admit, end
+        self._ahead: deque[Span] = deque(maxlen=_AHEAD)  # forwards that the device may be at still
+        knows = merger.knows if merger is not None else None
+        self._parts = RowParts(teacher, device, self._by_way_of_host, knows)
+
+    def run(self) -> None:
+        """Work on what is queued, until the queue is closed."""
+        # Torch tells a thread how many threads its kernels may use as it is asked, or first runs one of its own in
+        # parallel. MKL's do not wait for that: with another number they add in another order, and so to other bits.
+        torch.get_num_threads()
+        while jobs := self._take():
+            self.compute(jobs)
+            del jobs
+        self._outlet.finish()
+
+    def _take(self) -> list[Job]:
+        if self._merger is None:
+            return self._queue.take()
+        with contextlib.suppress(Exception), self.pulse:  # a forward that failed on its device tells its own jobs
+            while len(self._ahead) > 1:  # the longer others may come, the fewer forwards there are
+                self._device.wait(self._ahead.popleft())
+        ask = functools.partial
+        jobs = self._queue.take(ask(_else, False, self._merger.fits), ask(_else, 0.0, self._merger.linger))
+        self._merger.waiting.ended(jobs)
+        return jobs
+
+    def compute(self, jobs: list[Job]) -> None:
+        """Run requests that were taken together, and hand over their features."""
+        if not jobs[0].again:
+            self._run_ready([job for job in jobs if self._admit(job)])
+        elif self._merger is not None and len(jobs) > 1:
+            self._compared(self._merger, self._merger.join(jobs))
+        else:
+            self._in_need(jobs[0])
+
+    def _run_ready(self, ready: list[Job]) -> None:
+        while ready and self._merger is not None and (plan := _else(None, self._merger.plan, ready)) is not None:
+            joint, checked = plan
+            if checked is None:
+                self._together(self._merger, joint)
+                return
+            self._compared(self._merger, checked)
+            ready = ready[len(checked.jobs) :]
+        self._apart(ready)
+
+    def _alone(self, job: Job) -> bool:
+        """Run a job by itself; False if it failed, and was told so."""
+        try:
+            work = self._forward(job, job.wanted)
+            at_once = self._at_once(work)
+        except BaseException as err:  # a module may raise anything, and others wait for this thread
+            if not lacks_memory(err):
+                self._end(job, _as_forward_error(err))
+                return False
+        else:
+            self._hand_over(work, at_once)
+            return True
+        return self._in_need(job)  # out here, nothing keeps what the forward had made
+
+    def _in_need(self, job: Job) -> bool:
+        """Run a job that had no room once the device has nothing else to do, and then in parts of its rows."""
+        self._make_room()
+        work = None
+        try:
+            if job.again < _ON_DEVICE_TRIES:
+                work = self._forward(job, job.wanted)
+        except BaseException as err:
+            if not lacks_memory(err):
+                self._end(job, _as_forward_error(err))
+                return False
+        if work is None:
+            self._device.free()
+            work = self._in_parts(job)
+        if work is None:
+            return False
+        self._hand_over(work, self._at_once(work))
+        return True
+
+    def _in_parts(self, job: Job) -> Landing | None:
+        whole = job.again >= _ON_DEVICE_TRIES
+        try:
+            _, loaded = self._device.h2d.run(None, lambda _: None, ())
+            values, computed = self._device.forward.run(loaded, lambda _: self._parts.run(job, whole), ())
+        except BaseException as err:
+            self._end(job, _as_forward_error(err))
+            return None
+        return Landing([Part(job, values)], None, [loaded, computed])
+
+    def _make_room(self) -> None:
+        """Wait for what is on its way out, and give back what the device holds for nobody."""
+        with self.pulse:
+            self._outlet.settle()
+        self._ahead.clear()
+        gc.collect()  # what a failed forward left in cycles
+        self._device.free()
+
+    def _by_way_of_host(self, inputs: Arguments, wanted: Wanted) -> dict[Tap, Any]:
+        """What a forward returns, in host memory."""
+        device = self._device
+        with self.pulse:
+            loaded, arrived = device.h2d.run(None, device.load, inputs)
+            values, computed = device.forward.run(arrived, self._teacher.forward, loaded, wanted)
+            fetched, landed = device.d2h.run(computed, device.fetch, values)
+            device.wait(landed)
+        here: dict[Tap, Any] = fetched
+        return here
+
+    def _forward(self, job: Job, wanted: Wanted) -> Landing:
+        with self.pulse:
+            inputs, loaded = self._device.h2d.run(None, self._device.load, job.inputs)
+            values, computed = self._device.forward.run(loaded, self._teacher.forward, inputs, wanted)
+        self._ran(job.rows, computed)
+        return Landing([Part(job, values)], inputs, [loaded, computed])
+
+    def _ran(self, rows: int, computed: Span) -> None:
+        self._counters.forward(rows)
+        self._ahead.append(computed)
+
+    def _at_once(self, work: Landing) -> bool:
+        """Whether this thread sends it off, as that is faster, unless others wait for a device that is slower."""
+        others_wait = len(self._queue) > 0 and self._device.forward.recent_s > SENDING_S
+        return self._device.is_host and work.is_small and not others_wait
+
+    def _hand_over(self, work: Landing, at_once: bool) -> None:
+        if at_once:
+            self._outlet.land(work)
+        else:
+            self._outlet.put(work)
+
+    def _together(self, merger: Merger[Job], joint: Joint[Job]) -> None:
+        """Run jobs as one forward; by themselves if it fails, so that only those fail that are to blame."""
+        work: Landing | None = None
+        raised, short, at_once = True, False, False
+        try:
+            inputs, values, total, spans = self._merged(joint)
+            with self.pulse:  # it may wait for the device, and look at what the forward made
+                parts, _ = self._device.forward.run(None, lambda made: merger.split(joint, made), values)
+            pairs = zip(joint.jobs, parts, strict=True)
+            work = Landing([Part(job, part) for job, part in pairs], inputs, spans, joint=joint, total=total)
+            at_once = self._at_once(work)
+        except UnmergeableError as err:
+            raised = False
+            _log.info("a merged forward was run again as single ones: %s", err)
+        except BaseException as err:  # nothing of it is kept: it holds all of the forward
+            short = lacks_memory(err)
+            _log.info("a merged forward raised %s; its requests are run by themselves", type(err).__name__)
+        if work is not None:
+            self._hand_over(work, at_once)
+        elif short:
+            self._halved(merger, joint)
+        elif self._apart(joint.jobs) and raised:
+            merger.too_large(joint)
+
+    def _apart(self, jobs: Sequence[Job]) -> bool:
+        """Run jobs one by one; whether none failed."""
+        answered = [self._alone(job) for job in jobs]
+        return all(answered)
+
+    def _halved(self, merger: Merger[Job], joint: Joint[Job]) -> None:
+        """Run a batch that the device had no room for as two."""
+        merger.too_large(joint)
+        self._make_room()
+        middle = len(joint.jobs) // 2
+        for half in (joint.jobs[:middle], joint.jobs[middle:]):
+            self._run_ready([*half])
+
+    def _compared(self, merger: Merger[Job], joint: Joint[Job]) -> None:
+        """Answer jobs from single forwards, and see whether a merged one is the same."""
+        before = self_check.traces(self._teacher.module, self._device)
+
+        def run(job: Job) -> tuple[Landing, tuple[bool, bool]]:
+            return self._forward(job, joint.wanted), before.changes()  # all taps, also those that only others want
+
+        works: tuple[Landing, ...] = ()
+        try:
+            made, changes = zip(*map(run, joint.jobs), strict=True)
+            why = self_check.why_not(changes, lambda: run(joint.jobs[0])[1])
+            works = made
+        except BaseException as err:  # nothing of it is kept: it holds all of a forward
+            _log.info("a forward raised %s while merging was checked", type(err).__name__)
+        if not works:
+            self._apart(joint.jobs)
+            return
+        singles = [work.parts[0].values for work in works]
+        for job, work in zip(joint.jobs, works, strict=True):
+            work.parts[0].values = {tap: work.parts[0].values[tap] for tap in job.wanted.taps}
+            self._hand_over(work, self._at_once(work))
+        if why:
+            merger.refuse(joint, why)
+        else:
+            self._learn(merger, joint, singles)
+
+    def _learn(self, merger: Merger[Job], joint: Joint[Job], singles: list[dict[Tap, Any]]) -> None:
+        try:
+            _, merged, _, _ = self._merged(joint)
+            with self.pulse:  # it waits for the device
+                self._device.forward.run(None, lambda made: merger.learn(joint, *made), (merged, singles))
+        except BaseException as err:
+            _log.info("a merged forward raised %s, and single ones did not", type(err).__name__)
+            merger.too_large(joint)
+
+    def _merged(self, joint: Joint[Job]) -> tuple[Arguments, dict[Tap, Any], torch.Tensor | None, list[Span]]:
+        device = self._device
+
+        def forward(inputs: Arguments) -> tuple[dict[Tap, Any], torch.Tensor | None]:
+            values = self._teacher.forward(inputs, joint.wanted, joint.like)
+            return values, nonfinite.total(values)
+
+        with self.pulse:
+            inputs, loaded = device.h2d.run(None, self._load, [job.inputs for job in joint.jobs], joint)
+            (values, total), computed = device.forward.run(loaded, forward, inputs)
+        self._ran(joint.batch.layout.total, computed)
+        return inputs, values, total, [loaded, computed]
+
+    def _load(self, inputs: list[Arguments], joint: Joint[Job]) -> Arguments:
+        return joint.batch.inputs([self._device.load(one) for one in inputs])
+
+
+def _as_forward_error(error: BaseException) -> BaseException:
+    """What is told of an error: no module's `SystemExit` or the like is the server's own failure."""
+    if isinstance(error, Exception):
+        return error
+    return TeacherForwardError(f"the teacher's forward raised {type(error).__name__}: {error}")
+
+
+def _else(default: T, ask: Callable[..., T], *args: Any) -> T:
+    """What is asked, or, if that fails, the default: requests that were taken already must not end with the thread."""
+    try:
+        return ask(*args)
+    except Exception:
+        _log.exception("whether requests may be merged could not be told; they run by themselves")
+        return default

@@ -1,0 +1,114 @@
+"""The shares of one teacher's requests in the bytes of features that are not sent yet.
+
+A request has its share from before its forward until its reply is sent, or nobody wants it. Its size is estimated from
+the last request of its kind.
+"""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Any
+
+from schoolhouse.taps import tensors_of
+from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire.encodings import Sampled
+
+from schoolhouse_server.engine.fair_queue import Room
+from schoolhouse_server.engine.jobs import Job, Ticket
+from schoolhouse_server.engine.unsent import Share, Unsent
+
+_MAX_KINDS = 4096
+
+
+class Sizes:
+    """What replies take, by the kind of request: by what is wanted, and how many dimensions the inputs have.
+
+    They are taken to grow with the inputs, as they do with the rows, and the tokens.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, float] = {}  # bytes for each element of the inputs
+
+    @staticmethod
+    def kind_of(inputs: Any, wanted: Wanted) -> tuple[Hashable, int]:
+        """A request's kind, and the elements of its inputs."""
+        encodings: tuple[Any, ...] = wanted.encodings
+        if any(encodings):
+            encodings = tuple(dataclasses.replace(e, seed=None) if isinstance(e, Sampled) else e for e in encodings)
+        dims, elements = [], 0
+        for tensor in tensors_of(inputs):
+            dims.append(tensor.dim())
+            elements += tensor.numel()
+        return (wanted.taps, encodings, *dims), max(elements, 1)
+
+    def of(self, kind: Hashable, elements: int) -> int | None:
+        """Bytes of the features of such a request; None if that is not known."""
+        found = self._known.get(kind)
+        return None if found is None else round(found * elements)
+
+    def learn(self, kind: Hashable, elements: int, nbytes: int) -> None:
+        """The features of such a request took so many bytes."""
+        self._known[kind] = nbytes / elements
+        if len(self._known) > _MAX_KINDS:
+            self._known.pop(next(iter(self._known)), None)  # the one that was seen first
+
+
+class Shares:
+    """Gives tickets their shares. Without `unsent` there is no bound."""
+
+    def __init__(self, unsent: Unsent | None, teacher: str) -> None:
+        self._unsent, self._teacher, self._sizes = unsent, teacher, Sizes()
+
+    def take(self, ticket: Ticket, nbytes: int | None) -> Room:
+        """Take the room for a reply, None for one of unknown size; each job has its bound with each teacher."""
+        if self._unsent is not None:
+            found = self._unsent.take(f"{self._teacher}/{ticket.account.job}", nbytes)
+            if not isinstance(found, Share):
+                return found
+            ticket.share = found
+        return "taken"
+
+    def sized(self, job: Job) -> None:
+        """Note a new request's kind, by which the size of its reply is known later."""
+        if self._unsent is not None:
+            job.kind, job.elements = self._sizes.kind_of(job.inputs, job.wanted)
+
+    def reserve(self, job: Job) -> Room:
+        """Take the room for a request whose turn it is. Where others joined it, theirs will do."""
+        if job.tickets[0].share is not None:
+            return "taken"
+        room = self.take(job.tickets[0], self._sizes.of(job.kind, job.elements))
+        return "taken" if job.has_room else room
+
+    def joins(self, ticket: Ticket, other: Job) -> bool:
+        """Whether there is room for features that another request is for; its own job has them once."""
+        of_its_own = any(one.account.job == ticket.account.job for one in other.tickets)
+        return of_its_own or self.take(ticket, self._sizes.of(other.kind, other.elements)) == "taken"
+
+    def measured(self, job: Job, features: Any) -> None:
+        """A request's features are there, and are to go to the host. The caller sees that nobody joins it meanwhile.
+
+        Raises:
+            MessageTooLargeError: they may not.
+        """
+        if self._unsent is None:
+            return
+        nbytes = 0
+        for tensor in tensors_of(features):
+            nbytes += tensor.numel() * tensor.itemsize
+        self._sizes.learn(job.kind, job.elements, nbytes)
+        self._unsent.check(nbytes)
+        for ticket in job.tickets:
+            if ticket.share is not None:
+                ticket.share.resize(nbytes)
+
+    def lacking(self, job: Job) -> list[Ticket]:
+        """Those who wait for a request and cannot be sent its features: there was room for others only.
+
+        One whose job has a share already gets another beside it.
+        """
+        lack = [ticket for ticket in job.tickets if ticket.share is None] if self._unsent is not None else []
+        shares = {ticket.account.job: ticket.share for ticket in job.tickets if lack and ticket.share is not None}
+        for ticket in lack:
+            if (found := shares.get(ticket.account.job)) is not None:
+                ticket.share = found.beside()
+        return [ticket for ticket in lack if ticket.share is None and not ticket.cancelled]

@@ -1,0 +1,306 @@
+"""Requests that may run as one forward: what makes them alike, and their inputs put together."""
+
+import hashlib
+import itertools
+import statistics
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from schoolhouse.errors import ConfigError
+from schoolhouse.taps import is_plain, structure_of, tensors_of
+from schoolhouse_wire.memory import memory_of
+from schoolhouse_wire.values.codec import Arguments
+from schoolhouse_wire.values.tensors import bytes_of, dim_order
+from schoolhouse_wire.values.tree import map_tensors
+
+MODES = ("never", "same-shape", "pad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padding:
+    """What a teacher allows to be padded along dimension 1: arguments by name and the value; and its mask's name.
+
+    The mask `[rows, length]` is 1 where a token counts. A request without one gets it where others are padded.
+    """
+
+    values: Mapping[str, float]
+    mask: str
+
+    @classmethod
+    def of(cls, given: Any) -> "Padding":
+        """From what stands in a pool file.
+
+        Raises:
+            ConfigError: for anything else than `{values: {name: value}, mask: name}`.
+        """
+        if isinstance(given, Padding):
+            return given
+        fits = isinstance(given, Mapping) and given.keys() == {"values", "mask"} and isinstance(given["mask"], str)
+        values = given["values"] if fits else None
+        if not isinstance(values, Mapping) or not values or not all(map(_is_number, values.values())):
+            raise ConfigError(
+                f"pad is {given!r:.80}; expected {{'values': {{name: number}}, 'mask': name}}, such as "
+                "{'values': {'input_ids': 0}, 'mask': 'attention_mask'}"
+            )
+        if given["mask"] in values:
+            raise ConfigError(f"pad: the mask {given['mask']!r} stands among the values too; it is padded with 0")
+        return cls(values=dict(values), mask=given["mask"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """How requests are merged. A request beyond `max_batch_rows` or `max_batch_tokens` runs alone.
+
+    `max_wait_ms` bounds how long a device that has nothing else to do waits for more requests.
+    """
+
+    mode: str = "never"
+    max_batch_rows: int = 256
+    max_batch_tokens: int = 65_536
+    max_wait_ms: float = 2.0
+    pad: Padding | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"merge is {self.mode!r}; choices: {', '.join(map(repr, MODES))}")
+        for name in ("max_batch_rows", "max_batch_tokens"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number from 1")
+        if not _is_number(self.max_wait_ms) or not 0 <= self.max_wait_ms <= 1000:
+            raise ConfigError(f"max_wait_ms is {self.max_wait_ms!r}; it must be from 0, which never waits, to 1000")
+        if (self.mode == "pad") != (self.pad is not None):
+            raise ConfigError("merge='pad' and pad={'values': ..., 'mask': ...} go together; one is given alone")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def rows_of(inputs: Arguments) -> int:
+    """The rows of a request: the leading size that most of its tensors have; 0 if there is none."""
+    sizes = [tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()]
+    return statistics.mode(sizes) if sizes else 0
+
+
+def tokens_of(inputs: Arguments) -> int:
+    """Its rows times their length, where inputs are ids `[rows, length]` or vectors `[rows, length, width]`."""
+    rows = rows_of(inputs)
+    lengths = [tensor.shape[1] for tensor in tensors_of(inputs) if _has_length(tensor) and tensor.shape[0] == rows]
+    return rows * max(lengths, default=1)
+
+
+def _has_length(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == (3 if tensor.is_floating_point() else 2)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides which requests may run with one: those whose key is equal."""
+
+    key: Hashable
+    rows: int
+    length: int  # of a row, in tokens
+    padded: bool = False  # whether its length may differ from that of others
+    mask: torch.dtype | None = None  # of the mask that came, where it may
+
+    @property
+    def tokens(self) -> int:
+        """What the device is charged for."""
+        return self.rows * self.length
+
+
+class Former:
+    """Tells the form of requests to a module whose forward takes `parameters`."""
+
+    def __init__(self, parameters: Sequence[str], pad: Padding | None) -> None:
+        self._parameters = parameters
+        self._pad = pad
+
+    def form(self, inputs: Arguments) -> Form | None:
+        """The form of inputs, their keywords in order; None for those that nothing can be merged with."""
+        rows = rows_of(inputs)
+        if rows < 1 or not all(is_plain(t) and t.layout is torch.strided for t in tensors_of(inputs)):
+            return None
+        length = self._padded_length(inputs, rows)
+        if length is None:
+            return Form(_structure(inputs, rows), rows, tokens_of(inputs) // rows)
+        mask = self.mask_of(inputs)
+        key = self._structure_without_length(inputs, rows)
+        return Form(key, rows, length, True, mask.dtype if mask is not None else None)
+
+    def mask_of(self, inputs: Arguments) -> Any:
+        """What came as the mask; None for nothing."""
+        assert self._pad is not None
+        return dict(self._named(inputs)).get(self._pad.mask)
+
+    def with_mask(self, inputs: Arguments, form: Form, dtype: torch.dtype) -> Arguments:
+        """The inputs with a mask of ones, if they came without."""
+        assert self._pad is not None
+        if form.mask is not None:
+            return inputs
+        device = next(tensors_of(inputs)).device
+        ones = torch.ones(form.rows, form.length, dtype=dtype, device=device)
+        return in_order(Arguments(inputs, {**inputs.kwargs, self._pad.mask: ones}))
+
+    def without_empty_mask(self, inputs: Arguments) -> Arguments:
+        """The inputs without a keyword mask that is None."""
+        assert self._pad is not None
+        left = {name: v for name, v in inputs.kwargs.items() if name != self._pad.mask or v is not None}
+        return Arguments(inputs, left)
+
+    def leaves(self, inputs: Arguments) -> Iterator[tuple[torch.Tensor, float | None]]:
+        """Its tensors, in the order of `map_tensors`, and the value to pad each with, if it is padded."""
+        fills = {**self._pad.values, self._pad.mask: 0} if self._pad is not None else {}
+        for name, item in self._named(inputs):
+            for tensor in tensors_of(item):
+                yield tensor, fills.get(name) if tensor is item else None
+
+    def _named(self, inputs: Arguments) -> Iterator[tuple[str, Any]]:
+        names = itertools.chain(self._parameters, itertools.repeat(""))
+        yield from zip(names, inputs, strict=False)
+        yield from inputs.kwargs.items()
+
+    def _padded_length(self, inputs: Arguments, rows: int) -> int | None:
+        """The length of what may be padded; None where something does not fit, so that only equal lengths merge."""
+        if self._pad is None:
+            return None
+        named = dict(self._named(inputs))
+        found = [named[name] for name in self._pad.values if name in named]
+        mask = named.get(self._pad.mask)
+        if not found or not all(isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[0] == rows for t in found):
+            return None
+        lengths = {tensor.shape[1] for tensor in found}
+        if len(lengths) > 1 or 0 in lengths:
+            return None
+        [length] = lengths
+        if mask is None:
+            positional = self._pad.mask in self._parameters[: len(inputs)]
+            return None if positional else length
+        return length if isinstance(mask, torch.Tensor) and mask.shape == (rows, length) else None
+
+    def _structure_without_length(self, inputs: Arguments, rows: int) -> Hashable:
+        """As `_structure`, with neither the lengths of what may be padded nor a mask that is a keyword."""
+        assert self._pad is not None
+        rest = {name: item for name, item in inputs.kwargs.items() if name != self._pad.mask}
+        padded = {id(tensor) for tensor, fill in self.leaves(inputs) if fill is not None}
+        return ("padded", _structure(Arguments(inputs, rest), rows, padded))
+
+
+def in_order(inputs: Arguments) -> Arguments:
+    """The same, with the keywords in the order of their names."""
+    return Arguments(inputs, dict(sorted(inputs.kwargs.items())))
+
+
+def _structure(inputs: Arguments, rows: int, padded: Iterable[int] = ()) -> Hashable:
+    """Equal for inputs that differ in nothing but their rows, and in the lengths of those whose ids are in `padded`."""
+
+    def plain(tensor: torch.Tensor) -> Hashable:
+        kept = (tensor.dtype, dim_order(tensor))
+        if id(tensor) in padded:
+            return ("padded", tensor.dtype, tensor.shape[2:])
+        if tensor.dim() and tensor.shape[0] == rows:
+            return ("rows", *kept, tensor.shape[1:])
+        return ("table", *kept, tensor.shape, _digest(tensor))
+
+    return structure_of(inputs, plain, lambda _value: object())  # what may hold anything is equal to nothing
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    """That nobody can make two tensors for: one job's table must not stand for another's."""
+    plain = bytes_of(tensor.contiguous())
+    return hashlib.blake2b(memory_of(plain), digest_size=32).digest()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each request stands in a merged batch."""
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "starts", (0, *itertools.accumulate(self.rows))[:-1])
+
+    @property
+    def total(self) -> int:
+        """Rows of the batch."""
+        return sum(self.rows)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each of its rows."""
+        return max(self.lengths)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some rows are padded."""
+        return len(set(self.lengths)) > 1
+
+
+class Batch:
+    """Inputs of several requests, of one key, as those of one forward."""
+
+    def __init__(self, former: Former, inputs: Sequence[Arguments], forms: Sequence[Form]) -> None:
+        self.layout = Layout(tuple(form.rows for form in forms), tuple(form.length for form in forms))
+        self.key = forms[0].key
+        self._former, self._forms = former, forms
+        self._padded = forms[0].padded
+        given = {form.mask for form in forms}
+        self._mask = next((dtype for dtype in given if dtype is not None), torch.int64)
+        self._needs_mask = self._padded and (self.layout.ragged or given != {None})
+        self.ragged = self._padded and self.layout.ragged
+        # Where all are of one length, which sizes of a feature are the length's cannot be told.
+        # A table that is taken for rows does no harm while it is the same in all requests, nor does one row that stands
+        # for all while these are the same: those are told apart. So are masks that were made from those that came.
+        length = -1 if self.ragged else self.layout.length
+        self.variant: Hashable = (length, self._needs_mask, None in given, _alike(inputs))
+
+    def inputs(self, loaded: Sequence[Arguments]) -> Arguments:
+        """One forward's inputs, of those that were loaded to the device; in memory of their own."""
+        if self._needs_mask:
+            pairs = zip(map(self._former.without_empty_mask, loaded), self._forms, strict=True)
+            loaded = [self._former.with_mask(one, form, self._mask) for one, form in pairs]
+        leaves = zip(*map(self._former.leaves, loaded), strict=True)
+        merged = iter([self._together([t for t, _ in leaf], leaf[0][1]) for leaf in leaves])
+        return map_tensors(loaded[0], lambda _tensor: next(merged))  # type: ignore[no-any-return]
+
+    def _together(self, tensors: Sequence[torch.Tensor], fill: float | None) -> torch.Tensor:
+        if tuple(t.shape[0] if t.dim() else -1 for t in tensors) != self.layout.rows:
+            return tensors[0].clone()  # a table
+        if fill is None or not self.ragged:
+            return torch.cat(list(tensors))
+        shape = (self.layout.total, self.layout.length, *tensors[0].shape[2:])
+        merged = tensors[0].new_full(shape, fill)
+        for tensor, start in zip(tensors, self.layout.starts, strict=True):
+            merged[start : start + len(tensor), : tensor.shape[1]] = tensor
+        return merged
+
+
+def _alike(inputs: Sequence[Arguments]) -> tuple[tuple[int, str], ...]:
+    """Which tensors hold the same in all requests, and which the same in all rows."""
+    if len({sum(1 for _ in tensors_of(one)) for one in inputs}) > 1:  # some have a mask
+        return ()
+    found = enumerate(map(_likeness, zip(*map(tensors_of, inputs), strict=True)))
+    return tuple((i, likeness) for i, likeness in found if likeness)
+
+
+def _likeness(leaf: Sequence[torch.Tensor]) -> str:
+    first = leaf[0]
+    if first.dim() and all(t.shape[1:] == first.shape[1:] and len(t) for t in leaf):
+        if not all(_same_bytes(first[0], t[0]) for t in leaf[1:]):
+            return ""  # mostly
+        if all(_same_bytes(t[1:], t[:1].expand(len(t) - 1, *t.shape[1:])) for t in leaf):
+            return "rows"
+    return "requests" if all(is_same(first, other) for other in leaf[1:]) else ""
+
+
+def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors of one dtype are equal to the bit, NaNs too."""
+    return a.shape == b.shape and _same_bytes(a, b)
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(bytes_of(a.contiguous()), bytes_of(b.contiguous()))

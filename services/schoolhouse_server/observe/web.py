@@ -1,0 +1,350 @@
+"""A small HTTP server that shows replica sets: /metrics for Prometheus, /api/state as JSON, and the page at /.
+
+It only reads, answers GET and HEAD of the paths that it knows, and takes no more of the process than a few threads.
+With a gate it answers only those who have an admin's token: as a bearer token, or as the password of a browser's login.
+"""
+
+import base64
+import contextlib
+import functools
+import io
+import ipaddress
+import logging
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from typing import Any
+
+from schoolhouse.errors import (
+    AuthenticationError,
+    ConfigError,
+    PermissionDeniedError,
+    SchoolhouseError,
+    TeacherUnavailableError,
+)
+from schoolhouse_wire import background
+from schoolhouse_wire.rpc.security import is_loopback
+from schoolhouse_wire.scrubbing import scrub
+from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
+
+from schoolhouse_server.observe import metrics
+from schoolhouse_server.observe.state_json import state_json
+from schoolhouse_server.security.auth import Gate, bearer_of
+from schoolhouse_server.security.ports import joined, own_address
+
+Source = Callable[[], Iterable[ReplicaSet]]
+
+_MAX_CONNECTIONS = 16
+_REST_S = 1.0  # until it is served again, where that failed
+_TIMEOUT_S = 10.0  # for a request to come in, and for its answer to be taken
+_PAGE = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/rates.js": ("rates.js", "text/javascript; charset=utf-8"),
+    "/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
+    "/tables.js": ("tables.js", "text/javascript; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Connection": "close",
+}
+_MORE = {  # by status
+    401: {"WWW-Authenticate": 'Basic realm="schoolhouse: the password is an admin\'s token", charset="UTF-8"'},
+    405: {"Allow": "GET, HEAD"},
+}
+_log = logging.getLogger(__name__)
+
+
+def gate_of(gate: Gate, host: str) -> Gate | None:
+    """Whom an HTTP port on `host` asks for a token: nobody where no port asks, nor on loopback."""
+    return None if gate.tokens is None or is_loopback(host) else gate
+
+
+class WebServer:
+    """Serves what `source()` gives at each request. `start()` listens; `close()` ends it."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        host: str = "127.0.0.1",
+        port: int | range = 0,
+        gate: Gate | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Without listening yet. Of a range of ports it takes the first that is free.
+
+        With a `gate` who asks needs an admin's token; without one, everybody is answered. With `tls` it speaks HTTPS.
+
+        Raises:
+            ConfigError: for what is no port.
+        """
+        self._ports = port if isinstance(port, range) else (port,)
+        if not all(isinstance(one, int) and 0 <= one <= 65535 for one in self._ports):
+            raise ConfigError(f"the HTTP port is {port!r}; it must be from 0, for any free one, to 65535")
+        self._source = source
+        self._gate, self._tls = gate, tls
+        self._host, self._port = host, 0
+        self._server: _Server | None = None
+        self._closing = threading.Event()
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """`http://HOST:PORT`, where the page is; `https` with TLS."""
+        return f"{'https' if self._tls is not None else 'http'}://{joined(self._host, self._port)}"
+
+    def start(self) -> "WebServer":
+        """Listen.
+
+        Raises:
+            ConfigError: the host is not of this node.
+            TeacherUnavailableError: the port is taken, or all of them.
+        """
+        self._server = self._listen()
+        self._port = self._server.server_port
+        self._closing.clear()
+        serve = functools.partial(self._serve, self._server)
+        self._thread = background.thread(serve, name="schoolhouse-http", on_death=background.go_on)
+        self._thread.start()
+        return self
+
+    def _serve(self, server: "_Server") -> None:
+        while True:
+            background.run(server.serve_forever, "the HTTP server", background.go_on)
+            if self._closing.wait(_REST_S):
+                return
+
+    def _listen(self) -> "_Server":
+        address = own_address(self._host)
+        for port in self._ports:
+            try:
+                return _Server((address, port), functools.partial(_Handler, self._source, self._gate), self._tls)
+            except OSError as err:
+                failed = err
+        ports = "-".join(map(str, sorted({self._ports[0], self._ports[-1]})))
+        raise TeacherUnavailableError(
+            f"cannot listen on {address}, port {ports}, for HTTP; is the port taken? Port 0 takes a free one"
+        ) from failed
+
+    def close(self) -> None:
+        """Stop listening. Answers that are on their way end with their threads."""
+        server, self._server = self._server, None
+        if server is not None:
+            self._closing.set()
+            server.shutdown()
+            self._thread.join(_TIMEOUT_S)
+            server.server_close()
+
+    def __enter__(self) -> "WebServer":
+        return self if self._server is not None else self.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each connection, of which there are few at once."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+
+    def __init__(
+        self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler], tls: ssl.SSLContext | None
+    ) -> None:
+        self._tls = tls
+        self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        """Bind; without asking a name server who we are, as HTTPServer does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was restarted is found again
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = "", self.socket.getsockname()[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, or turn away at once."""
+        if self._slots.acquire(blocking=False):
+            try:
+                super().process_request(request, client_address)
+            except BaseException:  # there was no thread to be had
+                self._slots.release()
+                raise
+            return
+        request.setblocking(False)
+        with contextlib.suppress(OSError):
+            request.send(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer one connection."""
+        answer = functools.partial(super().process_request_thread, request, client_address)
+        try:
+            background.run(answer, "an HTTP connection", background.go_on)
+        finally:
+            self._slots.release()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer over TLS, if so; its handshake is made here, in the connection's own thread."""
+        if self._tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_TIMEOUT_S)
+        with self._tls.wrap_socket(request, server_side=True) as wrapped:
+            super().finish_request(wrapped, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away, or was too slow, is no error of ours."""
+        _log.debug("an HTTP connection ended early", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection with one request."""
+
+    timeout = _TIMEOUT_S  # of sending, which Python's sendall keeps as a whole
+
+    def __init__(self, source: Source, gate: Gate | None, *args: Any) -> None:
+        self._source, self._gate = source, gate
+        super().__init__(*args)
+
+    def setup(self) -> None:
+        """Hold the whole request to one deadline: a client that sends a byte now and then stays no longer."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_UntilDeadline(self.connection, time.monotonic() + _TIMEOUT_S))
+
+    def version_string(self) -> str:
+        """Whom the answer is from."""
+        return "schoolhouse"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: scrapes come every few seconds."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer with a line of text."""
+        text = message or self.responses.get(code, ("error",))[0]
+        self._send(int(code), f"{text}\n".encode(), "text/plain; charset=utf-8")
+
+    def do_GET(self) -> None:
+        """Answer one of the paths."""
+        if not self._is_local_name():
+            self.send_error(403, "this server answers to localhost alone; open it as http://127.0.0.1")
+            return
+        try:
+            self._check_admin()
+            found = self._content(self.path.split("?")[0])
+        except AuthenticationError as err:
+            self.send_error(401, err.message)
+            return
+        except PermissionDeniedError as err:
+            self.send_error(403, err.message)
+            return
+        except SchoolhouseError as err:  # a directory that has just started, say
+            self.send_error(503, scrub(err.message))
+            return
+        if found is None:
+            self.send_error(404, f"not found; there are: {', '.join(('/metrics', '/api/state', *_PAGE))}")
+            return
+        self._send(200, *found)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def _refuse(self) -> None:
+        self.send_error(405, "this server only answers GET and HEAD")
+
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
+
+    def _check_admin(self) -> None:
+        """Raises `AuthenticationError` or `PermissionDeniedError` for who has no admin's token, where one is wanted."""
+        if self._gate is None:
+            return
+        given = self.headers.get_all("Authorization", [])
+        if len(given) != 1:
+            raise AuthenticationError("an admin's token is wanted, as a bearer token or as the password of a login")
+        if not self._gate.known(_token_of(given[0])).admin:
+            raise PermissionDeniedError(
+                "this token is no admin's; the tokens file says `admin: true` for those that are"
+            )
+
+    def _is_local_name(self) -> bool:
+        """Whether a server of this machine alone was asked by a name of it: else a foreign page could read it, by a
+        name of its own that it lets point here.
+        """
+        if not is_loopback(self.connection.getsockname()[0]):
+            return True
+        try:
+            name = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
+            return name == "localhost" or ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+    def _content(self, path: str) -> tuple[bytes, str] | None:
+        if path == "/metrics":
+            return metrics.exposition(self._source), metrics.CONTENT_TYPE
+        if path == "/api/state":
+            return state_json(self._source()), "application/json"
+        if path in _PAGE:
+            name, content_type = _PAGE[path]
+            return _file(name), content_type
+        return None
+
+    def _send(self, code: int, body: bytes, content_type: str) -> None:
+        self.send_response(code)
+        headers = {"Content-Type": content_type, "Content-Length": str(len(body)), **_HEADERS}
+        for name, value in (headers | _MORE.get(code, {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _token_of(authorization: str) -> str:
+    """The token in `Bearer TOKEN`, or in `Basic` with any name and it as the password."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return bearer_of(authorization)
+    try:
+        return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
+    except ValueError as err:  # also of what is no base64, or not even ASCII
+        raise AuthenticationError("the authorization that came is no login") from err
+
+
+class _UntilDeadline(io.RawIOBase):
+    """What comes from a socket until a deadline on time.monotonic's clock."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection, self._deadline = connection, deadline
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for bytes no longer than there is time; raises `TimeoutError` then."""
+        self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(_TIMEOUT_S)
+
+
+@functools.cache
+def _file(name: str) -> bytes:
+    return resources.files("schoolhouse_server").joinpath("page", name).read_bytes()

@@ -1,0 +1,303 @@
+"""A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
+
+import atexit
+import functools
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+from schoolhouse.errors import ConfigError
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse.tracing import tracer
+from schoolhouse_wire import framing, memory
+from schoolhouse_wire.limits import MAX_NAME, Limits
+from schoolhouse_wire.rpc import channel, forks
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
+from torch import nn
+
+from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_server.common.timer import Timer
+from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, checked_timeout_s
+from schoolhouse_server.engine.engine import Engine, Trouble
+from schoolhouse_server.engine.unsent import Unsent
+from schoolhouse_server.merge.batching import MergeSettings
+from schoolhouse_server.observe.web import WebServer, gate_of
+from schoolhouse_server.replica.directory import Directory
+from schoolhouse_server.replica.health_services import add_standard_services
+from schoolhouse_server.security.auth import Gate
+from schoolhouse_server.security.interceptor import Doorkeeper
+from schoolhouse_server.security.ports import joined, listen
+from schoolhouse_server.security.tls import ServerTls, check_exposure
+from schoolhouse_server.security.tokens import Tokens
+from schoolhouse_server.session.quotas import Sharing
+from schoolhouse_server.session.servicer import Teachers
+
+_MAX_SHARED_BYTES = 1 << 40
+Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
+
+
+class Replica:
+    """Serves frozen modules by name. Start it with `start()` or `with`; `close()` ends it.
+
+    `port` is one, 0 for any free one, or a range of which it takes a free one.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        host: str = "127.0.0.1",
+        port: int | range = 0,
+        merging: MergeSettings | None = None,
+        example: Example = None,
+        early_stop: bool = False,
+        max_request_bytes: int = 2 << 30,
+        cache_bytes: int = 0,
+        shared_memory_bytes: int = 1 << 30,
+        tune_allocator: bool = True,
+        http_port: int | range | None = None,
+        tracing: bool = False,
+        replica_id: str = "",
+        tls: ServerTls | None = None,
+        insecure: bool = False,
+        tokens: str | Path | None = None,
+        allow_head: bool = False,
+        forward_timeout_s: float = FORWARD_TIMEOUT_S,
+        **sharing: Any,
+    ) -> None:
+        """The settings are those of `serve`; `sharing` are those of `Sharing`."""
+        if not modules:
+            raise ConfigError("there is no teacher to serve; give a module, or a dict of names and modules")
+        for name in modules:
+            if not 0 < len(name) <= MAX_NAME or "/" in name:
+                raise ConfigError(
+                    f"{name!r:.80} cannot be a teacher's name; it must have 1 to {MAX_NAME} characters, and no '/'"
+                )
+        if cache_bytes < 0:
+            raise ConfigError(f"cache_bytes is {cache_bytes}; it must be 0, for no cache, or above")
+        if not isinstance(shared_memory_bytes, int) or not 0 <= shared_memory_bytes <= _MAX_SHARED_BYTES:
+            raise ConfigError(
+                f"shared_memory_bytes is {shared_memory_bytes!r}; it must be from 0, which switches shared memory off, "
+                f"to {_MAX_SHARED_BYTES}"
+            )
+        check_exposure(host, tls, insecure=insecure)
+        self._tls = tls
+        self._shared_memory_bytes, self._tune_allocator = shared_memory_bytes, tune_allocator
+        self._modules = dict(modules)
+        self._host, self._ports = host, port if isinstance(port, range) else (port,)
+        self._port = 0 if isinstance(port, range) else port
+        self._early_stop = early_stop
+        self._merging = merging or MergeSettings()
+        self._examples = _examples(example, self._merging, self._modules)
+        self._limits = Limits(max_payload_bytes=max_request_bytes)
+        self._sharing = Sharing(**sharing)
+        self._cache_bytes = cache_bytes
+        self._gate = Gate(Tokens.of(tokens))
+        self._allow_head = allow_head
+        self._directory = Directory(self.load, gate=self._gate)
+        self._tracing, self._id = tracing, replica_id
+        self._forward_timeout_s = checked_timeout_s(forward_timeout_s)
+        tracer(tracing)  # raises without OpenTelemetry
+        self._server: grpc.Server | None = None
+        self._pid = os.getpid()
+        self.web = None
+        if http_port is not None:
+            context = tls.context() if tls is not None else None
+            gate = gate_of(self._gate, host)
+            self.web = WebServer(self._directory.sets, host=host, port=http_port, gate=gate, tls=context)
+        self.engines: dict[str, Engine] = {}
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """What clients connect to, of its only teacher; with several, use `urls`."""
+        if len(self._modules) != 1:
+            raise ConfigError(f"this server has several teachers, take one of .urls: {sorted(self._modules)}")
+        return next(iter(self.urls.values()))
+
+    @property
+    def urls(self) -> dict[str, str]:
+        """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, by the names of its teachers."""
+        scheme = "grpc" if self._tls is None else "grpcs"
+        return {name: f"{scheme}://{joined(self._host, self._port)}/{name}" for name in self._modules}
+
+    def start(self) -> "Replica":
+        """Listen; returns when clients can connect."""
+        self._pid = os.getpid()
+        if self._tune_allocator:
+            memory.keep_freed_memory()
+        self._timer = Timer()
+        self.unsent = Unsent(self._sharing.max_unsent_bytes, self._sharing.max_job_unsent_bytes)
+        self.engines = {
+            name: Engine(
+                LocalTeacher(module, name, early_stop=self._early_stop),
+                max_queued=self._sharing.max_queued,
+                cache_bytes=self._cache_bytes,
+                cost=self._sharing.cost,
+                timer=self._timer,
+                merge=self._merging,
+                example=self._examples.get(name),
+                forward_timeout_s=self._forward_timeout_s,
+                on_trouble=functools.partial(self._fail, name),
+                unsent=self.unsent,
+            )
+            for name, module in self._modules.items()
+        }
+        max_rpcs = 2 * self._sharing.max_sessions + 16  # a client has a session, and watches the directory
+        self._workers = DaemonExecutor(max_rpcs, "schoolhouse-rpc")
+        forks.before_grpc()
+        server = grpc.server(
+            self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
+            interceptors=[Doorkeeper(self._gate, self._timer)],
+            options=channel.SERVER_OPTIONS,
+            maximum_concurrent_rpcs=max_rpcs,
+        )
+        self._add_services(server)
+        self._port = listen(server, self._host, self._ports, self._tls)
+        for engine in self.engines.values():
+            engine.start()
+        for name, engine in self.engines.items():
+            own = self._described(name, engine)
+            self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+        if self.web is not None:
+            self.web.start()
+        self._gate.start()
+        server.start()
+        self._server = server
+        atexit.register(self.close, 0.0)  # a thread that is within torch when the interpreter ends aborts the process
+        return self
+
+    def load(self, name: str) -> directory_pb2.Load:
+        """What the teacher `name` has to do at present."""
+        engine = self.engines[name]
+        load = directory_pb2.Load(
+            queued=engine.queued,
+            in_flight=engine.running,
+            served=engine.served,
+            joined=engine.joined,
+            cached=engine.cache.hits if engine.cache else 0,
+            missed=engine.cache.misses if engine.cache else 0,
+            cache_bytes=engine.cache.nbytes if engine.cache else 0,
+            stage_s=engine.stage_s(),
+            batch_limit_rows=engine.batch_limit_rows,
+        )
+        engine.fill(load, self._teachers.admissions[name].in_flight())
+        load.sessions = sum(job.sessions for job in load.jobs)
+        return load
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no new session, tell those there are that it is about to stop, and answer what they have asked for.
+
+        Returns at once. Poll `drained`, which is true when no session is left or has had anything in flight for a
+        while, and after `timeout_s` at the latest; then `close()`.
+        """
+        for name in self.engines:
+            self._publish_draining(name)
+        self._teachers.drain.begin(timeout_s)
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new sessions."""
+        return self._teachers.drain.began
+
+    @property
+    def drained(self) -> bool:
+        """Whether it may be closed after `drain`."""
+        return self._teachers.drain.over()
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """What keeps one of its teachers from work for good; None: nothing. Who has it replaces the replica."""
+        return next((engine.trouble for engine in self.engines.values() if engine.trouble is not None), None)
+
+    def _fail(self, name: str) -> None:
+        """A teacher is at its end: say so to probes, to those who watch and to its sessions."""
+        self._report_failed(name)
+        self._publish_draining(name)
+        self._teachers.drain.tell(name)
+
+    def _publish_draining(self, name: str) -> None:
+        own = self._described(name, self.engines[name], directory_pb2.Replica.DRAINING)
+        self._directory.publish(directory_pb2.ReplicaSet(teacher=name, replicas=[own], wanted=1))
+
+    def _described(
+        self, name: str, engine: Engine, state: directory_pb2.Replica.State = directory_pb2.Replica.SERVING
+    ) -> directory_pb2.Replica:
+        host = socket.gethostname()
+        return directory_pb2.Replica(id=self._id or name, revision=engine.description.revision, state=state, host=host)
+
+    def close(self, grace_s: float = 0.5) -> None:
+        """Stop listening and end all sessions. A process that ends does it by itself; in a fork it does nothing."""
+        atexit.unregister(self.close)
+        if self._pid != os.getpid():
+            return
+        self._directory.close()
+        if self.web is not None:
+            self.web.close()
+        if self._server is not None:
+            self._server.stop(grace_s).wait(grace_s + 5)
+            self._workers.shutdown()
+        self._gate.close()
+        for engine in self.engines.values():
+            engine.close()
+        if self._server is not None:
+            self._timer.close()
+        self._server = None
+
+    def __enter__(self) -> "Replica":
+        return self if self._server is not None else self.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _add_services(self, server: grpc.Server) -> None:
+        teachers = self._teachers = Teachers(
+            self.engines,
+            self._limits,
+            shared_memory_bytes=self._shared_memory_bytes,
+            sharing=self._sharing,
+            timer=self._timer,
+            gate=self._gate,
+            allow_head=self._allow_head,
+            tracing=self._tracing,
+        )
+        session = grpc.stream_stream_rpc_method_handler(
+            teachers.session,
+            request_deserializer=lambda data: framing.received(teacher_pb2.ClientMessage, data),
+            response_serializer=framing.write_message,
+        )
+        describe = grpc.unary_unary_rpc_method_handler(
+            teachers.describe,
+            request_deserializer=lambda data: framing.parsed(teacher_pb2.DescribeRequest, data),
+            response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
+        )
+        names = ("schoolhouse.v1.TeacherService", "schoolhouse.v1.DirectoryService")
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {"Session": session, "Describe": describe}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(names[0], methods),))
+        directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
+        known = self._modules if self._gate.tokens is None else ()  # health is for all to ask: it tells no names then
+        self._report_failed = add_standard_services(server, (*names, *known))
+
+
+def _examples(
+    example: Example, merging: MergeSettings, modules: Mapping[str, nn.Module]
+) -> Mapping[str, Callable[[], Any]]:
+    """What makes the example of each teacher that has one."""
+    if example is None:
+        return {}
+    if merging.mode == "never":
+        raise ConfigError("example is for merging, and merge is 'never'; leave one of them out")
+    given = {next(iter(modules)): example} if callable(example) and len(modules) == 1 else example
+    if not isinstance(given, Mapping) or not given.keys() <= modules.keys() or not all(map(callable, given.values())):
+        raise ConfigError(
+            f"example is {example!r:.80}; expected a callable that returns what forward takes, or, with several "
+            f"teachers, a dict of such by their names: {sorted(modules)}"
+        )
+    return given

@@ -1,0 +1,214 @@
+"""The tokens file: who may ask for what. It holds digests of tokens alone, and is read again as it changes."""
+
+import functools
+import hashlib
+import hmac
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from schoolhouse.errors import ConfigError
+from schoolhouse_wire import background
+from schoolhouse_wire.limits import MAX_JOB_NAME
+
+from schoolhouse_server.common.yaml_files import read_bytes
+
+PREFIX = "sht_"  # by it a token is known in a log or a repository that it should not be in
+_BYTES = 32  # of a token, from the system's random numbers
+_WHAT = "tokens file"
+_MAX_TOKENS = 4096
+_MAX_TOKEN_LENGTH = 4096  # characters; longer ones are not looked for
+_LOOK_S = 0.5  # between two looks at the file; it is taken when two in a row found the same
+_WEIGHTS = (0.01, 100.0)
+_ANY = "*"
+_STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Grant:
+    """What the holder of one token may do.
+
+    `sha256` is the token's digest. With a `job` all that it asks for is of that job, whatever its client says, and no
+    token without that job takes its name; only then `weight` is the job's (else what its client says, 1 at most), and
+    `max_in_flight` and `max_job_bytes` bound it on each replica beside the teacher's own bounds. `teachers` are those
+    that it may use and see, `"*"` being all. An `admin` sees all teachers, all jobs' loads, and the HTTP port.
+    """
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+    job: Annotated[str, Field(min_length=1, max_length=MAX_JOB_NAME)] | None = None
+    teachers: tuple[str, ...]
+    weight: Annotated[float, Field(ge=_WEIGHTS[0], le=_WEIGHTS[1])] | None = None
+    max_in_flight: Annotated[int, Field(ge=1)] | None = None
+    max_job_bytes: Annotated[int, Field(ge=1)] | None = None
+    admin: bool = False
+
+    @model_validator(mode="after")
+    def _quota_of_a_job(self) -> "Grant":
+        given = [name for name in ("weight", "max_in_flight", "max_job_bytes") if getattr(self, name) is not None]
+        if given and self.job is None:
+            raise ValueError(f"{given[0]} goes with job: who may name any job may have the quota of many")
+        return self
+
+    def allows(self, teacher: str) -> bool:
+        """Whether it may use that teacher."""
+        return _ANY in self.teachers or teacher in self.teachers
+
+    def sees(self, teacher: str) -> bool:
+        """Whether it may know of that teacher."""
+        return self.admin or self.allows(teacher)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class _File:
+    tokens: Annotated[tuple[Grant, ...], Field(max_length=_MAX_TOKENS)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "_File":
+        seen: dict[str, int] = {}
+        for number, one in enumerate(self.tokens):
+            first = seen.setdefault(one.sha256.lower(), number)
+            if first != number:
+                raise ValueError(f"tokens {first} and {number} have the same sha256; leave one out")
+        return self
+
+
+def new_token() -> str:
+    """A random one."""
+    return PREFIX + secrets.token_urlsafe(_BYTES)
+
+
+def digest_of(token: str) -> str:
+    """What a tokens file has of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Tokens:
+    """The grants of a tokens file. `start` follows its changes, `close` ends that."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Raises:
+            ConfigError: it cannot be read, or is wrong; one sentence says where.
+        """
+        self._path = path
+        self._data = self._refused = read_bytes(path, _WHAT)
+        self._grants = _parse(self._data, path)
+        self._changed: list[Callable[[], None]] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def of(cls, path: str | Path | None) -> "Tokens | None":
+        """Those of the file, if there is one; raises as the constructor does."""
+        return cls(Path(path)) if path is not None else None
+
+    def grant(self, token: str) -> Grant | None:
+        """What a token may do; None: it is not known. Takes as long for any token, but for its length."""
+        if len(token) > _MAX_TOKEN_LENGTH:
+            return None
+        return self._find(digest_of(token))
+
+    def now(self, grant: Grant) -> Grant | None:
+        """What the file says by now about the token that had this grant."""
+        return self._find(grant.sha256.lower())
+
+    def _find(self, digest: str) -> Grant | None:
+        found = None
+        for one in self._grants:  # all of them, so that time tells nothing of which one it is like
+            if hmac.compare_digest(one.sha256.lower(), digest):
+                found = one
+        return found
+
+    def is_bound(self, job: str) -> bool:
+        """Whether a token has this job's name for its own."""
+        return any(one.job == job for one in self._grants)
+
+    def on_change(self, call: Callable[[], None]) -> None:
+        """Have `call` called, in a thread of its own, after the file has changed."""
+        self._changed.append(call)
+
+    def start(self) -> None:
+        """Follow the file's changes."""
+        self._stop.clear()
+        self._thread = background.thread(self._follow, name="schoolhouse-tokens", on_death=background.go_on)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Follow them no longer."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(2 * _LOOK_S)
+
+    def _follow(self) -> None:
+        before = self._data
+        while not self._stop.wait(_LOOK_S):
+            look = functools.partial(self._look, before)
+            before = background.run(look, "following the tokens file", lambda _error: b"")
+
+    def _look(self, before: bytes) -> bytes:
+        """What the file holds; it is taken as soon as that is new and the same as `before`: nobody is writing it."""
+        try:
+            found = read_bytes(self._path, _WHAT)
+            if found == before and found not in (self._data, self._refused):
+                self._take(found)
+        except ConfigError as err:
+            found = b""
+            self._refuse(found, err)
+        return found
+
+    def _take(self, data: bytes) -> None:
+        try:
+            grants = _parse(data, self._path)
+        except ConfigError as err:
+            self._refuse(data, err)
+            return
+        self._data = self._refused = data
+        self._grants = grants  # at once: who asks meanwhile sees the old ones or the new ones
+        _log.info("the tokens file was read again; it has %d tokens", len(grants))
+        for call in self._changed:
+            call()
+
+    def _refuse(self, data: bytes, err: ConfigError) -> None:
+        """Keep what is known, and say so once."""
+        if data != self._refused:
+            self._refused = data
+            _log.warning("the tokens file changed and is not taken; those known so far are kept: %s", err.message)
+
+
+def _parse(data: bytes, path: Path) -> tuple[Grant, ...]:
+    """The grants of a file; what is wrong is told without the file's own words, which may be a token."""
+    try:
+        given = yaml.safe_load(data)
+    except yaml.YAMLError as err:
+        mark = getattr(err, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark is not None else ""
+        raise ConfigError(f"the tokens file {path} is not YAML{where}") from None
+    except Exception as err:  # it knows dates and numbers, whose makers raise what they like
+        raise ConfigError(f"the tokens file {path} is not YAML: it raised {type(err).__name__}") from None
+    if not isinstance(given, dict) or not isinstance(given.get("tokens"), list):
+        raise ConfigError(f"the tokens file {path} must hold a mapping with the key 'tokens' and a list under it")
+    try:
+        return TypeAdapter(_File).validate_python(given).tokens
+    except ValidationError as err:
+        raise ConfigError(f"the tokens file {path} is wrong: " + "; ".join(map(_sentence, err.errors()))) from None
+
+
+def _sentence(error: object) -> str:
+    """Where it is wrong, and how; names of keys that are none of ours may be a token."""
+    assert isinstance(error, dict)
+    known = {"tokens", *Grant.__dataclass_fields__}
+    where = ".".join(str(part) if isinstance(part, int) or part in known else "?" for part in error["loc"])
+    if error["type"] == "string_pattern_mismatch":
+        return f"{where}: expected the 64 hexadecimal digits that `schoolhouse token` prints"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{where}: there is no such key; choices: {', '.join(Grant.__dataclass_fields__)}"
+    return f"{where or 'file'}: {error['msg']}"

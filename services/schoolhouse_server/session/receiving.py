@@ -1,0 +1,85 @@
+"""Calls whose payload is still coming: frames in, whole calls out, and none that comes slower than any network is."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from schoolhouse.errors import ProtocolError, TeacherTimeoutError
+from schoolhouse_wire import framing
+from schoolhouse_wire.v1 import teacher_pb2
+
+from schoolhouse_server.common.timer import Alarm, Timer
+
+SLOWEST_BYTES_S = 64 << 10  # of one call, after a grace
+
+
+@dataclass(frozen=True, eq=False)
+class Partial:
+    """A call whose payload is coming."""
+
+    call: teacher_pb2.Call
+    incoming: framing.Incoming
+    began: float  # on time.perf_counter's clock
+
+
+class Receiving:
+    """The partial calls of one session. `fail(request_id, error)` is called, by the timer, for one that is too slow."""
+
+    def __init__(self, timer: Timer, grace_s: float, fail: Callable[[int, Exception], None]) -> None:
+        self._timer = timer
+        self._grace_s = grace_s
+        self._fail = fail
+        self._lock = threading.Lock()
+        self._partial: dict[int, tuple[Partial, Alarm]] = {}
+
+    def begin(self, partial: Partial) -> None:
+        """The payload of a call is to come, in time."""
+        allowed_s = self._grace_s + partial.incoming.nbytes / SLOWEST_BYTES_S
+        alarm = self._timer.at(time.monotonic() + allowed_s, lambda: self._expire(partial, allowed_s))
+        with self._lock:
+            self._partial[partial.call.request_id] = partial, alarm
+
+    def add(self, frame: framing.Frame) -> Partial | None:
+        """Take a frame; the whole call, if it was the last one. One of a call that is not here any more is ignored.
+
+        Errors: see `Incoming.add`; the call is dropped.
+        """
+        partial, _ = self._partial.get(frame.request_id, (None, None))
+        if partial is None:
+            return None
+        try:
+            partial.incoming.add(frame.offset, frame.data, frame.digest)
+        except Exception:
+            self.drop(frame.request_id)
+            raise
+        return partial if partial.incoming.complete and self.drop(frame.request_id) else None
+
+    def drop(self, request_id: int) -> bool:
+        """Forget a call; whether it was here."""
+        with self._lock:
+            partial, alarm = self._partial.pop(request_id, (None, None))
+        if alarm is not None:
+            self._timer.cancel(alarm)
+        return partial is not None
+
+    def give_up(self) -> None:
+        """Nothing more will come: those that are not whole fail."""
+        for request_id in list(self._partial):
+            if self.drop(request_id):
+                self._fail(request_id, ProtocolError("the stream of requests ended within this call's payload"))
+
+    def clear(self) -> None:
+        """Forget all."""
+        for request_id in list(self._partial):
+            self.drop(request_id)
+
+    def _expire(self, partial: Partial, allowed_s: float) -> None:
+        request_id = partial.call.request_id
+        with self._lock:
+            found, _ = self._partial.get(request_id, (None, None))
+            if found is not partial:
+                return
+            del self._partial[request_id]
+        text = f"the call's {partial.incoming.nbytes} bytes have not come within {allowed_s:.1f} s, so it was dropped"
+        self._fail(request_id, TeacherTimeoutError(text))

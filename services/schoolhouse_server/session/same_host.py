@@ -1,0 +1,63 @@
+"""What a session has in memory with a client on its host: a segment for payloads, and pipes in place of the stream."""
+
+import contextlib
+from collections.abc import Iterable
+
+from google.protobuf.message import Message
+from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.same_host import pipes, shared_memory
+from schoolhouse_wire.same_host.shared_memory import ReplicaSegment
+from schoolhouse_wire.v1 import teacher_pb2
+
+
+class SameHost:
+    """Both are offered with Opened, and used once the client has attached them."""
+
+    def __init__(self, replies_bytes: int) -> None:
+        """`replies_bytes` of memory for replies; 0: nothing is offered."""
+        self.segment: ReplicaSegment | None = None
+        self.pipes: pipes.Pipes | None = None
+        self._replies_bytes = replies_bytes
+        self._offered: tuple[ReplicaSegment, pipes.Offered] | None = None
+        self._closed = False
+
+    def offer(self, opened: teacher_pb2.Opened, outbox: Outbox[Message | bytes], *, checksums: bool) -> None:
+        """Write the offer into a message, if this system has what it takes."""
+        if not self._replies_bytes or shared_memory.lacks():
+            return
+        with contextlib.suppress(OSError):  # there is none to be had: the stream does
+            offered_pipes = pipes.Offered()
+            offered = shared_memory.create(self._replies_bytes, outbox, checksums=checksums)
+            opened.shared_memory.CopyFrom(offered.offer)
+            offered_pipes.describe_in(opened.shared_memory)
+            self._offered = offered, offered_pipes
+
+    def attached(self, message: teacher_pb2.Attached) -> None:
+        """The client has attached what was offered, or could not."""
+        offered, self._offered = self._offered, None
+        if offered is None:
+            return
+        segment, offered_pipes = offered
+        segment.withdraw()
+        offered_pipes.withdraw()
+        if message.attached:
+            self.segment = segment
+            self.pipes = offered_pipes.pipes if message.pipes else None
+        if self._closed and self.pipes is not None:
+            self.pipes.close()
+
+    def free(self, offsets: Iterable[int]) -> None:
+        """The client is done with blocks of replies."""
+        if self.segment is not None:
+            for offset in offsets:
+                self.segment.free(offset)
+
+    def close(self) -> None:
+        """End the pipes. Any number of times."""
+        self._closed = True
+        if self.pipes is not None:
+            self.pipes.close()
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self._offered = self.segment = None

@@ -1,0 +1,397 @@
+"""One client's session on a replica: its requests come in, are queued, and are answered in any order."""
+
+import contextlib
+import functools
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import Message
+from schoolhouse.errors import (
+    LeaseExpiredError,
+    ProtocolError,
+    SchoolhouseError,
+    TeacherInternalError,
+)
+from schoolhouse.taps import HEAD
+from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire import background, framing
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.rpc import channel, status
+from schoolhouse_wire.v1 import teacher_pb2
+from schoolhouse_wire.values.codec import read_layout
+
+from schoolhouse_server.common.logs import SessionLog
+from schoolhouse_server.common.timer import Alarm
+from schoolhouse_server.engine.engine import Engine
+from schoolhouse_server.engine.jobs import Answer, Job, Ticket
+from schoolhouse_server.engine.unsent import Share
+from schoolhouse_server.observe.spans import SessionSpans
+from schoolhouse_server.security.tokens import Grant
+from schoolhouse_server.session.admission import FloodError
+from schoolhouse_server.session.calls import (
+    answer_head,
+    as_told,
+    check_call,
+    check_open,
+    check_released,
+    check_revision,
+    inputs_of,
+    opened_by,
+    reply_of,
+)
+from schoolhouse_server.session.job_session import Member
+from schoolhouse_server.session.notices import Telling
+from schoolhouse_server.session.quotas import LEASE_S, Sharing, rows_of
+from schoolhouse_server.session.receiving import Partial, Receiving
+from schoolhouse_server.session.same_host import SameHost
+
+if TYPE_CHECKING:
+    from schoolhouse_server.session.servicer import Teachers
+
+_log = logging.getLogger(__name__)
+_FAILED = "the session failed; the server's log says why"
+_END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
+
+
+class ServerSession:
+    """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
+
+    def __init__(
+        self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, grant: Grant, *, shared_memory_bytes: int
+    ) -> None:
+        self.outbox: Outbox[Message | bytes] = Outbox()
+        self._telling = Telling(self.outbox, self._end_if_answered)
+        self._asked_all = False  # the client ended its half of the stream, and waits for the rest of the answers
+        self.error: SchoolhouseError | None = None
+        self.cancel_stream: Callable[[], object] | None = None
+        self._teachers = teachers
+        self._spans = SessionSpans(teachers.tracer)
+        self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
+        self._messages = messages
+        self._limits = limits
+        self._grant = grant
+        self._receiving = Receiving(teachers.timer, teachers.sharing.lease_s or LEASE_S, self._fail)
+        self._tickets: dict[int, Ticket] = {}
+        self._engine: Engine | None = None
+        self._member: Member | None = None  # from Open on
+        self._unopened: Alarm | None = None  # until then
+        self._closing = threading.Lock()
+        self._closed = False
+        self._same_host = SameHost(shared_memory_bytes)
+
+    def start(self) -> None:
+        """Begin to read; a client that says nothing, not even Open, has its time, too."""
+        lease_s = self._teachers.sharing.lease_s or LEASE_S
+        self._unopened = self._teachers.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
+        background.thread(self._read, name="schoolhouse-reader", on_death=self._on_error).start()
+
+    def close(self) -> None:
+        """Drop what is queued, and free its places: the client is gone."""
+        with self._closing:
+            first, self._closed = not self._closed, True
+        with contextlib.ExitStack() as ending:  # each of these, whatever another one raises
+            ending.callback(self._same_host.close)
+            ending.callback(self.outbox.close)
+            ending.callback(self._spans.dropped)
+            if first and self._member is not None:
+                ending.callback(self._teachers.drain.leave, self._member)
+                ending.callback(self._member.leave)
+                ending.callback(self._drop)
+            self._stop_waiting_for_open()
+
+    def _stop_waiting_for_open(self) -> None:
+        if self._unopened is not None:
+            self._teachers.timer.cancel(self._unopened)
+
+    def _drop(self) -> None:
+        assert self._engine is not None
+        for request_id in list(self._tickets):
+            ticket = self._tickets.pop(request_id, None)
+            if ticket is not None:
+                self._engine.cancel(ticket)
+
+    def _expire(self, lease_s: float) -> None:
+        self.end(LeaseExpiredError(f"the client said nothing for {lease_s:g} s, so its session was ended"))
+
+    def end(self, error: SchoolhouseError) -> None:
+        """End it, and say why. A stream that does not take the reason is cancelled."""
+
+        def cancel() -> None:
+            if self.cancel_stream is not None:
+                self.cancel_stream()
+
+        self.error = error
+        try:
+            self.close()
+        finally:
+            self._teachers.timer.at(time.monotonic() + _END_S, cancel)
+
+    def answers(self) -> Iterator[Message | bytes]:
+        """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
+        for message in self.outbox:
+            if (pipes := self._same_host.pipes) is None:
+                yield message
+            elif not pipes.send(framing.write_message(message)):
+                return
+
+    def _arrivals(self) -> Iterator[Any]:
+        for message in self._messages:
+            yield message
+            if self._same_host.pipes is not None:
+                break
+        else:
+            self._asked_all = not self._closed
+        for data in self._same_host.pipes or ():
+            yield framing.received(teacher_pb2.ClientMessage, data)
+
+    def _read(self) -> None:
+        try:
+            for message in self._arrivals():
+                if self._member is not None:
+                    self._member.hear(listening=False)
+                self._receive(message)
+                if self._member is not None:
+                    self._member.hear(listening=True)
+            if self._asked_all:
+                self._receiving.give_up()
+                self._end_if_answered()
+                return
+        except Exception as err:
+            if isinstance(err, SchoolhouseError):
+                self.error = err
+            elif type(err) is not Exception and not isinstance(err, grpc.RpcError):  # by these the client went away
+                self.log.exception("a session failed")
+                self.error = TeacherInternalError(_FAILED)
+            err.__traceback__ = None  # grpc keeps what it raised, and this frame has all of the session
+        self.close()  # and with it the pipes
+        self._clear()
+
+    def _on_error(self, _error: BaseException) -> None:
+        self.end(TeacherInternalError(_FAILED))
+
+    def _end_if_answered(self) -> None:
+        """Have the stream end if the client will ask for nothing more, and has got all that it did ask for."""
+        outstanding = self._member.outstanding if self._member is not None else 0
+        if self._asked_all and not outstanding and not self._telling:
+            self.outbox.close()
+
+    def ended(self) -> None:
+        """The stream is at its end."""
+        self.close()
+        self._clear() if self._asked_all else self.outbox.clear()  # the rest is with the one who reads
+
+    def _clear(self) -> None:
+        """Leave nothing to the garbage collector that is large, or grpc's: calls that are there count as open ones."""
+        self.outbox.clear()
+        self._messages = iter(())
+        self._receiving.clear()
+        self._same_host.clear()
+
+    def _receive(self, message: Any) -> None:
+        if isinstance(message, ProtocolError):
+            raise message
+        if isinstance(message, framing.Frame):
+            self._on_frame(message)
+            return
+        if message.released:
+            check_released(message.released)
+            self._same_host.free(message.released)
+        if message.HasField("call"):
+            self._on_call(framing.unchanged(message.call))
+        elif message.HasField("cancel"):
+            self._on_cancel(message.cancel.request_id)
+        elif message.HasField("attached"):
+            self._same_host.attached(message.attached)
+        elif message.HasField("open"):
+            self._on_open(message.open)
+
+    def _on_open(self, message: teacher_pb2.Open) -> None:
+        if self._engine is not None:
+            raise ProtocolError("Open came twice")
+        if message.protocol != channel.PROTOCOL:
+            raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
+        check_open(message)
+        self._teachers.drain.check()
+        message = self._teachers.gate.opened(message, self._grant)
+        sharing = self._teachers.sharing.within(self._grant.max_in_flight, self._grant.max_job_bytes)
+        engine = self._engine = self._teachers.find(message.teacher, self._grant)
+        check_revision(message.revision, engine)
+        self._enter(message, engine, sharing)
+        self.log.info("a session began")
+        opened = opened_by(engine, sharing, self._limits)
+        if message.shared_memory:
+            self._same_host.offer(opened, self.outbox, checksums=message.checksums)
+        self._telling.tell(teacher_pb2.ServerMessage(opened=opened))
+        assert self._member is not None
+        self._teachers.drain.join(self._member)
+        if self._closed:  # meanwhile, so that nobody takes it out again
+            self._teachers.drain.leave(self._member)
+
+    def _enter(self, message: teacher_pb2.Open, engine: Engine, sharing: Sharing) -> None:
+        with self._closing:
+            if self._closed:
+                raise ProtocolError("the session was closed")
+            admission = self._teachers.admissions[message.teacher]
+            self._member = Member(message, engine.counters, admission, sharing, self._telling.tell)
+            self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
+            self._stop_waiting_for_open()
+            lease_s = self._teachers.sharing.lease_s
+            self._member.start_lease(self._teachers.timer, lease_s, lambda: self._expire(lease_s))
+
+    def _on_cancel(self, request_id: int) -> None:
+        self._receiving.drop(request_id)
+        ticket = self._tickets.pop(request_id, None)
+        if self._engine is not None and ticket is not None:
+            self._engine.cancel(ticket)
+        if self._member is not None:
+            self._member.cancelled(request_id)
+        self._spans.dropped(request_id)
+
+    def _on_call(self, call: teacher_pb2.Call) -> None:
+        self._telling.check_read()
+        try:
+            if self._engine is None or self._member is None:
+                raise ProtocolError("a call came before Open")
+            if self._member.has(call.request_id):
+                self._refuse_twin(call.request_id)
+                return
+            check_call(call)
+            # Before memory is taken for it; the header is parsed once, if it is short.
+            nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
+            if not self._member.admit(call.request_id, nbytes):
+                return
+            self._spans.begin(call, self._engine.description.name, self._member.account.job)
+            check_revision(call.revision, self._engine)
+            began = time.perf_counter()
+            incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._same_host.segment)
+            partial = Partial(call, incoming, began)
+            if partial.incoming.complete:
+                self._queue(partial)
+            else:
+                self._receiving.begin(partial)
+        except FloodError:
+            raise
+        except Exception as err:
+            self._fail(call.request_id, err)
+        finally:
+            segment = self._same_host.segment
+            if segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
+                segment.done(call.payload.shared)
+
+    def _refuse_twin(self, request_id: int) -> None:
+        error = ProtocolError(f"a call came with the id {request_id} of one that is in flight")
+        self._telling.tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
+
+    def _on_frame(self, frame: framing.Frame) -> None:
+        try:
+            if (partial := self._receiving.add(frame)) is not None:
+                self._queue(partial)
+        except Exception as err:
+            self._fail(frame.request_id, err)
+
+    def _queue(self, partial: Partial) -> None:
+        assert self._engine is not None
+        call, incoming = partial.call, partial.incoming
+        inputs, mask = inputs_of(incoming.value())
+        wanted = Wanted.from_wire(call.taps, mask)
+        request_id, digest = call.request_id, incoming.digest
+        self._engine.count("receive", time.perf_counter() - partial.began)
+        answer = functools.partial(self._or_end, self._answer, request_id, digest, wanted)
+        if any(tap.side == HEAD for tap in wanted.taps):
+            answer_head(self._engine, wanted, inputs, answer, allowed=self._teachers.allow_head)
+            return
+
+        rows = rows_of(inputs)
+
+        def done(result: Answer | BaseException) -> None:
+            if (ticket := self._tickets.pop(request_id, None)) is not None:  # not cancelled
+                answer(result, rows, ticket.share)
+
+        assert self._member is not None
+        ticket = self._tickets[request_id] = Ticket(done, self._member.account)
+        ticket.trace = self._spans.of(request_id)
+        deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
+        # One that is computed alone is equal to no other, so that neither joins the other.
+        own = object() if call.alone else None
+        key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps), own)
+        try:
+            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket], source=id(self), alone=call.alone))
+        except Exception:
+            self._tickets.pop(request_id, None)
+            raise
+        if self._closed:  # meanwhile
+            self._drop()
+
+    def _or_end(self, step: Callable[..., None], *args: Any) -> None:
+        """Do something in a thread that is none of this session's; should it fail, the session does."""
+        background.run(functools.partial(step, *args), "answering a request", self._on_error)
+
+    def _answer(
+        self,
+        request_id: int,
+        digest: bytes,
+        wanted: Wanted,
+        result: Answer | BaseException,
+        rows: int = 0,
+        share: Share | None = None,
+    ) -> None:
+        """Have the features sent, or the error."""
+        assert self._engine is not None
+        if isinstance(result, BaseException):
+            self._fail(request_id, result)  # not raised: its traceback, which holds all of a forward, would hold itself
+            return
+        try:
+            outgoing = framing.Outgoing(result.features, limits=result.limits, snapshot=False)
+            reply = reply_of(request_id, digest, wanted, result, outgoing.header)
+            reply.queued = self._engine.queued
+            assert self._member is not None
+            self._member.answered(request_id, rows, wanted, result.features, share)
+            self.outbox.put(self._reply(request_id, reply, outgoing))
+        except Exception as err:
+            if share is not None:
+                share.end()
+            self._fail(request_id, err)
+
+    def _reply(
+        self, request_id: int, reply: teacher_pb2.Reply, outgoing: framing.Outgoing
+    ) -> Iterator[Message | bytes]:
+        def head(payload: teacher_pb2.Payload) -> Message:
+            reply.payload.CopyFrom(payload)
+            return teacher_pb2.ServerMessage(reply=reply, released=segment.released() if segment is not None else ())
+
+        segment, member = self._same_host.segment, self._member
+        assert self._engine is not None
+        assert member is not None
+        began = time.perf_counter()
+        try:
+            yield from outgoing.messages(request_id, head, segment, lambda: member.wants(request_id))
+        except Exception as err:  # of this request alone, and the stream goes on
+            told = as_told(err)
+            if not isinstance(told, SchoolhouseError):
+                self.log.exception("a reply failed", request=request_id)
+            self._spans.failed(request_id, told)
+            yield teacher_pb2.ServerMessage(failure=status.to_failure(told, request_id))
+        finally:
+            member.sent(request_id)
+            self._engine.count("send", time.perf_counter() - began)
+            self._spans.sent(request_id, began)
+            self._end_if_answered()
+
+    def _fail(self, request_id: int, error: BaseException) -> None:
+        self._or_end(self._tell_failed, request_id, error)
+
+    def _tell_failed(self, request_id: int, error: BaseException) -> None:
+        error = as_told(error)
+        self._spans.failed(request_id, error)
+        if isinstance(error, SchoolhouseError):
+            self.log.info("a request failed: %s", type(error).__name__, request=request_id)
+        else:
+            self.log.error("a request failed", exc_info=error, request=request_id)
+        failure, member = teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)), self._member
+        self._telling.tell(failure, lambda: member.failed(request_id, error) if member is not None else None)

@@ -1,0 +1,201 @@
+"""What a connection promises: it lives as long as it is needed, keeps its revision, and says at once what is wrong."""
+
+import contextlib
+import copy
+import math
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import schoolhouse as sh
+import torch
+from forked import in_a_fork
+from schoolhouse import errors
+from schoolhouse_server import serve
+from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.rpc import channel
+from torch import nn
+
+
+def constant(value):
+    module = nn.Linear(2, 2, bias=False)
+    nn.init.constant_(module.weight, value)
+    return module
+
+
+SERVER = """
+import sys, torch
+from schoolhouse_server import serve
+from schoolhouse_server.common.executor import DaemonExecutor
+module = torch.nn.Linear(2, 2, bias=False)
+torch.nn.init.constant_(module.weight, float(sys.argv[1]))
+with serve(module, port=int(sys.argv[2])) as server:
+    print(server.url, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def served_elsewhere(value, port=0):
+    command = [sys.executable, "-c", SERVER, str(value), str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().strip()
+            process.stdin.close()
+            process.wait(30)
+        finally:
+            process.kill()
+
+
+def test_copies_keep_the_revision_that_was_begun_with(kept_port):
+    x = torch.ones(1, 2)
+    with serve(constant(1.0), port=kept_port) as server, sh.connect(server.url) as teacher:
+        settings = {"teacher_model": teacher, "criterion": nn.MSELoss()}
+        model = sh.convert(nn.Linear(2, 2), mode=[("kd_loss", settings)])
+        copies = [pickle.loads(pickle.dumps(teacher)), copy.deepcopy(teacher)]
+        student = pickle.loads(pickle.dumps(model))
+    with serve(constant(2.0), port=kept_port):
+        for teacher in copies:
+            with pytest.raises(errors.RevisionChangedError, match="Connect again"):
+                teacher.submit((x,), {}, [""])
+        with pytest.raises(errors.RevisionChangedError, match="Connect again"):
+            student(x)
+        with sh.connect(server.url) as anew:
+            assert anew.submit((x,), {}, [""]).result()[""].tolist() == [[4, 4]]
+
+
+def test_a_fork_keeps_the_revision_that_was_begun_with(kept_port):
+    x = torch.ones(1, 2)
+    with served_elsewhere(1.0, port=kept_port) as url:
+        teacher = sh.connect(url)
+        assert teacher.submit((x,), {}, [""]).result()[""].tolist() == [[2, 2]]
+    with served_elsewhere(2.0, port=kept_port):
+
+        def ask():
+            with pytest.raises(errors.RevisionChangedError):
+                teacher.submit((x,), {}, [""])
+            return 7
+
+        assert in_a_fork(ask) == 7
+    teacher.close()
+
+
+def test_a_fork_that_closes_a_teacher_leaves_the_parents_sessions():
+    x = torch.ones(1, 2)
+    held, free = threading.Event(), threading.Event()
+
+    def hold():
+        with teacher._dispatcher.outstanding._lock, teacher._dispatcher._lock:  # as threads may
+            held.set()
+            free.wait(30)
+
+    with served_elsewhere(1.0) as url, sh.connect(url) as teacher:
+        teacher.submit((x,), {}, [""]).result()
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert held.wait(30)
+
+        def close():
+            teacher.close()
+            return 7
+
+        assert in_a_fork(close) == 7
+        free.set()
+        holder.join(30)
+        assert teacher.submit((x,), {}, [""]).result(20)[""].tolist() == [[2, 2]]
+
+
+def test_pings_of_a_client_that_waits_are_welcome():
+    """With both intervals a hundredth of what they are; gRPC ignores options that it does not know."""
+    server_options = [
+        (name, value // 100 if value == channel._SERVER_MIN_PING_MS else value)
+        for name, value in channel.SERVER_OPTIONS
+    ]
+    client_options = [
+        (name, value // 100 if value == channel._CLIENT_PING_MS else value) for name, value in channel.CLIENT_OPTIONS
+    ]
+    assert channel._SERVER_MIN_PING_MS < channel._CLIENT_PING_MS
+    handler = grpc.unary_unary_rpc_method_handler(lambda *_: (time.sleep(2), b"done")[1])
+    server = grpc.server(ThreadPoolExecutor(2), options=server_options)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Slow", {"Call": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=client_options) as opened:
+        assert opened.unary_unary("/test.Slow/Call")(b"", timeout=30) == b"done"
+    server.stop(0).wait()
+
+
+@pytest.mark.parametrize("ending", ["raise SystemExit(3)", "raise ValueError('as scripts do')"])
+def test_a_script_that_ends_without_close_ends(ending):
+    script = f"""
+import torch, schoolhouse as sh
+from schoolhouse_server import serve
+from schoolhouse_server.common.executor import DaemonExecutor
+server = serve(torch.nn.Linear(2, 2))
+teacher = sh.connect(server.url)
+teacher.submit((torch.ones(1, 2),), {{}}, [""]).result()
+futures = [teacher.submit((torch.ones(100_000, 2),), {{}}, [""]) for _ in range(50)]
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=150)
+    assert done.returncode == (3 if "SystemExit" in ending else 1)
+    assert ("as scripts do" in done.stderr) == ("ValueError" in ending)
+
+
+WRONG_URLS = [
+    "grpc://[::1/x",
+    "grpc://h:abc/x",
+    "grpc://h:99999/x",
+    "grpc://h:-1/x",
+    "grpc://h/x",
+    "http://h:1/x",
+    "h:1/x",
+]
+
+
+@pytest.mark.parametrize("url", WRONG_URLS)
+def test_a_wrong_address_is_refused_at_once(url):
+    with pytest.raises(errors.ConfigError, match="teacher_model.*grpc://HOST:PORT/NAME"):
+        sh.connect(url)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"timeout_s": 0},
+        {"timeout_s": math.nan},
+        {"timeout_s": "1"},
+        {"connect_timeout_s": math.inf},
+        {"connect_timeout_s": None},
+        {"max_pending": -1},
+        {"job": 5},
+    ],
+)
+def test_wrong_settings_of_a_connection(settings):
+    with pytest.raises(errors.ConfigError, match=next(iter(settings))):
+        sh.connect("grpc://127.0.0.1:1/x", **settings)
+
+
+def test_an_executor_runs_all_that_it_is_given_and_ends():
+    executor = DaemonExecutor(3, "test-executor")
+    gate = threading.Event()
+    futures = [executor.submit(lambda i=i: (gate.wait(30), i)[1]) for i in range(10)]
+    failing = executor.submit(lambda: 1 / 0)
+    running = [thread for thread in threading.enumerate() if thread.name.startswith("test-executor")]
+    assert len(running) == 3
+    assert futures[-1].cancel()
+    gate.set()
+    assert [future.result(30) for future in futures[:-1]] == list(range(9))
+    with pytest.raises(ZeroDivisionError):
+        failing.result(30)
+    executor.shutdown()
+    for thread in running:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in running)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(int)

@@ -1,0 +1,41 @@
+"""Certificates for tests: two authorities, made once, and what their servers and clients have."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from schoolhouse_server import ServerTls
+from schoolhouse_server.security.certs import Authority
+
+_FOLDER = TemporaryDirectory(prefix="schoolhouse-certs-")
+
+
+class Certificates:
+    """The files of one authority: those of a server for `hosts`, and of a client."""
+
+    def __init__(self, name, hosts=("pool.test",)):
+        self.folder = Path(_FOLDER.name) / name
+        authority = Authority.make(self.folder)
+        authority.add_server("server", hosts, days=2)
+        authority.add_client("client", days=2)
+        self.ca = self.folder / "ca.pem"
+
+    def server(self, *, client_ca=None):
+        """The settings of a server; with the authority of clients, it wants their certificates."""
+        return ServerTls(cert=self.folder / "server.pem", key=self.folder / "server-key.pem", client_ca=client_ca)
+
+    def client(self):
+        """What a client connects with that has a certificate."""
+        return {"ca": self.ca, "cert": self.folder / "client.pem", "key": self.folder / "client-key.pem"}
+
+
+@cache
+def ours():
+    """The authority of the pool."""
+    return Certificates("ours")
+
+
+@cache
+def theirs():
+    """Another one."""
+    return Certificates("theirs")

@@ -1,0 +1,145 @@
+"""A directory that is served without Ray, and replicas for it."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import grpc
+import torch
+from memfd import soon
+from schoolhouse_server import serve
+from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_server.replica.directory import Directory
+from schoolhouse_wire.rpc import channel
+from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
+from torch import nn
+
+SERVING, DRAINING = directory_pb2.Replica.SERVING, directory_pb2.Replica.DRAINING
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant, its only weight; a forward waits for the gate."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(float(factor)))
+        self.gate, self.entered = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def forward(self, x):
+        self.entered.set()
+        assert self.gate.wait(30)
+        return x * self.factor
+
+
+class DirectoryServer:
+    """A directory with a port of its own. `publish` takes replicas, or addresses with what is to be said of them."""
+
+    def __init__(self, port=0):
+        self.directory = Directory()
+        self.workers = DaemonExecutor(32, "test-directory")
+        self.server = grpc.server(self.workers, options=channel.SERVER_OPTIONS)
+        directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self.directory, self.server)
+        self.port = self.server.add_insecure_port(f"127.0.0.1:{port}")
+        self.server.start()
+        self.url = f"grpc://127.0.0.1:{self.port}/teacher"
+
+    def publish(self, *replicas, revision="", **said):
+        found = [replica if isinstance(replica, directory_pb2.Replica) else entry(replica) for replica in replicas]
+        for replica in found:
+            replica.MergeFrom(directory_pb2.Replica(**said))
+        self.directory.publish(directory_pb2.ReplicaSet(teacher="teacher", replicas=found, revision=revision))
+
+    def close(self):
+        self.directory.close()
+        self.server.stop(0).wait(10)
+        self.workers.shutdown()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self.close()
+
+
+def entry(replica, **said):
+    """What a directory says of a replica that runs here."""
+    revision = replica.engines["teacher"].description.revision
+    address = f"127.0.0.1:{replica.port}"
+    return directory_pb2.Replica(id=address, address=address, revision=revision, **said)
+
+
+def revision_of(replica):
+    return replica.engines["teacher"].description.revision
+
+
+@contextlib.contextmanager
+def replicas(*modules):
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(serve(module, allow_head=True)) for module in modules]
+
+
+ELSEWHERE = """
+import sys
+from directories import DirectoryServer, Scale, entry
+from schoolhouse_server import serve
+with serve(Scale(float(sys.argv[1])), port=int(sys.argv[2])) as server, DirectoryServer() as directory:
+    print(entry(server).address, entry(server).revision, directory.port, flush=True)
+    for line in sys.stdin:  # replicas to publish: addresses and their revision
+        *addresses, revision = line.split()
+        directory.publish(*(
+            type(entry(server))(id=address, address=address, revision=revision) for address in addresses
+        ))
+        print("published", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def elsewhere(factor=1.0, port=0):
+    """A process with a replica and a directory: itself, the replica's address and revision, the directory's port."""
+    command = [sys.executable, "-c", ELSEWHERE, str(factor), str(port)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    ) as process:
+        address, revision, directory_port = process.stdout.readline().split()
+        yield process, address, revision, int(directory_port)
+        process.kill()
+
+
+@contextlib.contextmanager
+def stopped_in_mid_forward(server, module, teacher):
+    """The server closes while it computes: the sessions are gone, with what they had asked for."""
+    assert module.entered.wait(20)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    assert soon(lambda: not teacher.open_sessions())
+    yield
+    module.gate.set()
+    closing.join(20)
+
+
+def ask(teacher, value=1.0):
+    return teacher.submit((torch.full((2,), float(value)),), {}, [""])
+
+
+def answer(teacher, value=1.0, timeout_s=20):
+    return ask(teacher, value).result(timeout_s)[""][0].item()
+
+
+def sessions(teacher):
+    """Addresses of the replicas that it has sessions with."""
+    return {session.address for session in teacher.open_sessions()}
+
+
+def addresses(*servers):
+    return {f"127.0.0.1:{server.port}" for server in servers}
+
+
+def threads():
+    """Names of the threads that a client runs."""
+    ours = ("schoolhouse-watch", "schoolhouse-deadlines", "schoolhouse-session")
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith(ours))

@@ -1,0 +1,173 @@
+"""The documentation: its tables name what exists, its table of ModelOpt's names is complete, its programs run."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import schoolhouse as sh
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/from-modelopt.md"
+PAGES = [PAGE, ROOT / "README.md"]
+GUARANTEES = ROOT / "docs/guarantees.md"
+
+PUBLIC = """
+convert export KDLossConfig LayerwiseKDConfig ExportStudentConfig LogitsDistillationLoss MFTLoss MGDLoss
+DistillationLossBalancer DistillationLossBalancer.forward DistillationLossBalancer.set_student_loss_reduction_fn
+StaticLossBalancer DistillationModel DistillationModel.teacher_model DistillationModel.loss_modules
+DistillationModel.loss_balancer DistillationModel.original_cls DistillationModel.hide_teacher_model
+DistillationModel.hide_loss_modules DistillationModel.only_teacher_forward DistillationModel.only_student_forward
+DistillationModel.compute_kd_loss DistillationModel.state_dict DistillationModel.load_state_dict
+DistillationModel.train DistillationModel.forward DistillationModel.export DistillationModel.modify
+LayerwiseDistillationModel LayerwiseDistillationModel.modify LayerwiseDistillationModel.export
+DistillationDMRegistry LayerwiseDistillationDMRegistry
+config config.Criterion distillation distillation_model layerwise_distillation_model loss_balancers losses mode
+registry plugins loss_balancers.STUDENT_LOSS_KEY
+distillation_model.student_output_capture_fwd_hook distillation_model.teacher_output_capture_fwd_hook
+layerwise_distillation_model.student_input_bypass_fwd_hook
+layerwise_distillation_model.teacher_input_output_capture_fwd_hook
+mode.DistillModeRegistry mode.KnowledgeDistillationModeDescriptor mode.LayerwiseKDModeDescriptor
+mode.ExportStudentModeDescriptor
+plugins.huggingface plugins.huggingface.KDTrainer plugins.huggingface.DistillArguments
+plugins.huggingface.DistillArgsWithTeacherModel plugins.huggingface.IGNORE_INDEX
+plugins.megatron plugins.megatron.DistillationConfig plugins.megatron.setup_distillation_config
+plugins.megatron.BaseLoss plugins.megatron.MSELoss plugins.megatron.HiddenStateCosineLoss
+plugins.megatron.LogitsKLLoss plugins.megatron.TopKLogitsKLLoss plugins.megatron.LogitsAndIntermediatesLossBalancer
+plugins.megatron.ProjectionLayer plugins.megatron.adjust_distillation_model_for_mcore
+plugins.megatron.get_tensor_shapes_adjust_fn_for_distillation
+"""
+SEED = PUBLIC.split()
+SAME_NAME = [name for name in SEED if not name.startswith(("plugins", "mode", "registry"))]
+
+
+def rows(heading):
+    """The cells of the table under a heading of the page, without its head."""
+    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def resolve(dotted):
+    """The object of a dotted path: modules are imported as far as they go, the rest are attributes."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[end:]:
+            found = getattr(found, name)
+        return found
+    raise ModuleNotFoundError(dotted)
+
+
+NAMES = rows("Every name")
+BEYOND = rows("Beyond ModelOpt")
+
+
+def test_the_table_has_every_name_of_the_seed_once():
+    assert sorted(cells[0].strip("`") for cells in NAMES) == sorted(SEED)
+
+
+@pytest.mark.parametrize("cells", NAMES, ids=lambda cells: cells[0].strip("`"))
+def test_where_a_name_is_here(cells):
+    seed, here, note = cells
+    if here == "—":
+        assert len(note) > 3
+        return
+    assert re.fullmatch(r"`schoolhouse\.[\w.]+`", here)
+    assert resolve(here.strip("`")) is not None
+    name = seed.strip("`")
+    if name in SAME_NAME:
+        assert here.strip("`") == f"schoolhouse.{name}"
+
+
+@pytest.mark.parametrize("cells", BEYOND, ids=lambda cells: cells[0].strip("`"))
+def test_what_is_beyond_the_seed(cells):
+    here, _, source = cells
+    found = resolve(here.strip("`"))
+    for paper in re.findall(r"\[([0-9.]+)\]", source):
+        bases = "".join(base.__doc__ or "" for base in found.__mro__)
+        assert paper in bases
+
+
+def test_every_public_loss_and_balancer_is_in_a_table():
+    ends = ("Loss", "Balancer", "Schedule")
+    public = [name for name in sh.__all__ if name.endswith(ends)]
+    named = {cell.strip("`") for cells in NAMES for cell in cells[1:2]} | {cells[0].strip("`") for cells in BEYOND}
+    assert [name for name in public if f"schoolhouse.{name}" not in named] == []
+
+
+@pytest.mark.parametrize("wrong", ["schoolhouse.Convert", "schoolhouse.DistillationModel.fetch", "schoolhous.convert"])
+def test_a_wrong_name_does_not_resolve(wrong):
+    with pytest.raises((AttributeError, ModuleNotFoundError)):
+        resolve(wrong)
+
+
+def programs():
+    for page in PAGES:
+        found = re.findall(r"^```python *([^\n]*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for i, (kind, code) in enumerate(found):
+            if kind != "fragment":
+                yield pytest.param(code, id=f"{page.stem}-{i}")
+
+
+@pytest.mark.parametrize("code", list(programs()))
+def test_programs_run(code, tmp_path):
+    arguments = ["-W", "error:kd_loss_weight sums"]
+    done = subprocess.run(
+        [sys.executable, *arguments, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+
+
+def test_both_pages_have_a_program():
+    assert {param.id.rsplit("-", 1)[0] for param in programs()} == {page.stem for page in PAGES}
+    assert all("import schoolhouse" in code and "compute_kd_loss" in code for (code,) in (p.values for p in programs()))
+
+
+def test_pages_link_files_that_exist():
+    for page in [*PAGES, GUARANTEES, ROOT / "SECURITY.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), target
+
+
+TEST_ID = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def missing_tests(text):
+    """The tests that a page names and that are not there."""
+    found = []
+    for path, name in sorted(set(TEST_ID.findall(text))):
+        tree = ast.parse((ROOT / path).read_text()) if (ROOT / path).exists() else ast.Module([], [])
+        if not any(isinstance(node, ast.FunctionDef) and node.name == name for node in tree.body):
+            found.append(f"{path}::{name}")
+    return found
+
+
+def test_every_test_that_the_guarantees_name_exists():
+    assert missing_tests(GUARANTEES.read_text()) == []
+
+
+def test_a_test_that_is_not_there_is_missed():
+    here = "tests/project/test_docs.py"
+    named = f"`{here}::test_a_test_that_is_not_there_is_missed` `{here}::test_none` `tests/test_none.py::test_none`"
+    assert missing_tests(named) == [f"{here}::test_none", "tests/test_none.py::test_none"]
+
+
+def test_each_guarantee_is_held_by_a_test():
+    promises = GUARANTEES.read_text().split("\n## What is promised\n")[1].split("\n## ")[0]
+    tables = [block.splitlines() for block in promises.split("\n\n") if block.startswith("|")]
+    rows = [row for table in tables for row in table[2:]]
+    assert len(rows) > 30
+    for row in rows:
+        promise, faults, tests = [cell.strip() for cell in row.strip("|").split("|")]
+        assert promise, row
+        assert faults, row
+        assert TEST_ID.sub("", tests).strip(", ") == "", row
+        assert TEST_ID.search(tests), row
