@@ -3,7 +3,6 @@
 import logging
 import os
 import socket
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +15,7 @@ from schoolhouse_server import serve
 from schoolhouse_wire.same_host import shared_memory
 from xdist.scheduler import LoadScopeScheduling
 
-HERE = str(Path(__file__).parent)
-sys.path.insert(0, HERE)
+HELPERS = str(Path(__file__).parent / "helpers")
 ONE_WORKER = {  # whose tests share a Ray cluster, or look at what processes of the machine hold
     "test_benchmarks.py",
     "test_chaos_memory.py",
@@ -69,7 +67,7 @@ def cluster():
     """The address of the session's local Ray cluster; its workers can import the tests' models."""
     from schoolhouse_server.pool.driver import ray_cluster
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, os.environ.get("PYTHONPATH", "")])
     with ray_cluster(num_cpus=4) as address:
         yield address
 

@@ -1,5 +1,7 @@
 """Certificates for tests: two authorities, made once, and what their servers and clients have."""
 
+import ssl
+import urllib.request
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,3 +41,12 @@ def ours():
 def theirs():
     """Another one."""
     return Certificates("theirs")
+
+
+def fetched(url, ca, cert=None, key=None):
+    """The status of a GET of `url`'s metrics."""
+    context = ssl.create_default_context(cafile=ca)
+    if cert is not None:
+        context.load_cert_chain(cert, key)
+    with urllib.request.urlopen(url + "/metrics", context=context, timeout=10) as answer:
+        return answer.status

@@ -1,4 +1,4 @@
-"""What two ranks do in tests/client/test_prefetch_loaders.py: each check returns plain values, which the tests look at."""
+"""What two ranks do in tests/client/test_prefetch_loaders.py: each check returns plain values for the tests."""
 
 import importlib.util
 import os

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import ray
+import rooms  # noqa: E402  # as its folder is on the path only now
+import students  # noqa: E402
 import torch
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -24,11 +26,6 @@ from schoolhouse_server.pool import nodes as nodes_of_ray
 from schoolhouse_server.pool.actors import NAMESPACE
 from schoolhouse_server.pool.config import load_pool
 from schoolhouse_server.pool.driver import find, launch, ray_cluster
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "chaos"))
-import rooms  # noqa: E402  # as its folder is on the path only now
-import students  # noqa: E402
 
 POOL = """
 host: {host}
@@ -185,7 +182,7 @@ def check(host, second_node, lose, times, *, leaving):
 
 def main(how, times="1", namespace="", link="", address="", own=""):
     torch.set_num_threads(1)  # as the student has: its numbers are compared to the bit
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     started = []
 
     def start_second():

@@ -3,10 +3,9 @@
 import pytest
 import schoolhouse as sh
 import torch
-from authority import ours
+from authority import fetched, ours
 from models import Net
 from schoolhouse import errors
-from test_tls import fetched
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.ray

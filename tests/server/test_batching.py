@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schoolhouse.errors import ConfigError
 from schoolhouse.taps import tensors_of
+from schoolhouse_server.common.rows import rows_of, tokens_of
 from schoolhouse_server.merge.batching import (
     Batch,
     Former,
@@ -15,8 +16,6 @@ from schoolhouse_server.merge.batching import (
     MergeSettings,
     Padding,
     in_order,
-    rows_of,
-    tokens_of,
 )
 from schoolhouse_server.merge.splitting import Constant, Rows, UnmergeableError, learn, unshared
 from schoolhouse_wire.values.codec import Arguments
@@ -37,7 +36,7 @@ def batch_of(former, *inputs):
 def test_rows_and_tokens_of_a_request():
     assert rows_of(Arguments((torch.zeros(4, 8), torch.zeros(4), torch.tensor(2.0)))) == 4
     assert rows_of(Arguments((torch.zeros(7, 2),), {"a": torch.zeros(4, 8), "b": [torch.zeros(4)]})) == 4
-    assert rows_of(Arguments((torch.tensor(1.0), "a"))) == 0
+    assert rows_of(Arguments((torch.tensor(1.0), "a"))) == 1
     assert tokens_of(Arguments((torch.zeros(4, 10, dtype=torch.int64),))) == 40
     assert tokens_of(Arguments((torch.zeros(4, 10, 64),))) == 40
     assert tokens_of(Arguments((torch.zeros(4, 8),))) == 4

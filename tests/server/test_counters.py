@@ -9,8 +9,8 @@ import torch
 from memfd import soon
 from schoolhouse import encodings, errors
 from schoolhouse_server import serve
+from schoolhouse_server.common.rows import rows_of, tokens_of
 from schoolhouse_server.observe.counters import ENDED, QUEUE_DELAY_BUCKETS_S, Counters
-from schoolhouse_server.session.quotas import rows_of, tokens_of
 from schoolhouse_wire.v1 import directory_pb2
 from schoolhouse_wire.values.codec import Arguments
 from test_sharing import Gate, ask, job_of, load_of
@@ -94,14 +94,15 @@ def test_of_ended_jobs_the_last_are_kept_and_the_others_summed():
     ("inputs", "rows", "tokens"),
     [
         (Arguments([torch.ones(3, 5, 2)]), 3, 15),
-        (Arguments([], {"input_ids": torch.ones(2, 7)}), 2, 14),
-        (Arguments([torch.ones(4), torch.ones(2, 9)]), 4, 18),
+        (Arguments([], {"input_ids": torch.ones(2, 7, dtype=torch.int64)}), 2, 14),
+        (Arguments([torch.ones(2, 7)]), 2, 2),
+        (Arguments([torch.ones(4), torch.ones(2, 9, dtype=torch.int64)]), 4, 4),
         (Arguments([torch.tensor(1.0)]), 1, 1),
-        (Arguments([torch.ones(0, 5)]), 1, 1),
+        (Arguments([torch.ones(0, 5)]), 0, 0),
         (Arguments(["text"]), 1, 1),
     ],
 )
-def test_what_a_request_costs(inputs, rows, tokens):
+def test_how_large_a_request_is(inputs, rows, tokens):
     assert (rows_of(inputs), tokens_of(inputs)) == (rows, tokens)
 
 

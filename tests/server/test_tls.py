@@ -4,7 +4,6 @@ import functools
 import os
 import pickle
 import socket
-import ssl
 import threading
 import urllib.request
 
@@ -12,7 +11,7 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
-from authority import ours, theirs
+from authority import fetched, ours, theirs
 from memfd import soon
 from models import Net
 from schoolhouse import errors
@@ -314,14 +313,6 @@ def test_a_new_certificate_is_taken_while_it_serves(tmp_path, caplog):
             assert torch.equal(ask(after), expected())
         assert fetched(server.web.url, ours().ca) == 200
         assert torch.equal(ask(before), expected())  # whose session goes on
-
-
-def fetched(url, ca, cert=None, key=None):
-    context = ssl.create_default_context(cafile=ca)
-    if cert is not None:
-        context.load_cert_chain(cert, key)
-    with urllib.request.urlopen(url + "/metrics", context=context, timeout=10) as answer:
-        return answer.status
 
 
 def test_the_page_speaks_tls_too(server, mutual):

@@ -1,14 +1,10 @@
-"""The file of a checkpoint: written whole or not at all, and read without running code."""
+"""The file of a checkpoint: what is in it, and how it is read without running code."""
 
-import contextlib
-import glob
 import io
 import json
 import os
-import secrets
-import stat
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from schoolhouse.errors import CheckpointError
+from schoolhouse.files import write_whole
 
 _FORMAT = "schoolhouse.student.v1"
 _MAX_NAMES = 5  # that an error message lists
@@ -38,14 +35,6 @@ def write(path: Path, facts: Mapping[str, str], state: Mapping[str, Any]) -> Non
         _check_has_values(name, value)
     content = _content({"format": _FORMAT, **facts}, state)
     write_whole(Path(os.path.realpath(path)), [content])
-
-
-def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    """Write a file, made of `parts`, so that whoever reads it finds the former one or this one, whole and on disk."""
-    remove_orphans(path.parent, glob.escape(path.name))
-    while not _replace(path, parts):
-        pass
-    _sync_folder(path.parent)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,62 +142,6 @@ def _torch_content(content: dict[str, Any]) -> bytes:
     file.seek(0)
     torch.load(file, map_location="meta", weights_only=True)  # raises what `restore` would
     return file.getvalue()
-
-
-# How it gets to the disk.
-
-
-def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
-    """Write a file beside `path`, make sure that it is on disk, and rename it to `path`.
-
-    False, with nothing done, if another saver of `path` took the new file for an orphan before it was locked.
-    """
-    import fcntl  # where it is used: the package is imported where there is none, too
-
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    mode = _mode(path)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
-    with open(descriptor, "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: so an orphan can be told from it
-            if not part.exists():
-                return False
-            if mode is not None:
-                os.fchmod(descriptor, mode)
-            file.writelines(parts)
-            file.flush()
-            os.fsync(descriptor)
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    return True
-
-
-def _mode(path: Path) -> int | None:
-    """The permission bits of a file, None if there is none."""
-    try:
-        return stat.S_IMODE(path.stat().st_mode)
-    except FileNotFoundError:
-        return None
-
-
-def remove_orphans(folder: Path, pattern: str) -> None:
-    """Remove what processes that were killed while they wrote files of such names have left."""
-    import fcntl
-
-    for part in folder.glob(f".{pattern}.*.part"):
-        with contextlib.suppress(OSError), part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # What is read.

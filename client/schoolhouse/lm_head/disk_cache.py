@@ -18,8 +18,8 @@ import torch
 from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.values.tensors import on_cpu
 
-from schoolhouse.checkpoint.file import remove_orphans, write_whole
 from schoolhouse.errors import CorruptPayloadError
+from schoolhouse.files import remove_orphans, write_whole
 from schoolhouse.lm_head.head import Head
 
 _FORMAT = "schoolhouse.head.v1"

@@ -1,1 +1,1 @@
-"""Room."""
+"""The `schoolhouse` command (`main`), its demo, and the probe for health checks."""

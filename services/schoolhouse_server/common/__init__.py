@@ -1,1 +1,1 @@
-"""Room."""
+"""What several rooms use: a timer, threads for gRPC, YAML files, logs, tables, and the rows of a request."""

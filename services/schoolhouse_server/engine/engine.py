@@ -26,6 +26,7 @@ from schoolhouse_wire.v1 import directory_pb2
 from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
 
+from schoolhouse_server.common.rows import COSTS, rows_of
 from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.device.device import Device, lacks_memory
 from schoolhouse_server.device.nonfinite import Kind
@@ -41,7 +42,6 @@ from schoolhouse_server.merge import self_check
 from schoolhouse_server.merge.batching import MergeSettings
 from schoolhouse_server.merge.merging import Joint, Merger
 from schoolhouse_server.observe.counters import Counters
-from schoolhouse_server.session.quotas import COSTS, rows_of
 
 _LATE = "the request's deadline passed while it waited for the teacher"
 _log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class Engine:
             TeacherBusyError: when the queue is full.
             TeacherUnavailableError: when it was closed.
         """
-        job.rows, job.cost = rows_of(job.inputs), float(self._cost_of(job.inputs))
+        job.rows, job.cost = rows_of(job.inputs), max(float(self._cost_of(job.inputs)), 1.0)
         if self.merger is not None and not job.alone:
             self.merger.prepare(job)
         self._shares.sized(job)

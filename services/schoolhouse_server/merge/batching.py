@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import statistics
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,8 @@ from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.tensors import bytes_of, dim_order
 from schoolhouse_wire.values.tree import map_tensors
+
+from schoolhouse_server.common.rows import rows_of, tokens_of
 
 MODES = ("never", "same-shape", "pad")
 
@@ -78,23 +79,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def rows_of(inputs: Arguments) -> int:
-    """The rows of a request: the leading size that most of its tensors have; 0 if there is none."""
-    sizes = [tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()]
-    return statistics.mode(sizes) if sizes else 0
-
-
-def tokens_of(inputs: Arguments) -> int:
-    """Its rows times their length, where inputs are ids `[rows, length]` or vectors `[rows, length, width]`."""
-    rows = rows_of(inputs)
-    lengths = [tensor.shape[1] for tensor in tensors_of(inputs) if _has_length(tensor) and tensor.shape[0] == rows]
-    return rows * max(lengths, default=1)
-
-
-def _has_length(tensor: torch.Tensor) -> bool:
-    return tensor.dim() == (3 if tensor.is_floating_point() else 2)
-
-
 @dataclass(frozen=True)
 class Form:
     """What decides which requests may run with one: those whose key is equal."""
@@ -121,7 +105,10 @@ class Former:
     def form(self, inputs: Arguments) -> Form | None:
         """The form of inputs, their keywords in order; None for those that nothing can be merged with."""
         rows = rows_of(inputs)
-        if rows < 1 or not all(is_plain(t) and t.layout is torch.strided for t in tensors_of(inputs)):
+        tensors = [*tensors_of(inputs)]
+        if rows < 1 or not any(tensor.dim() for tensor in tensors):
+            return None
+        if not all(is_plain(tensor) and tensor.layout is torch.strided for tensor in tensors):
             return None
         length = self._padded_length(inputs, rows)
         if length is None:

@@ -15,8 +15,9 @@ from schoolhouse_wire.values.tree import map_tensors
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from schoolhouse_server.common.rows import rows_of
 from schoolhouse_server.device.device import Device
-from schoolhouse_server.merge.batching import Batch, Former, MergeSettings, in_order, rows_of
+from schoolhouse_server.merge.batching import Batch, Former, MergeSettings, in_order
 from schoolhouse_server.merge.splitting import UnmergeableError, learn
 
 _log = logging.getLogger(__name__)

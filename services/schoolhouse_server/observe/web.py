@@ -347,4 +347,4 @@ class _UntilDeadline(io.RawIOBase):
 
 @functools.cache
 def _file(name: str) -> bytes:
-    return resources.files("schoolhouse_server").joinpath("page", name).read_bytes()
+    return resources.files("schoolhouse_server.observe").joinpath("page", name).read_bytes()

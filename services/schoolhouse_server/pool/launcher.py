@@ -1,4 +1,4 @@
-"""`python -m schoolhouse_server.pool.launcher`: starts a pool as a job of a Ray cluster, and again where that has lost it.
+"""`python -m schoolhouse_server.pool.launcher`: starts a pool as a job of a Ray cluster, and again where it was lost.
 
 Each state of the pool's files is one job, whose id says which. Ray's job server knows a job as long as the cluster has
 its state, and answers without a driver: a pool that was launched is left alone, until its files change or the head

@@ -1,6 +1,6 @@
 """A Ray cluster on this machine that outlives the command that started it.
 
-`python -m schoolhouse_server.pool.local_cluster` prints the cluster's address, holds the cluster, and ends it on SIGTERM.
+`python -m schoolhouse_server.pool.local_cluster` prints the cluster's address, holds it, and ends it on SIGTERM.
 Where it runs is noted in a small file, so that `schoolhouse status` and `schoolhouse down` find it.
 """
 

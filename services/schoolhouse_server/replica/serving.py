@@ -131,9 +131,10 @@ def serve(
     that goes to and fro there is plaintext.
 
     With `tokens`, a file that `schoolhouse token` makes lines for, only who has one of its tokens is answered, as it
-    says: which teachers, which job, what quota; see `schoolhouse_server.security.tokens.Grant`. The file is read again as it
-    changes; sessions of a token that is gone are ended then. Without it nobody is asked. `allow_head` gives the weights
-    of a teacher's head to who asks, as `encodings.hidden` does; None: where it listens on loopback and has no tokens.
+    says: which teachers, which job, what quota; see `schoolhouse_server.security.tokens.Grant`. The file is read
+    again as it changes; sessions of a token that is gone are ended then. Without it nobody is asked. `allow_head`
+    gives the weights of a teacher's head to who asks, as `encodings.hidden` does; None: where it listens on loopback
+    and has no tokens.
 
     Raises:
         ConfigError: for a setting that cannot be, or a module that cannot be merged as it says.

@@ -1,39 +1,15 @@
-"""How jobs share a teacher: what a request costs, how much may be in flight, and how long silence is taken for life."""
+"""How jobs share a teacher: how much of each may be in flight, and how long silence is taken for life."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from schoolhouse.errors import ConfigError
-from schoolhouse.taps import tensors_of
+
+from schoolhouse_server.common.rows import COSTS
 
 MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
 MAX_UNSENT_BYTES, MAX_JOB_UNSENT_BYTES = 16 << 30, 4 << 30  # a reply has 2 GiB at most
 MAX_LEASE_S = 86_400.0
 MAX_SESSIONS, MOST_SESSIONS = 128, 1024  # unless said, and at most: each has threads of its own
-
-
-def rows_of(inputs: Any) -> int:
-    """The first dimension of the first tensor; 1 if it has none."""
-    first = _first(inputs, 1)
-    return max(first.shape[0], 1) if first is not None else 1
-
-
-def tokens_of(inputs: Any) -> int:
-    """Batch times length of the first tensor that has both; rows where none has."""
-    first = _first(inputs, 2)
-    return max(first.shape[0] * first.shape[1], 1) if first is not None else rows_of(inputs)
-
-
-def _first(inputs: Any, dims: int) -> torch.Tensor | None:
-    """The first tensor that has as many dimensions; in the usual case, without a walk through all of them."""
-    if isinstance(inputs, tuple) and inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].dim() >= dims:
-        return inputs[0]
-    return next((tensor for tensor in tensors_of(inputs) if tensor.dim() >= dims), None)
-
-
-COSTS: dict[str, Callable[[Any], int]] = {"rows": rows_of, "tokens": tokens_of}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import read_layout
 
 from schoolhouse_server.common.logs import SessionLog
+from schoolhouse_server.common.rows import rows_of
 from schoolhouse_server.common.timer import Alarm
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.engine.jobs import Answer, Job, Ticket
@@ -47,7 +48,7 @@ from schoolhouse_server.session.calls import (
 )
 from schoolhouse_server.session.job_session import Member
 from schoolhouse_server.session.notices import Telling
-from schoolhouse_server.session.quotas import LEASE_S, Sharing, rows_of
+from schoolhouse_server.session.quotas import LEASE_S, Sharing
 from schoolhouse_server.session.receiving import Partial, Receiving
 from schoolhouse_server.session.same_host import SameHost
 

@@ -1,0 +1,28 @@
+"""How large a request is: the rows and the tokens of its inputs."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from schoolhouse.taps import tensors_of
+
+
+def rows_of(inputs: Any) -> int:
+    """The leading size that most of the tensors have; 1 if none has a dimension."""
+    sizes = [tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()]
+    return statistics.mode(sizes) if sizes else 1
+
+
+def tokens_of(inputs: Any) -> int:
+    """The rows times their length, where inputs are ids `[rows, length]` or vectors `[rows, length, width]`."""
+    rows = rows_of(inputs)
+    lengths = [tensor.shape[1] for tensor in tensors_of(inputs) if _has_length(tensor) and tensor.shape[0] == rows]
+    return rows * max(lengths, default=1)
+
+
+def _has_length(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == (3 if tensor.is_floating_point() else 2)
+
+
+COSTS: dict[str, Callable[[Any], int]] = {"rows": rows_of, "tokens": tokens_of}
