@@ -1,0 +1,3 @@
+"""ModelOpt's name of `schoolhouse.distill.convert`."""
+
+from schoolhouse.distill.convert import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""ModelOpt's name of `schoolhouse.distill.model`."""
+
+from schoolhouse.distill.model import *  # noqa: F403

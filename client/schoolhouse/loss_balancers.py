@@ -1,0 +1,3 @@
+"""ModelOpt's name of `schoolhouse.losses.balancers`."""
+
+from schoolhouse.losses.balancers import *  # noqa: F403
