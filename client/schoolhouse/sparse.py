@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 
 import torch
-from schoolhouse_wire.packed import PACKED, CastTensor, PositionedRows, SampledRows, ScaledRows, TopKRows
+from schoolhouse_wire.values.packed import PACKED, CastTensor, PositionedRows, SampledRows, ScaledRows, TopKRows
 from schoolhouse_wire.values.tree import map_where
 
 from schoolhouse.errors import ProtocolError

@@ -9,8 +9,8 @@ import torch
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from schoolhouse_wire.errors import ProtocolError
-from schoolhouse_wire.packed import MAX_CLASSES, MAX_DRAWS
 from schoolhouse_wire.v1 import teacher_pb2
+from schoolhouse_wire.values.packed import MAX_CLASSES, MAX_DRAWS
 from schoolhouse_wire.values.tensors import DTYPE_OF_NUMBER, DTYPES
 
 CAST_DTYPES = (torch.bfloat16, torch.float16)

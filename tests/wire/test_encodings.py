@@ -23,9 +23,9 @@ from schoolhouse_wire.encodings import (
     seeded,
 )
 from schoolhouse_wire.errors import ProtocolError, UnsupportedValueError
-from schoolhouse_wire.packed import CastTensor, ScaledRows
 from schoolhouse_wire.v1 import teacher_pb2, values_pb2
 from schoolhouse_wire.values.codec import Arguments
+from schoolhouse_wire.values.packed import CastTensor, ScaledRows
 from schoolhouse_wire.values.tree import map_tensors
 from test_codec import trip
 

@@ -10,7 +10,9 @@ from schoolhouse.sparse import decode
 from schoolhouse.teachers.encoder import encode
 from schoolhouse_wire.encodings import Sampled, TopK
 from schoolhouse_wire.errors import CorruptPayloadError, ProtocolError
+from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.v1 import values_pb2
+from schoolhouse_wire.values import codec
 from test_codec import trip
 from test_encodings import MASK, some
 
@@ -81,6 +83,26 @@ def test_packed_forms_that_do_not_fit_together_are_refused(packed, changed):
     decode(packed)
     with pytest.raises(CorruptPayloadError, match=r"arrived"):
         decode(trip([type(packed)(**{**fields_of(packed), **changed})]))
+
+
+@pytest.mark.parametrize("packed", [TOP, DRAWN, CAST, ROWS, PLACED], ids=lambda packed: type(packed).__name__)
+def test_packed_forms_travel_by_their_numbers(packed):
+    header = codec.pack([packed]).header
+    assert b"schoolhouse" not in header  # where a class stands in Python is not the wire's
+    bundle = values_pb2.Bundle.FromString(header)
+    [node] = bundle.root.list.items
+
+    def received():
+        layout = codec.read_layout(bundle.SerializeToString(), Limits())
+        return codec.unpack(layout, bytearray(4096), Limits())
+
+    assert type(received()[0]) is type(packed)
+    del node.packed.fields[0]
+    with pytest.raises(CorruptPayloadError, match=f"a {type(packed).__name__} arrived with"):
+        received()
+    node.packed.form = 99
+    with pytest.raises(ProtocolError, match="form 99 arrived"):
+        received()
 
 
 def test_forms_that_nobody_checked_are_refused():

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from schoolhouse_wire.encodings import Cast, Encoding, Hidden, PerRow, Sampled, TopK
 from schoolhouse_wire.errors import UnsupportedValueError
-from schoolhouse_wire.packed import CastTensor, PositionedRows, SampledRows, ScaledRows, TopKRows
 from schoolhouse_wire.values.codec import Arguments
+from schoolhouse_wire.values.packed import CastTensor, PositionedRows, SampledRows, ScaledRows, TopKRows
 from schoolhouse_wire.values.records import record_of
 from schoolhouse_wire.values.tensors import DTYPES
 from schoolhouse_wire.values.tree import map_tensors

@@ -7,7 +7,7 @@ from schoolhouse_wire.rpc import forks
 from schoolhouse_wire.rpc.forks import grpc
 from schoolhouse_wire.rpc.security import ClientSecurity
 
-PROTOCOL = 4
+PROTOCOL = 5
 SESSION_METHOD = "/schoolhouse.v1.TeacherService/Session"
 MAX_MESSAGE_BYTES = Limits().max_header_bytes + FRAME_BYTES
 TOKEN_KEY, TOKEN_PREFIX = "authorization", "Bearer "  # metadata of an RPC

@@ -105,7 +105,7 @@ class TensorHeader(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., dim_order: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Value(_message.Message):
-    __slots__ = ("none", "boolean", "integer", "big_integer", "real", "complex", "text", "raw", "tensor", "tuple", "list", "dict", "record", "arguments", "opaque")
+    __slots__ = ("none", "boolean", "integer", "big_integer", "real", "complex", "text", "raw", "tensor", "tuple", "list", "dict", "record", "arguments", "opaque", "packed")
     NONE_FIELD_NUMBER: _ClassVar[int]
     BOOLEAN_FIELD_NUMBER: _ClassVar[int]
     INTEGER_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,7 @@ class Value(_message.Message):
     RECORD_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     OPAQUE_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     none: Nothing
     boolean: bool
     integer: int
@@ -136,7 +137,8 @@ class Value(_message.Message):
     record: Record
     arguments: Arguments
     opaque: str
-    def __init__(self, none: _Optional[_Union[Nothing, _Mapping]] = ..., boolean: _Optional[bool] = ..., integer: _Optional[int] = ..., big_integer: _Optional[bytes] = ..., real: _Optional[float] = ..., complex: _Optional[_Union[Complex, _Mapping]] = ..., text: _Optional[str] = ..., raw: _Optional[bytes] = ..., tensor: _Optional[int] = ..., tuple: _Optional[_Union[Sequence, _Mapping]] = ..., list: _Optional[_Union[Sequence, _Mapping]] = ..., dict: _Optional[_Union[Mapping, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., arguments: _Optional[_Union[Arguments, _Mapping]] = ..., opaque: _Optional[str] = ...) -> None: ...
+    packed: Packed
+    def __init__(self, none: _Optional[_Union[Nothing, _Mapping]] = ..., boolean: _Optional[bool] = ..., integer: _Optional[int] = ..., big_integer: _Optional[bytes] = ..., real: _Optional[float] = ..., complex: _Optional[_Union[Complex, _Mapping]] = ..., text: _Optional[str] = ..., raw: _Optional[bytes] = ..., tensor: _Optional[int] = ..., tuple: _Optional[_Union[Sequence, _Mapping]] = ..., list: _Optional[_Union[Sequence, _Mapping]] = ..., dict: _Optional[_Union[Mapping, _Mapping]] = ..., record: _Optional[_Union[Record, _Mapping]] = ..., arguments: _Optional[_Union[Arguments, _Mapping]] = ..., opaque: _Optional[str] = ..., packed: _Optional[_Union[Packed, _Mapping]] = ...) -> None: ...
 
 class Nothing(_message.Message):
     __slots__ = ()
@@ -185,6 +187,28 @@ class Record(_message.Message):
     names: _containers.RepeatedScalarFieldContainer[str]
     values: _containers.RepeatedCompositeFieldContainer[Value]
     def __init__(self, kind: _Optional[_Union[Record.Kind, str]] = ..., type_name: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., values: _Optional[_Iterable[_Union[Value, _Mapping]]] = ...) -> None: ...
+
+class Packed(_message.Message):
+    __slots__ = ("form", "fields")
+    class Form(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        FORM_UNSPECIFIED: _ClassVar[Packed.Form]
+        CAST_TENSOR: _ClassVar[Packed.Form]
+        SCALED_ROWS: _ClassVar[Packed.Form]
+        TOP_K_ROWS: _ClassVar[Packed.Form]
+        SAMPLED_ROWS: _ClassVar[Packed.Form]
+        POSITIONED_ROWS: _ClassVar[Packed.Form]
+    FORM_UNSPECIFIED: Packed.Form
+    CAST_TENSOR: Packed.Form
+    SCALED_ROWS: Packed.Form
+    TOP_K_ROWS: Packed.Form
+    SAMPLED_ROWS: Packed.Form
+    POSITIONED_ROWS: Packed.Form
+    FORM_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    form: Packed.Form
+    fields: _containers.RepeatedCompositeFieldContainer[Value]
+    def __init__(self, form: _Optional[_Union[Packed.Form, str]] = ..., fields: _Optional[_Iterable[_Union[Value, _Mapping]]] = ...) -> None: ...
 
 class Arguments(_message.Message):
     __slots__ = ("positional", "keyword")

@@ -21,6 +21,7 @@ from schoolhouse_wire.limits import MAX_INTEGER_BYTES, MAX_ODD_KEYS, MAX_TYPE_NA
 from schoolhouse_wire.v1 import values_pb2
 from schoolhouse_wire.values.layouts import Layout
 from schoolhouse_wire.values.layouts import read_layout as read_layout
+from schoolhouse_wire.values.packed import FORMS, fields_of, packed_of
 from schoolhouse_wire.values.records import build_record, record_of
 from schoolhouse_wire.values.tensors import (
     DTYPES,
@@ -152,6 +153,9 @@ class _Packer:
             node.tensor = self._tensor(value, where)
         elif isinstance(value, bool | int | float | complex | str | bytes):
             _put_scalar(node, value, where)
+        elif (form := FORMS.get(type(value))) is not None:
+            node.packed.form = form
+            self._items(node.packed.fields, fields_of(value), where, depth)
         elif (record := record_of(value)) is not None:
             node.record.kind, node.record.type_name = record.kind, record.type_name
             for name, item in record.fields.items():
@@ -297,6 +301,8 @@ class _Unpacker:
             return Arguments(self._items(node.arguments.positional, depth), keyword)
         if kind == "opaque":
             return Opaque(node.opaque)
+        if kind == "packed":
+            return packed_of(node.packed.form, self._items(node.packed.fields, depth))
         if kind == "record":
             if len(node.record.names) != len(node.record.values):
                 raise CorruptPayloadError("a record has another number of names than of values")

@@ -110,6 +110,8 @@ def _children(node: values_pb2.Value) -> tuple[Any, ...]:
         return node.dict.keys, node.dict.values
     if kind == "record":
         return (node.record.values,)
+    if kind == "packed":
+        return (node.packed.fields,)
     if kind == "arguments":
         return node.arguments.positional, list(node.arguments.keyword.values())
     return ()

@@ -1,12 +1,14 @@
 """What an encoded tensor travels as: small records of tensors, which the receiver checks before it uses them."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 
-from schoolhouse_wire.errors import CorruptPayloadError
+from schoolhouse_wire.errors import CorruptPayloadError, ProtocolError
+from schoolhouse_wire.v1 import values_pb2
 from schoolhouse_wire.values.tensors import DTYPE_OF_NUMBER
 
 MAX_DRAWS = 65_535
@@ -132,7 +134,35 @@ class PositionedRows:
 
 
 Packed: TypeAlias = CastTensor | ScaledRows | TopKRows | SampledRows | PositionedRows
-PACKED = (CastTensor, ScaledRows, TopKRows, SampledRows, PositionedRows)
+FORMS: dict[type[Packed], values_pb2.Packed.Form] = {
+    CastTensor: values_pb2.Packed.CAST_TENSOR,
+    ScaledRows: values_pb2.Packed.SCALED_ROWS,
+    TopKRows: values_pb2.Packed.TOP_K_ROWS,
+    SampledRows: values_pb2.Packed.SAMPLED_ROWS,
+    PositionedRows: values_pb2.Packed.POSITIONED_ROWS,
+}
+PACKED = tuple(FORMS)
+_TYPES = {number: form for form, number in FORMS.items()}
+
+
+def fields_of(packed: Packed) -> list[Any]:
+    """Its fields in the order of their declarations, which is that of the contract."""
+    return [getattr(packed, field.name) for field in dataclasses.fields(packed)]
+
+
+def packed_of(form: int, fields: list[Any]) -> Packed:
+    """A packed tensor as it arrived; whether its fields fit together is for `dense` and `check` to say.
+
+    Raises:
+        CorruptPayloadError: if it has another number of fields.
+        ProtocolError: for a form that this version does not know.
+    """
+    found: Any = _TYPES.get(form)  # type: ignore[call-overload]
+    if found is None:
+        raise ProtocolError(f"a tensor packed in form {form} arrived, which this version does not know")
+    if len(fields) != len(dataclasses.fields(found)):
+        raise CorruptPayloadError(f"a {found.__name__} arrived with {len(fields)} fields")
+    return found(*fields)  # type: ignore[no-any-return]
 
 
 def _check(fits: bool, what: str, packed: Packed) -> None:
