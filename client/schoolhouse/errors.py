@@ -19,6 +19,7 @@ from schoolhouse_wire.errors import (
     UnknownTapError,
     UnknownTeacherError,
     UnsupportedValueError,
+    UsageError,
 )
 
 __all__ = [
@@ -52,7 +53,3 @@ class CheckpointError(SchoolhouseError, ValueError):
 
 class FeatureMismatchError(SchoolhouseError, RuntimeError):
     """Features arrived, or were asked for, that do not belong to this batch, revision or tap."""
-
-
-class UsageError(SchoolhouseError, RuntimeError):
-    """A call that makes no sense here: too early, too late, in another thread, or with arguments that nobody takes."""

@@ -129,6 +129,10 @@ class PermissionDeniedError(SchoolhouseError, PermissionError):
     code = teacher_pb2.Failure.PERMISSION_DENIED
 
 
+class UsageError(SchoolhouseError, RuntimeError):
+    """A call that makes no sense here: too early, too late, in another thread, or with arguments that nobody takes."""
+
+
 BY_CODE: dict[int, type[SchoolhouseError]] = {
     kind.code: kind
     for kind in (

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import ray
-import rooms  # noqa: E402  # as its folder is on the path only now
-import students  # noqa: E402
+import rooms  # as its folder is on the path only now
+import students
 import torch
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster

@@ -43,10 +43,10 @@ def connect(
     `grpc://` nothing is encrypted, and HOST must be a loopback address. A teacher that is pickled holds the token and
     the key.
 
-    A process may fork at any time, as for a `DataLoader`'s workers, and forks may ask the teacher: they connect anew,
-    with a copy of gRPC of their own. For that the first call imports gRPC with its own support of forks, which aborts
-    children, turned off. Where something else has imported it before, set `GRPC_ENABLE_FORK_SUPPORT=0` in the
-    environment.
+    A process may fork at any time, as for a `DataLoader`'s workers, but its forks cannot ask the teacher: that raises
+    `UsageError`, since gRPC does not work in a fork. Start processes that ask by spawn or forkserver. The first call
+    imports gRPC with its own support of forks, which aborts children, turned off. Where something else has imported it
+    before, set `GRPC_ENABLE_FORK_SUPPORT=0` in the environment.
 
     Args:
         url: where the teacher is.

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import os
 import threading
 import time
 import weakref
@@ -16,6 +15,7 @@ import torch
 from schoolhouse_wire import background, framing
 from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.rpc import forks
 from schoolhouse_wire.values.codec import Arguments
 
 from schoolhouse.errors import RevisionChangedError, SchoolhouseError, TeacherUnavailableError, UsageError
@@ -40,7 +40,7 @@ _FOLLOW_TIMEOUT_S = 2.0  # that a submit waits for the facts of a new revision, 
 
 
 class RemoteTeacher:
-    """A teacher behind gRPC. It connects at the first use and again in a process that was forked from this one."""
+    """A teacher behind gRPC. It connects at the first use, and not in a process that was forked from such a one."""
 
     def __init__(self, url: str, **settings: Any) -> None:
         """Without connecting; the settings are those of `connect`, but without a `head_folder` heads stay in memory,
@@ -53,18 +53,13 @@ class RemoteTeacher:
         self._settings.security.allow(self._target)
         self._tracer = tracer(self._settings.tracing)
         self._closed = False
-        self._pinned = self._settings.revision  # the one that it began with, also in a copy and after a fork
-        self._inherited: ReplicaSet | None = None  # what the process knew that this one was forked from
-        self._reset()
-
-    def _reset(self) -> None:
+        self._pinned = self._settings.revision  # the one that it began with, also in a copy
         self._lock = threading.RLock()
         self._facts: Facts | None = None
         self._dispatcher: Dispatcher | None = None
         self._verifier = Verifier(self._name, self._settings.verify_every, self._settings.verify_tolerance)
         self._follow_at = 0.0  # when to ask for the facts of a new revision again
         self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
-        self._pid = os.getpid()  # last: other threads of a fork must not use what is the parent's
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self.url, self._settings, self._pinned))
@@ -90,9 +85,7 @@ class RemoteTeacher:
         return self._connected()[0].description
 
     def _connected(self) -> tuple[Facts, Dispatcher]:
-        if self._pid != os.getpid():
-            self._inherited = self._dispatcher.known if self._dispatcher is not None else self._inherited
-            self._reset()
+        forks.check()
         with self._lock:
             if self._facts is None or self._dispatcher is None:
                 self._facts, self._dispatcher = self._connect()
@@ -126,14 +119,7 @@ class RemoteTeacher:
             time.sleep(_ASK_AGAIN_S)
 
     def _find(self, timeout_s: float) -> ReplicaSet:
-        if self._inherited is not None:
-            timeout_s /= 2  # the rest is for a replica, if the directory does not answer
-        try:
-            return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
-        except TeacherUnavailableError:
-            if self._inherited is None:
-                raise
-            return self._inherited
+        return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
 
     def _learn(self, found: ReplicaSet, revision: str, timeout_s: float) -> Facts:
         addresses = [replica.address for replica in found.of(revision)]
@@ -168,7 +154,8 @@ class RemoteTeacher:
         Raises:
             UnknownTapError: before anything is sent.
             ConfigError: for encodings of other taps, or positions that are missing or not needed.
-            UsageError: after `close`; and where a callback of a future is the first to need a head.
+            UsageError: after `close`; in a fork, as `connect` says; and where a callback of a future is the first to
+                need a head.
             UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
             TeacherBusyError: `max_pending` requests are without an answer already.
 

@@ -51,7 +51,7 @@ def connect(target: str, security: ClientSecurity = ClientSecurity()) -> grpc.Ch
     opened = _opened(target, security)
     if not security.token:
         return opened
-    return grpc.intercept_channel(opened, _with_token(security.token))
+    return grpc.intercept_channel(opened, _WithToken(security.token))
 
 
 def _opened(target: str, security: ClientSecurity) -> grpc.Channel:
@@ -73,7 +73,12 @@ class _Details(NamedTuple):
     compression: Any
 
 
-class _WithToken:
+class _WithToken(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamUnaryClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
     """Adds the token to the metadata of each RPC; the messages of a stream don't pass here."""
 
     def __init__(self, token: str) -> None:
@@ -84,16 +89,5 @@ class _WithToken:
         rest = (given.credentials, given.wait_for_ready, given.compression)
         return continuation(_Details(given.method, given.timeout, metadata, *rest), request)
 
-    intercept_unary_unary = intercept_unary_stream = _continued
-    intercept_stream_unary = intercept_stream_stream = _continued
-
-
-def _with_token(token: str) -> Any:
-    """An interceptor of this process's gRPC, whose base classes are others in a fork."""
-    kinds = (
-        grpc.UnaryUnaryClientInterceptor,
-        grpc.UnaryStreamClientInterceptor,
-        grpc.StreamUnaryClientInterceptor,
-        grpc.StreamStreamClientInterceptor,
-    )
-    return type("WithToken", (_WithToken, *kinds), {})(token)
+    intercept_unary_unary = intercept_unary_stream = _continued  # type: ignore[assignment]
+    intercept_stream_unary = intercept_stream_stream = _continued  # type: ignore[assignment]

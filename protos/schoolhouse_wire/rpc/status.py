@@ -25,32 +25,32 @@ _MAX_FAILURE_BYTES = 3072  # in metadata, of which gRPC drops what is above 8 Ki
 _MAX_DETAILS = 250  # characters, of which one may take 12 bytes of metadata; of ASCII four times as many
 
 _F = teacher_pb2.Failure
-_TO_GRPC: dict[int, str] = {  # by name: a fork has codes of its own
-    _F.UNKNOWN_TEACHER: "NOT_FOUND",
-    _F.UNKNOWN_TAP: "NOT_FOUND",
-    _F.TEACHER_FORWARD: "INVALID_ARGUMENT",
-    _F.MESSAGE_TOO_LARGE: "RESOURCE_EXHAUSTED",
-    _F.UNSUPPORTED_VALUE: "INVALID_ARGUMENT",
-    _F.CORRUPT_PAYLOAD: "DATA_LOSS",
-    _F.PROTOCOL: "FAILED_PRECONDITION",
-    _F.UNAVAILABLE: "UNAVAILABLE",
-    _F.TIMEOUT: "DEADLINE_EXCEEDED",
-    _F.BUSY: "RESOURCE_EXHAUSTED",
-    _F.REVISION_CHANGED: "ABORTED",
-    _F.LEASE_EXPIRED: "UNAVAILABLE",
-    _F.INTERNAL: "INTERNAL",
-    _F.OUT_OF_MEMORY: "RESOURCE_EXHAUSTED",
-    _F.UNAUTHENTICATED: "UNAUTHENTICATED",
-    _F.PERMISSION_DENIED: "PERMISSION_DENIED",
+_TO_GRPC: dict[int, grpc.StatusCode] = {
+    _F.UNKNOWN_TEACHER: grpc.StatusCode.NOT_FOUND,
+    _F.UNKNOWN_TAP: grpc.StatusCode.NOT_FOUND,
+    _F.TEACHER_FORWARD: grpc.StatusCode.INVALID_ARGUMENT,
+    _F.MESSAGE_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    _F.UNSUPPORTED_VALUE: grpc.StatusCode.INVALID_ARGUMENT,
+    _F.CORRUPT_PAYLOAD: grpc.StatusCode.DATA_LOSS,
+    _F.PROTOCOL: grpc.StatusCode.FAILED_PRECONDITION,
+    _F.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    _F.TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
+    _F.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    _F.REVISION_CHANGED: grpc.StatusCode.ABORTED,
+    _F.LEASE_EXPIRED: grpc.StatusCode.UNAVAILABLE,
+    _F.INTERNAL: grpc.StatusCode.INTERNAL,
+    _F.OUT_OF_MEMORY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    _F.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    _F.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
 }
-_FROM_GRPC: dict[str, type[SchoolhouseError]] = {
-    "UNAVAILABLE": TeacherUnavailableError,
-    "DEADLINE_EXCEEDED": TeacherTimeoutError,
-    "RESOURCE_EXHAUSTED": TeacherBusyError,
-    "UNIMPLEMENTED": ProtocolError,
-    "CANCELLED": TeacherUnavailableError,
-    "UNAUTHENTICATED": AuthenticationError,
-    "PERMISSION_DENIED": PermissionDeniedError,
+_FROM_GRPC: dict[grpc.StatusCode, type[SchoolhouseError]] = {
+    grpc.StatusCode.UNAVAILABLE: TeacherUnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: TeacherTimeoutError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: TeacherBusyError,
+    grpc.StatusCode.UNIMPLEMENTED: ProtocolError,
+    grpc.StatusCode.CANCELLED: TeacherUnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
 }
 
 
@@ -95,7 +95,7 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
         failure.message = details
         del failure.choices[:]
     context.set_trailing_metadata(((_FAILURE_KEY, failure.SerializeToString()),))
-    context.abort(grpc.StatusCode[_TO_GRPC[failure.code]], details)
+    context.abort(_TO_GRPC[failure.code], details)
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:
@@ -105,7 +105,7 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:
             if key == _FAILURE_KEY:
                 return from_failure(teacher_pb2.Failure.FromString(value))
         code, details = error.code(), error.details()
-        kind = _FROM_GRPC.get(code.name, ProtocolError)
+        kind = _FROM_GRPC.get(code, ProtocolError)
         return kind(_short(f"{target}: {details or code.name.lower()}"))
     except Exception as err:
         return ProtocolError(f"{target} failed, and what it said of that cannot be read: {type(err).__name__}")

@@ -130,6 +130,7 @@ class Replica:
 
     def start(self) -> "Replica":
         """Listen; returns when clients can connect."""
+        forks.before_grpc()
         self._pid = os.getpid()
         if self._tune_allocator:
             memory.keep_freed_memory()
@@ -152,7 +153,6 @@ class Replica:
         }
         max_rpcs = 2 * self._sharing.max_sessions + 16  # a client has a session, and watches the directory
         self._workers = DaemonExecutor(max_rpcs, "schoolhouse-rpc")
-        forks.before_grpc()
         server = grpc.server(
             self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
             interceptors=[Doorkeeper(self._gate, self._timer)],
