@@ -10,7 +10,7 @@ import schoolhouse as sh
 import torch
 from looking_ahead import Asked, Pair, batches, distilled, expected_loss, train
 from models import Net, converted
-from schoolhouse.distill import step
+from schoolhouse.distill import answer
 from schoolhouse.errors import FeatureMismatchError, UsageError
 from schoolhouse_server import serve
 from torch import nn
@@ -267,7 +267,7 @@ def test_progress_tells_how_long_each_step_waited(monkeypatch):
         threading.Timer(0.2, gate.set).start()  # from when it waits
         return wait(futures)
 
-    monkeypatch.setattr(step, "wait", waiting)
+    monkeypatch.setattr(answer, "wait", waiting)
 
     class Gated(Net):
         def forward(self, x):

@@ -13,7 +13,7 @@ import torch
 from looking_ahead import Asked, batches, expected_loss, train
 from memfd import soon
 from models import Net, converted
-from schoolhouse.distill import step
+from schoolhouse.distill.answer import Answer
 from schoolhouse.distill.batch_identity import Inputs
 from schoolhouse.errors import (
     FeatureMismatchError,
@@ -222,7 +222,7 @@ def test_a_loop_that_was_interrupted_leaves_nothing(where, monkeypatch):
                 model.act.register_forward_hook(ctrl_c)
             model(x)
             if i == 1 and where == "waiting":
-                monkeypatch.setattr(step.Answer, "features", ctrl_c)
+                monkeypatch.setattr(Answer, "features", ctrl_c)
             model.compute_kd_loss()
             if i == 1 and where == "body after the loss":
                 ctrl_c()
@@ -236,7 +236,7 @@ def test_a_loop_that_was_interrupted_leaves_nothing(where, monkeypatch):
     assert model.compute_kd_loss().item() == pytest.approx(
         expected_loss(Net(seed=1), Net(32).eval(), torch.ones(2, 8)), rel=1e-4
     )
-    assert model._schoolhouse.ahead == []
+    assert model._schoolhouse.loops.open == []
     asked = len(teacher.asked)
     train_again = batches(3, seed=2)
     for x, _ in model.prefetch(train_again):  # and a new pass
@@ -260,7 +260,7 @@ def test_a_session_drops_the_look_ahead_of_what_was_interrupted():
             model.compute_kd_loss()
 
     interrupted(train)
-    assert model._schoolhouse.ahead == []
+    assert model._schoolhouse.loops.open == []
 
 
 def test_an_iterator_goes_on_after_an_error_of_the_session():

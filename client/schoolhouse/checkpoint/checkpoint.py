@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from schoolhouse.checkpoint.file import read, shortened, write
-from schoolhouse.distill.convert import is_sharded, unwrapped
 from schoolhouse.distill.layerwise import LayerwiseDistillationModel
-from schoolhouse.distill.model import BALANCER, LOSSES, DistillationModel
+from schoolhouse.distill.mode import BALANCER, LOSSES
+from schoolhouse.distill.model import DistillationModel
+from schoolhouse.distill.parallel import is_sharded, unwrapped
 from schoolhouse.errors import CheckpointError
 
 

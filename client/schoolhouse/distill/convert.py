@@ -1,8 +1,6 @@
 """convert() and export(): a student and a config become a DistillationModel, and back."""
 
-import functools
 import inspect
-import sys
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +12,9 @@ from torch import nn
 from schoolhouse.distill.config import KDLossConfig, make_model, make_teacher, read_mode
 from schoolhouse.distill.layerwise import LayerwiseDistillationModel
 from schoolhouse.distill.loss_arguments import LossArguments
-from schoolhouse.distill.model import EXTRAS, DistillationModel, detach, run_forward
+from schoolhouse.distill.mode import EXTRAS
+from schoolhouse.distill.model import DistillationModel, meta_class
+from schoolhouse.distill.parallel import is_sharded, unwrapped
 from schoolhouse.distill.step import Distillation
 from schoolhouse.distill.unseen import Unseen
 from schoolhouse.errors import ConfigError
@@ -84,7 +84,7 @@ def _convert(
     object.__setattr__(model, "_schoolhouse", state)
     model.__class__ = meta_class(kind, type(model))
     assert isinstance(model, DistillationModel)
-    model._schoolhouse_mode.attach(model, config.loss_balancer)
+    model._schoolhouse_mode.attach(model, state, config.loss_balancer)
     return model
 
 
@@ -130,15 +130,7 @@ def export(model: nn.Module) -> nn.Module:
     if not isinstance(inner, DistillationModel):
         warnings.warn(f"there is nothing to export: this is a plain {type(inner).__name__}", stacklevel=2)
         return inner
-    state = inner._schoolhouse
-    detach(inner)
-    inner.__class__ = _without_meta(type(inner), state.original_cls)  # type: ignore[assignment]
-    object.__delattr__(inner, "_schoolhouse")
-    if state.own_forward is not None:
-        inner.forward = state.own_forward
-    if state.owns_teacher:
-        state.teacher.close()
-    return inner
+    return inner.export()
 
 
 def _check_student(model: nn.Module) -> None:
@@ -157,25 +149,6 @@ def _check_student(model: nn.Module) -> None:
     taken = [name for name in EXTRAS if name in {*model._modules, *model._parameters, *model._buffers, *vars(model)}]
     if taken:
         raise ConfigError(f"the model has {taken} of its own, which is where convert puts its parts: rename them")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, FSDP1 or torch.compile, or the module itself."""
-    inner = {
-        "DistributedDataParallel": "module",
-        "DataParallel": "module",
-        "FullyShardedDataParallel": "module",
-        "OptimizedModule": "_orig_mod",
-    }.get(type(model).__name__)  # by name, since importing all of them takes seconds
-    if inner is None or not type(model).__module__.startswith("torch."):
-        return model
-    return unwrapped(getattr(model, inner))
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or tensor parallelism has made DTensors of parameters of the model."""
-    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever did
-    return module is not None and any(isinstance(parameter, module.DTensor) for parameter in model.parameters())
 
 
 def _check_sharding(student: nn.Module, losses: Iterable[nn.Module]) -> None:
@@ -205,36 +178,3 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
             f"teacher_model shares parameters with the student ({', '.join(shared[:5])}), and a teacher is frozen; "
             "give a copy.deepcopy of it"
         )
-
-
-_classes: dict[tuple[type, type], Any] = {}
-
-
-def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) -> Any:
-    """The class that a student of `student_class` gets; always the same one."""
-
-    @functools.wraps(student_class.forward)
-    def forward(self: DistillationModel, *args: Any, **kwargs: Any) -> Any:
-        return run_forward(self, *args, **kwargs)
-
-    def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
-        return student_class(*args, **kwargs)
-
-    # Its own name and place, since others look for what they know of a student by these: transformers for what it
-    # records and for the architecture that it saves. What such a caller makes of the class is a plain student.
-    names = {name: getattr(student_class, name) for name in ("__module__", "__qualname__")}
-    if (kind, student_class) not in _classes:
-        space = {"forward": forward, "__new__": new, **names}
-        _classes[kind, student_class] = type(student_class.__name__, (kind, student_class), space)
-    return _classes[kind, student_class]
-
-
-def _without_meta(converted: type, student_class: type[nn.Module]) -> type[nn.Module]:
-    """The student's class; a class that was put on after `convert`, as `fully_shard` does, stays on."""
-    if issubclass(converted.__bases__[0], DistillationModel):
-        return student_class
-    above, *rest = converted.__bases__
-    if not rest or not issubclass(rest[-1], DistillationModel):
-        raise ConfigError(f"the class {converted.__name__} was put on after convert, and export cannot take it off")
-    own = {key: value for key, value in vars(converted).items() if key not in ("__dict__", "__weakref__")}
-    return type(converted.__name__, (above, *rest[:-1], student_class), own)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from schoolhouse.distill.model import DistillationModel, KDMode
+from schoolhouse.distill.mode import KDMode
+from schoolhouse.distill.model import DistillationModel
 from schoolhouse.distill.step import Distillation, Step, eager, on_device_of
 from schoolhouse.errors import FeatureMismatchError
 from schoolhouse.taps import Tap, apart_from, storages_of, tensors_of
@@ -17,10 +18,9 @@ class LayerwiseMode(KDMode):
 
     needs_inputs = True
 
-    def attach(self, model: DistillationModel, balancer: Any) -> None:
+    def attach(self, model: nn.Module, state: Distillation, balancer: Any) -> None:
         """Also freeze all but the layers in the criterion."""
-        super().attach(model, balancer)
-        state = model._schoolhouse
+        super().attach(model, state, balancer)
         model.requires_grad_(False)
         for layer, _ in state.criterion:
             model.get_submodule(layer).requires_grad_(True)
@@ -109,8 +109,8 @@ class _Inject:
                 f"the layer {self._layer!r} runs again in one forward, now on inputs of the student's own", stacklevel=2
             )
             return None
-        if step.guess is not None and step.guess.among_others:
-            self._state.confirm(step)
+        if step.match is not None and step.match.among_others:
+            step.confirm()
         device = [*module.parameters(), *tensors_of(args), *tensors_of(kwargs)][:1]
         features = step.features()
         learned = storages_of([value for tap, value in features.items() if tap.side == "output"])

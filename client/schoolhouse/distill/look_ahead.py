@@ -4,16 +4,21 @@ import contextlib
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from schoolhouse_wire.values.codec import Arguments
 
+from schoolhouse.distill.answer import Answer
 from schoolhouse.distill.batch_identity import Inputs, summary
-from schoolhouse.distill.step import Answer, Distillation, Step
-from schoolhouse.errors import TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError
+from schoolhouse.errors import (
+    FeatureMismatchError,
+    TeacherBusyError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
 from schoolhouse.taps import tensors_of
 
 _PASSING = (TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError)
@@ -64,17 +69,23 @@ class Ahead:
 
     def __init__(
         self,
-        state: Distillation,
+        loops: "Loops",
+        request: Callable[[Arguments, Arguments], Answer],
+        question: Callable[[Arguments], Arguments],
+        bound: Callable[[Arguments], Inputs],
+        *,
         depth: int,
         max_bytes: int,
         progress: Callable[[float], Any],
-        question: Callable[[Arguments], Arguments],
     ) -> None:
-        self.question = question  # what of a call the teacher is asked with
+        """`request` asks the teacher with a question, which `question` makes of a call; `bound` makes inputs of one."""
+        self.question = question
+        self.bound = bound
         self.waiting: deque[Entry] = deque()
         self.closed = False
         self._yielded: deque[Entry] = deque()
-        self._state = state
+        self._loops = loops
+        self._request = request
         self._depth = depth
         self._max_bytes = max_bytes
         self._progress = progress
@@ -84,15 +95,15 @@ class Ahead:
     def go_on(self) -> None:
         """The loop takes its next batch, and is the one whose batches are expected."""
         self._interrupted_by = _last_error()
-        if not self.closed and self not in self._state.ahead:
-            self._state.ahead.append(self)
+        if not self.closed and self not in self._loops.open:
+            self._loops.open.append(self)
 
     def has_room(self) -> bool:
         """Whether the teacher may be asked for one more batch."""
         if not self.waiting:
             return True
         self._learn()
-        per_byte = self._state.features_per_byte
+        per_byte = self._loops.features_per_byte
         if per_byte is None or len(self.waiting) > self._depth or any(entry.unanswered for entry in self.waiting):
             return False
         held = sum(entry.held_nbytes(per_byte) for entry in (*self.waiting, *self._yielded))
@@ -102,7 +113,7 @@ class Ahead:
         """See how large features are beside their inputs; until that is known one batch alone is asked for."""
         for entry in (*self.waiting, *self._yielded):
             if (nbytes := entry.features_nbytes()) is not None:
-                self._state.features_per_byte = max(self._state.features_per_byte or 0.0, nbytes / entry.nbytes)
+                self._loops.features_per_byte = max(self._loops.features_per_byte or 0.0, nbytes / entry.nbytes)
 
     def drop_used(self) -> None:
         """Free the batches whose forward has come."""
@@ -112,7 +123,7 @@ class Ahead:
     def ask(self, entry: Entry) -> None:
         """Ask the teacher for a batch; what it raises is kept for the step; with a full queue it is asked later."""
         try:
-            entry.answer = self._state.request(entry.asked, entry.call)
+            entry.answer = self._request(entry.asked, entry.call)
         except TeacherBusyError:
             pass
         except Exception as err:
@@ -126,7 +137,7 @@ class Ahead:
             self._dropped += not late.used
             _drop(late)
         self._yielded.append(entry)
-        self._state.expecting = self
+        self._loops.expecting = self
         batch, entry.batch = entry.batch, None
         return batch
 
@@ -145,7 +156,7 @@ class Ahead:
         if answer is None or entry.stale:
             left_out = entry.call.kwargs.keys() - entry.asked.kwargs.keys()
             whole = Arguments(call, {**{name: entry.call.kwargs[name] for name in left_out}, **call.kwargs})
-            answer = entry.answer = self._state.request(self.question(call), whole)
+            answer = entry.answer = self._request(self.question(call), whole)
         entry.used = True
         return answer
 
@@ -159,8 +170,12 @@ class Ahead:
         """Whether a batch that was yielded waits for its forward."""
         return any(not entry.used for entry in self._yielded)
 
+    def given(self, call: Arguments) -> Inputs:
+        """What of a call the teacher was asked with."""
+        return self.bound(self.question(call))
+
     def expected(self, given: Inputs, call: Arguments) -> str:
-        """A message for a call on something else, while a forward is expected."""
+        """A message for a question on something else, while a forward is expected."""
         entries = [entry for entry in self._yielded if not entry.used]
         if self._dropped:
             taken = len(entries) + self._dropped
@@ -180,11 +195,10 @@ class Ahead:
             "loop's end, or its close(), drops what was asked for"
         )
 
-    def used(self, step: Step) -> None:
+    def used(self, answer: Answer) -> None:
         """The loss of a step is being computed."""
-        assert step.answer is not None
         self._dropped = 0
-        waited_s, step.answer.waited_s = step.answer.waited_s, 0.0
+        waited_s, answer.waited_s = answer.waited_s, 0.0
         self._progress(waited_s)
 
     def rest_if_interrupted(self) -> None:
@@ -201,9 +215,9 @@ class Ahead:
         The garbage collector may call this at any time, also while a method of this object runs.
         """
         with contextlib.suppress(ValueError):
-            self._state.ahead.remove(self)
-        if self._state.expecting is self:
-            self._state.expecting = None
+            self._loops.open.remove(self)
+        if self._loops.expecting is self:
+            self._loops.expecting = None
         for entry in (*self.waiting, *self._yielded):
             _drop(entry)
         self._yielded = deque()
@@ -212,6 +226,95 @@ class Ahead:
         """Rest, and ask for nothing more."""
         self.closed = True
         self.rest()
+
+
+@dataclass(eq=False)
+class Match:
+    """The batch that a forward is on, of those that were asked for ahead.
+
+    It is a guess where the values that the forward got are on their way from a device: `given` holds them then, as each
+    loop's teacher was asked with them, the innermost loop's first. `confirm` or `drop` sees whether it was right.
+    """
+
+    ahead: Ahead
+    entry: Entry
+    answer: Answer
+    call: Arguments
+    given: Mapping[Ahead, Inputs] | None = None
+    among_others: bool = False  # of its form
+
+    def confirm(self, *, final: bool) -> Answer:
+        """The answer for the batch that the forward was on. With `final` it cannot be another one any more.
+
+        Raises:
+            FeatureMismatchError: if it was on none of those that were asked for, or on another one and that is final.
+        """
+        given = self._wrong()
+        if given is None:
+            return self.answer
+        for ahead, inputs in given.items():
+            entry = ahead.find(inputs)
+            if entry is not None and not entry.stale and not final:
+                self.ahead, self.entry, self.answer = ahead, entry, ahead.answer(entry, self.call)
+                return self.answer
+        raise FeatureMismatchError(self.ahead.expected(given[self.ahead], self.ahead.question(self.call)))
+
+    def drop(self) -> None:
+        """The forward has no loss."""
+        self._wrong()
+
+    def _wrong(self) -> Mapping[Ahead, Inputs] | None:
+        """What the forward got if the guess was wrong; the batch that it named waits for its own forward again."""
+        given, self.given = self.given, None
+        if given is None or self.entry.inputs.same_as(given[self.ahead]):
+            return None
+        self.ahead.put_back(self.entry)
+        return given
+
+
+class Loops:
+    """The loops over `prefetch` that a model is in."""
+
+    def __init__(self) -> None:
+        self.open: list[Ahead] = []  # the innermost last
+        self.expecting: Ahead | None = None  # that of them which yielded last
+        self.features_per_byte: float | None = None  # bytes of features a byte of inputs, the most so far
+
+    def match(self, call: Arguments, *, training: bool) -> Match | None:
+        """The batch that a call is on, if it was asked for ahead.
+
+        In training it is taken for the next batch of its form while its values are on their way from a device, so that
+        nobody waits for them here; `Match.confirm` holds it against that batch before a loss is computed.
+
+        Raises:
+            FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
+        """
+        for ahead in [*self.open]:
+            ahead.rest_if_interrupted()
+        given = {ahead: ahead.given(call) for ahead in [*self.open][::-1]}
+        if training and (guess := _guessed(given, call)) is not None:
+            return guess
+        for ahead, inputs in given.items():
+            if (entry := ahead.find(inputs)) is not None:
+                return Match(ahead, entry, ahead.answer(entry, call), call)
+        last = self.expecting
+        if training and last is not None and last.expects_a_forward():
+            raise FeatureMismatchError(last.expected(last.given(call), last.question(call)))
+        return None
+
+
+def _guessed(given: Mapping[Ahead, Inputs], call: Arguments) -> Match | None:
+    """The next batch that a call may be on; None where its values are here, or none waits for it.
+
+    None, too, where one of those that wait is to be asked for again: its own call alone has its values.
+    """
+    loops = [(ahead, inputs) for ahead, inputs in given.items() if inputs.on_their_way]
+    alike = [(ahead, entry) for ahead, inputs in loops for entry in ahead.alike(inputs)]
+    waiting = [(ahead, entry) for ahead, entry in alike if not entry.used]
+    if not waiting or any(entry.stale for _, entry in waiting):
+        return None
+    ahead, entry = waiting[0]
+    return Match(ahead, entry, ahead.answer(entry, call), call, given, len(alike) > 1)
 
 
 def _last_error() -> int:

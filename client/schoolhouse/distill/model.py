@@ -1,7 +1,7 @@
 """DistillationModel: a student whose forward also asks the teacher, and which computes the losses between them."""
 
 import copyreg
-import warnings
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,48 +9,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from schoolhouse.distill.mode import BALANCER, EXTRAS, LOSSES, TEACHER, KDMode
 from schoolhouse.distill.parallel import as_forward, check_data_parallel, check_loss_sharding, unshard_in_backward
 from schoolhouse.distill.prefetch import Prefetch, prefetch
 from schoolhouse.distill.step import Distillation, Step, eager, on_device_of
 from schoolhouse.errors import ConfigError, FeatureMismatchError
 from schoolhouse.losses.balancers import STUDENT_LOSS_KEY, DistillationLossBalancer
 from schoolhouse.taps import Tap
-from schoolhouse.teachers.local import LocalTeacher
-
-# Names in the module tree, as the seed's.
-TEACHER, LOSSES, BALANCER = "_teacher_model", "_loss_modules", "_loss_balancer"
-EXTRAS = (LOSSES, BALANCER, TEACHER)
-
-
-class KDMode:
-    """What the mode "kd_loss" does to a student; "layerwise_kd" differs in these."""
-
-    needs_inputs = False  # of the teacher's layers, while the student's forward runs
-
-    def attach(self, model: "DistillationModel", balancer: DistillationLossBalancer | None) -> None:
-        """Set hooks and register what a converted student has beside its own modules."""
-        state = model._schoolhouse
-        state.taps = self.taps(state)
-        for layer in dict.fromkeys(layer for layer, _ in state.criterion):
-            self.hook(state, layer, model.get_submodule(layer))
-        stateful = [loss for loss in state.criterion.values() if [*loss.parameters(), *loss.buffers()]]
-        model.add_module(LOSSES, nn.ModuleList(dict.fromkeys(stateful)))
-        model.add_module(BALANCER, balancer)
-        if isinstance(state.teacher, LocalTeacher):
-            model.add_module(TEACHER, state.teacher.module)
-        state.handles.append(model.register_load_state_dict_post_hook(_forgive_extras))  # type: ignore[no-untyped-call]
-
-    def taps(self, state: Distillation) -> tuple[Tap, ...]:
-        """The teacher's features that a step needs."""
-        return tuple(dict.fromkeys(Tap(layer) for _, layer in state.criterion))
-
-    def hook(self, state: Distillation, layer: str, module: nn.Module) -> None:
-        """Capture what a layer of the student returns; "" is the student itself."""
-        capture = _Capture(state, layer) if layer else _CaptureWhole(state)
-        state.handles.append(module.register_forward_hook(capture))
-
-    def mark(self, state: Distillation, step: Step, losses: dict[str, torch.Tensor]) -> None:
-        """Called with the losses of a step, before they are reduced."""
 
 
 class DistillationModel(nn.Module):
@@ -214,10 +179,16 @@ class DistillationModel(nn.Module):
         return prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
 
     def export(self) -> nn.Module:
-        """As `schoolhouse.export(model)`."""
-        from schoolhouse.distill.convert import export
-
-        return export(self)
+        """The plain student back: this object, of its own class, without hooks."""
+        state = self._schoolhouse
+        _detach(self)
+        self.__class__ = _without_meta(type(self), state.original_cls)  # type: ignore[assignment]
+        object.__delattr__(self, "_schoolhouse")
+        if state.own_forward is not None:
+            self.forward = state.own_forward
+        if state.owns_teacher:
+            state.teacher.close()
+        return self
 
     def compute_kd_loss(
         self,
@@ -250,12 +221,12 @@ class DistillationModel(nn.Module):
         arguments = state.loss_arguments.of_each(loss_fn_kwargs)
         step = state.complete_step()
         try:
-            state.confirm(step)
+            step.confirm()
             features = step.features()
         finally:
             state.step = state.alone = state.ended = None  # used, or lost
-        if step.ahead is not None:
-            step.ahead.used(step)
+        if step.match is not None:
+            step.match.ahead.used(step.match.answer)
         losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
         layers = [layer for layer, _ in state.criterion]
         for name, loss in as_forward(self, layers, lambda: _losses(self, step, features, arguments)).items():
@@ -269,7 +240,7 @@ class DistillationModel(nn.Module):
         return total
 
 
-def detach(model: DistillationModel) -> None:
+def _detach(model: DistillationModel) -> None:
     """Take down what `KDMode.attach` has set up."""
     state = model._schoolhouse
     for handle in state.handles:
@@ -277,7 +248,7 @@ def detach(model: DistillationModel) -> None:
     for undo in state.undo:
         undo()
     state.drop_step()
-    for ahead in list(state.ahead):
+    for ahead in [*state.loops.open]:
         ahead.close()
     for name in EXTRAS:
         model._modules.pop(name, None)
@@ -330,41 +301,6 @@ def _losses(
     return losses
 
 
-class _Capture:
-    """Forward hook that keeps a layer's output while the student's forward runs; a class, so that it pickles."""
-
-    def __init__(self, state: Distillation, layer: str) -> None:
-        self._state = state
-        self._layer = layer
-
-    @eager
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        step = self._state.recording
-        if step is None:
-            return
-        step.outputs[self._layer] = output
-        if step.gradients and not torch.is_grad_enabled():
-            warnings.warn(
-                f"the layer {self._layer!r} runs without gradients, so its loss trains nothing: under no_grad, or in "
-                "activation checkpointing with use_reentrant=True, where use_reentrant=False works",
-                stacklevel=2,
-            )
-
-
-class _CaptureWhole:
-    """Forward hook of the student itself: what a call of it returns, which others may have changed after its forward.
-
-    Such are forward hooks that were there before, and a `forward` that was wrapped after `convert`, as accelerate does.
-    """
-
-    def __init__(self, state: Distillation) -> None:
-        self._state = state
-
-    @eager
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self._state.returned(output)
-
-
 @eager
 def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Module | None] | None:
     """Begin a forward, and hide the extras: one that walks over its children, as nn.Sequential's, must not see them.
@@ -405,18 +341,40 @@ def _ask_alone(model: DistillationModel, args: Any, kwargs: Any) -> Any:
         model._schoolhouse.leave()
 
 
-def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
-    """Post hook of load_state_dict, for a model inside another one, such as DistributedDataParallel."""
-    for name in EXTRAS:
-        part = model._modules.get(name)
-        absent = [key for key in incompatible.missing_keys if f".{name}." in f".{key}"]
-        if part is not None and len(absent) == len(part.state_dict()):
-            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in absent]
-
-
 def _new(kind: type[DistillationModel], student_class: type[nn.Module], *args: Any) -> Any:
-    from schoolhouse.distill.convert import meta_class
-
     made = student_class.__new__(student_class, *args)
     object.__setattr__(made, "__class__", meta_class(kind, student_class))
     return made
+
+
+_classes: dict[tuple[type, type], Any] = {}
+
+
+def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) -> Any:
+    """The class that a student of `student_class` gets; always the same one."""
+
+    @functools.wraps(student_class.forward)
+    def forward(self: DistillationModel, *args: Any, **kwargs: Any) -> Any:
+        return run_forward(self, *args, **kwargs)
+
+    def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
+        return student_class(*args, **kwargs)
+
+    # Its own name and place, since others look for what they know of a student by these: transformers for what it
+    # records and for the architecture that it saves. What such a caller makes of the class is a plain student.
+    names = {name: getattr(student_class, name) for name in ("__module__", "__qualname__")}
+    if (kind, student_class) not in _classes:
+        space = {"forward": forward, "__new__": new, **names}
+        _classes[kind, student_class] = type(student_class.__name__, (kind, student_class), space)
+    return _classes[kind, student_class]
+
+
+def _without_meta(converted: type, student_class: type[nn.Module]) -> type[nn.Module]:
+    """The student's class; a class that was put on after `convert`, as `fully_shard` does, stays on."""
+    if issubclass(converted.__bases__[0], DistillationModel):
+        return student_class
+    above, *rest = converted.__bases__
+    if not rest or not issubclass(rest[-1], DistillationModel):
+        raise ConfigError(f"the class {converted.__name__} was put on after convert, and export cannot take it off")
+    own = {key: value for key, value in vars(converted).items() if key not in ("__dict__", "__weakref__")}
+    return type(converted.__name__, (above, *rest[:-1], student_class), own)

@@ -1,4 +1,4 @@
-"""Students of several ranks: what DistributedDataParallel and FSDP2 need to know of losses, or a refusal."""
+"""Students of several ranks: what DistributedDataParallel and FSDP2 need to know, or a refusal."""
 
 import functools
 import sys
@@ -101,3 +101,22 @@ def unshard_in_backward(model: nn.Module, layer: str, output: Any) -> None:
 def _unshard(sharded: Iterable[Any], _gradient: torch.Tensor) -> None:
     for module in sharded:
         module.unshard()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, FSDP1 or torch.compile, or the module itself."""
+    inner = {
+        "DistributedDataParallel": "module",
+        "DataParallel": "module",
+        "FullyShardedDataParallel": "module",
+        "OptimizedModule": "_orig_mod",
+    }.get(type(model).__name__)  # by name, since importing all of them takes seconds
+    if inner is None or not type(model).__module__.startswith("torch."):
+        return model
+    return unwrapped(getattr(model, inner))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or tensor parallelism has made DTensors of parameters of the model."""
+    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever did
+    return module is not None and any(isinstance(parameter, module.DTensor) for parameter in model.parameters())

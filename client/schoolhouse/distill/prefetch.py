@@ -128,8 +128,16 @@ class _Looks:
 
     def begin(self, batches: Iterator[Any]) -> "_Pass":
         """A pass over batches."""
-        ahead = Ahead(self._state, self._depth, self._max_bytes, self, self._question)
-        return _Pass(ahead, self._state, batches, functools.partial(_call, self._state, self._inputs))
+        ahead = Ahead(
+            self._state.loops,
+            self._state.request,
+            self._question,
+            lambda asked: bound(self._state.signature, asked),
+            depth=self._depth,
+            max_bytes=self._max_bytes,
+            progress=self,
+        )
+        return _Pass(ahead, batches, functools.partial(_call, self._state, self._inputs))
 
     def _question(self, call: Arguments) -> Arguments:
         return call if self._inputs is not None else without_labels(self._state.signature, call)
@@ -192,9 +200,8 @@ def _call(state: Distillation, inputs: Callable[[Any], Any] | None, batch: Any) 
 class _Pass(Iterator[Any]):
     """One pass over a loader. It ends with the loader, by `close()`, or when nobody holds it any more."""
 
-    def __init__(self, ahead: Ahead, state: Distillation, batches: Iterator[Any], call: Callable[[Any], Any]) -> None:
+    def __init__(self, ahead: Ahead, batches: Iterator[Any], call: Callable[[Any], Any]) -> None:
         self._ahead = ahead
-        self._state = state
         self._batches: Iterator[Any] | None = batches
         self._call = call
         self._numbers = itertools.count()
@@ -226,7 +233,7 @@ class _Pass(Iterator[Any]):
     def _look_ahead(self) -> None:
         for late in self._ahead.waiting:
             if late.unanswered:
-                late.inputs = bound(self._state.signature, late.asked)  # as they are now
+                late.inputs = self._ahead.bound(late.asked)  # as they are now
                 self._ahead.ask(late)
         while self._batches is not None and self._ahead.has_room():
             try:
@@ -243,7 +250,7 @@ class _Pass(Iterator[Any]):
     def _entry(self, batch: Any) -> Entry:
         call = self._call(batch)
         asked = self._ahead.question(call)
-        inputs = bound(self._state.signature, asked)
+        inputs = self._ahead.bound(asked)
         if inputs.unknown is not None:
             raise ConfigError(
                 f"the forward takes a {inputs.unknown.__name__} of the batch, and whether one was written into after "

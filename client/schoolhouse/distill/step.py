@@ -3,106 +3,29 @@
 import copy
 import functools
 import inspect
-import os
 import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from schoolhouse_wire.encodings import Encoding
-from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.pinned import to_device
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.tree import map_tensors
 from torch import nn
 
 from schoolhouse.callers import to_caller
-from schoolhouse.distill.batch_identity import Inputs, bound
+from schoolhouse.distill.answer import Answer
+from schoolhouse.distill.batch_identity import Inputs
+from schoolhouse.distill.look_ahead import Loops, Match
 from schoolhouse.distill.loss_arguments import LossArguments
 from schoolhouse.distill.question import autocast_as_now, copy_of, holds_tokens, refuse_cache, without_cache
 from schoolhouse.distill.unseen import Unseen
 from schoolhouse.errors import FeatureMismatchError, UsageError
 from schoolhouse.taps import Tap, tensors_of
 from schoolhouse.teachers.local import Features, LocalTeacher, Teacher
-
-if TYPE_CHECKING:
-    from schoolhouse.distill.look_ahead import Ahead, Entry
-
-
-class Answer:
-    """The teacher's features of one batch, on their way or here; they stay what they were, or `features` raises."""
-
-    def __init__(self, future: "Future[Features]") -> None:
-        self.future = future
-        self.waited_s = 0.0  # by who needed them
-        self._features: Features | None = None  # once they are here
-        self._versions: list[tuple[torch.Tensor, int, bool]] = []
-        self._pid = os.getpid()
-        if future.done() and self.error() is None:
-            self._watch(future.result())
-
-    def _watch(self, features: Features) -> Features:
-        for tap, value in features.items():
-            output = tap.side == "output"
-            self._versions += [(tensor, version_of(tensor), output) for tensor in tensors_of(value)]
-        self._features = features
-        return features
-
-    def features(self) -> Features:
-        """Wait for the features; raises whatever kept the teacher from answering."""
-        if self._features is None:
-            return self._watch(self._awaited())
-        for tensor, version, output in self._versions:
-            if output and version_of(tensor) != version:
-                raise FeatureMismatchError(
-                    "the teacher's features were written into after its forward, and are no longer those of this "
-                    "batch: a loss or hook that changes them in place must work on a clone"
-                )
-        return self._features
-
-    def _awaited(self) -> Features:
-        if self.lost:
-            raise UsageError("the teacher was asked before this process was forked; forward the batch again")
-        if not self.future.done():
-            began = time.perf_counter()
-            wait([self.future])
-            self.waited_s += time.perf_counter() - began
-        return self.future.result()
-
-    @functools.cached_property
-    def nbytes(self) -> int:
-        """Bytes of the features, which are here."""
-        return sum(tensor.nbytes for tensor in tensors_of(self.future.result()))
-
-    @property
-    def lost(self) -> bool:
-        """Whether it cannot come: the process that asked is the one that this one was forked from."""
-        return self._pid != os.getpid() and not self.future.done()
-
-    def error(self) -> BaseException | None:
-        """What kept the teacher from answering, once that is known."""
-        if not self.future.done():
-            return None
-        return CancelledError() if self.future.cancelled() else self.future.exception()
-
-    def untouched(self) -> bool:
-        """Whether another forward may use them: what the student's layers were given can be written into too."""
-        return self.error() is None and all(version_of(tensor) == version for tensor, version, _ in self._versions)
-
-
-@dataclass(eq=False)
-class Guess:
-    """The batch that a forward is taken to be on while the values that it got are on their way from a device."""
-
-    ahead: "Ahead"
-    entry: "Entry"
-    given: "Mapping[Ahead, Inputs]"  # that, as each loop's teacher was asked with it; the innermost loop's first
-    call: Arguments
-    among_others: bool  # of its form
 
 
 @dataclass(eq=False)
@@ -111,8 +34,7 @@ class Step:
 
     answer: Answer | None = None
     later: Callable[[], Answer] | None = None  # asks the teacher once somebody needs the features
-    ahead: "Ahead | None" = None  # whose batch it is
-    guess: Guess | None = None  # where `confirm` has to find out whether it is that batch
+    match: Match | None = None  # with a batch that was asked for ahead
     outputs: dict[str, Any] = field(default_factory=dict)
     student_ran: bool = False
     gradients: bool = field(default_factory=torch.is_grad_enabled)
@@ -120,6 +42,16 @@ class Step:
     injected: dict[str, Any] = field(default_factory=dict)  # layerwise: what layers of the student were given
     ran_twice: set[str] = field(default_factory=set)  # layerwise: layers that ran again, on inputs of the student's own
     thread: int = field(default_factory=threading.get_ident)
+
+    def confirm(self) -> None:
+        """See whether the forward was on the batch that it was taken for; if it was on another one, it gets that.
+
+        Raises:
+            FeatureMismatchError: if it was on none of those that were asked for, or if layers of the student were given
+                features of the wrong one.
+        """
+        if self.match is not None:
+            self.answer = self.match.confirm(final=bool(self.injected))
 
     def features(self) -> Features:
         """Wait for the teacher's answer; a teacher that was not asked yet is asked."""
@@ -158,9 +90,7 @@ class Distillation:
     running: int | None = None  # the thread whose forward runs
     depth: int = 0  # of forwards within one another
     known_signature: inspect.Signature | None = None
-    ahead: "list[Ahead]" = field(default_factory=list)  # of loops over `prefetch`, the innermost last
-    expecting: "Ahead | None" = None  # that of them which yielded last
-    features_per_byte: float | None = None  # bytes of features a byte of inputs, the most so far
+    loops: Loops = field(default_factory=Loops)  # over `prefetch`
 
     @property
     def signature(self) -> inspect.Signature:
@@ -174,9 +104,9 @@ class Distillation:
         return self.known_signature
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("step", "alone", "recording", "ended", "recomputing", "running", "known_signature", "expecting")
+        names = ("step", "alone", "recording", "ended", "recomputing", "running", "known_signature")
         transient = dict.fromkeys(names)
-        now = {**self.__dict__, **transient, "depth": 0, "ahead": []}
+        now = {**self.__dict__, **transient, "depth": 0, "loops": Loops()}
         return {name: value for name, value in now.items() if name != "lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -194,8 +124,9 @@ class Distillation:
     def drop_step(self) -> None:
         """Forget what the last forward produced; the teacher is told."""
         if self.step is not None:
-            self._wrong_guess(self.step)
-            if self.step.answer is not None and self.step.ahead is None:
+            if self.step.match is not None:
+                self.step.match.drop()
+            elif self.step.answer is not None:
                 self.step.answer.future.cancel()
         self.step = self.alone = self.recording = self.ended = self.recomputing = None
 
@@ -235,12 +166,13 @@ class Distillation:
             self.step = Step(later=refuse_cache, student_ran=True)
             return None
         call = without_cache(call)
-        step = self._looked_ahead(call, trains)
-        if step is None:
+        match = self.loops.match(call, training=trains)
+        if match is not None:
+            self.step = Step(match.answer, match=match)
+        else:
             later = None if trains or self.asks_at_once else self._later(call)
-            step = Step(self.request(call) if later is None else None, later)
-        self.step = step
-        return step
+            self.step = Step(self.request(call) if later is None else None, later)
+        return self.step
 
     def _later(self, call: Arguments) -> Callable[[], Answer] | None:
         """What asks for the features of a batch as it is now; None if no copy of it can be kept."""
@@ -260,70 +192,6 @@ class Distillation:
         mask = None if self.positions is None else self.positions(*whole, **whole.kwargs)
         submit: Any = self.teacher.submit  # one that can encode
         return Answer(submit(call, call.kwargs, taps or self.taps, encodings=self.encodings, positions=mask))
-
-    def _looked_ahead(self, call: Arguments, training: bool) -> Step | None:
-        """A step with the answer that was asked for ahead for this batch, if any.
-
-        In training it is taken for the next batch of its form while its values are on their way from a device, so that
-        nobody waits for them here; `confirm` holds it against that batch before a loss is computed.
-
-        Raises:
-            FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
-        """
-        for ahead in [*self.ahead]:
-            ahead.rest_if_interrupted()
-        given = {ahead: self._given(ahead, call) for ahead in [*self.ahead][::-1]}
-        if training and (step := self._guessed(given, call)) is not None:
-            return step
-        for ahead, inputs in given.items():
-            if (entry := ahead.find(inputs)) is not None:
-                return Step(ahead.answer(entry, call), ahead=ahead)
-        last = self.expecting
-        if training and last is not None and last.expects_a_forward():
-            raise FeatureMismatchError(last.expected(self._given(last, call), last.question(call)))
-        return None
-
-    def _given(self, ahead: "Ahead", call: Arguments) -> Inputs:
-        """What of a call a loop's teacher was asked with."""
-        return bound(self.signature, ahead.question(call))
-
-    def _guessed(self, given: "Mapping[Ahead, Inputs]", call: Arguments) -> Step | None:
-        """A step for the next batch that a call may be on; None where its values are here, or none waits for it.
-
-        None, too, where one of those that wait is to be asked for again: its own call alone has its values.
-        """
-        loops = [(ahead, inputs) for ahead, inputs in given.items() if inputs.on_their_way]
-        alike = [(ahead, entry) for ahead, inputs in loops for entry in ahead.alike(inputs)]
-        waiting = [(ahead, entry) for ahead, entry in alike if not entry.used]
-        if not waiting or any(entry.stale for _, entry in waiting):
-            return None
-        ahead, entry = waiting[0]
-        return Step(ahead.answer(entry, call), ahead=ahead, guess=Guess(ahead, entry, given, call, len(alike) > 1))
-
-    def confirm(self, step: Step) -> None:
-        """See whether a step's forward was on the batch that it was taken for; if it was on another one, it gets that.
-
-        Raises:
-            FeatureMismatchError: if it was on none of those that were asked for, or if layers of the student were given
-                features of the wrong one.
-        """
-        guess = self._wrong_guess(step)
-        if guess is None:
-            return
-        for ahead, inputs in guess.given.items():
-            entry = ahead.find(inputs)
-            if entry is not None and not entry.stale and not step.injected:
-                step.ahead, step.answer = ahead, ahead.answer(entry, guess.call)
-                return
-        raise FeatureMismatchError(guess.ahead.expected(guess.given[guess.ahead], guess.ahead.question(guess.call)))
-
-    def _wrong_guess(self, step: Step) -> Guess | None:
-        """The guess of a step if it was wrong; the batch that it named waits for its own forward again."""
-        guess, step.guess = step.guess, None
-        if guess is None or guess.entry.inputs.same_as(guess.given[guess.ahead]):
-            return None
-        guess.ahead.put_back(guess.entry)
-        return guess
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
         """Begin the student's forward, and the teacher's unless it is switched off."""

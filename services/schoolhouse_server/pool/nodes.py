@@ -1,8 +1,8 @@
 """What Ray knows of its nodes: which of them are about to go, and what a replica that has none waits for.
 
 Ray publishes neither in its public API: Ray Serve asks the GCS for the first as is done here, and the second is what
-`ray status` prints. `tests/pool/test_nodes.py` holds both on the installed version; one that does not answer so is logged,
-and the pool goes on without.
+`ray status` prints. `tests/pool/test_nodes.py` holds both on the installed version; one that does not answer so is
+logged, and the pool goes on without.
 """
 
 import functools

@@ -1,0 +1,74 @@
+"""The teacher's answer to one batch."""
+
+import functools
+import os
+import time
+from concurrent.futures import CancelledError, Future, wait
+
+import torch
+from schoolhouse_wire.memory import version_of
+
+from schoolhouse.errors import FeatureMismatchError, UsageError
+from schoolhouse.taps import tensors_of
+from schoolhouse.teachers.local import Features
+
+
+class Answer:
+    """The teacher's features of one batch, on their way or here; they stay what they were, or `features` raises."""
+
+    def __init__(self, future: "Future[Features]") -> None:
+        self.future = future
+        self.waited_s = 0.0  # by who needed them
+        self._features: Features | None = None  # once they are here
+        self._versions: list[tuple[torch.Tensor, int, bool]] = []
+        self._pid = os.getpid()
+        if future.done() and self.error() is None:
+            self._watch(future.result())
+
+    def _watch(self, features: Features) -> Features:
+        for tap, value in features.items():
+            output = tap.side == "output"
+            self._versions += [(tensor, version_of(tensor), output) for tensor in tensors_of(value)]
+        self._features = features
+        return features
+
+    def features(self) -> Features:
+        """Wait for the features; raises whatever kept the teacher from answering."""
+        if self._features is None:
+            return self._watch(self._awaited())
+        for tensor, version, output in self._versions:
+            if output and version_of(tensor) != version:
+                raise FeatureMismatchError(
+                    "the teacher's features were written into after its forward, and are no longer those of this "
+                    "batch: a loss or hook that changes them in place must work on a clone"
+                )
+        return self._features
+
+    def _awaited(self) -> Features:
+        if self.lost:
+            raise UsageError("the teacher was asked before this process was forked; forward the batch again")
+        if not self.future.done():
+            began = time.perf_counter()
+            wait([self.future])
+            self.waited_s += time.perf_counter() - began
+        return self.future.result()
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of the features, which are here."""
+        return sum(tensor.nbytes for tensor in tensors_of(self.future.result()))
+
+    @property
+    def lost(self) -> bool:
+        """Whether it cannot come: the process that asked is the one that this one was forked from."""
+        return self._pid != os.getpid() and not self.future.done()
+
+    def error(self) -> BaseException | None:
+        """What kept the teacher from answering, once that is known."""
+        if not self.future.done():
+            return None
+        return CancelledError() if self.future.cancelled() else self.future.exception()
+
+    def untouched(self) -> bool:
+        """Whether another forward may use them: what the student's layers were given can be written into too."""
+        return self.error() is None and all(version_of(tensor) == version for tensor, version, _ in self._versions)

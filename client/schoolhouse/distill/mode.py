@@ -1,0 +1,90 @@
+"""What a mode of distillation sets up in a student: hooks, and what it has beside its own modules."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from schoolhouse.distill.step import Distillation, Step, eager
+from schoolhouse.losses.balancers import DistillationLossBalancer
+from schoolhouse.taps import Tap
+from schoolhouse.teachers.local import LocalTeacher
+
+# Names in the module tree, as the seed's.
+TEACHER, LOSSES, BALANCER = "_teacher_model", "_loss_modules", "_loss_balancer"
+EXTRAS = (LOSSES, BALANCER, TEACHER)
+
+
+class KDMode:
+    """What the mode "kd_loss" does to a student; "layerwise_kd" differs in these."""
+
+    needs_inputs = False  # of the teacher's layers, while the student's forward runs
+
+    def attach(self, model: nn.Module, state: Distillation, balancer: DistillationLossBalancer | None) -> None:
+        """Set hooks and register what a converted student has beside its own modules."""
+        state.taps = self.taps(state)
+        for layer in dict.fromkeys(layer for layer, _ in state.criterion):
+            self.hook(state, layer, model.get_submodule(layer))
+        stateful = [loss for loss in state.criterion.values() if [*loss.parameters(), *loss.buffers()]]
+        model.add_module(LOSSES, nn.ModuleList(dict.fromkeys(stateful)))
+        model.add_module(BALANCER, balancer)
+        if isinstance(state.teacher, LocalTeacher):
+            model.add_module(TEACHER, state.teacher.module)
+        state.handles.append(model.register_load_state_dict_post_hook(_forgive_extras))  # type: ignore[no-untyped-call]
+
+    def taps(self, state: Distillation) -> tuple[Tap, ...]:
+        """The teacher's features that a step needs."""
+        return tuple(dict.fromkeys(Tap(layer) for _, layer in state.criterion))
+
+    def hook(self, state: Distillation, layer: str, module: nn.Module) -> None:
+        """Capture what a layer of the student returns; "" is the student itself."""
+        capture = _Capture(state, layer) if layer else _CaptureWhole(state)
+        state.handles.append(module.register_forward_hook(capture))
+
+    def mark(self, state: Distillation, step: Step, losses: dict[str, torch.Tensor]) -> None:
+        """Called with the losses of a step, before they are reduced."""
+
+
+class _Capture:
+    """Forward hook that keeps a layer's output while the student's forward runs; a class, so that it pickles."""
+
+    def __init__(self, state: Distillation, layer: str) -> None:
+        self._state = state
+        self._layer = layer
+
+    @eager
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        step = self._state.recording
+        if step is None:
+            return
+        step.outputs[self._layer] = output
+        if step.gradients and not torch.is_grad_enabled():
+            warnings.warn(
+                f"the layer {self._layer!r} runs without gradients, so its loss trains nothing: under no_grad, or in "
+                "activation checkpointing with use_reentrant=True, where use_reentrant=False works",
+                stacklevel=2,
+            )
+
+
+class _CaptureWhole:
+    """Forward hook of the student itself: what a call of it returns, which others may have changed after its forward.
+
+    Such are forward hooks that were there before, and a `forward` that was wrapped after `convert`, as accelerate does.
+    """
+
+    def __init__(self, state: Distillation) -> None:
+        self._state = state
+
+    @eager
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._state.returned(output)
+
+
+def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
+    """Post hook of load_state_dict, for a model inside another one, such as DistributedDataParallel."""
+    for name in EXTRAS:
+        part = model._modules.get(name)
+        absent = [key for key in incompatible.missing_keys if f".{name}." in f".{key}"]
+        if part is not None and len(absent) == len(part.state_dict()):
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in absent]
