@@ -163,7 +163,7 @@ def test_a_session_that_was_idle_is_not_silent_since_then_where_two_threads_ask_
 
     session = Session(
         "a", "teacher", job="", weight=1.0, shared_memory=False, checksums=False, security=ClientSecurity(),
-        owner=None, tune_allocator=False, clock=clock,
+        listener=None, tune_allocator=False, clock=clock,
     )  # fmt: skip
     session.alive = True
     session._window.grant(teacher_pb2.Opened(max_in_flight=8))

@@ -321,7 +321,7 @@ def test_an_error_that_is_none_of_ours_is_told_without_its_text(server, ask, mon
     def broken(self, name, grant):
         raise KeyError("what is in /srv/secret")
 
-    monkeypatch.setattr("schoolhouse_server.session.servicer.Teachers.find", broken)
+    monkeypatch.setattr("schoolhouse_server.session.context.ReplicaContext.find", broken)
     found = ask("describe", f"Bearer {STUDENT}")
     assert isinstance(found, errors.TeacherInternalError)
     assert "KeyError" in str(found)

@@ -220,7 +220,7 @@ class Dispatcher:
             tune_allocator=self._settings.tune_allocator,
             security=self._settings.security,
             revision=self._revision,
-            owner=self,
+            listener=self,
             clock=time.monotonic,
         )
         session.start()

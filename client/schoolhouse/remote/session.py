@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from google.protobuf.message import Message
 from schoolhouse_wire import background, framing, memory
@@ -26,11 +26,32 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
 )
 from schoolhouse.remote.flow_control import Window
-from schoolhouse.remote.owner import Owner
 from schoolhouse.remote.request import Request, Traffic, features_of
 
 _WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # what came is not what was asked for
 _BROKEN = (TeacherInternalError, CorruptPayloadError)  # that a replica says: another may do better
+
+
+class SessionListener(Protocol):
+    """Who opened a session; told what becomes of it in the thread that receives its answers."""
+
+    def on_opened(self, session: "Session") -> None:
+        """The replica said hello: requests may be sent."""
+
+    def on_draining(self, session: "Session") -> None:
+        """The replica is about to stop: it answers what it has, and should get nothing more."""
+
+    def on_unavailable(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
+        """The replica did not take the request up, as it stops."""
+
+    def on_wrong(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
+        """What came is not what the request asked for, or its bytes are others: the replica is not to be trusted."""
+
+    def on_broken(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
+        """The replica failed at the request, by a fault of its own."""
+
+    def on_loss(self, session: "Session", lost: list[Request], error: SchoolhouseError) -> None:
+        """The session has ended, or never began; these requests are unanswered."""
 
 
 class Session:
@@ -48,7 +69,7 @@ class Session:
         tune_allocator: bool,
         security: ClientSecurity,
         revision: str = "",
-        owner: Owner,
+        listener: SessionListener,
         clock: Callable[[], float],
     ) -> None:
         self.address = address
@@ -75,7 +96,7 @@ class Session:
         )
         self._tune_allocator = tune_allocator
         self._security = security
-        self._owner = owner
+        self._listener = listener
         self._clock = clock
         self._outbox: Outbox[Message | bytes] = Outbox()
         self._segment: ClientSegment | None = None
@@ -125,7 +146,7 @@ class Session:
         return self._hello.revision
 
     def start(self) -> None:
-        """Begin to connect; the owner is told how that ends."""
+        """Begin to connect; the listener is told how that ends."""
         if self._tune_allocator:
             memory.keep_freed_memory()
         self._channel = channel.connect(self.address, self._security)
@@ -167,7 +188,7 @@ class Session:
         yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
 
     def close(self) -> None:
-        """End the stream; what is unanswered goes to the owner's `on_loss`."""
+        """End the stream; what is unanswered goes to the listener's `on_loss`."""
         self._outbox.close()
         if self._pipes is not None:
             self._pipes.close()
@@ -274,9 +295,9 @@ class Session:
         def give_up(err: BaseException) -> None:
             for request in lost:
                 request.give_up(err)
-            self._owner.on_loss(self, [], error)
+            self._listener.on_loss(self, [], error)
 
-        background.run(lambda: self._owner.on_loss(self, lost, error), "telling of a session's end", give_up)
+        background.run(lambda: self._listener.on_loss(self, lost, error), "telling of a session's end", give_up)
 
     def _free(self) -> None:
         self._partial.clear()
@@ -311,13 +332,13 @@ class Session:
             self._on_opened(message.opened)
         elif message.HasField("draining"):
             self.draining = True
-            self._owner.on_draining(self)
+            self._listener.on_draining(self)
 
     def _on_failure(self, request: Request, error: SchoolhouseError) -> None:
         if isinstance(error, TeacherUnavailableError):
-            self._owner.on_unavailable(self, request, error)
+            self._listener.on_unavailable(self, request, error)
         elif isinstance(error, _BROKEN):
-            self._owner.on_broken(self, request, error)
+            self._listener.on_broken(self, request, error)
         else:
             request.fail(error)
 
@@ -327,7 +348,7 @@ class Session:
             return
         if isinstance(error, _WRONG):
             self._take(request_id)
-            request.or_fail(self._owner.on_wrong, self, request, error)
+            request.or_fail(self._listener.on_wrong, self, request, error)
         else:
             self.cancel(request)
             request.fail(error)
@@ -338,7 +359,7 @@ class Session:
         self._hello = opened
         self._window.grant(opened)
         self.alive = True
-        self._owner.on_opened(self)
+        self._listener.on_opened(self)
 
     def _attach(self, opened: teacher_pb2.Opened) -> None:
         if not opened.HasField("shared_memory"):
@@ -410,7 +431,7 @@ class Session:
             request.received(incoming.nbytes + len(reply.features))
             request.resolve(features_of(request, reply, incoming))
         except _WRONG as err:
-            request.or_fail(self._owner.on_wrong, self, request, err)
+            request.or_fail(self._listener.on_wrong, self, request, err)
         except Exception as err:  # no memory for what was packed, for one: it is this request's alone
             request.fail(err)
         self._pump()  # after the answer is delivered: who waits for it goes on meanwhile

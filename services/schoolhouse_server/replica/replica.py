@@ -32,8 +32,9 @@ from schoolhouse_server.security.interceptor import Doorkeeper
 from schoolhouse_server.security.ports import joined, listen
 from schoolhouse_server.security.tls import ServerTls, check_exposure
 from schoolhouse_server.security.tokens import Tokens
+from schoolhouse_server.session.context import ReplicaContext
 from schoolhouse_server.session.quotas import Sharing
-from schoolhouse_server.session.servicer import Teachers
+from schoolhouse_server.session.servicer import TeacherServicer
 
 _MAX_SHARED_BYTES = 1 << 40
 Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
@@ -188,7 +189,7 @@ class Replica:
             stage_s=engine.stage_s(),
             batch_limit_rows=engine.batch_limit_rows,
         )
-        engine.fill(load, self._teachers.admissions[name].in_flight())
+        engine.fill(load, self._context.admissions[name].in_flight())
         load.sessions = sum(job.sessions for job in load.jobs)
         return load
 
@@ -200,17 +201,17 @@ class Replica:
         """
         for name in self.engines:
             self._publish_draining(name)
-        self._teachers.drain.begin(timeout_s)
+        self._context.drain.begin(timeout_s)
 
     @property
     def draining(self) -> bool:
         """Whether it takes no new sessions."""
-        return self._teachers.drain.began
+        return self._context.drain.began
 
     @property
     def drained(self) -> bool:
         """Whether it may be closed after `drain`."""
-        return self._teachers.drain.over()
+        return self._context.drain.over()
 
     @property
     def trouble(self) -> Trouble | None:
@@ -221,7 +222,7 @@ class Replica:
         """A teacher is at its end: say so to probes, to those who watch and to its sessions."""
         self._report_failed(name)
         self._publish_draining(name)
-        self._teachers.drain.tell(name)
+        self._context.drain.tell(name)
 
     def _publish_draining(self, name: str) -> None:
         own = self._described(name, self.engines[name], directory_pb2.Replica.DRAINING)
@@ -258,7 +259,7 @@ class Replica:
         self.close()
 
     def _add_services(self, server: grpc.Server) -> None:
-        teachers = self._teachers = Teachers(
+        self._context = ReplicaContext(
             self.engines,
             self._limits,
             shared_memory_bytes=self._shared_memory_bytes,
@@ -268,13 +269,14 @@ class Replica:
             allow_head=self._allow_head,
             tracing=self._tracing,
         )
+        servicer = self._servicer = TeacherServicer(self._context)
         session = grpc.stream_stream_rpc_method_handler(
-            teachers.session,
+            servicer.session,
             request_deserializer=lambda data: framing.received(teacher_pb2.ClientMessage, data),
             response_serializer=framing.write_message,
         )
         describe = grpc.unary_unary_rpc_method_handler(
-            teachers.describe,
+            servicer.describe,
             request_deserializer=lambda data: framing.parsed(teacher_pb2.DescribeRequest, data),
             response_serializer=teacher_pb2.DescribeResponse.SerializeToString,
         )

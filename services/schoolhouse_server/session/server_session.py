@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
@@ -20,7 +20,6 @@ from schoolhouse.errors import (
 from schoolhouse.taps import HEAD
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire import background, framing
-from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.v1 import teacher_pb2
@@ -46,14 +45,12 @@ from schoolhouse_server.session.calls import (
     opened_by,
     reply_of,
 )
+from schoolhouse_server.session.context import ReplicaContext
 from schoolhouse_server.session.job_session import Member
 from schoolhouse_server.session.notices import Telling
 from schoolhouse_server.session.quotas import LEASE_S, Sharing
 from schoolhouse_server.session.receiving import Partial, Receiving
 from schoolhouse_server.session.same_host import SameHost
-
-if TYPE_CHECKING:
-    from schoolhouse_server.session.servicer import Teachers
 
 _log = logging.getLogger(__name__)
 _FAILED = "the session failed; the server's log says why"
@@ -63,33 +60,31 @@ _END_S = 1.0  # that a session has to end by itself; then its stream is cancelle
 class ServerSession:
     """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
 
-    def __init__(
-        self, teachers: "Teachers", messages: Iterator[Any], limits: Limits, grant: Grant, *, shared_memory_bytes: int
-    ) -> None:
+    def __init__(self, context: ReplicaContext, messages: Iterator[Any], grant: Grant) -> None:
         self.outbox: Outbox[Message | bytes] = Outbox()
         self._telling = Telling(self.outbox, self._end_if_answered)
         self._asked_all = False  # the client ended its half of the stream, and waits for the rest of the answers
         self.error: SchoolhouseError | None = None
         self.cancel_stream: Callable[[], object] | None = None
-        self._teachers = teachers
-        self._spans = SessionSpans(teachers.tracer)
+        self._context = context
+        self._spans = SessionSpans(context.tracer)
         self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
         self._messages = messages
-        self._limits = limits
+        self._limits = context.limits
         self._grant = grant
-        self._receiving = Receiving(teachers.timer, teachers.sharing.lease_s or LEASE_S, self._fail)
+        self._receiving = Receiving(context.timer, context.sharing.lease_s or LEASE_S, self._fail)
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
         self._member: Member | None = None  # from Open on
         self._unopened: Alarm | None = None  # until then
         self._closing = threading.Lock()
         self._closed = False
-        self._same_host = SameHost(shared_memory_bytes)
+        self._same_host = SameHost(context.shared_memory_bytes)
 
     def start(self) -> None:
         """Begin to read; a client that says nothing, not even Open, has its time, too."""
-        lease_s = self._teachers.sharing.lease_s or LEASE_S
-        self._unopened = self._teachers.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
+        lease_s = self._context.sharing.lease_s or LEASE_S
+        self._unopened = self._context.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
         background.thread(self._read, name="schoolhouse-reader", on_death=self._on_error).start()
 
     def close(self) -> None:
@@ -101,14 +96,14 @@ class ServerSession:
             ending.callback(self.outbox.close)
             ending.callback(self._spans.dropped)
             if first and self._member is not None:
-                ending.callback(self._teachers.drain.leave, self._member)
+                ending.callback(self._context.drain.leave, self._member)
                 ending.callback(self._member.leave)
                 ending.callback(self._drop)
             self._stop_waiting_for_open()
 
     def _stop_waiting_for_open(self) -> None:
         if self._unopened is not None:
-            self._teachers.timer.cancel(self._unopened)
+            self._context.timer.cancel(self._unopened)
 
     def _drop(self) -> None:
         assert self._engine is not None
@@ -131,7 +126,7 @@ class ServerSession:
         try:
             self.close()
         finally:
-            self._teachers.timer.at(time.monotonic() + _END_S, cancel)
+            self._context.timer.at(time.monotonic() + _END_S, cancel)
 
     def answers(self) -> Iterator[Message | bytes]:
         """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
@@ -218,10 +213,10 @@ class ServerSession:
         if message.protocol != channel.PROTOCOL:
             raise ProtocolError(f"the client speaks protocol {message.protocol}; this server speaks {channel.PROTOCOL}")
         check_open(message)
-        self._teachers.drain.check()
-        message = self._teachers.gate.opened(message, self._grant)
-        sharing = self._teachers.sharing.within(self._grant.max_in_flight, self._grant.max_job_bytes)
-        engine = self._engine = self._teachers.find(message.teacher, self._grant)
+        self._context.drain.check()
+        message = self._context.gate.opened(message, self._grant)
+        sharing = self._context.sharing.within(self._grant.max_in_flight, self._grant.max_job_bytes)
+        engine = self._engine = self._context.find(message.teacher, self._grant)
         check_revision(message.revision, engine)
         self._enter(message, engine, sharing)
         self.log.info("a session began")
@@ -230,20 +225,20 @@ class ServerSession:
             self._same_host.offer(opened, self.outbox, checksums=message.checksums)
         self._telling.tell(teacher_pb2.ServerMessage(opened=opened))
         assert self._member is not None
-        self._teachers.drain.join(self._member)
+        self._context.drain.join(self._member)
         if self._closed:  # meanwhile, so that nobody takes it out again
-            self._teachers.drain.leave(self._member)
+            self._context.drain.leave(self._member)
 
     def _enter(self, message: teacher_pb2.Open, engine: Engine, sharing: Sharing) -> None:
         with self._closing:
             if self._closed:
                 raise ProtocolError("the session was closed")
-            admission = self._teachers.admissions[message.teacher]
+            admission = self._context.admissions[message.teacher]
             self._member = Member(message, engine.counters, admission, sharing, self._telling.tell)
             self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
             self._stop_waiting_for_open()
-            lease_s = self._teachers.sharing.lease_s
-            self._member.start_lease(self._teachers.timer, lease_s, lambda: self._expire(lease_s))
+            lease_s = self._context.sharing.lease_s
+            self._member.start_lease(self._context.timer, lease_s, lambda: self._expire(lease_s))
 
     def _on_cancel(self, request_id: int) -> None:
         self._receiving.drop(request_id)
@@ -305,7 +300,7 @@ class ServerSession:
         self._engine.count("receive", time.perf_counter() - partial.began)
         answer = functools.partial(self._or_end, self._answer, request_id, digest, wanted)
         if any(tap.side == HEAD for tap in wanted.taps):
-            answer_head(self._engine, wanted, inputs, answer, allowed=self._teachers.allow_head)
+            answer_head(self._engine, wanted, inputs, answer, allowed=self._context.allow_head)
             return
 
         rows = rows_of(inputs)

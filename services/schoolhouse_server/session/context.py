@@ -1,0 +1,57 @@
+"""What a session knows of the replica that it is on."""
+
+from collections.abc import Mapping
+
+from schoolhouse.errors import UnknownTeacherError
+from schoolhouse.tracing import tracer
+from schoolhouse_wire.limits import Limits
+
+from schoolhouse_server.common.timer import Timer
+from schoolhouse_server.engine.engine import Engine
+from schoolhouse_server.security.auth import EVERYBODY, Gate, check_teacher
+from schoolhouse_server.security.tokens import Grant
+from schoolhouse_server.session.admission import Admission
+from schoolhouse_server.session.draining import Drain
+from schoolhouse_server.session.quotas import Sharing
+
+
+class ReplicaContext:
+    """The engines of one replica, and what its sessions share."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        limits: Limits,
+        *,
+        shared_memory_bytes: int,
+        sharing: Sharing,
+        timer: Timer,
+        gate: Gate,
+        allow_head: bool,
+        tracing: bool = False,
+    ) -> None:
+        self.limits = limits
+        self.shared_memory_bytes = shared_memory_bytes
+        self.sharing = sharing
+        self.timer = timer
+        self.gate = gate
+        self.allow_head = allow_head
+        self.admissions = {name: Admission(sharing, timer) for name in engines}
+        self.tracer = tracer(tracing)
+        self.drain = Drain()
+        self._engines = engines
+
+    def find(self, name: str, grant: Grant = EVERYBODY) -> Engine:
+        """The engine of a teacher that the grant is for.
+
+        Raises:
+            PermissionDeniedError: it is for others.
+            UnknownTeacherError: there is none; names those of the grant that there are.
+            TeacherUnavailableError: it serves no more.
+        """
+        check_teacher(name, grant)
+        if name not in self._engines:
+            names = sorted(filter(grant.sees, self._engines))
+            raise UnknownTeacherError(f"no teacher {name!r} here; there are: {', '.join(names)}", choices=names)
+        self._engines[name].check()
+        return self._engines[name]
