@@ -40,7 +40,8 @@ from schoolhouse.remote.connecting import connect
 from schoolhouse.remote.request import Traffic
 from schoolhouse.remote.verification import Verification
 from schoolhouse.taps import Tap
-from schoolhouse.teachers.local import Features, LocalTeacher, Teacher, TeacherDescription
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse.teachers.protocol import Features, Teacher, TeacherDescription
 
 if TYPE_CHECKING:
     from schoolhouse.remote.teacher import RemoteTeacher

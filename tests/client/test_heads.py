@@ -27,9 +27,9 @@ from schoolhouse.lm_head.operations import (
     scale,
     softcap,
 )
-from schoolhouse.taps import map_tensors
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.values import codec
+from schoolhouse_wire.values.tree import map_tensors
 from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

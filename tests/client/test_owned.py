@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import schoolhouse as sh
 import torch
-from schoolhouse.taps import owned, tensors_of
+from schoolhouse.teachers.capture import owned
+from schoolhouse_wire.values.tree import tensors_of
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 

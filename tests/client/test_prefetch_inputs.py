@@ -6,8 +6,8 @@ import torch
 from looking_ahead import batches, distilled, expected_loss
 from models import Net, converted
 from schoolhouse.errors import ConfigError, FeatureMismatchError
-from schoolhouse.taps import tensors_of
 from schoolhouse_server import serve
+from schoolhouse_wire.values.tree import tensors_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from models import Net
-from schoolhouse.teachers.local import Features, LocalTeacher
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse.teachers.protocol import Features
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_server.engine.engine import Engine, Job, Ticket
 from schoolhouse_server.merge.batching import MergeSettings

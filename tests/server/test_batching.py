@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schoolhouse.errors import ConfigError
-from schoolhouse.taps import tensors_of
 from schoolhouse_server.common.rows import rows_of, tokens_of
 from schoolhouse_server.merge.batching import (
     Batch,
@@ -19,6 +18,7 @@ from schoolhouse_server.merge.batching import (
 )
 from schoolhouse_server.merge.splitting import Constant, Rows, UnmergeableError, learn, unshared
 from schoolhouse_wire.values.codec import Arguments
+from schoolhouse_wire.values.tree import tensors_of
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,10 +7,10 @@ from concurrent.futures import CancelledError, Future, wait
 
 import torch
 from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.values.tree import tensors_of
 
 from schoolhouse.errors import FeatureMismatchError, UsageError
-from schoolhouse.taps import tensors_of
-from schoolhouse.teachers.local import Features
+from schoolhouse.teachers.protocol import Features
 
 
 class Answer:

@@ -11,9 +11,9 @@ from schoolhouse_wire.pinned import Fetched, pins
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.records import record_of
 from schoolhouse_wire.values.tensors import bytes_of, on_cpu
+from schoolhouse_wire.values.tree import is_plain, signature_of, tensors_of
 
 from schoolhouse.errors import ConfigError
-from schoolhouse.taps import is_plain, signature_of, tensors_of
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -10,7 +10,7 @@ from torch import nn
 from schoolhouse.errors import ConfigError
 from schoolhouse.losses.balancers import DistillationLossBalancer
 from schoolhouse.taps import Tap
-from schoolhouse.teachers.local import Teacher
+from schoolhouse.teachers.protocol import Teacher
 from schoolhouse.teachers.query import encodings_of
 
 Criterion: TypeAlias = "nn.Module | type[nn.Module] | Mapping[tuple[str, str], nn.Module | type[nn.Module]]"

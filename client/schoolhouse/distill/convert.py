@@ -20,7 +20,8 @@ from schoolhouse.distill.unseen import Unseen
 from schoolhouse.errors import ConfigError
 from schoolhouse.remote.connecting import connect
 from schoolhouse.taps import check_modules, module_names
-from schoolhouse.teachers.local import LocalTeacher, Teacher
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse.teachers.protocol import Teacher
 
 _STUDENT_CHOICES = "an nn.Module, or a class, callable or tuple (callable, args, kwargs) that makes one"
 _KINDS = {"kd_loss": DistillationModel, "layerwise_kd": LayerwiseDistillationModel}

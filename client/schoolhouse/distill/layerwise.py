@@ -4,13 +4,14 @@ import warnings
 from typing import Any
 
 import torch
+from schoolhouse_wire.values.tree import apart_from, storages_of, tensors_of
 from torch import nn
 
 from schoolhouse.distill.mode import KDMode
 from schoolhouse.distill.model import DistillationModel
 from schoolhouse.distill.step import Distillation, Step, eager, on_device_of
 from schoolhouse.errors import FeatureMismatchError
-from schoolhouse.taps import Tap, apart_from, storages_of, tensors_of
+from schoolhouse.taps import Tap
 
 
 class LayerwiseMode(KDMode):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from schoolhouse_wire.values.codec import Arguments
+from schoolhouse_wire.values.tree import tensors_of
 
 from schoolhouse.distill.answer import Answer
 from schoolhouse.distill.batch_identity import Inputs, summary
@@ -19,7 +20,6 @@ from schoolhouse.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse.taps import tensors_of
 
 _PASSING = (TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError)
 

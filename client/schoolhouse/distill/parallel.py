@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from schoolhouse_wire.values.tree import tensors_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from schoolhouse.errors import ConfigError
-from schoolhouse.taps import tensors_of
 
 
 def check_data_parallel(model: nn.Module, losses: nn.Module | None) -> None:

@@ -9,10 +9,9 @@ from typing import Any, NoReturn
 
 import torch
 from schoolhouse_wire.values.codec import Arguments
-from schoolhouse_wire.values.tree import map_tensors
+from schoolhouse_wire.values.tree import map_tensors, structure_of, tensors_of
 
 from schoolhouse.errors import UnsupportedValueError
-from schoolhouse.taps import structure_of, tensors_of
 
 _LEGACY_CACHE = "past_key_values"  # where it is a tuple of tensors and not an object
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")

@@ -13,7 +13,7 @@ import torch
 from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.pinned import to_device
 from schoolhouse_wire.values.codec import Arguments
-from schoolhouse_wire.values.tree import map_tensors
+from schoolhouse_wire.values.tree import map_tensors, tensors_of
 from torch import nn
 
 from schoolhouse.callers import to_caller
@@ -24,8 +24,9 @@ from schoolhouse.distill.loss_arguments import LossArguments
 from schoolhouse.distill.question import autocast_as_now, copy_of, holds_tokens, refuse_cache, without_cache
 from schoolhouse.distill.unseen import Unseen
 from schoolhouse.errors import FeatureMismatchError, UsageError
-from schoolhouse.taps import Tap, tensors_of
-from schoolhouse.teachers.local import Features, LocalTeacher, Teacher
+from schoolhouse.taps import Tap
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse.teachers.protocol import Features, Teacher
 
 
 @dataclass(eq=False)

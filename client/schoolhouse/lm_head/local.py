@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.values.tree import is_plain
 from torch import nn
 
 from schoolhouse.lm_head.describe import head_of
 from schoolhouse.lm_head.head import Head
-from schoolhouse.taps import is_plain
 
 _MAX_COUNTED = 4096
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from schoolhouse_wire.values.tree import is_plain
 from torch.nn import functional as F
-
-from schoolhouse.taps import is_plain
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -21,7 +21,7 @@ from schoolhouse.errors import (
 )
 from schoolhouse.remote.handshake import why_not
 from schoolhouse.remote.replica_set import ReplicaSet
-from schoolhouse.teachers.local import TeacherDescription
+from schoolhouse.teachers.protocol import TeacherDescription
 
 _PATIENCE_S = 2.0  # with one replica, before the others are asked
 

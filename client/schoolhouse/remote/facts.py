@@ -8,7 +8,7 @@ from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.limits import Limits
 
 from schoolhouse.taps import TapLike, check_modules
-from schoolhouse.teachers.local import TeacherDescription
+from schoolhouse.teachers.protocol import TeacherDescription
 from schoolhouse.teachers.query import Wanted
 
 _MAX_KNOWN_TAPS = 256

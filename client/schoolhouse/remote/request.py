@@ -14,7 +14,7 @@ from schoolhouse.errors import FeatureMismatchError, ProtocolError, RevisionChan
 from schoolhouse.lm_head.head import Head
 from schoolhouse.sparse import decoded
 from schoolhouse.taps import Tap
-from schoolhouse.teachers.local import Features
+from schoolhouse.teachers.protocol import Features
 from schoolhouse.teachers.query import Wanted
 from schoolhouse.tracing import RequestSpan, Tracer
 

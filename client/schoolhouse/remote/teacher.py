@@ -30,7 +30,7 @@ from schoolhouse.remote.session import Session
 from schoolhouse.remote.settings import Settings
 from schoolhouse.remote.verification import Pair, Verification, Verifier
 from schoolhouse.taps import Tap, TapLike
-from schoolhouse.teachers.local import Features, TeacherDescription
+from schoolhouse.teachers.protocol import Features, TeacherDescription
 from schoolhouse.teachers.query import Wanted
 from schoolhouse.tracing import tracer
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from schoolhouse_wire import background, errors
 from schoolhouse_wire.values.tensors import bytes_of
+from schoolhouse_wire.values.tree import structure_of, tensors_of
 
 from schoolhouse.errors import FeatureMismatchError, TeacherForwardError
 from schoolhouse.remote.request import Request
-from schoolhouse.taps import structure_of, tensors_of
-from schoolhouse.teachers.local import Features
+from schoolhouse.teachers.protocol import Features
 
 _log = logging.getLogger(__name__)
 _WHAT = "verifying a request"

@@ -1,7 +1,6 @@
-"""Teachers: what is asked of one, the protocol, and a teacher in this process.
+"""Teachers: what a teacher is, and one in this process.
 
-`query` is what a request asks for, `local` the protocol and the teacher in this process.
-
-`encoder` makes an encoding of a feature where that was computed, `fingerprint` is the digest of a teacher's numbers,
-and `module_tree` shows the names of its submodules.
+`query` is what a request asks of a teacher, `protocol` what a teacher is and answers. `local` is a module in this
+process: `capture` takes what its submodules receive and return, `encoder` makes an encoding of that, `fingerprint` is
+the digest of its weights, and `module_tree` shows the names of its submodules.
 """

@@ -1,13 +1,16 @@
 """Nested values, part by part: tuples, lists, mappings, and objects with named fields keep their structure."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.records import record_of, with_fields
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
@@ -43,3 +46,63 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     except TypeError:
         return items
     return made
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a nested value."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif (record := record_of(value)) is not None:
+        yield from tensors_of(list(record.fields.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_of(item)
+        if isinstance(value, Arguments):
+            yield from tensors_of(value.kwargs)
+    elif isinstance(value, Mapping):
+        yield from tensors_of(list(value.values()))
+
+
+def signature_of(value: Any, other: Callable[[Any], Hashable] = lambda _value: object()) -> Hashable:
+    """Equal for nested values of equal structure, shapes, dtypes and plain values, whatever stands in their tensors.
+
+    `other` stands for an object that may hold anything; the default is equal to nothing else.
+    """
+    return structure_of(value, lambda tensor: (tensor.shape, tensor.dtype), other)
+
+
+def structure_of(value: Any, plain: Callable[[torch.Tensor], Hashable], other: Callable[[Any], Hashable]) -> Hashable:
+    """As `signature_of`, with `plain` for what counts of a plain tensor."""
+    if isinstance(value, torch.Tensor):
+        return plain(value) if is_plain(value) else other(value)
+    if isinstance(value, float | complex):
+        return (type(value), repr(value))  # 0.0 is not -0.0, and NaN is NaN
+    if value is None or isinstance(value, _PLAIN):
+        return (type(value), value)
+    if (record := record_of(value)) is not None:
+        return (type(value), structure_of(record.fields, plain, other))
+    if isinstance(value, Arguments):
+        return (structure_of(tuple(value), plain, other), structure_of(value.kwargs, plain, other))
+    if isinstance(value, tuple | list):
+        return (type(value), *(structure_of(item, plain, other) for item in value))
+    if isinstance(value, Mapping):
+        return (type(value), *((key, structure_of(item, plain, other)) for key, item in value.items()))
+    return other(value)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and values of its own; a nested one, a DTensor and one on `meta` do not."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_nested and not tensor.is_meta
+
+
+def storages_of(value: Any) -> set[int]:
+    """Addresses of the memory that the dense tensors of a nested value stand in."""
+    dense = (tensor for tensor in tensors_of(value) if is_plain(tensor) and tensor.layout is torch.strided)
+    return {tensor.untyped_storage().data_ptr() for tensor in dense} - {0}  # of empty ones
+
+
+def apart_from(value: Any, storages: set[int]) -> Any:
+    """A nested value whose tensors do not stand in any of `storages`: those that do are copied."""
+    if not storages & storages_of(value):
+        return value
+    return map_tensors(value, lambda tensor: tensor.clone() if storages_of(tensor) & storages else tensor)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from schoolhouse.taps import tensors_of
+from schoolhouse_wire.values.tree import tensors_of
 
 
 def rows_of(inputs: Any) -> int:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from schoolhouse.taps import tensors_of
 from schoolhouse_wire.pinned import lacks_memory as lacks_memory
 from schoolhouse_wire.pinned import pinned, pins, to_host
-from schoolhouse_wire.values.tree import map_tensors
+from schoolhouse_wire.values.tree import map_tensors, tensors_of
 
 T = TypeVar("T")
 _RECENT = 0.2  # how much the last piece of work counts

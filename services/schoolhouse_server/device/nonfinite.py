@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from schoolhouse.taps import is_plain, tensors_of
 from schoolhouse_wire.values.codec import Arguments
+from schoolhouse_wire.values.tree import is_plain, tensors_of
 
 _DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128}
 _DTYPES |= {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}

@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
-from schoolhouse.taps import tensors_of
 from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
+from schoolhouse_wire.values.tree import tensors_of
 
 _OBJECT_BYTES = 1 << 10  # that an entry takes of itself, and each of its tensors
 

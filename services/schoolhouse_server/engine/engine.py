@@ -19,12 +19,12 @@ from schoolhouse.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse.taps import tensors_of
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse_wire import background
 from schoolhouse_wire.v1 import directory_pb2
 from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
+from schoolhouse_wire.values.tree import tensors_of
 
 from schoolhouse_server.common.rows import COSTS, rows_of
 from schoolhouse_server.common.timer import Timer

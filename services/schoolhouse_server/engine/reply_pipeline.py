@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from schoolhouse.errors import TeacherUnavailableError
-from schoolhouse.taps import Tap, tensors_of
+from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse_wire.limits import INLINE_BYTES
 from schoolhouse_wire.values.codec import Declared, pack
+from schoolhouse_wire.values.tree import tensors_of
 
 from schoolhouse_server.device import nonfinite
 from schoolhouse_server.device.device import Device, Span, lacks_memory

@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
-from schoolhouse.taps import tensors_of
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.encodings import Sampled
+from schoolhouse_wire.values.tree import tensors_of
 
 from schoolhouse_server.engine.fair_queue import Room
 from schoolhouse_server.engine.jobs import Job, Ticket

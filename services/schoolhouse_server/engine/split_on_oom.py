@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from schoolhouse.errors import TeacherMemoryError
-from schoolhouse.taps import Tap, tensors_of
+from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.values.codec import Arguments
-from schoolhouse_wire.values.tree import map_tensors
+from schoolhouse_wire.values.tree import map_tensors, tensors_of
 
 from schoolhouse_server.device.device import Device, lacks_memory
 from schoolhouse_server.engine.jobs import Job

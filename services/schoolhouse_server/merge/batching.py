@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from schoolhouse.errors import ConfigError
-from schoolhouse.taps import is_plain, structure_of, tensors_of
 from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.tensors import bytes_of, dim_order
-from schoolhouse_wire.values.tree import map_tensors
+from schoolhouse_wire.values.tree import is_plain, map_tensors, structure_of, tensors_of
 
 from schoolhouse_server.common.rows import rows_of, tokens_of
 

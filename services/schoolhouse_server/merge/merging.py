@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from schoolhouse.taps import Tap
-from schoolhouse.teachers.local import TeacherDescription
+from schoolhouse.teachers.protocol import TeacherDescription
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.encodings import Hidden
 from schoolhouse_wire.values.codec import Arguments

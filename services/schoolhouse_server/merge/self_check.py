@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from schoolhouse.errors import ConfigError, SchoolhouseError
 from schoolhouse.taps import Tap
-from schoolhouse.teachers.local import LocalTeacher, TeacherDescription
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse.teachers.protocol import TeacherDescription
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.values.codec import Arguments

@@ -6,10 +6,9 @@ from typing import Any, TypeAlias
 
 import torch
 import xxhash
-from schoolhouse.taps import is_plain, structure_of, tensors_of
 from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.values.tensors import bytes_of, on_cpu
-from schoolhouse_wire.values.tree import map_tensors
+from schoolhouse_wire.values.tree import is_plain, map_tensors, structure_of, tensors_of
 
 from schoolhouse_server.merge.batching import Layout
 
