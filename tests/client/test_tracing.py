@@ -109,7 +109,7 @@ def test_a_request_is_one_trace(x):
     assert told.pop("schoolhouse.received_bytes") >= 6 * 8 * 4
     assert told == {
         "schoolhouse.teacher": "teacher",
-        "schoolhouse.teachers.fingerprint": revision,
+        "schoolhouse.revision": revision,
         "schoolhouse.job": "exp",
         "schoolhouse.taps": ("layer:output",),
         "schoolhouse.retries": 0,

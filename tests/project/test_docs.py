@@ -171,3 +171,16 @@ def test_each_guarantee_is_held_by_a_test():
         assert faults, row
         assert TEST_ID.sub("", tests).strip(", ") == "", row
         assert TEST_ID.search(tests), row
+
+
+def test_the_map_of_the_house_has_every_room_and_names_files_that_exist():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    packages = [ROOT / "services/schoolhouse_server", ROOT / "client/schoolhouse", ROOT / "protos/schoolhouse_wire"]
+    rooms = {found.parent.name for package in packages for found in package.glob("*/__init__.py")} - {"demo"}
+    assert {name for line in page.splitlines() if line[:1] == "|" for name in re.findall(r"`(\w+)/`", line)} == {
+        *rooms,
+        *("services", "client", "protos"),
+    }
+    paths = re.findall(r"`((?:services|client|protos|tests|docs)/[\w./]+)`", page)
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
