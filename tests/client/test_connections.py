@@ -69,22 +69,6 @@ def test_copies_keep_the_revision_that_was_begun_with(kept_port):
             assert anew.submit((x,), {}, [""]).result()[""].tolist() == [[4, 4]]
 
 
-def test_a_fork_keeps_the_revision_that_was_begun_with(kept_port):
-    x = torch.ones(1, 2)
-    with served_elsewhere(1.0, port=kept_port) as url:
-        teacher = sh.connect(url)
-        assert teacher.submit((x,), {}, [""]).result()[""].tolist() == [[2, 2]]
-    with served_elsewhere(2.0, port=kept_port):
-
-        def ask():
-            with pytest.raises(errors.RevisionChangedError):
-                teacher.submit((x,), {}, [""])
-            return 7
-
-        assert in_a_fork(ask) == 7
-    teacher.close()
-
-
 def test_a_fork_that_closes_a_teacher_leaves_the_parents_sessions():
     x = torch.ones(1, 2)
     held, free = threading.Event(), threading.Event()

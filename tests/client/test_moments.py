@@ -214,13 +214,3 @@ def test_closing_while_another_thread_takes_what_is_parked():
         dispatcher._parked._since = Emptied()
         teacher.close()
         assert dispatcher.outstanding._closed
-
-
-def test_another_thread_of_a_fork_waits_until_nothing_of_the_parent_is_left(monkeypatch):
-    seen, heads = [], remote.FetchedHeads
-    teacher = remote.RemoteTeacher("grpc://127.0.0.1:1/teacher", connect_timeout_s=0.01)
-    monkeypatch.setattr(remote, "FetchedHeads", lambda *args: (seen.append(teacher._pid), heads(*args))[1])
-    teacher._pid = -1  # as if it had been made by another process
-    with pytest.raises(errors.TeacherUnavailableError):
-        teacher.facts()
-    assert seen == [-1]

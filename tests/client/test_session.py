@@ -1,7 +1,6 @@
 """What a session promises: cancelled work is dropped, lying replies are refused, other processes connect anew."""
 
 import multiprocessing
-import os
 import pickle
 import queue
 import subprocess
@@ -266,37 +265,6 @@ def test_a_spawned_process_connects_anew():
         assert results.get(timeout=60) == (1, 5)
         child.join(20)
         assert child.exitcode == 0
-
-
-SERVER = """
-import sys
-from memfd import soon
-from models import Net
-from schoolhouse_server import serve
-with serve(Net()) as server:
-    print(server.url, flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_forked_process_connects_anew():
-    context = multiprocessing.get_context("fork")
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(HELPERS)},
-    ) as process:
-        with sh.connect(process.stdout.readline().strip()) as teacher:
-            ask_in_a_child(teacher, here := queue.SimpleQueue())
-            results = context.Queue()
-            child = context.Process(target=ask_in_a_child, args=(teacher, results))
-            child.start()
-            assert results.get(timeout=60) == here.get() == (1, 5)
-            ask_in_a_child(teacher, here)
-            child.join(20)
-        process.stdin.close()
 
 
 def test_a_student_trains_where_ray_cannot_be_imported():

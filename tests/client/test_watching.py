@@ -21,7 +21,6 @@ from directories import (
 )
 from memfd import soon
 from schoolhouse import errors
-from schoolhouse.remote import directory as discovery
 from schoolhouse.remote.replica_set import Known, Replica, ReplicaSet
 from schoolhouse_server import serve
 
@@ -149,23 +148,3 @@ def test_a_teacher_that_waits_in_vain_can_be_closed_and_leaves_nothing():
     future.cancel()
     del future
     assert soon(lambda: threads() == []), threads()
-
-
-def test_a_fork_watches_by_itself(monkeypatch):
-    """As after a fork, without one: real ones are in test_session.py and test_connections.py."""
-    find = discovery.find
-    with replicas(Scale(2), Scale(2)) as (one, other), DirectoryServer() as directory:
-        directory.publish(one)
-        with sh.connect(directory.url) as teacher:
-            for child in range(2):
-                assert answer(teacher) == 2
-                parent, teacher._pid = teacher._dispatcher, -1
-                if child:  # it has what was known before
-                    directory.close()
-                    monkeypatch.setattr(discovery, "find", lambda *of: find(*of[:3], 0.5, of[4]))  # not half of 10 s
-                assert answer(teacher) == 2
-                assert teacher._dispatcher is not parent
-                parent.close()
-                if not child:
-                    directory.publish(other)
-                assert soon(lambda: answer(teacher) == 2 and sessions(teacher) == addresses(other))
