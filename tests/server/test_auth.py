@@ -277,12 +277,12 @@ def test_a_head_is_given_out_only_where_that_is_allowed():
 @pytest.mark.parametrize(("settings", "allowed"), [({}, True), ({"host": "0.0.0.0", "insecure": True}, False)])
 def test_serve_gives_heads_out_on_loopback_alone_unless_it_is_told(settings, allowed):
     with serve(nn.Identity(), **settings) as server:
-        assert server._teachers.allow_head is allowed
+        assert server._context.allow_head is allowed
 
 
 def test_serve_gives_no_heads_out_where_there_are_tokens(path):
     with serve(nn.Identity(), tokens=path) as server:
-        assert not server._teachers.allow_head
+        assert not server._context.allow_head
 
 
 def test_tokens_go_over_tls(path):

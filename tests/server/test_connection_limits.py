@@ -134,7 +134,7 @@ def test_sessions_are_few_and_leave_room_for_other_calls():
         )
         assert describe(teacher_pb2.DescribeRequest(teacher="teacher"), timeout=20).max_in_flight
         stubs[0].channel.close()
-        assert soon(lambda: server._teachers.sessions == 1)
+        assert soon(lambda: server._servicer.sessions == 1)
         Stub(server, shared_memory=False).channel.close()
         stubs[1].channel.close()
 

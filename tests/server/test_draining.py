@@ -148,7 +148,7 @@ def test_a_student_goes_on_at_another_replica():
             x = torch.randn(3, 8)
             for step in range(200):
                 if step == 100:
-                    first._teachers.drain.begin(30.0)
+                    first._context.drain.begin(30.0)
                 if step == 150:
                     time.sleep(0.1)
                 assert torch.equal(teacher.submit((x,), {}, [""]).result(20)[""], model(x))

@@ -69,7 +69,7 @@ def student_of(server, code, *arguments):
 
 def shorten_lease_of_student(server):
     """That of the session that it has. Before and after, it and others may be as slow as the machine is."""
-    for member in list(server._teachers.drain._sessions):
+    for member in list(server._context.drain._sessions):
         if member.account.job == "student":
             member._lease._lease_s = 0.3
             member._lease._check()
@@ -252,7 +252,7 @@ def test_a_client_that_names_a_deadline_far_away_leaves_the_leases_of_others_alo
             assert server._timer._alarms  # and nothing else is left to ring
             server._timer._changed.notify()
         time.sleep(0.1)  # it sleeps until then
-        server._teachers.sharing = dataclasses.replace(server._teachers.sharing, lease_s=0.3)
+        server._context.sharing = dataclasses.replace(server._context.sharing, lease_s=0.3)
         with pytest.raises(grpc.RpcError, match="said nothing for 0.3 s"):
             next(Stub(server, shared_memory=False).answers)
         gate.opened.set()

@@ -295,7 +295,7 @@ def test_features_that_the_host_has_no_memory_to_send_or_to_keep(monkeypatch):
         monkeypatch.setattr(server.engines["teacher"].cache, "put", failing_once(lambda *_args: None, 99))
         for value in (x, randn(3, 8)):  # in the same session
             assert torch.equal(teacher.submit((value,), {}, [""]).result(30)[""], Wide()(value))
-        assert server._teachers.sessions == 1
+        assert server._servicer.sessions == 1
 
 
 def test_what_says_that_memory_ran_out():

@@ -74,7 +74,7 @@ def test_a_forward_that_never_returns_ends_the_replica_and_nobody_waits():
         assert listed_state(server, "teacher") == directory_pb2.Replica.DRAINING
         assert server.trouble.stage == "stuck"
         with pytest.raises(errors.TeacherUnavailableError, match="has not returned"):
-            server._teachers.find("teacher")
+            server._context.find("teacher")
         with sh.connect(server.urls["other"]) as other:  # it goes on
             assert other.submit((torch.ones(1, 8),), {}, [""]).result(20)[""].shape == (1, 5)
         engine = server.engines["teacher"]

@@ -65,7 +65,7 @@ def test_where_a_session_fails_its_client_is_told_and_the_replica_goes_on(what, 
                 assert [answer(teacher, i) for i in range(3)] == [0, 2, 4]
             assert answer(other, 7) == 14
         load = functools.partial(server.load, "teacher")
-        assert soon(lambda: server._teachers.sessions == 0 and load().in_flight == load().queued == 0)
+        assert soon(lambda: server._servicer.sessions == 0 and load().in_flight == load().queued == 0)
         assert soon(lambda: server.unsent.nbytes == 0)
         if what != "a place that is left":
             assert soon(lambda: load().sessions == 0)

@@ -309,7 +309,7 @@ def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_
         stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
         assert soon(lambda: session_threads() == ["schoolhouse-reader"])
         stub.answers.cancel()
-        assert soon(lambda: not session_threads() and server._teachers.sessions == 0), session_threads()
+        assert soon(lambda: not session_threads() and server._servicer.sessions == 0), session_threads()
 
 
 def test_replies_written_before_the_server_ended_are_delivered():
@@ -323,7 +323,7 @@ def test_replies_written_before_the_server_ended_are_delivered():
     module.may.set()
     asked = [teacher.submit((torch.tensor(5), torch.tensor(i)), {}, [""]) for i in range(20)]
     assert soon(lambda: server.load("teacher").served == 22)
-    [member], [session] = server._teachers.drain._sessions, teacher.open_sessions()
+    [member], [session] = server._context.drain._sessions, teacher.open_sessions()
     assert soon(lambda: not member.outstanding)  # they are in the pipe
     server.close()
     assert soon(lambda: session._pipes._ended)
