@@ -258,8 +258,8 @@ def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
     [
         ({"encodings": {"body": encodings.bf16}}, r"encodings has 'body', which is not asked for; choices: \['fc'\]"),
         ({"encodings": {("fc", "input"): encodings.bf16}}, r"encodings has \('fc', 'input'\), which is not asked for"),
-        ({"encodings": {5: encodings.bf16}}, "tap 5 is no tap; choices: a layer's name"),
-        ({"encodings": {("fc", "fc", "fc"): encodings.bf16}}, "is no tap"),
+        ({"encodings": {5: encodings.bf16}}, "5 is not a tap; choices: a layer's name"),
+        ({"encodings": {("fc", "fc", "fc"): encodings.bf16}}, "is not a tap"),
         ({"encodings": "int8"}, "choices: None, or what stands in"),
         ({"encodings": {"fc": encodings.at_positions()}}, "positions is None, and encodings are at_positions"),
         ({"positions": lambda x: x}, "no encoding needs it"),
