@@ -279,7 +279,7 @@ def test_convert_refuses_encodings_for_a_teacher_that_has_none():
             return super().submit(args, kwargs, taps)
 
     settings = config(Recording(Net(32)), {("fc", "fc"): nn.MSELoss()}, encodings=encodings.bf16)
-    with pytest.raises(ConfigError, match=r"submit of teacher_model, a Recording, does not take them.*encodings="):
+    with pytest.raises(ConfigError, match=r"submit method of teacher_model, a Recording, does not take.*encodings="):
         sh.convert(Net(), mode=[("kd_loss", settings)])
 
 

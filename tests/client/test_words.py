@@ -116,7 +116,7 @@ def test_arguments_that_a_teacher_takes_unseen_are_named_once(teach):
         for given in ({}, {"scale": 2.0}, {"num_items_in_batch": 3}):
             model(x, **given)
             model.compute_kd_loss()
-    with pytest.warns(UserWarning, match=r"no parameter 'scael': it takes it as one of its \*\*kwargs") as told:
+    with pytest.warns(UserWarning, match=r"no parameter 'scael': it takes it through its \*\*kwargs") as told:
         model(x, scael=2.0)
     assert [warning.filename for warning in told] == [__file__]
     model.compute_kd_loss()
