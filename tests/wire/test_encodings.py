@@ -199,7 +199,7 @@ def test_numbers_that_an_encoding_cannot_hold_are_refused_with_choices():
     assert torch.equal(travelled(infinite, sh.encodings.fp16).isnan(), infinite.isnan())
     for bad in (math.nan, math.inf, -math.inf, 1e300):
         tensor = torch.tensor([[0.0, bad]], dtype=torch.float64)
-        with pytest.raises(UnsupportedValueError, match="choices: bf16, as computed, or, of logits, topk"):
+        with pytest.raises(UnsupportedValueError, match="choices: bf16, as computed, or, for logits, topk"):
             encode(tensor, sh.encodings.int8)
     with pytest.raises(UnsupportedValueError, match="nothing can be drawn"):
         encode(torch.full((2, 3), -math.inf), Sampled(n=2, seed=0))

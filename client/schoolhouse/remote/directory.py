@@ -136,9 +136,9 @@ def _in_words(found: teacher_pb2.DescribeResponse) -> TeacherDescription:
 def revision_changed(name: str, where: str, revision: str, there_are: Sequence[str]) -> RevisionChangedError:
     """The error for a revision that is asked for but has no replica."""
     return RevisionChangedError(
-        f"teacher {name!r} at {where} has no replica (any more) of revision {revision}, with which this client began "
-        f"or which it asked for; there are: {', '.join(there_are) or 'none'}. Connect again to use the current one, or "
-        "with follow_revisions=True to follow changes",
+        f"teacher {name!r} at {where} has no replica of revision {revision}, with which this client began or which it "
+        f"asked for; there are: {', '.join(there_are) or 'none'}. Connect again to use the current one, or with "
+        "follow_revisions=True to follow changes",
         choices=there_are,
     )
 
