@@ -222,18 +222,18 @@ class Capped(nn.Module):
 def test_a_head_that_does_not_make_the_logits_is_refused(teach, x):
     teacher = teach(Capped(3.0))
     for _ in range(2):
-        with pytest.raises(UnsupportedValueError, match="does not make this teacher's logits"):
+        with pytest.raises(UnsupportedValueError, match="does not compute this teacher's logits"):
             ask(teacher, (x,), "", encodings.hidden("head"))
     assert ask(teacher, (x,), "head", encodings.hidden("head")).dense().shape == (6, 5)
     teacher = teach(Capped(1.0))
     assert ask(teacher, (x,), "", encodings.hidden("head")).dense().shape == (6, 5)
-    with pytest.raises(UnsupportedValueError, match="does not make this teacher's logits"):
+    with pytest.raises(UnsupportedValueError, match="does not compute this teacher's logits"):
         ask(teacher, (x,), "", encodings.hidden("head"), double=True)  # other inputs, looked at anew
 
 
 def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
     teacher = teach(Net(32))
-    with pytest.raises(ConfigError, match=r"encodings has 'body', which is not among the taps; choices: \['fc'\]"):
+    with pytest.raises(ConfigError, match=r"has 'body', which is not among the taps; choices: \['fc'\]"):
         teacher.submit((x,), {}, ["fc"], encodings={"body": encodings.bf16}).result()
     with pytest.raises(ConfigError, match="positions is None"):
         ask(teacher, (x,), "fc", encodings.at_positions())
@@ -256,8 +256,8 @@ def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"encodings": {"body": encodings.bf16}}, r"encodings has 'body', which is not among the taps; choices: \['fc'\]"),
-        ({"encodings": {("fc", "input"): encodings.bf16}}, r"encodings has \('fc', 'input'\), which is not among the taps"),
+        ({"encodings": {"body": encodings.bf16}}, r"has 'body', which is not among the taps; choices: \['fc'\]"),
+        ({"encodings": {("fc", "input"): encodings.bf16}}, r"has \('fc', 'input'\), which is not among the taps"),
         ({"encodings": {5: encodings.bf16}}, "5 is not a tap; choices: a layer's name"),
         ({"encodings": {("fc", "fc", "fc"): encodings.bf16}}, "is not a tap"),
         ({"encodings": "int8"}, "choices: None, or what stands in"),
