@@ -260,7 +260,7 @@ def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
         ({"encodings": {("fc", "input"): encodings.bf16}}, r"has \('fc', 'input'\), which is not among the taps"),
         ({"encodings": {5: encodings.bf16}}, "5 is not a tap; choices: a layer's name"),
         ({"encodings": {("fc", "fc", "fc"): encodings.bf16}}, "is not a tap"),
-        ({"encodings": "int8"}, "choices: None, or what stands in"),
+        ({"encodings": "int8"}, "choices: None, or an encoding of"),
         ({"encodings": {"fc": encodings.at_positions()}}, "positions is None, and encodings are at_positions"),
         ({"positions": lambda x: x}, "no encoding needs it"),
     ],
