@@ -70,9 +70,7 @@ class Wanted:
         if positions is None and not needed:
             return None
         if not needed:
-            raise ConfigError(
-                "positions are given, but no encoding reads them; wrap one in encodings.at_positions"
-            )
+            raise ConfigError("positions are given, but no encoding reads them; wrap one in encodings.at_positions")
         if not isinstance(positions, torch.Tensor) or not positions.dim() or positions.is_floating_point():
             came = (
                 f"a {positions.dtype} of {positions.dim()} dimensions"
