@@ -130,7 +130,7 @@ class PermissionDeniedError(SchoolhouseError, PermissionError):
 
 
 class UsageError(SchoolhouseError, RuntimeError):
-    """A call at the wrong time or place: too early, too late, in another thread, or with arguments that nothing takes."""
+    """A call at the wrong time or place: too early, too late, in another thread, or with arguments that none takes."""
 
 
 BY_CODE: dict[int, type[SchoolhouseError]] = {

@@ -25,7 +25,10 @@ _in_use: "weakref.WeakSet[_Connection]" = weakref.WeakSet()
 
 
 def close_first(connection: _Connection) -> None:
-    """Close the connection at exit, before what was registered earlier, such as the close of a server of this process."""
+    """Close the connection at exit, before what was registered earlier, such as the close of a server in this process.
+
+    The latest registration runs first, so each call registers anew.
+    """
     _in_use.add(connection)
     atexit.unregister(_close_all)
     atexit.register(_close_all)

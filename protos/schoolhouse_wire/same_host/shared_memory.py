@@ -195,7 +195,7 @@ def _copy(to: int, source: int, nbytes: int) -> BaseException | None:
 
 
 class ReplicaSegment(Segment):
-    """The replica's side, which made the segment. It copies what it receives, so that a client cannot change it later."""
+    """The replica's side, which made the segment. It copies what it receives, so that the client cannot change it."""
 
     def __init__(
         self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool

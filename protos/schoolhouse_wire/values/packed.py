@@ -1,4 +1,4 @@
-"""The forms in which encoded tensors travel: small records of tensors, which the receiver checks before it uses them."""
+"""The forms in which encoded tensors travel: small records of tensors, which the receiver checks before using them."""
 
 import dataclasses
 import math
