@@ -284,4 +284,4 @@ def _decoded(packed: Any) -> Any:
         packed.check()
         indices, counts, temperature = packed.indices.long(), packed.counts.long(), float(packed.temperature)
         return SampledLogits(indices, counts, packed.n, packed.log_probs, packed.classes, temperature)
-XXX has checked")
+    raise ProtocolError(f"a {type(packed).__name__} arrived, which is not a form in which features travel")

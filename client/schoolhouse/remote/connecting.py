@@ -40,8 +40,8 @@ def connect(
     """Connect to the teacher at `grpcs://HOST:PORT/NAME`, or at `grpc://HOST:PORT/NAME` without TLS.
 
     HOST:PORT is that of a directory or of a replica. With `grpcs://` every server, also each replica that a directory
-    lists, must have a certificate for HOST. With `grpc://` nothing is encrypted, and HOST must be a loopback address.
-    Pickling the teacher also pickles the token and the key.
+    lists, must have a certificate for HOST. With `grpc://` nothing is encrypted, and HOST must be a loopback address
+    unless `insecure`. Pickling the teacher also pickles the token and the key.
 
     The process may fork at any time, as for the workers of a `DataLoader`, but the forks cannot ask the teacher: they
     get a `UsageError`, since gRPC does not work in a fork. Start processes that ask the teacher by spawn or forkserver.
