@@ -71,7 +71,7 @@ class SparseLogits(SparseForm):
     """Base of the forms of logits `[..., classes]`."""
 
     def rows(self: _L, index: torch.Tensor) -> _L:
-        """The rows at the int64 `index` `[n]`, in the same form; they are counted as if flattened to one dimension."""
+        """The rows at the int64 `index` `[n]`, in the same form, as if flattened to `[rows, classes]`."""
         raise NotImplementedError
 
 
@@ -89,9 +89,9 @@ class TopKLogits(SparseLogits):
     temperature: float
 
     _instead = (
-        "of all classes but the k largest it holds only the sum. LogitsDistillationLoss, SkewedKLLoss, JSDLoss with "
-        "beta below 1, and CausalLMLoss of these take it; for another loss ask for the encoding hidden, int8 or bf16, "
-        "or for none"
+        "of all classes but the k largest only the joint mass is known. LogitsDistillationLoss, SkewedKLLoss, JSDLoss "
+        "with beta below 1, and CausalLMLoss of these take it; for another loss ask for the encoding hidden, int8 or "
+        "bf16, or for none"
     )
 
     @property

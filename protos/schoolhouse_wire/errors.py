@@ -157,7 +157,7 @@ BY_CODE: dict[int, type[SchoolhouseError]] = {
 
 
 def typed(error: BaseException, whose: str) -> SchoolhouseError:
-    """The error itself if it is one of ours; otherwise a `TeacherInternalError` of `whose` fault, without its text."""
+    """The error itself if it is one of ours; otherwise a `TeacherInternalError` of `whose` fault, without text."""
     if isinstance(error, SchoolhouseError):
         return error
     return TeacherInternalError(f"{whose} failed with a {type(error).__name__}; its log says more")

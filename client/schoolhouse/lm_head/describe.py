@@ -165,7 +165,7 @@ def _probe(rows: int, width: int) -> torch.Tensor:
 
 
 def _config_of(model: nn.Module, name: str, tap_module: str) -> Any:
-    """The config of the innermost module with one, from the tapped module inwards to the head."""
+    """The config of the innermost module that has one, from the tapped module down to the head's parent."""
     config: Any = None
     inner = tap_module
     for step in name.removeprefix(tap_module).strip(".").split("."):

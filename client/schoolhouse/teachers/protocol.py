@@ -13,7 +13,7 @@ _SHOWN_PARAMETERS = 6
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TeacherDescription:
-    """Facts about a teacher that do not change.
+    """The description of a teacher.
 
     `modules` are the names that may be tapped; "" is the model. `module_classes` are their classes, in the same order,
     or empty if the server does not give them.

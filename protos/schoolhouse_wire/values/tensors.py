@@ -101,7 +101,7 @@ def view_of(
 
     Raises:
         ProtocolError: if no tensor can have that shape.
-        CorruptPayloadError: if a bool is neither 0 nor 1; kernels would count such values and write out of bounds.
+        CorruptPayloadError: if a bool is neither 0 nor 1; kernels would count more such values than they then write.
     """
     try:
         if count == 0:
