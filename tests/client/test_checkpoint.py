@@ -83,7 +83,7 @@ def test_an_exported_student_says_nothing(path):
 
 def test_wrapped_models(path):
     sh.save(torch.compile(converted(Net(seed=2), Net(32))), path)
-    with pytest.warns(UserWarning, match="alone"):
+    with pytest.warns(UserWarning, match="only the student"):
         assert same(sh.restore(Net(seed=3), path), Net(seed=2))
 
 

@@ -17,7 +17,7 @@ WRONG = {
     "no PEM": (lambda c, f: {"ca": written(f, b"\x00\x01")}, "ca: .*is not a PEM file"),
     "PEM that is none": (
         lambda c, f: {"ca": written(f, b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")},
-        "ca: .*holds no certificate of an authority",
+        "ca: .*holds no readable certificate of an authority",
     ),
     "a key alone": (lambda c, f: {"key": c.client()["key"]}, "cert is missing.*give both, or neither"),
     "a key of another": (
