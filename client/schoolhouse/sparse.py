@@ -14,7 +14,7 @@ from schoolhouse_wire.values.tree import map_where
 from schoolhouse.errors import ProtocolError
 from schoolhouse.taps import Tap
 
-_CHUNK_ELEMENTS = 4 << 20  # of logits: 16 MiB of float32, large enough for a matmul at full speed
+_CHUNK_ELEMENTS = 4 << 20  # logits in a chunk: 16 MiB of float32, enough for a matmul at full speed
 
 
 class Head(Protocol):

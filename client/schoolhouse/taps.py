@@ -30,7 +30,7 @@ _COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 
 
 def as_tap(tap: TapLike) -> Tap:
-    """`"fc"` means the output of `fc`; a pair names the side."""
+    """The tap that a user wrote: `"fc"` means the output of `fc`, and a pair names the side."""
     if type(tap) is Tap and tap.side in ("input", "output"):
         return tap
     if not isinstance(tap, str | tuple | list) or (not isinstance(tap, str) and len(tap) != 2):
@@ -41,8 +41,8 @@ def as_tap(tap: TapLike) -> Tap:
     return found
 
 
-HEAD = "head"  # a side that no user asks for: the module whose logits are wanted, as a function of hidden states
-STATE = "state"  # another one, which does not travel: what a head is called with, as it is then
+HEAD = "head"  # an internal side: the module itself, as a function from hidden states to its logits
+STATE = "state"  # an internal side, which does not travel: what a head is called with, copied at that moment
 _SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT, HEAD: teacher_pb2.Tap.HEAD}
 _FROM_SIDE = {number: side for side, number in _SIDES.items()}
 
@@ -68,7 +68,7 @@ def as_taps(taps: Iterable[TapLike]) -> tuple[Tap, ...]:
 
 def without_compiler(model: nn.Module) -> nn.Module:
     """The original module if `model` is what `torch.compile` returned, otherwise `model`."""
-    kind = type(model)  # by name, since importing it takes seconds
+    kind = type(model)  # compared by name, since importing the class takes seconds
     return model._orig_mod if (kind.__module__, kind.__name__) == _COMPILED else model  # type: ignore[return-value]
 
 

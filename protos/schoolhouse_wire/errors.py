@@ -52,13 +52,13 @@ class TeacherForwardError(SchoolhouseError, RuntimeError):
 
 
 class MessageTooLargeError(SchoolhouseError, ValueError):
-    """A request or a reply is larger, deeper or more finely divided than the receiver's limits allow."""
+    """A request or a reply is larger, nested deeper or made of more parts than the receiver's limits allow."""
 
     code = teacher_pb2.Failure.MESSAGE_TOO_LARGE
 
 
 class UnsupportedValueError(SchoolhouseError, TypeError):
-    """A value of this type cannot travel."""
+    """A value cannot travel: not at all, or not in the encoding that was asked for."""
 
     code = teacher_pb2.Failure.UNSUPPORTED_VALUE
 
@@ -76,7 +76,7 @@ class ProtocolError(SchoolhouseError):
 
 
 class TeacherUnavailableError(SchoolhouseError, ConnectionError):
-    """No replica of the teacher can be reached, or the one that held the request is gone."""
+    """No replica of the teacher can be reached, or the one that had the request is gone."""
 
     code = teacher_pb2.Failure.UNAVAILABLE
 

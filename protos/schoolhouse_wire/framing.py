@@ -352,6 +352,6 @@ class Incoming:
             self.digest = digest
 
     def value(self) -> Any:
-        """The value, over the receive buffer."""
+        """The value, whose tensors are views of the receive buffer."""
         assert self.complete
         return codec.unpack(self._layout, self._buffer, self._limits)

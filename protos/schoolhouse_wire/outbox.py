@@ -1,4 +1,4 @@
-"""The outbox that interleaves the messages of many requests on one stream."""
+"""The outbox, which interleaves the messages of many requests on one stream."""
 
 import contextlib
 import queue

@@ -166,7 +166,7 @@ class Ahead:
     def put_back(self, entry: Entry) -> None:
         """Make a batch wait for its forward again, after a forward was taken for its own by mistake."""
         entry.used = False
-        if entry.answer is not None and entry not in self._yielded:  # the loop went on meanwhile
+        if entry.answer is not None and entry not in self._yielded:  # dropped there, as the loop went on meanwhile
             self._yielded.appendleft(entry)
 
     def expects_a_forward(self) -> bool:

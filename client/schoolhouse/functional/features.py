@@ -208,7 +208,7 @@ def _attention(maps: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def _relative_distances(embeddings: torch.Tensor) -> torch.Tensor:
-    """Distances `[batch, batch]` over their mean; zeros if all examples are equal."""
+    """Distances `[batch, batch]` divided by their mean; zeros if all examples are equal."""
     # From differences: dot products lose small distances, and need a clamp before the square root. The gradient of
     # vector_norm at 0 is 0.
     distances: torch.Tensor = torch.linalg.vector_norm(embeddings[:, None] - embeddings[None, :], dim=-1)
@@ -227,7 +227,7 @@ def _angles(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def _smooth_l1(of_student: torch.Tensor, of_teacher: torch.Tensor) -> torch.Tensor:
-    # The sum of no entries over 1 is 0, where a mean would be NaN.
+    # Not a mean, which would be NaN without entries, where this is 0.
     return F.smooth_l1_loss(of_student, of_teacher, reduction="sum") / max(of_student.numel(), 1)
 
 

@@ -1,4 +1,4 @@
-"""Describe a submodule of a model as a head, and check that it makes the model's own logits."""
+"""Describe a submodule of a model as a head, and check that the head computes the model's own logits."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -24,7 +24,7 @@ from schoolhouse.lm_head.operations import (
 )
 from schoolhouse.taps import check_modules, module_names, without_compiler
 
-_TOLERANCES = dict(zip(DTYPES, (1e-9, 1e-4, 2e-2, 5e-3), strict=True))  # of the largest logit
+_TOLERANCES = dict(zip(DTYPES, (1e-9, 1e-4, 2e-2, 5e-3), strict=True))  # as fractions of the largest logit
 _MAX_CHECKED_ROWS = 64
 _CHUNK_ROWS = 16
 _PROBE_ROWS = 8
@@ -188,7 +188,7 @@ def _afterwards(config: Any) -> Iterator[Operation]:
             yield operation(value)
 
 
-# Whether the head makes the model's logits.
+# Whether the head computes the model's logits.
 
 
 @torch.no_grad()

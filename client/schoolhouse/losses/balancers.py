@@ -76,7 +76,7 @@ class StaticLossBalancer(DistillationLossBalancer):
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """From `start` at step 0 in a straight line to `end` at step `steps`, and `end` from there on."""
+    """A weight that goes in a straight line from `start` at step 0 to `end` at step `steps`, and then stays."""
 
     start: float
     end: float
@@ -89,7 +89,7 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """From `start` at step 0 along half a cosine to `end` at step `steps`, and `end` from there on."""
+    """A weight that goes along half a cosine from `start` at step 0 to `end` at step `steps`, and then stays."""
 
     start: float
     end: float

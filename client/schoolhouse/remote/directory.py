@@ -1,4 +1,4 @@
-"""Where a teacher's replicas are, and what they serve: short calls to the directory and to a replica."""
+"""Short calls to a directory and to a replica, to learn where a teacher's replicas are and what they serve."""
 
 import time
 import urllib.parse

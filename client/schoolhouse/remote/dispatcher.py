@@ -51,7 +51,7 @@ class Dispatcher:
         self._finished: deque[tuple[Link, int]] = deque()  # links and bytes of ended requests, not subtracted yet
         self._parked = Parking(name, settings.wait_s, self._tried)
         self._budget = RetryBudget(time.monotonic())
-        self._past = Traffic()  # of sessions that have ended
+        self._past = Traffic()  # traffic of sessions that have ended
         self._watch = Watch(target, name, settings.zone, self, settings.security)
         self._watching = False
         self._directory_error: SchoolhouseError | None = None  # set while the directory does not answer

@@ -1,4 +1,4 @@
-"""The requests without an answer, their deadlines, and the thread that keeps time for a teacher."""
+"""Outstanding requests: those without an answer, their deadlines, and the thread that watches these for a teacher."""
 
 import functools
 import heapq

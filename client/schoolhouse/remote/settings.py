@@ -1,4 +1,4 @@
-"""Settings of a connection, checked once."""
+"""The settings of a connection to a teacher, checked once."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -38,7 +38,7 @@ class Watch:
         self._closed = False
         self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # not an Event, whose lock `close` might wait for
         self._call: Any = None
-        self._failures = 0  # in a row
+        self._failures = 0  # failed attempts in a row
         self._thread = background.thread(self._run, name="schoolhouse-watch", on_death=self._on_error)
 
     def start(self) -> None:

@@ -13,7 +13,7 @@ from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.rpc.channel import MAX_MESSAGE_BYTES
 from schoolhouse_wire.v1 import teacher_pb2
 
-_LENGTH = struct.Struct("<I")  # before each message
+_LENGTH = struct.Struct("<I")  # the length before each message
 _READ_BYTES = 64 << 10  # the usual capacity of a pipe
 _LAST_READS = 16  # reads after `end`: enough for what a pipe holds, and a bound for a peer that keeps writing
 

@@ -1,4 +1,4 @@
-"""What a serialized bundle declares, checked against the limits: its structure, and each tensor's place."""
+"""The declarations in a received bundle, checked against the limits: its structure, and where each tensor is."""
 
 import functools
 import math

@@ -66,7 +66,7 @@ class ScaledRows:
 
 @dataclass(frozen=True, eq=False)
 class TopKRows:
-    """The k largest logits `[..., k]`, divided by the temperature, their classes, and the log-sum-exp of the others."""
+    """The k largest logits of each row, divided by the temperature, their classes, and the others' log-sum-exp."""
 
     values: torch.Tensor
     indices: torch.Tensor
