@@ -10,7 +10,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("school
 
 
 def generate(out: Path) -> None:
-    """Write *_pb2.py, *_pb2.pyi and *_pb2_grpc.py of every contract file below `out`."""
+    """Write the *_pb2.py, *_pb2.pyi and *_pb2_grpc.py of every .proto file below `out`."""
     status = protoc.main(
         ["protoc", f"-I{ROOT}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", *SOURCES]
     )

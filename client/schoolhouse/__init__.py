@@ -1,4 +1,4 @@
-"""Knowledge distillation in which the teacher is a service: the student side. Everything a user types stands here."""
+"""Knowledge distillation with the teacher as a service: the student side, and every name that a user needs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +99,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "RemoteTeacher":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from schoolhouse.remote.teacher import (
-        RemoteTeacher,  # which imports gRPC: a student whose teacher is here needs none
-    )
+    from schoolhouse.remote.teacher import RemoteTeacher  # late: it imports gRPC, which a local teacher does not need
 
     return RemoteTeacher

@@ -1,4 +1,4 @@
-"""All errors that this package raises on purpose; those that cross the wire come from the contract."""
+"""All errors that this package raises on purpose; those that can cross the wire are defined in `schoolhouse_wire`."""
 
 from schoolhouse_wire.errors import (
     AuthenticationError,
@@ -48,8 +48,8 @@ __all__ = [
 
 
 class CheckpointError(SchoolhouseError, ValueError):
-    """A checkpoint cannot be written, is damaged, or is not of this architecture; the message says which."""
+    """A checkpoint cannot be written, is damaged, or belongs to another architecture; the message says which."""
 
 
 class FeatureMismatchError(SchoolhouseError, RuntimeError):
-    """Features arrived, or were asked for, that do not belong to this batch, revision or tap."""
+    """Features that arrived or were asked for do not belong to this batch, revision or tap."""

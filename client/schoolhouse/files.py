@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, by several processes at once."""
+"""Files that are written whole or not at all, also where several processes write the same one."""
 
 import contextlib
 import glob
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    """Write a file, made of `parts`, so that whoever reads it finds the former one or this one, whole and on disk."""
+    """Write a file, made of `parts`, so that any reader finds either the former one or this one, whole and on disk."""
     remove_orphans(path.parent, glob.escape(path.name))
     while not _replace(path, parts):
         pass
@@ -18,7 +18,7 @@ def write_whole(path: Path, parts: Sequence[bytes | memoryview]) -> None:
 
 
 def remove_orphans(folder: Path, pattern: str) -> None:
-    """Remove what processes that were killed while they wrote files of such names have left."""
+    """Remove the partial files of processes that were killed while they wrote files whose names match `pattern`."""
     import fcntl
 
     for part in folder.glob(f".{pattern}.*.part"):
@@ -30,16 +30,17 @@ def remove_orphans(folder: Path, pattern: str) -> None:
 def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
     """Write a file beside `path`, make sure that it is on disk, and rename it to `path`.
 
-    False, with nothing done, if another saver of `path` took the new file for an orphan before it was locked.
+    False, with nothing done, if another process that writes `path` removed the new file, which was not locked yet, as
+    an orphan.
     """
-    import fcntl  # where it is used: the package is imported where there is none, too
+    import fcntl  # not at the top: the package can be imported on systems that have no fcntl
 
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     mode = _mode(path)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
     with open(descriptor, "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed: so an orphan can be told from it
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed; a file without the lock is an orphan
             if not part.exists():
                 return False
             if mode is not None:
@@ -55,7 +56,7 @@ def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> bool:
 
 
 def _mode(path: Path) -> int | None:
-    """The permission bits of a file, None if there is none."""
+    """The permission bits of a file; None if there is no such file."""
     try:
         return stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""What a loss gets of a teacher whose features did not travel as whole tensors.
+"""The forms in which a loss receives a teacher's features that did not travel as whole tensors.
 
-Losses of this package take these forms. They are records: moving one to a device moves its tensors.
+The losses of this package take these forms. They are records: moving one to a device moves its tensors.
 """
 
 from collections.abc import Mapping
@@ -14,54 +14,54 @@ from schoolhouse_wire.values.tree import map_where
 from schoolhouse.errors import ProtocolError
 from schoolhouse.taps import Tap
 
-_CHUNK_ELEMENTS = 4 << 20  # of logits: 16 MiB of float32, large enough for a matmul at full speed
+_CHUNK_ELEMENTS = 4 << 20  # logits in a chunk: 16 MiB of float32, enough for a matmul at full speed
 
 
 class Head(Protocol):
-    """Makes a teacher's logits of its hidden states."""
+    """Computes a teacher's logits from its hidden states."""
 
     @property
     def classes(self) -> int:
-        """Logits a row."""
+        """Number of classes, that is of logits per row."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits `[..., classes]` of hidden states `[..., width]`."""
 
 
 class SparseForm:
-    """Base of the forms. No torch function takes one: it would read numbers that did not travel."""
+    """Base of the forms. Every torch function refuses one, since it would read numbers that did not travel."""
 
     _instead = ""
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the tensor that this stands for."""
+        """Shape of the tensor that this form stands for."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """Device of its tensors."""
         raise NotImplementedError
 
     @classmethod
     def refusal(cls) -> str:
-        """Why it is no tensor, and what to do."""
-        return f"the teacher's features came as {cls.__name__}, which is no tensor: {cls._instead}"
+        """A message that says why this form is not a tensor, and what to do."""
+        return f"the teacher's features came as {cls.__name__}, which is not a tensor: {cls._instead}"
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         form = next(kind for kind in types if issubclass(kind, SparseForm))
-        raise TypeError(f"{getattr(function, '__name__', function)} got what it cannot take: {form.refusal()}")
+        raise TypeError(f"{getattr(function, '__name__', function)} cannot take this: {form.refusal()}")
 
     def _no_operator(self, other: object) -> NoReturn:
         raise TypeError(self.refusal())
 
-    # A tensor's own operators swallow the error of __torch_function__ and ask the other side.
+    # A tensor's own operators swallow the error of __torch_function__ and try the other operand's operator.
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operator
     __matmul__ = __rmatmul__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _no_operator
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"it has no {name!r}: {self.refusal()}")
+        raise AttributeError(f"there is no {name!r}: {self.refusal()}")
 
 
 _L = TypeVar("_L", bound="SparseLogits")
@@ -71,14 +71,16 @@ class SparseLogits(SparseForm):
     """Base of the forms of logits `[..., classes]`."""
 
     def rows(self: _L, index: torch.Tensor) -> _L:
-        """The same form of the rows, as if flattened to `[rows, classes]`, at the int64 `index` `[n]`."""
+        """The rows at the int64 `index` `[n]`, in the same form, as if flattened to `[rows, classes]`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class TopKLogits(SparseLogits):
-    """The k largest logits of each row over the temperature, `values` and `indices` `[..., k]`; `tail` `[...]` is the
-    log-sum-exp of all the others, -inf if there are none."""
+    """The k largest logits of each row, divided by the temperature.
+
+    `values` and `indices` are `[..., k]`; `tail` `[...]` is the log-sum-exp of all the others, -inf if there are none.
+    """
 
     values: torch.Tensor
     indices: torch.Tensor
@@ -87,9 +89,9 @@ class TopKLogits(SparseLogits):
     temperature: float
 
     _instead = (
-        "all classes but the k largest are known only together. LogitsDistillationLoss, SkewedKLLoss, JSDLoss with "
-        "beta below 1, and CausalLMLoss of these take it; for another loss ask for the encoding hidden, int8 or bf16, "
-        "or for none"
+        "of all classes but the k largest only the joint mass is known. LogitsDistillationLoss, SkewedKLLoss, JSDLoss "
+        "with beta below 1, and CausalLMLoss of these take it; for another loss ask for the encoding hidden, int8 or "
+        "bf16, or for none"
     )
 
     @property
@@ -107,7 +109,7 @@ class TopKLogits(SparseLogits):
 
     @property
     def log_tail_mass(self) -> torch.Tensor:
-        """Log-probability of all classes but the k, `[...]`."""
+        """Log-probability of all classes but the k together, `[...]`."""
         return self.tail - self.logsumexp
 
     def rows(self, index: torch.Tensor) -> "TopKLogits":
@@ -117,8 +119,11 @@ class TopKLogits(SparseLogits):
 
 @dataclass(frozen=True, eq=False)
 class SampledLogits(SparseLogits):
-    """Distinct classes of `n` draws of each row: `indices`, `counts`, and the teacher's log-probabilities, all
-    `[..., width]`. A row with fewer of them is padded with the count 0."""
+    """The distinct classes that `n` draws of each row gave.
+
+    `indices`, `counts` and `log_probs`, the teacher's log-probabilities, are `[..., width]`. A row with fewer distinct
+    classes is padded with the count 0.
+    """
 
     indices: torch.Tensor
     counts: torch.Tensor
@@ -149,7 +154,7 @@ class SampledLogits(SparseLogits):
 class HiddenLogits(SparseLogits):
     """Hidden states `[..., width]` and the teacher's head; losses compute logits of `chunk_rows` rows at a time.
 
-    0 is as many as make 16 MiB of float32, and one at least.
+    With 0 it is as many rows as make 16 MiB of float32 logits, and at least one.
     """
 
     hidden: torch.Tensor
@@ -168,7 +173,7 @@ class HiddenLogits(SparseLogits):
 
     @property
     def chunk(self) -> int:
-        """Rows whose logits are made at a time."""
+        """Number of rows whose logits are computed at a time."""
         return self.chunk_rows or max(1, _CHUNK_ELEMENTS // self.head.classes)
 
     def rows(self, index: torch.Tensor) -> "HiddenLogits":
@@ -177,7 +182,7 @@ class HiddenLogits(SparseLogits):
     @torch.no_grad()
     def dense(self) -> torch.Tensor:
         """The logits `[..., classes]`, all at once."""
-        with torch.autocast(self.device.type, enabled=False):  # the teacher ran under none of the student's
+        with torch.autocast(self.device.type, enabled=False):  # the teacher did not run under the student's
             return self.head.logits(self.hidden)
 
 
@@ -202,7 +207,7 @@ class PositionedFeatures(SparseForm):
         return self.mask.device
 
     def at(self, counted: torch.Tensor) -> "torch.Tensor | SparseLogits":
-        """The values of the rows where the bool `counted`, of the mask's shape, is true, in their order.
+        """The values of the rows where the bool `counted`, which has the mask's shape, is true, in their order.
 
         Raises:
             ValueError: if some of them did not travel; the message says how many.
@@ -212,7 +217,7 @@ class PositionedFeatures(SparseForm):
         return self.values.index_select(0, index) if isinstance(self.values, torch.Tensor) else self.values.rows(index)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows `[n, ...]` of a tensor whose leading shape is the mask's."""
+        """The rows `[n, ...]` where the mask is true, of another tensor whose leading shape is the mask's."""
         return tensor.flatten(0, self.mask.dim() - 1).index_select(0, true_index(self.mask))
 
 
@@ -220,47 +225,47 @@ LogitsLike: TypeAlias = torch.Tensor | SparseForm
 
 
 def pick_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `[n, size]` of a tensor `[..., size]`, as if flattened to `[rows, size]`."""
+    """The rows `[n, size]` at `index` of a tensor `[..., size]`, counted as if flattened to `[rows, size]`."""
     return tensor.reshape(-1, tensor.shape[-1]).index_select(0, index)
 
 
 def true_index(mask: torch.Tensor) -> torch.Tensor:
-    """Where the flattened mask is true."""
+    """The indices where the flattened mask is true."""
     return mask.flatten().nonzero().squeeze(1)
 
 
 def check_positions(teacher: PositionedFeatures, counted: torch.Tensor) -> None:
-    """Raise ValueError if rows count that did not travel."""
+    """Raise ValueError if rows that the loss counts did not travel."""
     missing = int((counted & ~teacher.mask).sum())
     if missing:
         raise ValueError(
             f"{missing} of the {int(counted.sum())} positions that the loss counts are not among the "
-            f"{int(teacher.mask.sum())} that were asked for; ask for positions that hold them, such as "
+            f"{int(teacher.mask.sum())} that were asked for; ask for positions that include them, such as "
             "functional.causal_positions(labels) for a causal loss"
         )
 
 
 def with_head(states: Any, head: Head, chunk_rows: int = 0) -> "HiddenLogits | PositionedFeatures":
-    """Decoded hidden states, a tensor or PositionedFeatures of one, as logits."""
+    """Make logits, not computed yet, of decoded hidden states: a tensor, or PositionedFeatures of one."""
     if isinstance(states, PositionedFeatures):
         return PositionedFeatures(states.mask, with_head(states.values, head, chunk_rows))  # type: ignore[arg-type]
     if not isinstance(states, torch.Tensor) or not states.is_floating_point() or not states.dim():
-        raise ProtocolError(f"hidden states were asked for, and a {type(states).__name__} came")
+        raise ProtocolError(f"hidden states were asked for, and a {type(states).__name__} arrived")
     return HiddenLogits(states, head, chunk_rows)
 
 
 def decoded(values: Mapping[Tap, Any], heads: Mapping[Tap, Head]) -> dict[Tap, Any]:
-    """Features by tap as they arrived, decoded; those of `heads` are hidden states, and become logits."""
+    """Decode features, by tap, that have arrived; those of a tap in `heads` are hidden states, and become logits."""
     found = {tap: decode(value) for tap, value in values.items()}
     return {tap: with_head(value, heads[tap]) if tap in heads else value for tap, value in found.items()}
 
 
 def decode(value: Any) -> Any:
-    """A feature as it arrived, with what was packed as tensors of the teacher's dtype or as forms of this module.
+    """Unpack a feature that has arrived: into tensors of the teacher's dtype, or into forms of this module.
 
     Raises:
-        CorruptPayloadError: if what was packed does not fit together.
-        ProtocolError: if what arrived is not packed as the contract says.
+        CorruptPayloadError: if the parts of a packed tensor do not fit together.
+        ProtocolError: if it is not packed as the contract says.
     """
     return map_where(value, (*PACKED, SparseForm), _decoded)
 
@@ -279,4 +284,4 @@ def _decoded(packed: Any) -> Any:
         packed.check()
         indices, counts, temperature = packed.indices.long(), packed.counts.long(), float(packed.temperature)
         return SampledLogits(indices, counts, packed.n, packed.log_probs, packed.classes, temperature)
-    raise ProtocolError(f"a {type(packed).__name__} arrived, which nobody has checked")
+    raise ProtocolError(f"a {type(packed).__name__} arrived, which is not a form in which features travel")

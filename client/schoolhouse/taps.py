@@ -15,8 +15,8 @@ from schoolhouse.errors import ConfigError, UnknownTapError
 class Tap(NamedTuple):
     """A place in a model: what submodule `module` ("" is the model) receives ("input") or returns ("output").
 
-    As with a plain forward hook, a module that runs more than once is tapped at its last call, and what later modules
-    write into a tapped tensor in place is seen.
+    As with a plain forward hook, a module that runs more than once is tapped at its last call, and a tapped tensor
+    shows what later modules write into it in place.
     """
 
     module: str
@@ -24,25 +24,25 @@ class Tap(NamedTuple):
 
 
 TapLike: TypeAlias = Tap | tuple[str, str] | str
-_MAX_COMPARED = 1024  # names, with one that is not known
+_MAX_COMPARED = 1024  # known names among which close matches of an unknown one are sought
 _NUMBERS = re.compile(r"\d+")
 _COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 
 
 def as_tap(tap: TapLike) -> Tap:
-    """`"fc"` means the output of `fc`; a pair names the side."""
+    """The tap that a user wrote: `"fc"` means the output of `fc`, and a pair names the side."""
     if type(tap) is Tap and tap.side in ("input", "output"):
         return tap
     if not isinstance(tap, str | tuple | list) or (not isinstance(tap, str) and len(tap) != 2):
-        raise ConfigError(f"tap {tap!r:.80} is no tap; choices: a layer's name, or (name, 'input' or 'output')")
+        raise ConfigError(f"{tap!r:.80} is not a tap; choices: a layer's name, or (name, 'input' or 'output')")
     found = Tap(tap) if isinstance(tap, str) else Tap(*tap)
     if found.side not in ("input", "output"):
         raise ConfigError(f"tap {tap!r}: the side is {found.side!r}; choices: 'input', 'output'")
     return found
 
 
-HEAD = "head"  # a side that no user asks for: the module whose logits are wanted, as a function of hidden states
-STATE = "state"  # another one, which does not travel: what a head is called with, as it is then
+HEAD = "head"  # an internal side: the module itself, as a function from hidden states to its logits
+STATE = "state"  # an internal side, which does not travel: what a head is called with, copied at that moment
 _SIDES = {"input": teacher_pb2.Tap.INPUT, "output": teacher_pb2.Tap.OUTPUT, HEAD: teacher_pb2.Tap.HEAD}
 _FROM_SIDE = {number: side for side, number in _SIDES.items()}
 
@@ -54,12 +54,12 @@ def taps_to_wire(taps: tuple[Tap, ...]) -> tuple[teacher_pb2.Tap, ...]:
 
 
 def taps_from_wire(taps: Iterable[teacher_pb2.Tap]) -> tuple[Tap, ...]:
-    """Taps from messages; a side that this version does not know becomes ""."""
+    """Taps from messages; a side that this version does not know becomes "" (no side)."""
     return tuple(Tap(tap.module, _FROM_SIDE.get(tap.side, "")) for tap in taps)
 
 
 def as_taps(taps: Iterable[TapLike]) -> tuple[Tap, ...]:
-    """Taps without repetition, in their order."""
+    """Taps without duplicates, in the given order."""
     found = tuple(dict.fromkeys(map(as_tap, taps)))
     if not found:
         raise ConfigError("no taps were asked for; ask for at least one, such as ('', 'output')")
@@ -67,13 +67,13 @@ def as_taps(taps: Iterable[TapLike]) -> tuple[Tap, ...]:
 
 
 def without_compiler(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` was given, where `model` is what it returned."""
-    kind = type(model)  # by name, since importing it takes seconds
+    """The original module if `model` is what `torch.compile` returned, otherwise `model`."""
+    kind = type(model)  # compared by name, since importing the class takes seconds
     return model._orig_mod if (kind.__module__, kind.__name__) == _COMPILED else model  # type: ignore[return-value]
 
 
 def module_names(model: nn.Module) -> tuple[str, ...]:
-    """What may be tapped, in the order of registration; a module that stands twice has both names."""
+    """Names of the modules that may be tapped, in the order of registration; one that stands twice has both names."""
     return tuple(name for name, _ in without_compiler(model).named_modules(remove_duplicate=False))
 
 
@@ -88,7 +88,10 @@ def check_modules(names: Iterable[str], known: Collection[str], whose: str) -> N
 
 
 def _close_to(name: str, known: Collection[str]) -> list[str]:
-    """The names most like one. Of very many, as experts have, one stands for all that differ in nothing but numbers."""
+    """The known names that are most like `name`.
+
+    Where there are very many, as in a mixture of experts, names that differ only in numbers are compared as one.
+    """
     if len(known) <= _MAX_COMPARED:
         return difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     kinds: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Encodings that a client may ask of a tap: what they are, and how they travel."""
+"""The encodings that a client may ask for, and how they travel in a request."""
 
 import dataclasses
 import math
@@ -21,14 +21,14 @@ _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "int8
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """As computed. With `positions`, as with any encoding, only the rows that the call's mask counts travel."""
+    """As computed. With `positions`, also in every subclass, only the rows where the call's mask is true travel."""
 
     positions: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cast(Encoding):
-    """Floating-point tensors in `dtype`, where that is narrower."""
+    """Floating-point tensors cast to `dtype` if that is narrower."""
 
     dtype: torch.dtype
 
@@ -38,7 +38,7 @@ class Cast(Encoding):
 
 @dataclass(frozen=True, kw_only=True)
 class PerRow(Encoding):
-    """Floating-point tensors in `dtype`, of one byte, with a float32 scale for each row (the last dimension)."""
+    """Floating-point tensors in a `dtype` of one byte, with a float32 scale for each row (the last dimension)."""
 
     dtype: torch.dtype
 
@@ -48,7 +48,7 @@ class PerRow(Encoding):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Encoding):
-    """Of logits: the `k` largest divided by the temperature, and the log-sum-exp of all the others."""
+    """For logits: the `k` largest of each row, divided by the temperature, and the log-sum-exp of all the others."""
 
     k: int
     temperature: float = 1.0
@@ -60,9 +60,9 @@ class TopK(Encoding):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled(Encoding):
-    """Of logits: `n` draws with replacement from the distribution at the temperature (arXiv 2503.16870).
+    """For logits: `n` draws with replacement from each row's distribution at the temperature (arXiv 2503.16870).
 
-    The same seed gives the same draws. Without one, `seeded` must give it before the encoding travels or is used.
+    The same seed gives the same draws. If there is none, `seeded` must set it before the encoding travels or is used.
     """
 
     n: int
@@ -78,40 +78,40 @@ class Sampled(Encoding):
 
 @dataclass(frozen=True, kw_only=True)
 class Hidden(Encoding):
-    """In place of logits, the hidden states that the submodule `head` makes them of, themselves in `encoding`."""
+    """For logits: instead the hidden states from which the submodule `head` computes them, encoded by `encoding`."""
 
     head: str
     encoding: Encoding | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.head, str) or not self.head:
-            raise ValueError(f"head is {self.head!r}; give the name of the submodule that makes the logits")
+            raise ValueError(f"head is {self.head!r}; give the name of the submodule that computes the logits")
         if type(self.encoding) not in (type(None), Cast, PerRow) or (self.encoding and self.encoding.positions):
             raise ValueError(
-                f"the encoding of hidden states is {self.encoding!r}; choices: None, a Cast or a PerRow, both without "
-                "positions, which are the Hidden's own"
+                f"the encoding of hidden states is {self.encoding!r}; choices: None, bf16, fp16, int8, fp8, without "
+                "positions, which belong around hidden itself"
             )
 
 
 def seeded(encoding: Encoding | None, seed: int) -> Encoding | None:
-    """The encoding with `seed` for its draws, if it makes any and has no seed of its own."""
+    """The encoding with `seed` for its draws if it draws and has no seed; otherwise the encoding itself."""
     if isinstance(encoding, Sampled) and encoding.seed is None:
         return dataclasses.replace(encoding, seed=seed)
     return encoding
 
 
 def name_of(encoding: Encoding | None) -> str:
-    """What people call it: "none", "bf16", "fp16", "int8", "fp8", "topk", "sampled" or "hidden"."""
+    """Its short name: "none", "bf16", "fp16", "int8", "fp8", "topk", "sampled" or "hidden"."""
     if isinstance(encoding, Cast | PerRow):
         return _DTYPE_NAMES[encoding.dtype]
     return {TopK: "topk", Sampled: "sampled", Hidden: "hidden"}.get(type(encoding), "none")
 
 
 def encoding_to_wire(encoding: Encoding | None) -> teacher_pb2.Encoding | None:
-    """An encoding as a message; None for what travels as computed, every row.
+    """An encoding as a message; None if every row travels as computed.
 
     Raises:
-        ValueError: for draws without a seed: a request that is sent again must draw the same.
+        ValueError: for draws without a seed, since a request that is sent again must draw the same.
     """
     if encoding is None or encoding == Encoding():
         return None
@@ -124,7 +124,7 @@ def encoding_to_wire(encoding: Encoding | None) -> teacher_pb2.Encoding | None:
         message.topk.k, message.topk.temperature = encoding.k, encoding.temperature
     elif isinstance(encoding, Sampled):
         if encoding.seed is None:
-            raise ValueError("an encoding that draws has no seed; give one by seeded(encoding, seed)")
+            raise ValueError("an encoding that draws has no seed; set one with seeded(encoding, seed)")
         message.sampled.n, message.sampled.temperature = encoding.n, encoding.temperature
         message.sampled.seed = encoding.seed
     elif isinstance(encoding, Hidden):
@@ -135,18 +135,18 @@ def encoding_to_wire(encoding: Encoding | None) -> teacher_pb2.Encoding | None:
 
 
 def encoding_from_wire(message: teacher_pb2.Encoding) -> Encoding | None:
-    """The encoding of a message; None for what travels as computed, every row.
+    """The encoding of a message; None if every row travels as computed.
 
     Raises:
-        ProtocolError: for a kind that this version does not know, or a setting out of bounds.
+        ProtocolError: for a kind that this version does not know, or an invalid setting.
     """
     parts = (message, message.topk, message.sampled, message.hidden)
-    if any(len(UnknownFieldSet(part)) for part in parts):  # else it would be answered as computed, or in another way
+    if any(len(UnknownFieldSet(part)) for part in parts):  # ignored, it would be answered in another encoding
         raise ProtocolError("an encoding was asked for that this version does not know", choices=_KINDS)
     try:
         encoding = _from_wire(message)
     except ValueError as err:
-        raise ProtocolError(f"an encoding was asked for that there is not: {err}") from err
+        raise ProtocolError(f"an invalid encoding was asked for: {err}") from err
     return None if encoding == Encoding() else encoding
 
 

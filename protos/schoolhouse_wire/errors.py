@@ -1,6 +1,6 @@
 """The errors that cross the wire, one class per `Failure.Code`, so that both sides raise the same types.
 
-`ConfigError` stands here too, as both sides raise it, but it never travels.
+`ConfigError` and `UsageError` are here too, since both sides raise them, but they never travel.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Code = teacher_pb2.Failure.Code
 
 
 class SchoolhouseError(Exception):
-    """Base of all errors of this project. `choices` lists what could have been asked for instead, if anything."""
+    """Base of all errors of this project. `choices` lists the valid alternatives, if there are any."""
 
     code: ClassVar[Code] = teacher_pb2.Failure.INTERNAL
 
@@ -26,7 +26,7 @@ class SchoolhouseError(Exception):
 
 
 class ConfigError(SchoolhouseError, ValueError):
-    """A setting given to `convert`, `connect` or a constructor is wrong; the message names it and the choices."""
+    """A setting given to `convert`, `connect` or a constructor is invalid; the message names it and the choices."""
 
 
 def _rebuild(kind: type[SchoolhouseError], message: str, choices: tuple[str, ...]) -> SchoolhouseError:
@@ -34,7 +34,7 @@ def _rebuild(kind: type[SchoolhouseError], message: str, choices: tuple[str, ...
 
 
 class UnknownTeacherError(SchoolhouseError, LookupError):
-    """No teacher of that name is served here; `choices` are those that are."""
+    """No teacher of that name is served here; `choices` lists those that are."""
 
     code = teacher_pb2.Failure.UNKNOWN_TEACHER
 
@@ -46,25 +46,25 @@ class UnknownTapError(SchoolhouseError, LookupError):
 
 
 class TeacherForwardError(SchoolhouseError, RuntimeError):
-    """The teacher's forward raised on these inputs; the message is its own. The teacher lives on."""
+    """The teacher's forward raised an error on these inputs, which the message quotes. The teacher keeps running."""
 
     code = teacher_pb2.Failure.TEACHER_FORWARD
 
 
 class MessageTooLargeError(SchoolhouseError, ValueError):
-    """A request or a reply is larger, deeper or more finely divided than the receiver's limits allow."""
+    """A request or a reply is larger, nested deeper or made of more parts than the receiver's limits allow."""
 
     code = teacher_pb2.Failure.MESSAGE_TOO_LARGE
 
 
 class UnsupportedValueError(SchoolhouseError, TypeError):
-    """A value of this type cannot travel."""
+    """A value cannot travel: not at all, or not in the encoding that was asked for."""
 
     code = teacher_pb2.Failure.UNSUPPORTED_VALUE
 
 
 class CorruptPayloadError(SchoolhouseError):
-    """Bytes arrived that are not the bytes that were sent."""
+    """Bytes were damaged on the way, or do not make up a valid value."""
 
     code = teacher_pb2.Failure.CORRUPT_PAYLOAD
 
@@ -76,19 +76,19 @@ class ProtocolError(SchoolhouseError):
 
 
 class TeacherUnavailableError(SchoolhouseError, ConnectionError):
-    """No replica of the teacher can be reached, or the one that held the request is gone."""
+    """No replica of the teacher can be reached, or the one that had the request is gone."""
 
     code = teacher_pb2.Failure.UNAVAILABLE
 
 
 class LeaseExpiredError(TeacherUnavailableError):
-    """The replica ended the session, since the client had said nothing for longer than its lease lasts."""
+    """The replica ended the session, since the client had sent nothing for longer than its lease."""
 
     code = teacher_pb2.Failure.LEASE_EXPIRED
 
 
 class TeacherTimeoutError(SchoolhouseError, TimeoutError):
-    """The deadline passed before the features came."""
+    """The deadline passed before the features arrived."""
 
     code = teacher_pb2.Failure.TIMEOUT
 
@@ -100,37 +100,37 @@ class TeacherBusyError(SchoolhouseError):
 
 
 class RevisionChangedError(SchoolhouseError):
-    """The teacher now has other weights than those that this client started with."""
+    """The teacher has no replica with the weights, that is the revision, that were asked for."""
 
     code = teacher_pb2.Failure.REVISION_CHANGED
 
 
 class TeacherInternalError(SchoolhouseError):
-    """The teacher's server, or this client where the message says so, failed in a way that is its own fault."""
+    """The teacher's server failed by a fault of its own, or this client did, if the message says so."""
 
     code = teacher_pb2.Failure.INTERNAL
 
 
 class TeacherMemoryError(SchoolhouseError, MemoryError):
-    """The teacher has no memory for these inputs or features, nor for parts of their rows. The teacher lives on."""
+    """The teacher has no memory for these inputs or features, not even for parts of the rows. It keeps running."""
 
     code = teacher_pb2.Failure.OUT_OF_MEMORY
 
 
 class AuthenticationError(SchoolhouseError, PermissionError):
-    """One side could not prove who it is: the client, for lack of a token or a certificate, or the server."""
+    """One side could not prove who it is: the client, for lack of a valid token or certificate, or the server."""
 
     code = teacher_pb2.Failure.UNAUTHENTICATED
 
 
 class PermissionDeniedError(SchoolhouseError, PermissionError):
-    """The server knows who asks, and its configuration does not allow this."""
+    """The server knows who asks, but its configuration does not allow this."""
 
     code = teacher_pb2.Failure.PERMISSION_DENIED
 
 
 class UsageError(SchoolhouseError, RuntimeError):
-    """A call that makes no sense here: too early, too late, in another thread, or with arguments that nobody takes."""
+    """A call at the wrong time or place: too early, too late, in another thread, or with arguments that none takes."""
 
 
 BY_CODE: dict[int, type[SchoolhouseError]] = {
@@ -157,7 +157,7 @@ BY_CODE: dict[int, type[SchoolhouseError]] = {
 
 
 def typed(error: BaseException, whose: str) -> SchoolhouseError:
-    """The error itself if it is one of ours; else what `whose` fault it is, without its text."""
+    """The error itself if it is one of ours; otherwise a `TeacherInternalError` of `whose` fault, without text."""
     if isinstance(error, SchoolhouseError):
         return error
     return TeacherInternalError(f"{whose} failed with a {type(error).__name__}; its log says more")

@@ -1,7 +1,7 @@
-"""Payloads in motion: bundles <-> headers and frames, or blocks of shared memory.
+"""How values travel: a header, and a payload inside it, in frames, or in a block of shared memory.
 
-A frame is an ordinary protobuf message, but written and read by hand: its last field is the data, so sending costs
-one copy of a byte and receiving one (into the receive buffer), where the generated code would take two each.
+A frame is an ordinary protobuf message, but written and read by hand. Its last field is the data, so that each byte is
+copied once to send it, and once into the receive buffer; the generated code would copy it twice on each side.
 """
 
 import ctypes
@@ -23,18 +23,18 @@ from schoolhouse_wire.values.tensors import aligned, bytes_of
 
 M = TypeVar("M", bound=Message)
 
-_FRAME_TAG = 0x7A  # field 15, length-delimited: `frame` of both ClientMessage and ServerMessage
+_FRAME_TAG = 0x7A  # field 15, length-delimited: `frame` in both ClientMessage and ServerMessage
 _REQUEST_TAG, _OFFSET_TAG, _DIGEST_TAG, _DATA_TAG = 0x08, 0x10, 0x1A, 0x7A
 _UINT64 = (1 << 64) - 1
 _NO_PAYLOAD = teacher_pb2.Payload()
 _CORRUPT = "a payload arrived whose checksum does not match its bytes"
-_PADDING = memoryview(bytearray(ALIGNMENT))  # writable, as an address is taken of no other
-_TURN_BYTES = 16 << 20  # copied before another reply has its turn
+_PADDING = memoryview(bytearray(ALIGNMENT))  # writable, since only then ctypes gives its address
+_TURN_BYTES = 16 << 20  # bytes that are copied before another reply gets its turn
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A slice of a payload; `digest` is empty but in the last one."""
+    """A slice of a payload; only the last one has a `digest`."""
 
     request_id: int
     offset: int
@@ -58,13 +58,13 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         at += 1
         if byte < 0x80:
-            return value & _UINT64, at  # as protobuf reads it
+            return value & _UINT64, at  # cut to 64 bits, as protobuf does
         shift += 7
     raise ProtocolError("a frame arrived that cannot be parsed: a number is too long")
 
 
 def write_frame(request_id: int, offset: int, digest: bytes, slices: list[memoryview]) -> bytes:
-    """A serialized session message that holds one frame; `slices` are joined."""
+    """Serialize a session message with one frame, whose data are the joined `slices`."""
     size = sum(part.nbytes for part in slices)
     fields = [bytes([_REQUEST_TAG]), _varint(request_id), bytes([_OFFSET_TAG]), _varint(offset)]
     if digest:
@@ -85,12 +85,12 @@ def read_message(kind: type[M], data: bytes) -> M | Frame:
         raise ProtocolError("a message arrived that cannot be parsed") from err
     if message.WhichOneof("kind") != "frame":
         return message  # type: ignore[no-any-return]
-    frame = message.frame  # by the book, for a peer that writes the fields in another order
+    frame = message.frame  # parsed by protobuf, since the peer wrote the fields in another order
     return Frame(frame.request_id, frame.offset, frame.digest, memoryview(frame.data))
 
 
 def received(kind: type[M], data: bytes) -> M | Frame | ProtocolError:
-    """As `read_message`, for gRPC, which would log an error that is raised here and end the RPC without saying why."""
+    """As `read_message`, but returns the error, since gRPC would log it and end the RPC without giving a reason."""
     try:
         return read_message(kind, data)
     except ProtocolError as err:
@@ -98,7 +98,7 @@ def received(kind: type[M], data: bytes) -> M | Frame | ProtocolError:
 
 
 def parsed(kind: type[M], data: bytes) -> M | ProtocolError:
-    """Any message, for gRPC: see `received`."""
+    """Parse any message, but return the error: see `received`."""
     try:
         return kind.FromString(data)
     except DecodeError:
@@ -128,15 +128,15 @@ def _read_frame(data: bytes) -> Frame | None:
 
 
 def add_checksum(call: teacher_pb2.Call) -> None:
-    """Before a call leaves; `unchanged` looks at it where it arrives."""
+    """Set the checksum of a call before it is sent; the receiver checks it by `unchanged`."""
     call.checksum = _checksum(call)
 
 
 def unchanged(call: teacher_pb2.Call) -> teacher_pb2.Call:
-    """The call as it was sent, but for the payload, which has a digest of its own.
+    """Check that a call arrived as it was sent, except for the payload, which has its own digest.
 
     Raises:
-        CorruptPayloadError: something of it is not as it was sent; that may be its id.
+        CorruptPayloadError: if a field, possibly its id, differs from what was sent.
     """
     if call.checksum and call.checksum != _checksum(call):
         raise CorruptPayloadError("a call arrived whose checksum does not match its fields")
@@ -153,17 +153,18 @@ def _checksum(call: teacher_pb2.Call) -> int:
 
 
 def write_message(message: Message | bytes) -> bytes:
-    """Serialize a session message; frames are serialized already."""
+    """Serialize a session message, unless it is a frame, which is serialized already."""
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 class Outgoing:
-    """A value on its way out: its serialized bundle, and its payload either inline or as frames."""
+    """A value to send: its serialized bundle, and its payload, inline, as frames or in shared memory."""
 
     def __init__(self, value: Any, *, limits: Limits, snapshot: bool) -> None:
-        """Declare `value`, unless it is `Declared` already. With `snapshot`, what isn't sent at once is copied.
+        """Declare `value`, unless it is `Declared` already.
 
-        Without it the tensors must stay as they are until they are sent.
+        With `snapshot`, a payload that is not inline is copied; without it, the tensors must not change until they are
+        sent.
         """
         declared = value if isinstance(value, codec.Declared) else codec.pack(value)
         self.header, self.nbytes, tensors = declared.header, declared.nbytes, declared.tensors
@@ -181,7 +182,7 @@ class Outgoing:
             tensors = [bytes_of(tensor).clone() for tensor in tensors]
         self._tensors = tensors
         self.payload = _NO_PAYLOAD
-        self.digest = b""  # known once the last byte is on its way
+        self.digest = b""  # known once the last byte was sent
         if self.inline:
             data = b"".join(self._small_slices())
             self.digest = xxhash.xxh3_128_digest(self.header + data)
@@ -212,10 +213,10 @@ class Outgoing:
         segment: Segment | None,
         wanted: Callable[[], bool],
     ) -> Iterator[Message | bytes]:
-        """The message `head(payload)`, and what follows it: frames, unless the payload is inline or in shared memory.
+        """Yield the message `head(payload)` and, unless the payload is inline or in shared memory, its frames.
 
-        It goes into a block of `segment`, if there is one free, and then the block is the receiver's. It ends where it
-        is not `wanted` any more.
+        The payload goes into a block of `segment` if one is free; the block then belongs to the receiver. The iteration
+        ends early once `wanted()` is false.
         """
         offset = segment.take(self.nbytes) if segment is not None and not self.inline else None
         if segment is not None and offset is not None:
@@ -249,7 +250,7 @@ class Outgoing:
                 segment.free(offset)
 
     def _fill(self, segment: Segment, offset: int) -> Iterator[None]:
-        """Copy the payload into a block piece by piece, and learn its digest."""
+        """Copy the payload into a block, piece by piece, and compute its digest."""
         digest, at = xxhash.xxh3_128(self.header), offset
         for part in self._slices():
             for begin in range(0, part.nbytes, _TURN_BYTES):
@@ -263,7 +264,7 @@ class Outgoing:
         self.digest = (digest if segment.sends_checksums else segment.spots(digest, offset, self.nbytes)).digest()
 
     def frames(self, request_id: int) -> Iterator[bytes]:
-        """The payload as serialized frames, made one at a time; nothing if it stands in the header."""
+        """The payload as serialized frames, made one at a time; none if the payload is inline."""
         if self.inline:
             return
         digest = xxhash.xxh3_128(self.header)
@@ -287,8 +288,7 @@ class Outgoing:
 
 
 class Incoming:
-    """A value on its way in: one receive buffer, filled by frames in order, or a block of shared memory; checked by
-    digest."""
+    """A value that arrives: in a receive buffer, filled by frames in order, or in shared memory; checked by digest."""
 
     def __init__(
         self, header: bytes, payload: teacher_pb2.Payload, limits: Limits, segment: Segment | None = None
@@ -310,7 +310,7 @@ class Incoming:
 
     def _take_inline(self, header: bytes, payload: teacher_pb2.Payload) -> None:
         if len(payload.data) != self.nbytes:
-            raise ProtocolError(f"{len(payload.data)} bytes came where {self.nbytes} were declared")
+            raise ProtocolError(f"{len(payload.data)} bytes arrived where {self.nbytes} were declared")
         if xxhash.xxh3_128_digest(header + payload.data) != payload.digest:
             raise CorruptPayloadError(_CORRUPT)
         self.digest = payload.digest
@@ -318,7 +318,7 @@ class Incoming:
 
     def _take_shared(self, header: bytes, payload: teacher_pb2.Payload, segment: Segment | None) -> None:
         if segment is None:
-            raise ProtocolError("a payload came in shared memory, which this session does not use")
+            raise ProtocolError("a payload arrived in shared memory, which this session does not use")
         self._buffer = segment.receive(payload.shared, self.nbytes)
         digest, data = xxhash.xxh3_128(header), memoryview(self._buffer).cast("B")[: self.nbytes]
         if segment.receives_checksums:
@@ -331,17 +331,17 @@ class Incoming:
 
     @property
     def complete(self) -> bool:
-        """Whether all bytes are here and their digest was right."""
+        """Whether all bytes have arrived and match their digest."""
         return bool(self.digest)
 
     def add(self, offset: int, data: memoryview, digest: bytes) -> None:
-        """Take the next slice; its `digest` stands in the last one."""
+        """Take the next slice of the payload; only the last one has a `digest`."""
         end = offset + data.nbytes
         follows = offset == self._filled and end <= self.nbytes and bool(digest) == (end == self.nbytes)
         if not follows or self.complete or not (data.nbytes or digest):
             raise ProtocolError(
                 f"a frame of {data.nbytes} bytes at {offset} does not follow the {self._filled} of {self.nbytes} bytes "
-                "that have come"
+                "that have arrived"
             )
         self._hash.update(data)
         self._memory[offset:end] = data
@@ -352,6 +352,6 @@ class Incoming:
             self.digest = digest
 
     def value(self) -> Any:
-        """The value, over the receive buffer."""
+        """The value, whose tensors are views of the receive buffer."""
         assert self.complete
         return codec.unpack(self._layout, self._buffer, self._limits)

@@ -1,4 +1,4 @@
-"""Memory for frames and payloads: an allocator that keeps what it frees, and receive buffers that are used again."""
+"""Memory for frames and payloads: an allocator that keeps freed memory, and receive buffers that are reused."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MAPPED_FROM_BYTES = 4 << 20  # below, the allocator does as well
+_MAPPED_FROM_BYTES = 4 << 20  # below this size the allocator is as fast
 _HUGE_PAGE_BYTES = 2 << 20
 _KEPT_BYTES = 512 << 20
 _MMAP_BYTES = 32 << 20  # the most that glibc accepts
@@ -19,9 +19,9 @@ _MMAP_BYTES = 32 << 20  # the most that glibc accepts
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Have glibc keep up to 512 MiB of freed memory for this process; False where the C library is another.
+    """Have glibc keep up to 512 MiB of freed memory in this process; False if the C library is not glibc.
 
-    Without it every frame is mapped, faulted in and unmapped again, which costs more than sending it.
+    Without it the memory of every frame is mapped, faulted in and unmapped again, which costs more than sending it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -30,34 +30,35 @@ def keep_freed_memory() -> bool:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often the tensor was changed in place; always 0 for an inference tensor, which torch doesn't count."""
+    """How often the tensor was changed in place; always 0 for an inference tensor, for which torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without copying. It does not keep the tensor alive: the caller must."""
+    """The bytes of a contiguous CPU tensor, without copying. It does not keep the tensor alive; the caller must."""
     if tensor.nbytes == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 class ReceiveBuffers:
-    """Memory for large payloads, used again once no tensor views it any more.
+    """Memory for large payloads, reused once no tensor views it any more.
 
-    Mapping, faulting in and unmapping 64 MiB takes longer than receiving it. Idle memory is bounded.
+    Mapping, faulting in and unmapping 64 MiB takes longer than receiving 64 MiB. Idle memory is bounded.
     """
 
     def __init__(self, max_idle_bytes: int = 512 << 20) -> None:
         self._max_idle_bytes = max_idle_bytes
-        self._idle: deque[mmap.mmap] = deque()  # its operations are atomic: a lock could be taken twice by one thread,
-        # since the garbage collector gives memory back whenever it runs
+        # A deque, whose operations are atomic, and no lock: the garbage collector, which gives memory back, may run in
+        # a thread that holds the lock.
+        self._idle: deque[mmap.mmap] = deque()
 
     def take(self, nbytes: int) -> Any:
         """A writable buffer of at least that size, with undefined contents."""
         if nbytes < _MAPPED_FROM_BYTES:
             return bytearray(nbytes)
         pages = self._find(nbytes) or _map(nbytes)
-        owner = (ctypes.c_char * len(pages)).from_buffer(pages)  # torch keeps it while any view of the memory lives
+        owner = (ctypes.c_char * len(pages)).from_buffer(pages)  # kept alive by torch as long as a tensor views it
         weakref.finalize(owner, self._give, pages).atexit = False
         return owner
 
@@ -80,7 +81,7 @@ class ReceiveBuffers:
 
 
 def _map(nbytes: int) -> mmap.mmap:
-    """Fresh private memory, in huge pages where the system has them."""
+    """Fresh private memory, in huge pages if the system has them."""
     size = -(-nbytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -1,4 +1,4 @@
-"""The outbox that interleaves the messages of many requests on one stream."""
+"""The outbox, which interleaves the messages of many requests on one stream."""
 
 import contextlib
 import queue
@@ -8,13 +8,13 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-PAUSE = b""  # a source's turn without a message: it works, and the others are not to wait until it is done
+PAUSE = b""  # yielded by a source that is still working on its message, so that the others get their turns
 
 
 class Outbox(Generic[T]):
-    """Messages of many requests for one stream: iterating takes one of each in turn, and blocks while there is none.
+    """Messages of many requests for one stream: iteration takes one of each in turn, and blocks while there is none.
 
-    Any thread may put; one thread iterates. Its bound is the number of requests that its owner lets in flight.
+    Any thread may put; one thread iterates. It has no bound of its own: its owner bounds the requests in flight.
     """
 
     def __init__(self) -> None:
@@ -23,23 +23,23 @@ class Outbox(Generic[T]):
         self._closed = False
 
     def put(self, messages: Iterator[T]) -> None:
-        """Append a source of messages. They are made when the stream is ready for them."""
+        """Append a source of messages, which makes each when the stream is ready for it."""
         if not self._closed:
             self._arrivals.put(messages)
 
     def close(self) -> None:
-        """End the iteration at once; what was not yet sent is not sent any more."""
+        """End the iteration at once, without sending the rest."""
         self._closed = True
         self._arrivals.put(None)
 
     def clear(self) -> None:
-        """After `close`, free what was not sent. Not for a finalizer: sources end, and may take locks for that."""
+        """After `close`, free what was not sent. A finalizer must not call this: ending a source may take locks."""
         assert self._closed
         self._active.clear()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._arrivals.get_nowait()
-        self._arrivals.put(None)  # for who iterates
+        self._arrivals.put(None)  # again, to wake the thread that iterates
 
     def __iter__(self) -> "Outbox[T]":
         return self
@@ -49,7 +49,7 @@ class Outbox(Generic[T]):
             self._admit()
             try:
                 source = self._active.popleft()
-            except IndexError:  # it was closed
+            except IndexError:  # closed meanwhile
                 continue
             message = next(source, None)
             if message is None or self._closed:

@@ -1,6 +1,6 @@
-"""Pinned memory of the host, which a device copies from and to by itself while the host goes on.
+"""Pinned host memory, from and to which a device copies asynchronously.
 
-Torch keeps such memory for later use, and gives none of it out again before the copies that it was used for are done.
+Torch keeps freed pinned memory for later use, and does not reuse it before the copies that used it are done.
 """
 
 import functools
@@ -10,12 +10,12 @@ import torch
 
 _PINNING = ("cuda", "xpu")
 _MAX_CAUSES = 16
-# Torch has an exception for a device that has no room in its own allocator; of the rest there is nothing but the text.
+# Torch has an exception class for its own device allocator; the other cases can only be told by their text.
 _NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP out of memory")
 
 
 def lacks_memory(error: BaseException | None) -> bool:
-    """Whether an error is, or comes from one, that says that the memory of the device or of the host ran out."""
+    """Whether an error, or one of its causes, says that the memory of the device or of the host ran out."""
     for _ in range(_MAX_CAUSES):
         if error is None:
             return False
@@ -28,12 +28,12 @@ def lacks_memory(error: BaseException | None) -> bool:
 
 
 def pins(device: torch.device) -> bool:
-    """Whether a device copies from and to such memory by itself."""
+    """Whether a device copies from and to pinned memory asynchronously."""
     return device.type in _PINNING
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the host in pinned memory; itself, which the host will copy, where there is no room for that."""
+    """A host tensor in pinned memory; if there is no room, the tensor itself, which is then copied synchronously."""
     try:
         return tensor.pin_memory()
     except (RuntimeError, MemoryError) as err:
@@ -43,7 +43,7 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; it may be on its way, and comes before what the device is given next."""
+    """The tensor on a device. The copy may still run, but is done before what the device is given next."""
     if tensor.device == device:
         return tensor
     through = pinned(tensor) if tensor.device.type == "cpu" and pins(device) else tensor
@@ -51,8 +51,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of a device in host memory; it may be on its way, on the current stream."""
-    plain = tensor.resolve_conj().resolve_neg()  # else torch does that here, before the bytes have come
+    """A device tensor in host memory. The copy may still run, on the current stream."""
+    plain = tensor.resolve_conj().resolve_neg()  # or torch would do it on the host, before the copy is done
     return _host_memory(plain).copy_(plain, non_blocking=pins(tensor.device))
 
 
@@ -63,30 +63,30 @@ def _host_memory(tensor: torch.Tensor) -> torch.Tensor:
     except (RuntimeError, MemoryError) as err:
         if not pin or not lacks_memory(err):
             raise
-    return torch.empty_like(tensor, device="cpu")  # there is less that can be pinned
+    return torch.empty_like(tensor, device="cpu")  # pageable, since less memory can be pinned
 
 
 class Fetched:
-    """The values that a tensor of a device has now, on their way to the host beside what the device is given next."""
+    """A copy to the host of the values that a device tensor has now, concurrent with the device's next work."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         kit: Any = torch.get_device_module(tensor.device)
         stream = _stream(tensor.device)
-        copy = tensor.detach().clone()  # what comes next may write into the tensor
+        copy = tensor.detach().clone()  # since the next work may write into the tensor
         stream.wait_stream(kit.current_stream(tensor.device))
         with kit.stream(stream):
             self._host = to_host(copy)
             self._event = kit.Event()
             self._event.record(stream)
-        copy.record_stream(stream)  # its memory is not used again before it was read there
+        copy.record_stream(stream)  # so that its memory is not reused before this stream has read it
 
     def wait(self) -> torch.Tensor:
-        """The values, once the device has come so far."""
+        """Wait until the copy is done, and return the values."""
         self._event.synchronize()
         return self._host
 
 
 @functools.cache
 def _stream(device: torch.device) -> Any:
-    """A stream of a device beside the one that it computes on."""
+    """A stream of the device for these copies, apart from the one that computes."""
     return torch.get_device_module(device).Stream(device=device)

@@ -49,7 +49,7 @@ def test_the_student_alone(teach, path):
     sh.save(model, path)
     assert sorted(safetensors.torch.load_file(path)) == sorted(Net().state_dict())
     student = Net(seed=3)
-    with pytest.warns(UserWarning, match=r"restored the student alone.*convert\(student.*'body', 'body'\): Projected"):
+    with pytest.warns(UserWarning, match=r"restored only the student.*convert\(student.*'body', 'body'\): Projected"):
         assert sh.restore(student, path) is student
     assert type(student) is Net
     assert same(student, Net(seed=2))
@@ -83,7 +83,7 @@ def test_an_exported_student_says_nothing(path):
 
 def test_wrapped_models(path):
     sh.save(torch.compile(converted(Net(seed=2), Net(32))), path)
-    with pytest.warns(UserWarning, match="alone"):
+    with pytest.warns(UserWarning, match="only the student"):
         assert same(sh.restore(Net(seed=3), path), Net(seed=2))
 
 
@@ -256,7 +256,7 @@ def test_a_student_that_refuses_is_put_back(path):
         sh.restore(make(3, KeyboardInterrupt()), path)
     student.register_load_state_dict_post_hook(lambda *_: 1 / 0)
     student[2].extra = 2
-    with pytest.raises(errors.CheckpointError, match="unchanged, but for what its own code"):
+    with pytest.raises(errors.CheckpointError, match="unchanged, except for what its own code"):
         sh.restore(student, path)
     assert bits(student) == before
     assert student[1].extra == [3]

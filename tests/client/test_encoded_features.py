@@ -222,26 +222,26 @@ class Capped(nn.Module):
 def test_a_head_that_does_not_make_the_logits_is_refused(teach, x):
     teacher = teach(Capped(3.0))
     for _ in range(2):
-        with pytest.raises(UnsupportedValueError, match="does not make this teacher's logits"):
+        with pytest.raises(UnsupportedValueError, match="does not compute this teacher's logits"):
             ask(teacher, (x,), "", encodings.hidden("head"))
     assert ask(teacher, (x,), "head", encodings.hidden("head")).dense().shape == (6, 5)
     teacher = teach(Capped(1.0))
     assert ask(teacher, (x,), "", encodings.hidden("head")).dense().shape == (6, 5)
-    with pytest.raises(UnsupportedValueError, match="does not make this teacher's logits"):
+    with pytest.raises(UnsupportedValueError, match="does not compute this teacher's logits"):
         ask(teacher, (x,), "", encodings.hidden("head"), double=True)  # other inputs, looked at anew
 
 
 def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
     teacher = teach(Net(32))
-    with pytest.raises(ConfigError, match=r"encodings has 'body', which is not asked for; choices: \['fc'\]"):
+    with pytest.raises(ConfigError, match=r"has 'body', which is not among the taps; choices: \['fc'\]"):
         teacher.submit((x,), {}, ["fc"], encodings={"body": encodings.bf16}).result()
     with pytest.raises(ConfigError, match="positions is None"):
         ask(teacher, (x,), "fc", encodings.at_positions())
-    with pytest.raises(ConfigError, match="no encoding is of positions"):
+    with pytest.raises(ConfigError, match="no encoding reads them"):
         ask(teacher, (x,), "fc", encodings.bf16, torch.ones(6))
     with pytest.raises(ConfigError, match="positions is 'a torch.float32 of 1 dimensions'"):
         ask(teacher, (x,), "fc", encodings.at_positions(), torch.ones(6))
-    with pytest.raises(ConfigError, match=r"a torch.int64 of other numbers than 0 and 1.*causal_positions\(labels\)"):
+    with pytest.raises(ConfigError, match=r"a torch.int64 with numbers other than 0 and 1.*causal_positions\(labels\)"):
         ask(teacher, (x,), "fc", encodings.at_positions(), torch.tensor([-100, 0, 1, 2, 3, 4]))  # labels
     with pytest.raises(UnsupportedValueError, match="positions were asked for with a mask of the shape"):
         ask(teacher, (x,), "fc", encodings.at_positions(), torch.ones(7, dtype=torch.bool))
@@ -249,18 +249,18 @@ def test_what_cannot_be_had_is_refused_with_the_choices(teach, x):
         ask(teacher, (x,), "fc", encodings.hidden("lm_head"))
     with pytest.raises(UnsupportedValueError, match="choices: bf16"):
         ask(teacher, (x * torch.inf,), "fc", encodings.int8)
-    with pytest.raises(ConfigError, match="choices: None, or what stands in schoolhouse.encodings"):
+    with pytest.raises(ConfigError, match="choices: None, or an encoding of schoolhouse.encodings"):
         ask(teacher, (x,), "fc", "bf16")
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"encodings": {"body": encodings.bf16}}, r"encodings has 'body', which is not asked for; choices: \['fc'\]"),
-        ({"encodings": {("fc", "input"): encodings.bf16}}, r"encodings has \('fc', 'input'\), which is not asked for"),
-        ({"encodings": {5: encodings.bf16}}, "tap 5 is no tap; choices: a layer's name"),
-        ({"encodings": {("fc", "fc", "fc"): encodings.bf16}}, "is no tap"),
-        ({"encodings": "int8"}, "choices: None, or what stands in"),
+        ({"encodings": {"body": encodings.bf16}}, r"has 'body', which is not among the taps; choices: \['fc'\]"),
+        ({"encodings": {("fc", "input"): encodings.bf16}}, r"has \('fc', 'input'\), which is not among the taps"),
+        ({"encodings": {5: encodings.bf16}}, "5 is not a tap; choices: a layer's name"),
+        ({"encodings": {("fc", "fc", "fc"): encodings.bf16}}, "is not a tap"),
+        ({"encodings": "int8"}, "choices: None, or an encoding of"),
         ({"encodings": {"fc": encodings.at_positions()}}, "positions is None, and encodings are at_positions"),
         ({"positions": lambda x: x}, "no encoding needs it"),
     ],
@@ -279,7 +279,7 @@ def test_convert_refuses_encodings_for_a_teacher_that_has_none():
             return super().submit(args, kwargs, taps)
 
     settings = config(Recording(Net(32)), {("fc", "fc"): nn.MSELoss()}, encodings=encodings.bf16)
-    with pytest.raises(ConfigError, match=r"submit of teacher_model, a Recording, does not take them.*encodings="):
+    with pytest.raises(ConfigError, match=r"submit method of teacher_model, a Recording, does not take.*encodings="):
         sh.convert(Net(), mode=[("kd_loss", settings)])
 
 

@@ -300,7 +300,7 @@ def test_a_head_of_another_digest_is_fetched_again(cache):
     new = cache.fetch(*KEY, lambda: made(1), digest=made(1).digest)
     assert new.digest == cache.get(*KEY).digest == made(1).digest
     assert cache.fetch(*KEY, lambda: pytest.fail("it is in memory"), digest=new.digest) is new
-    with pytest.raises(errors.CorruptPayloadError, match="another head"):
+    with pytest.raises(errors.CorruptPayloadError, match="another digest"):
         cache.fetch(*KEY, lambda: old, digest="0" * 32)
     assert cache.get(*KEY).digest == new.digest
 

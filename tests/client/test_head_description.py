@@ -112,7 +112,7 @@ def test_bert(where, act):
 def test_a_head_that_calls_functions_names_its_linear_layers():
     model = built("Roberta", "ForMaskedLM", **{**TINY, "max_position_embeddings": 16})
     random_weights(model.lm_head)
-    with pytest.raises(errors.UnsupportedValueError, match=r"does more .*lm_head\.dense, lm_head\.decoder") as caught:
+    with pytest.raises(errors.UnsupportedValueError, match=r"else .*lm_head\.dense, lm_head\.decoder") as caught:
         head_of(model, "lm_head", "")
     assert caught.value.choices == ("lm_head.dense", "lm_head.decoder")
     hidden, logits = run(model, "lm_head.decoder")
@@ -147,9 +147,9 @@ def test_the_older_weight_norm():
         (nn.Sequential(nn.LayerNorm(8)), "at least one linear"),
         (nn.Linear(8, 5, device="meta"), "plain tensors with values"),
         (nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5, dtype=torch.float64)), "one dtype"),
-        (Parts(nn.Linear(8, 5), after=lambda x: x + 1), "does more"),
-        (Parts(nn.Linear(8, 5), after=lambda x: x[..., :-1]), "does more"),
-        (Parts(nn.Linear(8, 5), after=lambda x: x.double()), "does more"),
+        (Parts(nn.Linear(8, 5), after=lambda x: x + 1), "something else"),
+        (Parts(nn.Linear(8, 5), after=lambda x: x[..., :-1]), "something else"),
+        (Parts(nn.Linear(8, 5), after=lambda x: x.double()), "something else"),
         (Parts(nn.Linear(8, 5), after=lambda x: (x, x)), "returns a tuple"),
         (Parts(nn.Linear(8, 5), after=lambda x: x.view(0)), "raised RuntimeError"),
     ],
@@ -165,7 +165,7 @@ def test_modules_that_are_no_heads(module, message):
 def test_a_module_whose_hook_changes_its_output():
     module = nn.Linear(8, 5)
     module.register_forward_hook(lambda _module, _args, output: output * 1.5)
-    with pytest.raises(errors.UnsupportedValueError, match="does more"):
+    with pytest.raises(errors.UnsupportedValueError, match="something else"):
         head_of(module, "", "")
 
 

@@ -337,7 +337,7 @@ def test_other_structures_are_refused(value):
     ],
 )
 def test_what_makes_no_head_is_refused(value):
-    with pytest.raises(errors.CorruptPayloadError, match="make no head"):
+    with pytest.raises(errors.CorruptPayloadError, match="do not make a head"):
         Head.from_value(value)
 
 

@@ -128,5 +128,5 @@ def test_a_loss_of_ones_own_takes_hidden_states_and_positions_in_a_causal_one():
         got = loss(student, form, LABELS)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(torch.autograd.grad(got, loss.loss.scale)[0], due)
-    with pytest.raises(TypeError, match="TopKLogits, which is no tensor"):
+    with pytest.raises(TypeError, match="TopKLogits, which is not a tensor"):
         loss(student, top_k(teacher, 3), LABELS)

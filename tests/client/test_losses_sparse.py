@@ -180,7 +180,9 @@ def test_losses_that_read_what_did_not_travel_are_refused(loss, kinds):
     labels = (torch.tensor([1, 2]),) if isinstance(loss, LABELLED) else ()
     for kind in kinds:
         form = forms(teacher)[kind]
-        with pytest.raises(TypeError, match=rf"can't be computed of {type(form).__name__}: .*Choices: .*hidden, int8"):
+        with pytest.raises(
+            TypeError, match=rf"can't be computed from {type(form).__name__}: .*Choices: .*hidden, int8"
+        ):
             loss(student, form, *labels)
 
 

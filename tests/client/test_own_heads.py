@@ -78,7 +78,7 @@ def test_a_head_is_held_against_the_logits_again(x):
     for _ in range(3):
         logits(teacher, x)
     model.lm_head.register_forward_hook(lambda _module, _args, output: output + 1)
-    with pytest.raises(UnsupportedValueError, match="does not make this teacher's logits"):
+    with pytest.raises(UnsupportedValueError, match="does not compute this teacher's logits"):
         logits(teacher, x)
 
 

@@ -60,7 +60,7 @@ def test_features_that_are_written_into_before_their_loss_are_refused(teach, x):
     answer.mul_(2)
     with model.only_student_forward():
         model(x)
-    with pytest.raises(errors.FeatureMismatchError, match="were written into after its forward"):
+    with pytest.raises(errors.FeatureMismatchError, match="were changed in place after its forward"):
         model.compute_kd_loss()
     model(x)
     assert torch.isfinite(model.compute_kd_loss())

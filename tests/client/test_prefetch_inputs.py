@@ -209,7 +209,7 @@ def test_a_tensor_of_a_subclass_is_known_by_its_values(teach):
         loss = model.compute_kd_loss().item()
         assert loss == pytest.approx(expected_loss(Net(seed=1), Net(32).eval(), x.as_subclass(torch.Tensor)), rel=1e-4)
     next(loop := iter(model.prefetch(reused(), depth=2)))
-    with pytest.raises(FeatureMismatchError, match="of other values"):
+    with pytest.raises(FeatureMismatchError, match="with other values"):
         model(image)
     loop.close()
 

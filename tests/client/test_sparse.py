@@ -49,7 +49,7 @@ def test_torch_functions_say_what_a_form_is(form):
         lambda: nn.MSELoss()(tensor, form),
         lambda: F.kl_div(tensor, form),
     ):
-        with pytest.raises(TypeError, match=rf"{name}, which is no tensor: .*take it"):
+        with pytest.raises(TypeError, match=rf"{name}, which is not a tensor: .*take it"):
             use()
     with pytest.raises(AttributeError, match=f"no 'float'.*{name}"):
         form.float()
@@ -60,9 +60,9 @@ def test_torch_functions_say_what_a_form_is(form):
 
 def test_other_losses_refuse_forms_with_the_choices():
     form = all_forms()[0]
-    with pytest.raises(TypeError, match=r"TopKLogits, which is no tensor"):
+    with pytest.raises(TypeError, match=r"TopKLogits, which is not a tensor"):
         functional.hidden_mse(torch.zeros(2, 3, 7), form)
-    with pytest.raises(TypeError, match=r"PositionedFeatures, which is no tensor"):
+    with pytest.raises(TypeError, match=r"PositionedFeatures, which is not a tensor"):
         functional.rkd_distance(torch.zeros(2, 3), all_forms()[3])
 
 

@@ -220,7 +220,7 @@ def test_features_of_another_revision_are_not_compared(caplog):
             assert answer(teacher, 5) == 10
             assert teacher.verification() == sh.Verification(unchecked=1)
             del teacher._again
-    assert f"of the revision {revision_of(servers[1])} by now" in caplog.text
+    assert f"has the revision {revision_of(servers[1])} by now" in caplog.text
 
 
 def test_what_cannot_be_verified_is_used_counted_and_told(caplog, monkeypatch):

@@ -51,7 +51,7 @@ def web(request):
 
 
 def test_where_nobody_listens(unused):
-    says = rf"no server answered at 127.0.0.1:{unused} within 0\.3 s: nobody listens at 127.0.0.1:{unused}"
+    says = rf"no server answered at 127.0.0.1:{unused} within 0\.3 s: nothing listens at 127.0.0.1:{unused}"
     with pytest.raises(errors.TeacherUnavailableError, match=says):
         sh.connect(f"grpc://127.0.0.1:{unused}/teacher", connect_timeout_s=0.3)
 
@@ -67,14 +67,14 @@ def test_a_name_that_does_not_resolve(unused, monkeypatch):
 
 
 def test_a_port_that_speaks_http(web):
-    with pytest.raises(errors.ConfigError, match=r"speaks HTTP/1, and no gRPC: .* http_port of a pool"):
+    with pytest.raises(errors.ConfigError, match=r"speaks HTTP/1 and not gRPC: .* http_port of a pool"):
         sh.connect(web, connect_timeout_s=0.5, **({"ca": ours().ca} if web.startswith("grpcs") else {}))
 
 
 def test_the_http_port_of_a_server():
     with serve(nn.Identity(), http_port=0) as server:
         port = re.search(r":(\d+)", server.web.url.removeprefix("http"))[1]
-        with pytest.raises(errors.ConfigError, match=rf"127.0.0.1:{port} speaks HTTP/1, and no gRPC"):
+        with pytest.raises(errors.ConfigError, match=rf"127.0.0.1:{port} speaks HTTP/1 and not gRPC"):
             sh.connect(f"grpc://127.0.0.1:{port}/teacher", connect_timeout_s=0.5)
 
 
@@ -116,7 +116,7 @@ def test_arguments_that_a_teacher_takes_unseen_are_named_once(teach):
         for given in ({}, {"scale": 2.0}, {"num_items_in_batch": 3}):
             model(x, **given)
             model.compute_kd_loss()
-    with pytest.warns(UserWarning, match=r"no parameter 'scael': it takes it as one of its \*\*kwargs") as told:
+    with pytest.warns(UserWarning, match=r"no parameter 'scael': it takes it through its \*\*kwargs") as told:
         model(x, scael=2.0)
     assert [warning.filename for warning in told] == [__file__]
     model.compute_kd_loss()

@@ -31,7 +31,7 @@ def test_a_pool_of_mutual_tls(cluster, tmp_path, monkeypatch):
             assert torch.equal(teacher.submit((x,), {}, [""]).result(60)[""], Net(32, seed=1)(x))
         for name in ("_STEP_TIMEOUT_S", "_TIMEOUT_S"):  # a slow machine's handshake says why, too
             monkeypatch.setattr(f"schoolhouse.remote.handshake.{name}", 20.0)
-        with pytest.raises(errors.AuthenticationError, match="wants a certificate"):
+        with pytest.raises(errors.AuthenticationError, match="requires a certificate"):
             sh.connect(url, ca=ours().ca, connect_timeout_s=0.5)
         assert pool.page.startswith("https://")
         assert fetched(pool.page, **ours().client()) == 200

@@ -127,7 +127,7 @@ def saved(tmp_path_factory):
     return found
 
 
-@pytest.mark.filterwarnings("ignore:restored the student alone")
+@pytest.mark.filterwarnings("ignore:restored only the student")
 @pytest.mark.parametrize("name", STUDENTS)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(min_size=1, max_size=60))

@@ -123,7 +123,7 @@ def test_the_certificate_of_a_pool_lies_beside_its_file(tmp_path):
     [
         ("tls: {cert: none.pem, key: none.pem}", "security.tls: cert: cannot read .*none.pem.*No such file"),
         ("tls: {cert: none.pem}", "security.tls.key: .*required"),
-        ("tls: {cert: pool.yaml, key: pool.yaml}", "is no PEM file"),
+        ("tls: {cert: pool.yaml, key: pool.yaml}", "is not a PEM file"),
         ("insecure: maybe", "security.insecure"),
         ("tls: {cert: a, key: b}, insecure: true", "tls and insecure are given"),
         ("tsl: {}", "security.tsl"),

@@ -143,10 +143,10 @@ def listed(target, security):
 def test_a_client_needs_a_certificate_where_the_server_wants_one(mutual):
     with sh.connect(mutual.url, **ours().client()) as teacher:
         assert torch.equal(ask(teacher), expected())
-    with pytest.raises(errors.AuthenticationError, match="wants a certificate.*give cert and key"):
+    with pytest.raises(errors.AuthenticationError, match="requires a certificate.*give cert and key"):
         sh.connect(mutual.url, ca=ours().ca, connect_timeout_s=0.5)
     strange = theirs().client() | {"ca": ours().ca}
-    with pytest.raises(errors.AuthenticationError, match="does not take this client's certificate"):
+    with pytest.raises(errors.AuthenticationError, match="does not accept this client's certificate"):
         sh.connect(mutual.url, **strange, connect_timeout_s=0.5)
 
 

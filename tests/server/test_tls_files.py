@@ -14,13 +14,16 @@ from schoolhouse_server.security.certs import Authority
 
 WRONG = {
     "a file that is missing": (lambda c, f: {"ca": f / "none.pem"}, "ca: cannot read .*No such file"),
-    "no PEM": (lambda c, f: {"ca": written(f, b"\x00\x01")}, "ca: .*is no PEM file"),
+    "no PEM": (lambda c, f: {"ca": written(f, b"\x00\x01")}, "ca: .*is not a PEM file"),
     "PEM that is none": (
         lambda c, f: {"ca": written(f, b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")},
-        "ca: .*holds no certificate of an authority",
+        "ca: .*holds no readable certificate of an authority",
     ),
     "a key alone": (lambda c, f: {"key": c.client()["key"]}, "cert is missing.*give both, or neither"),
-    "a key of another": (lambda c, f: c.client() | {"key": theirs().client()["key"]}, "key is of another certificate"),
+    "a key of another": (
+        lambda c, f: c.client() | {"key": theirs().client()["key"]},
+        "key belongs to another certificate",
+    ),
     "the files swapped": (
         lambda c, f: c.client() | {"cert": c.client()["key"], "key": c.client()["cert"]},
         "cert must hold a certificate, and key its private key",
@@ -63,7 +66,7 @@ def test_wrong_files_of_a_server_are_one_sentence(what, tmp_path):
 
 
 def test_certificates_and_schemes_that_do_not_go_together():
-    with pytest.raises(errors.ConfigError, match="ca is given, and grpc:// uses no certificates"):
+    with pytest.raises(errors.ConfigError, match="ca is given, but grpc:// uses no certificates"):
         sh.connect("grpc://127.0.0.1:1/x", ca=ours().ca)
     with pytest.raises(errors.ConfigError, match="grpcs:// always checks"):
         sh.connect("grpcs://127.0.0.1:1/x", insecure=True)

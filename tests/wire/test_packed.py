@@ -107,5 +107,5 @@ def test_packed_forms_travel_by_their_numbers(packed):
 
 def test_forms_that_nobody_checked_are_refused():
     form = decode(TOP)
-    with pytest.raises(ProtocolError, match="TopKLogits arrived, which nobody has checked"):
+    with pytest.raises(ProtocolError, match="TopKLogits arrived, which is not a form"):
         decode(trip({"a": form}))

@@ -1,1 +1,1 @@
-"""A student on disk: `checkpoint` says what is saved and restored, `file` how that is written and read."""
+"""A student on disk: `checkpoint` decides what is saved and restored, `file` writes and reads it."""

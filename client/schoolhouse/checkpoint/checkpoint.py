@@ -1,4 +1,4 @@
-"""save() and restore(): the student on disk, without the teacher and without code."""
+"""save() and restore(): write a student to disk and read it, without the teacher and without running code."""
 
 import contextlib
 import copy
@@ -22,24 +22,25 @@ from schoolhouse.errors import CheckpointError
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, include_losses: bool = False) -> None:
-    """Write the student alone to `path`; the teacher is never in it.
+    """Write the student to `path`, without the teacher.
 
-    The file is safetensors, or, where the student's state holds what that format cannot (such as a module's extra
-    state), what `torch.load(weights_only=True)` reads. Tensors that share memory are written once. It is written
-    beside `path`, synced and renamed, so that a crash leaves the former checkpoint as it was. A file that was there
-    keeps its permission bits, and a link stays one, to the new file. It takes memory for a copy of the student.
+    The file is in the safetensors format or, if the state holds something that this format cannot store (such as a
+    module's extra state), in the format that `torch.load(weights_only=True)` reads. Tensors that share memory are
+    written once. The file is written beside `path`, synced and renamed, so that a crash leaves the former checkpoint as
+    it was. An existing file keeps its permission bits, and a link keeps pointing to its target, which is replaced.
+    Saving takes memory for a copy of the student.
 
-    With FSDP2 every rank calls it, and rank 0 writes the whole tensors; with DistributedDataParallel call it on rank 0.
+    With FSDP2, call it on every rank; rank 0 writes the whole tensors. With DistributedDataParallel, call it on rank 0.
 
     Args:
         model: a converted or a plain student, or one inside DistributedDataParallel or torch.compile.
         path: the file; its folder must exist.
-        include_losses: also write the losses' parameters and the balancer's state. `restore` puts them into a
+        include_losses: also write the losses' parameters and the balancer's state, which `restore` loads into a
             converted model.
 
     Raises:
-        CheckpointError: if the state holds what cannot be read back without running code, or a tensor without values;
-            the former checkpoint stays as it was.
+        CheckpointError: if the state holds something that cannot be read back without running code, or a tensor without
+            values; the former checkpoint stays as it was.
     """
     inner = unwrapped(model)
     sharded = is_sharded(inner)
@@ -55,23 +56,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, include_losses: bool
 
 
 def restore(student: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> nn.Module:
-    """Load what `save` wrote into `student`, which is returned.
+    """Load a file that `save` wrote into `student`, which is returned.
 
-    A plain student stays plain: the meta-model does not come back. If the file is of a converted one, a warning says
-    how to convert again. A converted student also gets the losses and the balancer's state, if the file has them.
-    Nothing is loaded unless all of it fits, and no code in a file is ever run. If loading fails all the same, what the
-    student was is put back; so it takes memory for a copy of the student, beside that for the file.
+    A plain student stays plain; if the file comes from a converted student, a warning says how to convert it again. A
+    converted student also gets the state of the losses and the balancer, if the file has it. Nothing is loaded unless
+    everything fits, and no code in a file is ever run. If loading fails all the same, the student's former state is put
+    back, which takes memory for a copy of the student beside that for the file.
 
     Args:
-        student: a student of the same architecture, converted or not. Unless sharded, it needs memory: not `meta`.
+        student: a student of the same architecture, converted or not. Unless it is sharded, its tensors need memory, so
+            they cannot be on the device `meta`.
         path: the file.
-        strict: refuse a file that has too few or too many names. In any case shapes and layouts must be equal, and no
-            complex number becomes a real one, nor a float an integer; a float may change its precision.
+        strict: refuse a file in which names are missing, or that has unknown ones. In any case shapes and layouts must
+            be equal, and no complex number becomes a real one, nor a float an integer; a float may change its
+            precision.
 
     Raises:
-        CheckpointError: if the file is damaged, of another format, or of another architecture, or if the student's own
-            code refuses it; the student is unchanged.
-        FileNotFoundError: if there is none.
+        CheckpointError: if the file is damaged, or of another format or architecture, or if the student's own code
+            refuses it; the student is unchanged.
+        FileNotFoundError: if there is no such file.
     """
     inner = unwrapped(student)
     facts, given = read(Path(path))
@@ -91,13 +94,13 @@ def restore(student: nn.Module, path: str | os.PathLike[str], *, strict: bool = 
 
 
 def _extra(name: str) -> str:
-    """The part of a meta-model, beside the student, that a name of its state belongs to; "" for the student."""
+    """The part of a meta-model, losses or balancer, to which a name in its state belongs; "" for the student."""
     part = name.split(".", 1)[0]
     return part if part in (LOSSES, BALANCER) else ""
 
 
 def _of_same_parts(state: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A state without the losses and the balancer if another has none."""
+    """A state without losses or balancer if the `other` state has none."""
     parts = {"", *map(_extra, other)}
     return {name: value for name, value in state.items() if _extra(name) in parts}
 
@@ -106,7 +109,7 @@ def _of_same_parts(state: dict[str, Any], other: dict[str, Any]) -> dict[str, An
 
 
 def _own_state(model: nn.Module) -> dict[str, Any]:
-    """The state without a teacher's."""
+    """The model's state, without the teacher's."""
     if not isinstance(model, DistillationModel):
         return model.state_dict()
     with model.hide_teacher_model():
@@ -115,7 +118,7 @@ def _own_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _state_of(model: nn.Module, sharded: bool) -> dict[str, Any]:
-    """Whole tensors; of a sharded model on rank 0 alone."""
+    """The model's state in whole tensors; of a sharded model on rank 0 only."""
     if not sharded:
         return _own_state(model)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -139,7 +142,7 @@ def _load(model: nn.Module, state: dict[str, Any], sharded: bool) -> None:
 def _load_or_put_back(
     model: nn.Module, state: dict[str, Any], own: Mapping[str, Any], sharded: bool, path: Any
 ) -> None:
-    """Load `state`; if that raises, load again the values that the model had, which are `own`."""
+    """Load `state`; if that raises, load back the former values, which are `own`."""
     before: dict[str, Any] = {}
     try:
         before.update((name, _copy(value, sharded)) for name, value in own.items())
@@ -160,16 +163,16 @@ def _copy(value: Any, sharded: bool) -> Any:
 
 
 def _put_back(model: nn.Module, before: dict[str, Any]) -> str:
-    """What may not be as before, for a message."""
+    """Load the former values; returns a remark for the error message if some may not be as before."""
     without_memory = any(isinstance(value, torch.Tensor) and value.is_meta for value in before.values())
     try:
         model.load_state_dict(before, strict=False, assign=without_memory)
     except Exception:
-        return ", but for what its own code, such as set_extra_state, changed before it raised"
+        return ", except for what its own code, such as set_extra_state, changed before it raised"
     return ""
 
 
-# What fits.
+# Whether a file fits a student.
 
 
 def _check(state: Mapping[str, Any], own: Mapping[str, Any], strict: bool, sharded: bool, path: Any) -> None:
@@ -184,9 +187,9 @@ def _check(state: Mapping[str, Any], own: Mapping[str, Any], strict: bool, shard
 def _misfits(
     state: Mapping[str, Any], own: Mapping[str, Any], strict: bool, sharded: bool
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong, and with which value."""
+    """The kind of each misfit, and the name of its value."""
     for name, value in state.items():
-        if name in own and name.rpartition(".")[2] != "_extra_state":  # which the student's own code checks
+        if name in own and name.rpartition(".")[2] != "_extra_state":  # the student's own code checks extra state
             if unwritable := _unwritable(own[name], sharded):
                 yield unwritable, name
             elif difference := _difference(value, own[name]):
@@ -197,7 +200,7 @@ def _misfits(
 
 
 def _unwritable(own: Any, sharded: bool) -> str:
-    """Why nothing can be loaded into a student's value, and what to do."""
+    """Why nothing can be loaded into a value of the student, and what to do; "" if something can."""
     if not isinstance(own, torch.Tensor):
         return ""
     if is_lazy(own):
@@ -213,7 +216,7 @@ def _unwritable(own: Any, sharded: bool) -> str:
 
 
 def _difference(given: Any, own: Any) -> str:
-    """What a file has and what the model expects, if the one cannot become the other without loss."""
+    """What the file and the model have, if the file's value cannot become the model's without loss; otherwise ""."""
     tensors = isinstance(given, torch.Tensor), isinstance(own, torch.Tensor)
     if not any(tensors):
         return ""
@@ -237,11 +240,11 @@ def _kind(value: Any) -> str:
 
 
 def _loses(given: torch.dtype, own: torch.dtype) -> bool:
-    """Whether a cast drops more than precision."""
+    """Whether a cast loses more than precision."""
     return not own.is_complex and (given.is_complex or (given.is_floating_point and not own.is_floating_point))
 
 
-# What a file says of the meta-model.
+# What a file says about the meta-model.
 
 
 def _facts(model: nn.Module) -> dict[str, str]:
@@ -261,7 +264,7 @@ def _distillation(model: Any) -> dict[str, Any]:
 
 
 def _mode(facts: Mapping[str, Any], path: Any) -> str:
-    """The mode to convert with, as code; "" if the file does not say that it is of a converted student."""
+    """The argument `mode` of `convert`, as code; "" if the file does not come from a converted student."""
     if "distillation" not in facts:
         return ""
     try:
@@ -270,7 +273,7 @@ def _mode(facts: Mapping[str, Any], path: Any) -> str:
         balancer = f", 'loss_balancer': {was['balancer']}(...)" if was["balancer"] else ""
         return f"[({was['mode']!r}, {{'teacher_model': ..., 'criterion': {{{criterion}}}{balancer}}})]"
     except (KeyError, TypeError, ValueError, RecursionError) as err:
-        raise CheckpointError(f"{path} is damaged: what it says of the distillation is not readable: {err!r}") from err
+        raise CheckpointError(f"{path} is damaged: its record of the distillation cannot be read: {err!r}") from err
 
 
 def _say_how_to_convert(mode: str, extras: bool) -> None:
@@ -279,6 +282,6 @@ def _say_how_to_convert(mode: str, extras: bool) -> None:
     again = mode or "[('kd_loss', {...})]"
     also = "; then restore again, for the losses and the balancer in the file" if extras else ""
     warnings.warn(
-        f"restored the student alone; to go on distilling, convert it: convert(student, mode={again}){also}",
+        f"restored only the student; to go on distilling, convert it: convert(student, mode={again}){also}",
         stacklevel=3,
     )

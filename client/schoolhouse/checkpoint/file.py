@@ -1,4 +1,4 @@
-"""The file of a checkpoint: what is in it, and how it is read without running code."""
+"""The file of a checkpoint: its content, and how it is read without running code."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from schoolhouse.errors import CheckpointError
 from schoolhouse.files import write_whole
 
 _FORMAT = "schoolhouse.student.v1"
-_MAX_NAMES = 5  # that an error message lists
+_MAX_NAMES = 5  # how many names an error message lists
 _SAFETENSORS_DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -25,10 +25,10 @@ _SAFETENSORS_DTYPES = {
 
 
 def write(path: Path, facts: Mapping[str, str], state: Mapping[str, Any]) -> None:
-    """Write a state, and what the file says of itself, to `path`, or to the file that it links to.
+    """Write a state and the facts about it to `path`, or to the file to which it links.
 
     Raises:
-        CheckpointError: if that could not be read back; the former file stays as it was.
+        CheckpointError: if the file could not be read back; the former file stays as it was.
     """
     _check_is_no_folder(path)
     for name, value in state.items():
@@ -38,11 +38,11 @@ def write(path: Path, facts: Mapping[str, str], state: Mapping[str, Any]) -> Non
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the file says of itself, and the state in it, on CPU.
+    """Read the facts about a state, and the state, on CPU.
 
     Raises:
-        CheckpointError: if it is damaged, or of another format.
-        FileNotFoundError: if there is none.
+        CheckpointError: if the file is damaged, or of another format.
+        FileNotFoundError: if there is no such file.
     """
     _check_is_no_folder(path)
     with path.open("rb") as file:
@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def shortened(names: list[str]) -> str:
-    """The first of the names, for a message."""
+    """The first few names, for a message."""
     return ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
 
 
@@ -64,7 +64,7 @@ def _check_is_no_folder(path: Path) -> None:
         raise CheckpointError(f"{path} is a folder; give the name of a file")
 
 
-# What is written.
+# Writing.
 
 
 def _check_has_values(name: str, value: Any) -> None:
@@ -80,7 +80,7 @@ def _check_has_values(name: str, value: Any) -> None:
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """The tensors within dicts, lists and tuples, however deep, even if these contain themselves."""
     items, seen = [value], set[int]()
-    for item in items:  # which grow
+    for item in items:  # the list grows meanwhile
         if isinstance(item, torch.Tensor):
             yield item
         elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
@@ -97,10 +97,10 @@ def _content(facts: Mapping[str, str], state: Mapping[str, Any]) -> bytes:
         return _torch_content({**facts, "state": dict(state)})
     except MemoryError:
         raise
-    except Exception as err:  # whatever pickling an object raises
+    except Exception as err:  # pickling an object may raise anything
         odd = [f"{n} ({type(value).__name__})" for n, value in state.items() if not _fits_safetensors(n, value)]
         raise CheckpointError(
-            f"the student's state holds what cannot be saved, or what only running code could restore, within "
+            f"the student's state holds something that cannot be saved, or that only running code could restore, in "
             f"{shortened(odd) or 'its tensors or their names'}: make its get_extra_state return tensors, numbers, "
             "strings, lists and dicts, and save a student before it is quantised"
         ) from err
@@ -112,7 +112,7 @@ def _fits_safetensors(name: str, value: Any) -> bool:
 
 
 def _untied(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Each tensor once, in memory of its own; and the names that stand for the same tensor as another name."""
+    """Each tensor once, in memory of its own; and, by name, the name of the equal tensor for tied ones."""
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[tuple[Any, ...], str] = {}
@@ -131,7 +131,7 @@ def _untied(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
 
 
 def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What is equal for tensors that are the same elements of the same memory, read in the same way."""
+    """A key that is equal for tensors that are the same view of the same memory."""
     memory = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
     return (*memory, tensor.shape, tensor.stride(), tensor.dtype)
 
@@ -140,11 +140,11 @@ def _torch_content(content: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
     file.seek(0)
-    torch.load(file, map_location="meta", weights_only=True)  # raises what `restore` would
+    torch.load(file, map_location="meta", weights_only=True)  # fails now if `restore` would fail later
     return file.getvalue()
 
 
-# What is read.
+# Reading.
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -161,7 +161,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         _check_is_not_inflated(path)
-        with path.open("rb") as file:  # by its name, torch may take it for something else
+        with path.open("rb") as file:  # not by path, whose name torch may take for another format
             content = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -178,7 +178,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _check_is_not_inflated(path: Path) -> None:
-    """torch.save stores what it writes; a part that is compressed may take a thousand times the file's size."""
+    """Refuse compressed parts, which torch.save never writes, and which may take a thousand times the file's size."""
     with zipfile.ZipFile(path) as archive:
         packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
     if packed:

@@ -1,4 +1,4 @@
-"""A student's job, in a process of its own: `python -m schoolhouse.demo.student --help`.
+"""The demo's job that trains students, in a process of its own: `python -m schoolhouse.demo.student --help`.
 
 It needs no Ray and holds no teacher weights; it prints a JSON line after each epoch and each seed.
 """
@@ -22,7 +22,7 @@ EPOCHS, BATCH, LABELLED = 15, 64, 150
 
 
 def convert(student: DigitsStudent, kind: str, teacher: sh.RemoteTeacher) -> Any:
-    """The student with the losses of `kind` between it and the teacher."""
+    """Convert the student, with the losses of `kind` between it and the teacher."""
     criterion: dict[tuple[str, str], nn.Module] = {("fc", "fc"): sh.LogitsDistillationLoss(2.0, "batchmean")}
     weights = [0.7]
     if kind == "logits+features":

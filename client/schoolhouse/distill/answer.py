@@ -14,12 +14,12 @@ from schoolhouse.teachers.protocol import Features
 
 
 class Answer:
-    """The teacher's features of one batch, on their way or here; they stay what they were, or `features` raises."""
+    """The teacher's features of one batch, arrived or not; `features` raises if they were changed after arrival."""
 
     def __init__(self, future: "Future[Features]") -> None:
         self.future = future
-        self.waited_s = 0.0  # by who needed them
-        self._features: Features | None = None  # once they are here
+        self.waited_s = 0.0  # seconds that steps have waited for the features
+        self._features: Features | None = None  # once they have arrived
         self._versions: list[tuple[torch.Tensor, int, bool]] = []
         self._pid = os.getpid()
         if future.done() and self.error() is None:
@@ -39,8 +39,8 @@ class Answer:
         for tensor, version, output in self._versions:
             if output and version_of(tensor) != version:
                 raise FeatureMismatchError(
-                    "the teacher's features were written into after its forward, and are no longer those of this "
-                    "batch: a loss or hook that changes them in place must work on a clone"
+                    "the teacher's features were changed in place after its forward, so they are no longer those of "
+                    "this batch: a loss or hook that changes them must work on a clone"
                 )
         return self._features
 
@@ -55,20 +55,20 @@ class Answer:
 
     @functools.cached_property
     def nbytes(self) -> int:
-        """Bytes of the features, which are here."""
+        """Bytes of the features, which must have arrived."""
         return sum(tensor.nbytes for tensor in tensors_of(self.future.result()))
 
     @property
     def lost(self) -> bool:
-        """Whether it cannot come: the process that asked is the one that this one was forked from."""
+        """Whether the features can never arrive, since the request was made before this process was forked."""
         return self._pid != os.getpid() and not self.future.done()
 
     def error(self) -> BaseException | None:
-        """What kept the teacher from answering, once that is known."""
+        """The error of the request; None if it has not ended, or has succeeded."""
         if not self.future.done():
             return None
         return CancelledError() if self.future.cancelled() else self.future.exception()
 
     def untouched(self) -> bool:
-        """Whether another forward may use them: what the student's layers were given can be written into too."""
+        """Whether another forward may use the features: neither outputs nor injected inputs were changed in place."""
         return self.error() is None and all(version_of(tensor) == version for tensor, version, _ in self._versions)

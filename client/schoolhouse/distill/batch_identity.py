@@ -1,4 +1,4 @@
-"""Batches: what of one a forward takes, and whether what a forward got is the batch that the teacher got."""
+"""Batches: which part of one a forward takes, and whether a forward got the same batch as the teacher."""
 
 import inspect
 from collections.abc import Hashable, Mapping
@@ -17,25 +17,25 @@ from schoolhouse.errors import ConfigError
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_GIVE_INPUTS = "give prefetch inputs=, a function that makes of a batch what the forward gets"
+_GIVE_INPUTS = "give prefetch inputs=, a function that makes the arguments of the forward from a batch"
 
 
 class Inputs:
-    """A batch, remembered by its values to tell whether another one is the same, whatever is written into it later.
+    """The values of a batch as they are now, remembered as digests to tell later whether another batch has the same.
 
-    Tensors are the same on another device too; only a comparison waits for such a device. An object that is not known,
-    such as a nested tensor, is the same only if it is itself, and whether it was written into cannot be told.
+    Equal tensors on different devices count as the same; only a comparison waits for a device. An object of an unknown
+    type, such as a nested tensor, is the same only if it is the same object, and later writes into it go unnoticed.
     """
 
     def __init__(self, args: Any, kwargs: Any) -> None:
         given = Arguments(args, kwargs)
         self._values = [_Value(tensor) for tensor in tensors_of(given) if is_plain(tensor)]
-        self._objects: list[Any] = []  # kept, so that their ids stay theirs
+        self._objects: list[Any] = []  # kept alive, so that no other object gets their ids
         self._rest = signature_of(given, self._told)
 
     @property
     def unknown(self) -> type | None:
-        """The type of an object that is not known, if there is one."""
+        """The type of an object in the batch whose values are not known; None if there is none."""
         return type(self._objects[0]) if self._objects else None
 
     def _told(self, value: Any) -> Hashable:
@@ -55,7 +55,7 @@ class Inputs:
 
     @property
     def on_their_way(self) -> bool:
-        """Whether values are to come from a device, which a comparison would wait for."""
+        """Whether values are still being copied from a device, so that a comparison would wait for it."""
         return any(value.is_fetched for value in self._values)
 
     def same_form_as(self, other: "Inputs") -> bool:
@@ -64,13 +64,13 @@ class Inputs:
 
 
 def _is_dense_subclass(tensor: torch.Tensor) -> bool:
-    """Whether its type only adds to torch.Tensor, as torchvision's images do, and its values are in its own memory."""
+    """Whether its type only adds to torch.Tensor, like torchvision's images, so that its memory holds its values."""
     adds = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
     return adds and not tensor.is_nested and tensor.device.type != "meta"
 
 
 class _Value:
-    """What tells the values that a tensor has now."""
+    """A digest of the values that a tensor has now, computed once they are on the host."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
@@ -80,22 +80,22 @@ class _Value:
 
     @property
     def digest(self) -> bytes:
-        """Equal for equal bytes, on whatever device."""
+        """The digest, equal for equal bytes on any device; it waits for the copy from a device."""
         if self._source is not None:
             self._digest, self._source = _digest(self._source.wait()), None
         return self._digest
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    plain = bytes_of(on_cpu(tensor))  # a NaN equals itself; named, since memory_of does not keep it alive
+    plain = bytes_of(on_cpu(tensor))  # by bytes, so that a NaN equals itself; named, as memory_of keeps no reference
     return xxhash.xxh3_128_digest(memory_of(plain))
 
 
 def bound(signature: inspect.Signature, call: Arguments) -> Inputs:
-    """A call of a function by the names of its parameters, so that `f(x)` and `f(x=x)` are the same."""
+    """The values of a call by the names of the function's parameters, so that `f(x)` and `f(x=x)` are the same."""
     try:
         arguments = signature.bind(*call, **dict(sorted(call.kwargs.items()))).arguments
-    except TypeError:  # it will say so itself
+    except TypeError:  # the call itself will raise it
         return Inputs(call, call.kwargs)
     return Inputs((), dict(sorted(arguments.items())))
 
@@ -113,7 +113,10 @@ def _word(value: Any) -> str:
 
 
 def call_of(made: Any) -> Arguments:
-    """What a user's `inputs` stands for: `(args, kwargs)`, positional arguments, keyword arguments, or one argument."""
+    """The call that the result of a user's `inputs` stands for.
+
+    The result is `(args, kwargs)`, a tuple of positional arguments, a dict of keyword arguments, or one argument.
+    """
     if isinstance(made, Arguments):
         return made
     if isinstance(made, Mapping):
@@ -124,13 +127,14 @@ def call_of(made: Any) -> Arguments:
 
 
 def taken_by(signature: inspect.Signature, batch: Any) -> Arguments:
-    """What of a batch the student's forward takes: keys that are its parameters, or as many leading items as it needs.
+    """The part of a batch that the student's forward takes: by parameter names, or as many leading items as it needs.
 
-    A tensor is the first argument. Of a mapping or a record, such as a named tuple, parameters take what has their
-    name. Of a tuple or list, the parameters without a default take the leading items, or the first one if all have one.
+    A tensor is the first argument. From a mapping or a record, such as a named tuple, each parameter takes the entry of
+    its name. From a tuple or list, the parameters without a default take the leading items; if all have a default, the
+    first parameter takes the first item.
 
     Raises:
-        ConfigError: if that cannot be told.
+        ConfigError: if it is unclear what the forward takes.
     """
     parameters = list(signature.parameters.values())
     record = record_of(batch)
@@ -150,7 +154,7 @@ def taken_by(signature: inspect.Signature, batch: Any) -> Arguments:
 
 
 def _by_name(parameters: list[inspect.Parameter], fields: Mapping[Any, Any]) -> Arguments | None:
-    """The fields that parameters are named after; None unless they are enough for a call."""
+    """The fields with the names of parameters; None if they are not enough for a call."""
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters) and all(isinstance(k, str) for k in fields):
         taken = dict(fields)
     else:

@@ -1,4 +1,4 @@
-"""What `convert` is told: modes and their configs, validated once."""
+"""The modes of `convert` and their configs, validated once."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -31,14 +31,17 @@ class KDLossConfig:
             `(callable, args, kwargs)`, a Teacher such as `connect` returns, or its URL.
         criterion: one loss for the whole outputs, or `{(student_layer, teacher_layer): loss}`; a loss is an instance,
             or a class that needs no arguments. Several pairs may share a layer.
-        loss_balancer: reduces the losses to a scalar; needed with several pairs or a loss of the student's own.
+        loss_balancer: reduces the losses to a scalar; needed for several pairs, or if the student has a loss of its
+            own.
         expose_minimal_state_dict: keep the weights of a teacher in this process out of `state_dict()`.
-        encodings: how the outputs of teacher layers travel, `{teacher_layer: encoding}` of `schoolhouse.encodings`, or
-            one for all; without one they travel as computed. A teacher in this process gives what would have arrived.
-        positions: for encodings that are `at_positions`: called with what the forward is called with, it returns the
-            bool or 0/1 mask `[batch, length]` of the positions that the losses will read.
-        eval_kd: ask the teacher as each forward begins in eval mode and under `no_grad` too, as in training. Without it
-            such a forward asks nobody, and `compute_kd_loss` asks for the last one's batch, of which a copy is kept.
+        encodings: how the outputs of teacher layers travel: `{teacher_layer: encoding}` with encodings of
+            `schoolhouse.encodings`, or one encoding for all layers. Without one, outputs travel as computed. A teacher
+            in this process gives exactly what would arrive over the wire.
+        positions: for encodings that are `at_positions`: a function that is called with the arguments of the forward
+            and returns the bool or 0/1 mask `[batch, length]` of the positions that the losses will read.
+        eval_kd: ask the teacher when each forward begins, as in training, also in eval mode and under `no_grad`.
+            Otherwise such a forward does not ask the teacher; it keeps a copy of its batch, and `compute_kd_loss` asks
+            the teacher for the last such batch.
     """
 
     teacher_model: Any = None
@@ -50,7 +53,7 @@ class KDLossConfig:
     eval_kd: bool = False
 
     def pairs(self) -> dict[tuple[str, str], nn.Module]:
-        """The criterion as `{(student_layer, teacher_layer): loss instance}`."""
+        """The criterion as `{(student_layer, teacher_layer): loss instance}`; raises `ConfigError` if it is no such."""
         if self.criterion is None:
             raise ConfigError("criterion is missing; give a loss, or {(student_layer, teacher_layer): loss}")
         given = self.criterion if isinstance(self.criterion, Mapping) else {("", ""): self.criterion}
@@ -59,7 +62,7 @@ class KDLossConfig:
         return {_pair(pair): _loss(loss, pair) for pair, loss in given.items()}
 
     def tap_encodings(self, layers: Iterable[str]) -> dict[Tap, Encoding]:
-        """The encodings by tap of the teacher's layers in the criterion; raises `ConfigError` for others."""
+        """The encoding of each tap, for teacher `layers` in the criterion; raises `ConfigError` for other layers."""
         taps = tuple(dict.fromkeys(map(Tap, layers)))
         given = self.encodings if isinstance(self.encodings, Mapping) else dict.fromkeys(taps, self.encodings)
         pairs = zip(taps, encodings_of(taps, given), strict=True)
@@ -68,14 +71,14 @@ class KDLossConfig:
         if at_positions and not callable(self.positions):
             raise ConfigError(
                 f"positions is {self.positions!r:.80}, and encodings are at_positions; give a function that makes the "
-                "mask of what the forward is called with"
+                "mask from the arguments of the forward"
             )
         if self.positions is not None and not at_positions:
             raise ConfigError("positions is given, and no encoding needs it; wrap one in encodings.at_positions")
         return found
 
     def check(self) -> None:
-        """Raise `ConfigError` for what is wrong or missing, with the field's name and the choices."""
+        """Raise `ConfigError` for a wrong or missing field, with its name and the choices."""
         if self.teacher_model is None:
             raise ConfigError(f"teacher_model is missing; choices: {_TEACHER_CHOICES}")
         for name in ("expose_minimal_state_dict", "eval_kd"):
@@ -87,20 +90,22 @@ class KDLossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerwiseKDConfig(KDLossConfig):
-    """Config of the mode "layerwise_kd": as `KDLossConfig`, with a criterion of named layers only."""
+    """Config of the mode "layerwise_kd": like `KDLossConfig`, but all layers in the criterion must be named."""
 
     def pairs(self) -> dict[tuple[str, str], nn.Module]:
-        """The criterion; each student layer takes the inputs of one teacher layer."""
+        """As in `KDLossConfig`; also refuses a student layer in several pairs, and the whole model as a layer."""
         if self.criterion is not None and not isinstance(self.criterion, Mapping):
             raise ConfigError("criterion: the mode 'layerwise_kd' needs {(student_layer, teacher_layer): loss}")
         pairs = super().pairs()
         if any("" in pair for pair in pairs):
-            raise ConfigError("criterion: the mode 'layerwise_kd' needs named layers on both sides; '' is the model")
+            raise ConfigError(
+                "criterion: the mode 'layerwise_kd' needs named layers on both sides; '' is the whole model"
+            )
         layers = [layer for layer, _ in pairs]
         twice = sorted({layer for layer in layers if layers.count(layer) > 1})
         if twice:
             raise ConfigError(
-                f"criterion: the student's layers {twice} stand in several pairs; in the mode 'layerwise_kd' a layer "
+                f"criterion: the student's layers {twice} appear in several pairs; in the mode 'layerwise_kd' a layer "
                 "takes the inputs of one teacher layer only"
             )
         return pairs
@@ -119,7 +124,7 @@ MODES: dict[str, type[Any]] = {
 
 
 def read_mode(mode: Any) -> tuple[str, Any]:
-    """The name and config of the one mode that `mode` stands for: a string, a list, a list of pairs, or a dict."""
+    """The name and config of the one mode in `mode`: a name, `[name]`, `[(name, config)]` or `{name: config}`."""
     entries = list(mode.items()) if isinstance(mode, Mapping) else mode
     entries = [entries] if isinstance(entries, str) else entries
     if not isinstance(entries, list | tuple) or len(entries) != 1:
@@ -147,7 +152,7 @@ def _read_config(name: str, config: Any) -> Any:
 
 
 def make_model(given: Any, field: str, choices: str) -> Any:
-    """What `given` is or makes: a module, or a class, callable or tuple `(callable, args, kwargs)` that returns one."""
+    """Call `given`, a class, a callable or a tuple `(callable, args, kwargs)`, and return the model that it makes."""
     if isinstance(given, tuple):
         if not 1 <= len(given) <= 3:
             raise ConfigError(f"{field} is a tuple of {len(given)}; choices: {choices}")
@@ -162,7 +167,7 @@ def make_model(given: Any, field: str, choices: str) -> Any:
 
 
 def make_teacher(given: Any, connect: Callable[[str], Teacher]) -> nn.Module | Teacher:
-    """The module or Teacher that the field `teacher_model` stands for; a URL is connected to."""
+    """The module or Teacher that the field `teacher_model` stands for; for a URL, connect to the teacher there."""
     made = given
     if isinstance(given, type) or not isinstance(given, nn.Module | str | Teacher):
         made = make_model(given, "teacher_model", _TEACHER_CHOICES)
@@ -203,4 +208,4 @@ def _check_balancer(balancer: Any, several: bool) -> None:
     if not isinstance(balancer, DistillationLossBalancer):
         raise ConfigError(f"loss_balancer is a {type(balancer).__name__}; choices: a DistillationLossBalancer, None")
     if next(balancer.parameters(), None) is not None:
-        raise ConfigError("loss_balancer has parameters, which no loss would train; keep its state in buffers")
+        raise ConfigError("loss_balancer has parameters, which would not be trained; keep its state in buffers")

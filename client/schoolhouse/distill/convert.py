@@ -1,4 +1,4 @@
-"""convert() and export(): a student and a config become a DistillationModel, and back."""
+"""convert() turns a student and a config into a DistillationModel; export() turns it back."""
 
 import inspect
 import warnings
@@ -31,21 +31,21 @@ def convert(model: Any, mode: Any) -> Any:
     """Turn `model`, in place, into a meta-model that distils a teacher into it.
 
     Args:
-        model: the student; afterwards an instance of a dynamic subclass of its own class. A class, a callable or a
-            tuple `(callable, args, kwargs)` is called first.
-        mode: one mode, as a name, `[name]`, `[(name, config)]` or `{name: config}`. The modes: "kd_loss"
+        model: the student, which becomes an instance of a dynamic subclass of its own class. A class, a callable or a
+            tuple `(callable, args, kwargs)` is called first to make the student.
+        mode: one mode, as a name, `[name]`, `[(name, config)]` or `{name: config}`. The modes are "kd_loss"
             (`KDLossConfig`), "layerwise_kd" (`LayerwiseKDConfig`), and "export_student", which is `export`. A config
             is an object of that class or a dict of its fields.
 
-    With DistributedDataParallel convert the module inside first and wrap it then, without `static_graph`, and without
-    `find_unused_parameters` if a loss has parameters; all that requires gradients must take part in the loss, so if
-    losses stand at inner layers only, freeze what comes after those before wrapping. With FSDP2 (`fully_shard`) do
-    either first; if the student is sharded first, so must be each loss that has parameters. Each rank asks the teacher
-    for its own rows.
+    With DistributedDataParallel, convert the inner module before you wrap it. Wrap it without `static_graph`, and
+    without `find_unused_parameters` if a loss has parameters. All parameters that require gradients must take part in
+    the loss: if the losses are at inner layers only, freeze the layers after them before wrapping. With FSDP2
+    (`fully_shard`), shard before or after `convert`; if before, also shard each loss that has parameters. Each rank
+    asks the teacher for its own rows.
 
     Raises:
-        ConfigError: a field is wrong; the message names it and the choices.
-        UnknownTapError: a layer that the student or the teacher does not have; lists close matches.
+        ConfigError: if a field is wrong; the message names it and the choices.
+        UnknownTapError: for a layer that the student or the teacher does not have; lists close matches.
     """
     name, config = read_mode(mode)
     if name == "export_student":
@@ -92,9 +92,9 @@ def _convert(
 def _teacher(
     student: nn.Module, given: Any, pairs: Iterable[tuple[str, str]], encodings: Iterable[Encoding]
 ) -> tuple[Teacher, Iterable[str]]:
-    """The teacher, which has all the layers, and what its forward takes.
+    """The teacher, checked to have all the layers, and the names of the parameters of its forward.
 
-    A module is frozen once that is known not to freeze the student.
+    A module is frozen only after a check that it shares no parameters with the student, which would freeze these too.
     """
     made = make_teacher(given, connect)
     heads = [encoding.head for encoding in encodings if isinstance(encoding, Hidden)]
@@ -115,17 +115,17 @@ def _check_encodes(teacher: Teacher) -> None:
         inspect.signature(teacher.submit).bind((), {}, (), encodings={}, positions=None)
     except TypeError as err:
         raise ConfigError(
-            f"encodings are given, and the submit of teacher_model, a {type(teacher).__name__}, does not take them "
-            f"({err}); choices: no encodings, or a submit with encodings= and positions="
+            f"encodings are given, but the submit method of teacher_model, a {type(teacher).__name__}, does not take "
+            f"them ({err}); choices: no encodings, or a submit method with encodings= and positions="
         ) from err
 
 
 def export(model: nn.Module) -> nn.Module:
-    """The plain student back: the same object, of its own class, without hooks; a wrapper around it is taken off."""
+    """Give the plain student back: the same object, of its own class, without hooks and without a wrapper."""
     inner = unwrapped(model)
     if inner is not model:
         warnings.warn(
-            f"export takes the {type(model).__name__} off and changes the model inside; wrap it again if needed",
+            f"export removes the wrapper {type(model).__name__} and changes the model inside; wrap it again if needed",
             stacklevel=2,
         )
     if not isinstance(inner, DistillationModel):
@@ -149,15 +149,15 @@ def _check_student(model: nn.Module) -> None:
         )
     taken = [name for name in EXTRAS if name in {*model._modules, *model._parameters, *model._buffers, *vars(model)}]
     if taken:
-        raise ConfigError(f"the model has {taken} of its own, which is where convert puts its parts: rename them")
+        raise ConfigError(f"the model has {taken} of its own, and convert adds its parts by these names: rename them")
 
 
 def _check_sharding(student: nn.Module, losses: Iterable[nn.Module]) -> None:
     alone = [type(loss).__name__ for loss in losses if [*loss.parameters()] and not is_sharded(loss)]
     if alone and is_sharded(student):
         raise ConfigError(
-            f"the student is sharded and the trainable losses ({', '.join(alone)}) are not, so that no one would "
-            "average their gradients over ranks: fully_shard each loss too before convert, or convert first"
+            f"the student is sharded and the trainable losses ({', '.join(alone)}) are not, so their gradients would "
+            "not be averaged over ranks: fully_shard each loss too before convert, or convert first"
         )
 
 
@@ -165,8 +165,8 @@ def _check_trainable(student: nn.Module) -> None:
     parameters = [*student.parameters()]
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         warnings.warn(
-            "no parameter of the student requires gradients, so nothing of it will be trained; if it is a copy of a "
-            "model that has been a teacher, call student.requires_grad_() first",
+            "no parameter of the student requires gradients, so nothing will be trained; if it is a copy of a model "
+            "that has been a teacher, call student.requires_grad_() first",
             stacklevel=4,
         )
 
@@ -176,6 +176,6 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
     shared = [own[id(parameter)] for parameter in teacher.parameters() if id(parameter) in own]
     if student is teacher or shared:
         raise ConfigError(
-            f"teacher_model shares parameters with the student ({', '.join(shared[:5])}), and a teacher is frozen; "
-            "give a copy.deepcopy of it"
+            f"teacher_model shares parameters with the student ({', '.join(shared[:5])}), which would be frozen with "
+            "the teacher; give a copy.deepcopy of it"
         )

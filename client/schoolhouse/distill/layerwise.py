@@ -1,4 +1,4 @@
-"""LayerwiseDistillationModel: named layers of the student get the teacher's inputs and learn to give its outputs."""
+"""LayerwiseDistillationModel: layers of the student get the inputs of the teacher's, and learn to give its outputs."""
 
 import warnings
 from typing import Any
@@ -20,7 +20,7 @@ class LayerwiseMode(KDMode):
     needs_inputs = True
 
     def attach(self, model: nn.Module, state: Distillation, balancer: Any) -> None:
-        """Also freeze all but the layers in the criterion."""
+        """Also freeze all layers that are not in the criterion."""
         super().attach(model, state, balancer)
         model.requires_grad_(False)
         for layer, _ in state.criterion:
@@ -30,19 +30,19 @@ class LayerwiseMode(KDMode):
             state.undo.append(_Skip(head))
 
     def taps(self, state: Distillation) -> tuple[Tap, ...]:
-        """The inputs too."""
+        """The outputs and also the inputs of the teacher's layers."""
         layers = dict.fromkeys(layer for _, layer in state.criterion)
         return tuple(Tap(layer, side) for layer in layers for side in ("input", "output"))
 
     def hook(self, state: Distillation, layer: str, module: nn.Module) -> None:
-        """Also give the layer the inputs of its pair."""
+        """Also set a hook that gives the layer the inputs of the teacher's layer in its pair."""
         paired = next(teacher_layer for student_layer, teacher_layer in state.criterion if student_layer == layer)
         inject = _Inject(state, layer, Tap(paired, "input"))
         state.handles.append(module.register_forward_pre_hook(inject, with_kwargs=True))
         super().hook(state, layer, module)
 
     def mark(self, state: Distillation, step: Step, losses: dict[str, torch.Tensor]) -> None:
-        """Tell in a backward whose layers run again."""
+        """Remember in a backward which step it belongs to, as activation checkpointing runs layers of it again."""
         for loss in losses.values():
             if loss.requires_grad:
                 loss.register_hook(_Recomputes(state, step))  # type: ignore[no-untyped-call]
@@ -51,10 +51,10 @@ class LayerwiseMode(KDMode):
 class LayerwiseDistillationModel(DistillationModel):
     """Mixin of a student whose layers in the criterion replace layers of the teacher.
 
-    Each gets the inputs of the teacher's layer: its positional arguments, and where the teacher's layer was called with
-    keyword arguments alone, those of them that hold tensors. All else of the student is frozen, the losses' own
-    parameters too: `model.loss_modules.requires_grad_()` trains them. A layer `lm_head` of the student, if it is not in
-    the criterion, passes its input on. `export` leaves `requires_grad` as it is.
+    Each of these layers gets the inputs of the teacher's layer: its positional arguments, or, if the teacher's layer
+    was called with keyword arguments alone, those that hold tensors. Everything else in the student is frozen, and so
+    are the parameters of the losses; `model.loss_modules.requires_grad_()` makes those trainable. The student's layer
+    `lm_head`, unless it is in the criterion, returns its input. `export` leaves `requires_grad` as it is.
     """
 
     _schoolhouse_mode = LayerwiseMode()
@@ -64,7 +64,7 @@ class LayerwiseDistillationModel(DistillationModel):
 
 
 class _Skip:
-    """Makes a module pass its input on, until it is called; its parameters stay where they are."""
+    """Makes a module return its input; calling the object undoes this. The module's parameters stay where they are."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -82,7 +82,7 @@ def _pass_on(value: Any, *_args: Any, **_kwargs: Any) -> Any:
 
 
 class _Recomputes:
-    """Hook of a step's loss: from here on it is this step's layers that activation checkpointing may run again."""
+    """Gradient hook of a step's loss: what activation checkpointing runs again from here on belongs to this step."""
 
     def __init__(self, state: Distillation, step: Step) -> None:
         self._state, self._step = state, step
@@ -92,7 +92,7 @@ class _Recomputes:
 
 
 class _Inject:
-    """Forward pre-hook that gives a layer what the teacher's layer was given."""
+    """Forward pre-hook that gives a layer the inputs of the teacher's layer."""
 
     def __init__(self, state: Distillation, layer: str, tap: Tap) -> None:
         self._state, self._layer, self._tap = state, layer, tap
@@ -103,11 +103,11 @@ class _Inject:
         if step is None:
             return self._again(args, kwargs) if torch._C._current_graph_task_id() != -1 else None
         if step.answer is None:
-            return None  # the student runs alone
+            return None  # the teacher was not asked: the student runs alone
         if self._layer in step.injected:
             step.ran_twice.add(self._layer)
             warnings.warn(
-                f"the layer {self._layer!r} runs again in one forward, now on inputs of the student's own", stacklevel=2
+                f"the layer {self._layer!r} runs again in one forward, now on the student's own inputs", stacklevel=2
             )
             return None
         if step.match is not None and step.match.among_others:
@@ -124,12 +124,12 @@ class _Inject:
         if step is None:
             raise FeatureMismatchError(
                 f"activation checkpointing runs the layer {self._layer!r} again, in a backward that did not start at "
-                "a loss of compute_kd_loss, so that the inputs which it had cannot be told"
+                "a loss of compute_kd_loss, so the inputs that it had are not known"
             )
         if self._layer in step.ran_twice:
             raise FeatureMismatchError(
-                f"the layer {self._layer!r} runs several times in a forward, so that activation checkpointing cannot "
-                "tell which inputs each run had; leave it out of the checkpointed part"
+                f"the layer {self._layer!r} runs several times in a forward, so under activation checkpointing it is "
+                "not known which inputs each run had; leave the layer out of the checkpointed part"
             )
         given = step.injected.get(self._layer)
         return None if given is None else _replaced(given, args, kwargs)

@@ -1,4 +1,4 @@
-"""Batches that the teacher was asked for ahead of their forwards, and which of them a forward is on."""
+"""Prefetched batches: those that the teacher was asked for ahead of their forwards, and which one a forward is on."""
 
 import contextlib
 import functools
@@ -21,30 +21,30 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
 )
 
-_PASSING = (TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError)
+_PASSING = (TeacherBusyError, TeacherTimeoutError, TeacherUnavailableError)  # errors after which asking again may help
 
 
 @dataclass(eq=False)
 class Entry:
-    """One batch that the teacher was asked for. `answer` is None while its queue was full."""
+    """One prefetched batch. `answer` is None as long as the teacher could not be asked, since its queue was full."""
 
     number: int
-    batch: Any  # until it is yielded
+    batch: Any  # None once it was yielded
     call: Arguments
-    asked: Arguments  # what of it the teacher is asked with
-    inputs: Inputs  # that, as the teacher got it
+    asked: Arguments  # the part of `call` that is sent to the teacher
+    inputs: Inputs  # the values of `asked` when the teacher was asked
     answer: Answer | None = None
     used: bool = False
 
     @property
     def unanswered(self) -> bool:
-        """Whether the teacher is to be asked, or asked again since its queue was full or it was away."""
-        answer = self.answer  # which the garbage collector may drop meanwhile
+        """Whether the teacher must be asked, for the first time or again, since it was busy, late or away."""
+        answer = self.answer  # read once: a garbage collection may set it to None meanwhile
         return answer is None or answer.lost or isinstance(answer.error(), _PASSING)
 
     @property
     def stale(self) -> bool:
-        """Whether a forward has to ask again."""
+        """Whether a forward on this batch must ask the teacher again."""
         answer = self.answer
         return answer is None or self.unanswered or (self.used and not answer.untouched())
 
@@ -54,18 +54,18 @@ class Entry:
         return max(1, sum(tensor.nbytes for tensor in tensors_of(self.call)))
 
     def features_nbytes(self) -> int | None:
-        """Bytes of the features, once they are here."""
+        """Bytes of the features; None if they have not arrived."""
         answer = self.answer
         return None if answer is None or not answer.future.done() or answer.error() is not None else answer.nbytes
 
     def held_nbytes(self, features_per_byte: float) -> float:
-        """Bytes of the inputs and of the features, which have that many a byte of the inputs if they are to come."""
+        """Bytes of inputs and features; features that have not arrived count `features_per_byte` per byte of inputs."""
         known = self.features_nbytes()
         return self.nbytes + (self.nbytes * features_per_byte if known is None else known)
 
 
 class Ahead:
-    """The batches of one loop: those asked for ahead, and those yielded whose forward may still come."""
+    """The batches of one loop: those asked for and not yielded yet, and those yielded whose forward may still come."""
 
     def __init__(
         self,
@@ -78,7 +78,10 @@ class Ahead:
         max_bytes: int,
         progress: Callable[[float], Any],
     ) -> None:
-        """`request` asks the teacher with a question, which `question` makes of a call; `bound` makes inputs of one."""
+        """`question` reduces a call to what the teacher is asked with, `bound` remembers its values.
+
+        `request` asks the teacher with such a question; its second argument is the whole call.
+        """
         self.question = question
         self.bound = bound
         self.waiting: deque[Entry] = deque()
@@ -89,11 +92,11 @@ class Ahead:
         self._depth = depth
         self._max_bytes = max_bytes
         self._progress = progress
-        self._dropped = 0  # since the last loss, batches whose forward did not come in time
-        self._interrupted_by: int | None = None  # as the loop last went on
+        self._dropped = 0  # batches dropped since the last loss, as their forward did not come in time
+        self._interrupted_by: int | None = None  # the session's last error when the loop last took a batch
 
     def go_on(self) -> None:
-        """The loop takes its next batch, and is the one whose batches are expected."""
+        """Note that the loop takes its next batch, so that it is open, if it was not."""
         self._interrupted_by = _last_error()
         if not self.closed and self not in self._loops.open:
             self._loops.open.append(self)
@@ -110,18 +113,18 @@ class Ahead:
         return held + self.waiting[-1].nbytes * (1 + per_byte) <= self._max_bytes
 
     def _learn(self) -> None:
-        """See how large features are beside their inputs; until that is known one batch alone is asked for."""
+        """Learn how large features are relative to their inputs; until then only one batch is asked for ahead."""
         for entry in (*self.waiting, *self._yielded):
             if (nbytes := entry.features_nbytes()) is not None:
                 self._loops.features_per_byte = max(self._loops.features_per_byte or 0.0, nbytes / entry.nbytes)
 
     def drop_used(self) -> None:
-        """Free the batches whose forward has come."""
+        """Free the batches whose forward has run."""
         self._learn()
         self._yielded = deque(entry for entry in self._yielded if not entry.used)
 
     def ask(self, entry: Entry) -> None:
-        """Ask the teacher for a batch; what it raises is kept for the step; with a full queue it is asked later."""
+        """Ask the teacher for a batch. An error is kept for the batch's step; a full queue means to ask later."""
         try:
             entry.answer = self._request(entry.asked, entry.call)
         except TeacherBusyError:
@@ -130,7 +133,7 @@ class Ahead:
             entry.answer = _failed(err)
 
     def take(self) -> Any:
-        """The next batch; its forward may come from now on."""
+        """Yield the next batch, whose forward may come from now on."""
         entry = self.waiting.popleft()
         if len(self._yielded) >= self._depth:
             late = self._yielded.popleft()
@@ -142,16 +145,16 @@ class Ahead:
         return batch
 
     def alike(self, given: Inputs) -> list[Entry]:
-        """The yielded batches of the form of a call: those whose forward may still come, in order, and then others."""
+        """The yielded batches with the shapes of a call: first, in order, those whose forward has not run yet."""
         alike = [entry for entry in self._yielded if entry.inputs.same_form_as(given)]
         return [*(entry for entry in alike if not entry.used), *(entry for entry in reversed(alike) if entry.used)]
 
     def find(self, given: Inputs) -> Entry | None:
-        """The batch that a call is on, of those that were yielded; it may wait for a device."""
+        """The yielded batch that has the values of a call; the comparison may wait for a device."""
         return next((entry for entry in self.alike(given) if entry.inputs.same_as(given)), None)
 
     def answer(self, entry: Entry, call: Arguments) -> Answer:
-        """The answer for a forward, which has come; the teacher is asked again where there is none."""
+        """The answer for the forward that now runs on this batch; asks the teacher again if the entry has none."""
         answer = entry.answer
         if answer is None or entry.stale:
             left_out = entry.call.kwargs.keys() - entry.asked.kwargs.keys()
@@ -161,56 +164,57 @@ class Ahead:
         return answer
 
     def put_back(self, entry: Entry) -> None:
-        """The forward that had its answer was on another batch: its own may still come."""
+        """Make a batch wait for its forward again, after a forward was taken for its own by mistake."""
         entry.used = False
-        if entry.answer is not None and entry not in self._yielded:  # the loop went on meanwhile
+        if entry.answer is not None and entry not in self._yielded:  # dropped there, as the loop went on meanwhile
             self._yielded.appendleft(entry)
 
     def expects_a_forward(self) -> bool:
-        """Whether a batch that was yielded waits for its forward."""
+        """Whether a yielded batch is waiting for its forward."""
         return any(not entry.used for entry in self._yielded)
 
     def given(self, call: Arguments) -> Inputs:
-        """What of a call the teacher was asked with."""
+        """The values of a call, as the teacher would be asked with them."""
         return self.bound(self.question(call))
 
     def expected(self, given: Inputs, call: Arguments) -> str:
-        """A message for a question on something else, while a forward is expected."""
+        """The error message for a forward on another batch than the expected ones."""
         entries = [entry for entry in self._yielded if not entry.used]
         if self._dropped:
             taken = len(entries) + self._dropped
             return (
-                f"{taken} batches of the loop over prefetch were taken before their forwards, and it keeps depth="
-                f"{self._depth} of them, so that features of the first {self._dropped} were dropped; the forward got "
-                f"{summary(call)}, which is none of the others. Where batches are taken together, as for gradient "
-                f"accumulation, give prefetch their number: depth={taken} or above"
+                f"{taken} batches of the loop over prefetch were taken before their forwards, and prefetch keeps "
+                f"depth={self._depth} of them, so that features of the first {self._dropped} were dropped; the forward "
+                f"got {summary(call)}, which is none of the others. Where several batches are taken at once, as for "
+                f"gradient accumulation, give prefetch their number: depth={taken} or above"
             )
         names = " or ".join(f"batch {entry.number}, {summary(entry.asked)}," for entry in entries) or "another batch"
         others = any(entry.inputs.same_form_as(given) for entry in entries)
-        why = " of other values" if others else ""
+        why = " with other values" if others else ""
         return (
-            f"the forward got {summary(call)}{why}, where {names} of the loop over prefetch was expected, which the "
-            "teacher was asked for. Forward the batch as it was yielded, or give prefetch inputs=, a function that "
-            "makes of a batch what the forward gets. model.eval() or only_student_forward() are for other batches; the "
-            "loop's end, or its close(), drops what was asked for"
+            f"the forward got {summary(call)}{why}, where {names} of the loop over prefetch was expected, for which "
+            "the teacher was asked. Forward the batch as it was yielded, or give prefetch inputs=, a function that "
+            "makes the arguments of the forward from a batch. Run other batches under model.eval() or "
+            "only_student_forward(), or after the loop has ended or was closed with close()"
         )
 
     def used(self, answer: Answer) -> None:
-        """The loss of a step is being computed."""
+        """Report how long the step whose loss is now computed waited for the teacher."""
         self._dropped = 0
         waited_s, answer.waited_s = answer.waited_s, 0.0
         self._progress(waited_s)
 
     def rest_if_interrupted(self) -> None:
-        """Rest, if an error has ended the loop and an interactive session keeps it, with the frames of that error.
+        """Rest, if an error has ended the loop without closing it, as in an interactive session.
 
-        Such a session remembers the last error that came to its prompt, where no loop was left running.
+        Such a session keeps the last error that reached its prompt, and with its frames the loop. So a new last error
+        means that no loop from before it is running any more.
         """
         if self._interrupted_by != _last_error():
             self.rest()
 
     def rest(self) -> None:
-        """Drop what was asked for; the teacher is told. Batches that wait stay, for a loop that goes on after all.
+        """Cancel what was asked for. Batches not yielded yet stay, in case the loop goes on after all.
 
         The garbage collector may call this at any time, also while a method of this object runs.
         """
@@ -223,17 +227,17 @@ class Ahead:
         self._yielded = deque()
 
     def close(self) -> None:
-        """Rest, and ask for nothing more."""
+        """Rest, and never ask again."""
         self.closed = True
         self.rest()
 
 
 @dataclass(eq=False)
 class Match:
-    """The batch that a forward is on, of those that were asked for ahead.
+    """The prefetched batch that a forward is on.
 
-    It is a guess where the values that the forward got are on their way from a device: `given` holds them then, as each
-    loop's teacher was asked with them, the innermost loop's first. `confirm` or `drop` sees whether it was right.
+    While the values of the forward's arguments are still being copied from a device, it is a guess, and `given` holds
+    these values as each open loop would ask with them, the innermost loop first. `confirm` or `drop` checks the guess.
     """
 
     ahead: Ahead
@@ -241,13 +245,13 @@ class Match:
     answer: Answer
     call: Arguments
     given: Mapping[Ahead, Inputs] | None = None
-    among_others: bool = False  # of its form
+    among_others: bool = False  # several batches have the same shapes, so the guess may be wrong
 
     def confirm(self, *, final: bool) -> Answer:
-        """The answer for the batch that the forward was on. With `final` it cannot be another one any more.
+        """The answer for the batch that the forward was really on. With `final` a wrong guess cannot be corrected.
 
         Raises:
-            FeatureMismatchError: if it was on none of those that were asked for, or on another one and that is final.
+            FeatureMismatchError: if the forward was on no prefetched batch, or, with `final`, on another than guessed.
         """
         given = self._wrong()
         if given is None:
@@ -260,11 +264,11 @@ class Match:
         raise FeatureMismatchError(self.ahead.expected(given[self.ahead], self.ahead.question(self.call)))
 
     def drop(self) -> None:
-        """The forward has no loss."""
+        """Check the guess of a forward whose loss is not computed."""
         self._wrong()
 
     def _wrong(self) -> Mapping[Ahead, Inputs] | None:
-        """What the forward got if the guess was wrong; the batch that it named waits for its own forward again."""
+        """The forward's values if the guess was wrong, otherwise None; the guessed batch then waits again."""
         given, self.given = self.given, None
         if given is None or self.entry.inputs.same_as(given[self.ahead]):
             return None
@@ -273,21 +277,21 @@ class Match:
 
 
 class Loops:
-    """The loops over `prefetch` that a model is in."""
+    """The open loops over `prefetch` of a model."""
 
     def __init__(self) -> None:
-        self.open: list[Ahead] = []  # the innermost last
-        self.expecting: Ahead | None = None  # that of them which yielded last
-        self.features_per_byte: float | None = None  # bytes of features a byte of inputs, the most so far
+        self.open: list[Ahead] = []  # the innermost is last
+        self.expecting: Ahead | None = None  # the loop that yielded last
+        self.features_per_byte: float | None = None  # largest ratio so far of feature bytes to input bytes
 
     def match(self, call: Arguments, *, training: bool) -> Match | None:
-        """The batch that a call is on, if it was asked for ahead.
+        """The prefetched batch that a call is on, or None.
 
-        In training it is taken for the next batch of its form while its values are on their way from a device, so that
-        nobody waits for them here; `Match.confirm` holds it against that batch before a loss is computed.
+        In training, while the values of the call are still being copied from a device, it is taken for the next batch
+        with its shapes, so that the forward does not wait for them; `Match.confirm` checks that before the loss.
 
         Raises:
-            FeatureMismatchError: in training, if batches were asked for ahead, and this is none of them.
+            FeatureMismatchError: in training, if prefetched batches wait for their forward, and this is none of them.
         """
         for ahead in [*self.open]:
             ahead.rest_if_interrupted()
@@ -304,9 +308,9 @@ class Loops:
 
 
 def _guessed(given: Mapping[Ahead, Inputs], call: Arguments) -> Match | None:
-    """The next batch that a call may be on; None where its values are here, or none waits for it.
+    """A guess at the batch that a call is on; None if the call's values are known, or no batch of its shapes waits.
 
-    None, too, where one of those that wait is to be asked for again: its own call alone has its values.
+    Also None if a waiting batch must be asked for again, since only the call on that very batch has its values.
     """
     loops = [(ahead, inputs) for ahead, inputs in given.items() if inputs.on_their_way]
     alike = [(ahead, entry) for ahead, inputs in loops for entry in ahead.alike(inputs)]

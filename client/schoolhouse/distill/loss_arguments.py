@@ -14,17 +14,17 @@ _OUTPUTS = 2  # the student's and the teacher's, which a loss takes first
 
 
 class LossArguments:
-    """The names that each loss takes, told once; a loss whose forward has `**kwargs` takes all."""
+    """The keyword arguments that each loss takes, found once; a loss whose forward has `**kwargs` takes all."""
 
     def __init__(self, losses: Iterable[nn.Module]) -> None:
         self._takes = [(type(loss).__name__, _names(loss)) for loss in losses]
         self._none: Sequence[Mapping[str, Any]] = [{} for _ in self._takes]
 
     def of_each(self, given: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """What of `given` each loss takes, in their order.
+        """The part of `given` that each loss takes, in the order of the losses.
 
         Raises:
-            UsageError: for a name that none takes.
+            UsageError: for a name that no loss takes.
         """
         if not given:
             return self._none
@@ -39,10 +39,10 @@ class LossArguments:
 
 
 def _names(loss: nn.Module) -> tuple[str, ...] | None:
-    """The names that a loss takes beside the two outputs; None for any."""
+    """The keyword arguments that a loss takes beside the two outputs; None if it takes any."""
     try:
         parameters = [*inspect.signature(without_compiler(loss).forward).parameters.values()]
-    except (TypeError, ValueError):  # a forward that is not Python's own does not say
+    except (TypeError, ValueError):  # a forward that is not written in Python may have no signature
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None

@@ -1,4 +1,4 @@
-"""What a mode of distillation sets up in a student: hooks, and what it has beside its own modules."""
+"""What a mode of distillation sets up in a student: hooks, and the modules that `convert` adds."""
 
 import warnings
 from typing import Any
@@ -11,18 +11,18 @@ from schoolhouse.losses.balancers import DistillationLossBalancer
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 
-# Names in the module tree, as the seed's.
+# Names in the module tree, which are those of ModelOpt.
 TEACHER, LOSSES, BALANCER = "_teacher_model", "_loss_modules", "_loss_balancer"
 EXTRAS = (LOSSES, BALANCER, TEACHER)
 
 
 class KDMode:
-    """What the mode "kd_loss" does to a student; "layerwise_kd" differs in these."""
+    """What the mode "kd_loss" does to a student; the mode "layerwise_kd" overrides some of these methods."""
 
-    needs_inputs = False  # of the teacher's layers, while the student's forward runs
+    needs_inputs = False  # whether the student's forward needs the inputs of the teacher's layers
 
     def attach(self, model: nn.Module, state: Distillation, balancer: DistillationLossBalancer | None) -> None:
-        """Set hooks and register what a converted student has beside its own modules."""
+        """Set hooks, and register the modules that a converted student has in addition to its own."""
         state.taps = self.taps(state)
         for layer in dict.fromkeys(layer for layer, _ in state.criterion):
             self.hook(state, layer, model.get_submodule(layer))
@@ -34,20 +34,20 @@ class KDMode:
         state.handles.append(model.register_load_state_dict_post_hook(_forgive_extras))  # type: ignore[no-untyped-call]
 
     def taps(self, state: Distillation) -> tuple[Tap, ...]:
-        """The teacher's features that a step needs."""
+        """The taps of the teacher whose features a step needs."""
         return tuple(dict.fromkeys(Tap(layer) for _, layer in state.criterion))
 
     def hook(self, state: Distillation, layer: str, module: nn.Module) -> None:
-        """Capture what a layer of the student returns; "" is the student itself."""
+        """Set a hook that captures what a layer of the student returns; "" is the student itself."""
         capture = _Capture(state, layer) if layer else _CaptureWhole(state)
         state.handles.append(module.register_forward_hook(capture))
 
     def mark(self, state: Distillation, step: Step, losses: dict[str, torch.Tensor]) -> None:
-        """Called with the losses of a step, before they are reduced."""
+        """Called with the losses of a step before they are reduced; does nothing in this mode."""
 
 
 class _Capture:
-    """Forward hook that keeps a layer's output while the student's forward runs; a class, so that it pickles."""
+    """Forward hook that keeps a layer's output while the student's forward runs; a class, so that it can be pickled."""
 
     def __init__(self, state: Distillation, layer: str) -> None:
         self._state = state
@@ -68,9 +68,10 @@ class _Capture:
 
 
 class _CaptureWhole:
-    """Forward hook of the student itself: what a call of it returns, which others may have changed after its forward.
+    """Forward hook of the student itself, which keeps what a call of the student returns.
 
-    Such are forward hooks that were there before, and a `forward` that was wrapped after `convert`, as accelerate does.
+    That may differ from what its forward returned: forward hooks that were registered before may change it, and so may
+    a wrapper that was put around `forward` after `convert`, as by accelerate.
     """
 
     def __init__(self, state: Distillation) -> None:
@@ -82,7 +83,10 @@ class _CaptureWhole:
 
 
 def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
-    """Post hook of load_state_dict, for a model inside another one, such as DistributedDataParallel."""
+    """Post hook of load_state_dict that does not count parts as missing of which the checkpoint has nothing.
+
+    It serves a model inside another one, such as DistributedDataParallel.
+    """
     for name in EXTRAS:
         part = model._modules.get(name)
         absent = [key for key in incompatible.missing_keys if f".{name}." in f".{key}"]

@@ -1,4 +1,4 @@
-"""DistillationModel: a student whose forward also asks the teacher, and which computes the losses between them."""
+"""DistillationModel: a student whose forward also asks the teacher, and which computes the losses between the two."""
 
 import copyreg
 import functools
@@ -21,9 +21,10 @@ from schoolhouse.taps import Tap
 class DistillationModel(nn.Module):
     """Mixin of the dynamic subclass that `convert` gives a student.
 
-    In its module tree stand `_loss_modules` (the losses with parameters or buffers), `_loss_balancer`, and
-    `_teacher_model` if the teacher lives in this process. It stands before the student's own class, so that apart from
-    ModelOpt's names all of its own begin with `_schoolhouse`: another could be one of the student's.
+    It adds `_loss_modules` (the losses with parameters or buffers), `_loss_balancer`, and, if the teacher lives in this
+    process, `_teacher_model` to the module tree. The mixin comes before the student's own class in the method
+    resolution order, so its attributes, apart from ModelOpt's names, begin with `_schoolhouse`: other names could hide
+    some of the student's.
     """
 
     _schoolhouse: Distillation
@@ -38,7 +39,7 @@ class DistillationModel(nn.Module):
         return (make, args, *rest)
 
     def _get_name(self) -> str:
-        """The name that a print of the model shows; that of its class is the student's own."""
+        """The name that `print(model)` shows; the name of the class stays the student's own."""
         return f"Distillation{super()._get_name()}"  # type: ignore[no-untyped-call]
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -47,7 +48,7 @@ class DistillationModel(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """As the student's own, with the losses by their layers: those without state are not in the module tree."""
+        """The student's own, and the losses by their layers, since losses without state are not in the module tree."""
         pairs = self._schoolhouse.criterion.items()
         return "\n".join([*filter(None, [super().extra_repr()]), *(f"{pair}: {loss!r}" for pair, loss in pairs)])
 
@@ -72,7 +73,7 @@ class DistillationModel(nn.Module):
         return cast("DistillationLossBalancer | None", self._modules[BALANCER])
 
     def hide_teacher_model(self, enable: bool = True) -> Any:
-        """Context in which the teacher's module is not in the module tree, if it ever is."""
+        """Context in which the teacher's module, if it lives in this process, is not in the module tree."""
         return _hidden(self, TEACHER, nn.Module, enable)
 
     def hide_loss_modules(self, enable: bool = True) -> Any:
@@ -81,7 +82,7 @@ class DistillationModel(nn.Module):
 
     @contextmanager
     def only_teacher_forward(self, enable: bool = True) -> Iterator[None]:
-        """Within it, a forward runs the teacher alone and returns its output, as its encoding makes it arrive.
+        """Context in which a forward runs only the teacher and returns its output, as it arrives in its encoding.
 
         A forward of the student on the same batch, within `only_student_forward`, completes the step.
         """
@@ -94,7 +95,7 @@ class DistillationModel(nn.Module):
 
     @contextmanager
     def only_student_forward(self, enable: bool = True) -> Iterator[None]:
-        """Within it, a forward runs the student alone: for validation."""
+        """Context in which a forward runs only the student, as for validation."""
         state = self._schoolhouse
         before, state.only_student = state.only_student, enable or state.only_student
         try:
@@ -103,7 +104,7 @@ class DistillationModel(nn.Module):
             state.only_student = before
 
     def train(self, mode: bool = True) -> Any:
-        """As `nn.Module.train`; the teacher stays in eval mode, and a change of mode drops what was captured."""
+        """As `nn.Module.train`; the teacher stays in eval mode, and a change of mode drops the step that is open."""
         if mode != self.training:
             self._schoolhouse.drop_step()
         super().train(mode)
@@ -124,10 +125,10 @@ class DistillationModel(nn.Module):
             return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module.load_state_dict`; a checkpoint of the student alone is loaded into the student alone.
+        """As `nn.Module.load_state_dict`; a checkpoint may hold the student alone.
 
-        Teacher, losses and balancer are left as they are where the checkpoint has nothing of them, and the teacher
-        always if `expose_minimal_state_dict`.
+        Teacher, losses and balancer stay as they are if the checkpoint does not contain them; with
+        `expose_minimal_state_dict` the teacher always stays as it is.
         """
 
         def absent(name: str) -> bool:
@@ -150,36 +151,38 @@ class DistillationModel(nn.Module):
         max_bytes: int = 1 << 30,
         progress: Any = None,
     ) -> Prefetch:
-        """The batches of `loader`, while the teacher works on the next ones.
+        """Iterate over the batches of `loader` while the teacher already works on the next ones.
 
-        Each forward gets the features that its own batch asked for. In training, a forward on anything else while a
-        batch waits for its own raises `FeatureMismatchError`; in eval mode it is as without look-ahead. Of a batch on a
-        GPU, only `compute_kd_loss` sees other values, so that no forward waits for the device.
+        Each forward gets the features of its own batch. In training, while a yielded batch waits for its forward, a
+        forward on any other batch raises `FeatureMismatchError`; in eval mode it works as without look-ahead. For a
+        batch on a GPU, other values are noticed only in `compute_kd_loss`, so that no forward waits for the device.
 
         Args:
-            loader: any iterable of batches. It is read in this thread, up to `depth` batches ahead; what it raises is
-                raised after the batches before it. Of a DataLoader, what is returned is one too, of the same class and
-                with the same attributes; with several ranks and a sampler that shards nothing a pass over it warns.
-            depth: how many batches the teacher is asked for ahead of the one that is yielded, and how many that were
-                yielded may wait for their forward, such as micro-batches that are taken together. A forward on one
-                that had to wait for longer raises `FeatureMismatchError`, which says what depth was needed.
-            inputs: makes of a batch what the model is called with: `(args, kwargs)`, a tuple of positional arguments,
-                a dict of keyword arguments, or a single argument. Without it, the student's forward takes what has the
-                names of its parameters, or as many leading items as it needs; and the teacher is not asked with the
-                `labels` among them, unless they have no default or the decoder's inputs are made of them.
-            max_bytes: bound of what is held ahead, in bytes of inputs and of features, where a batch that is not here
-                yet counts by those before it; one batch is always allowed.
+            loader: any iterable of batches. It is read in this thread, up to `depth` batches ahead; an error that it
+                raises is raised after the batches before it. For a DataLoader the result is a DataLoader too, of the
+                same class and with the same attributes; with several ranks and a sampler that does not shard the data,
+                a pass over it warns.
+            depth: how many batches ahead of the yielded one the teacher is asked for, and how many yielded batches may
+                wait for their forward, such as micro-batches that are taken together. A forward on a batch that was
+                dropped for this bound raises `FeatureMismatchError`, which says what depth was needed.
+            inputs: a function from a batch to the arguments of the model: `(args, kwargs)`, a tuple of positional
+                arguments, a dict of keyword arguments, or a single argument. Without it, the student's forward takes
+                the parts of the batch that have the names of its parameters, or as many leading items as it needs; and
+                `labels` among them are not sent to the teacher, unless they have no default or the decoder's inputs are
+                made from them.
+            max_bytes: bound of what is held ahead, in bytes of inputs and features; features that have not arrived yet
+                are estimated from earlier batches. One batch is always allowed.
             progress: called after each step with the seconds that it waited for the teacher; or a progress bar with
                 `set_postfix`, such as tqdm's.
 
         Raises:
-            ConfigError: for a wrong setting, or, from the loop, if it cannot be told what the forward takes of a batch,
-                or whether that was written into meanwhile, as of an object of a type that cannot travel.
+            ConfigError: for an invalid setting; or, from the loop, if it is unclear what the forward takes of a batch,
+                or if a later write into the batch could not be noticed, as for an object of a type that cannot travel.
         """
         return prefetch(self._schoolhouse, loader, depth=depth, inputs=inputs, max_bytes=max_bytes, progress=progress)
 
     def export(self) -> nn.Module:
-        """The plain student back: this object, of its own class, without hooks."""
+        """Give the plain student back: this object, of its own class, without hooks."""
         state = self._schoolhouse
         _detach(self)
         self.__class__ = _without_meta(type(self), state.original_cls)  # type: ignore[assignment]
@@ -197,21 +200,21 @@ class DistillationModel(nn.Module):
         skip_balancer: bool = False,
         **loss_fn_kwargs: Any,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Wait for the features of the last forward's batch, and reduce the losses to a scalar.
+        """Wait for the teacher's features of the last forward's batch, compute the losses, and reduce them to a scalar.
 
         Args:
             student_loss: the student's own loss; needs a balancer.
             loss_reduction_fn: applied to each distillation loss before balancing, such as a masked mean.
             skip_balancer: return the losses by name instead: `ClassName_i` in the order of the criterion, and
                 `STUDENT_LOSS_KEY`.
-            **loss_fn_kwargs: given to each loss whose forward has a parameter of that name, or `**kwargs`.
+            **loss_fn_kwargs: passed to each loss whose forward has a parameter of that name, or `**kwargs`.
 
         Raises:
             ConfigError: for a student_loss without a balancer.
             UsageError: if there was no forward since the last call, if it ran in another thread, or for a keyword
                 argument that no loss takes.
-            FeatureMismatchError: if student and teacher did not run on the same batch, or if the forward was on another
-                batch than `prefetch` has yielded, where that could not be seen before.
+            FeatureMismatchError: if student and teacher did not run on the same batch, or if the forward ran on a batch
+                that `prefetch` did not yield and this could not be noticed earlier.
             SchoolhouseError: whatever kept the teacher from answering.
         """
         state = self._schoolhouse
@@ -224,7 +227,7 @@ class DistillationModel(nn.Module):
             step.confirm()
             features = step.features()
         finally:
-            state.step = state.alone = state.ended = None  # used, or lost
+            state.step = state.alone = state.ended = None  # also after an error, with which the step is lost
         if step.match is not None:
             step.match.ahead.used(step.match.answer)
         losses: dict[str, torch.Tensor] = {} if student_loss is None else {STUDENT_LOSS_KEY: student_loss}
@@ -241,7 +244,7 @@ class DistillationModel(nn.Module):
 
 
 def _detach(model: DistillationModel) -> None:
-    """Take down what `KDMode.attach` has set up."""
+    """Undo what `KDMode.attach` has set up."""
     state = model._schoolhouse
     for handle in state.handles:
         handle.remove()
@@ -270,7 +273,7 @@ def _hidden(
 
 
 def run_forward(model: DistillationModel, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a converted student: the teacher gets the batch too."""
+    """The forward of a converted student, which also asks the teacher for the batch."""
     state = model._schoolhouse
     if state.only_teacher and not state.only_student:
         return _ask_alone(model, args, kwargs)
@@ -303,9 +306,10 @@ def _losses(
 
 @eager
 def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Module | None] | None:
-    """Begin a forward, and hide the extras: one that walks over its children, as nn.Sequential's, must not see them.
+    """Begin a forward, and take the modules that `convert` added out of the module tree; returns them by name.
 
-    None if it is within another one.
+    A forward that runs all child modules, such as that of nn.Sequential, must not run those. None if this forward is
+    within another one.
     """
     state = model._schoolhouse
     if not state.enter():
@@ -351,7 +355,7 @@ _classes: dict[tuple[type, type], Any] = {}
 
 
 def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) -> Any:
-    """The class that a student of `student_class` gets; always the same one."""
+    """The dynamic subclass for students of `student_class`; the same one at each call."""
 
     @functools.wraps(student_class.forward)
     def forward(self: DistillationModel, *args: Any, **kwargs: Any) -> Any:
@@ -360,8 +364,8 @@ def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) ->
     def new(_cls: type, *args: Any, **kwargs: Any) -> Any:
         return student_class(*args, **kwargs)
 
-    # Its own name and place, since others look for what they know of a student by these: transformers for what it
-    # records and for the architecture that it saves. What such a caller makes of the class is a plain student.
+    # Under the student's own name and module, since other libraries look these up: transformers finds by them which
+    # outputs it records and which architecture it saves. Calling the class makes a plain student.
     names = {name: getattr(student_class, name) for name in ("__module__", "__qualname__")}
     if (kind, student_class) not in _classes:
         space = {"forward": forward, "__new__": new, **names}
@@ -370,11 +374,11 @@ def meta_class(kind: type[DistillationModel], student_class: type[nn.Module]) ->
 
 
 def _without_meta(converted: type, student_class: type[nn.Module]) -> type[nn.Module]:
-    """The student's class; a class that was put on after `convert`, as `fully_shard` does, stays on."""
+    """The class without the mixin; a class that was added after `convert`, as by `fully_shard`, is kept."""
     if issubclass(converted.__bases__[0], DistillationModel):
         return student_class
     above, *rest = converted.__bases__
     if not rest or not issubclass(rest[-1], DistillationModel):
-        raise ConfigError(f"the class {converted.__name__} was put on after convert, and export cannot take it off")
+        raise ConfigError(f"the class of the model was changed to {converted.__name__} after convert; undo that first")
     own = {key: value for key, value in vars(converted).items() if key not in ("__dict__", "__weakref__")}
     return type(converted.__name__, (above, *rest[:-1], student_class), own)

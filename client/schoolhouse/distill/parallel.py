@@ -1,4 +1,4 @@
-"""Students of several ranks: what DistributedDataParallel and FSDP2 need to know, or a refusal."""
+"""Students on several ranks: what DistributedDataParallel and FSDP2 need, and checks for what they cannot do."""
 
 import functools
 import sys
@@ -16,8 +16,8 @@ from schoolhouse.errors import ConfigError
 def check_data_parallel(model: nn.Module, losses: nn.Module | None) -> None:
     """Refuse settings of DistributedDataParallel under which gradients of a loss at inner layers go wrong.
 
-    It expects gradients to come from the outputs that its own forward returned: with `static_graph` the first ones are
-    not averaged, and with `find_unused_parameters` those of a loss's own parameters raise far from here.
+    It expects gradients to come only from the outputs of its own forward: with `static_graph` the first gradients are
+    not averaged, and with `find_unused_parameters` the gradients of a loss's parameters raise an error in the backward.
     """
     wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     if wrapper is None or wrapper.module is not model:
@@ -29,17 +29,17 @@ def check_data_parallel(model: nn.Module, losses: nn.Module | None) -> None:
     if wrong:
         raise ConfigError(
             f"DistributedDataParallel({wrong[0]}=True) does not see the gradients that a distillation loss sends into "
-            "layers and into its own parameters; leave that setting out"
+            "inner layers and into its own parameters; leave that setting out"
         )
 
 
 def _fsdp_class() -> Any:
-    """The class that `fully_shard` adds to a module, if it can have been called: importing it takes long."""
+    """The class that `fully_shard` adds to a module; () if FSDP2 was never imported, which would take long."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
 def check_loss_sharding(model: nn.Module, losses: nn.Module | None) -> None:
-    """Refuse losses whose gradients FSDP2 would not average, since it holds parts of the student only."""
+    """Refuse losses whose gradients FSDP2 would not average, since only parts of the student are sharded."""
     kind = _fsdp_class()
     if not kind or not losses or isinstance(model, kind):
         return
@@ -50,16 +50,16 @@ def check_loss_sharding(model: nn.Module, losses: nn.Module | None) -> None:
     ]
     if alone and any(isinstance(module, kind) for module in model.modules()):
         raise ConfigError(
-            f"parts of the student are sharded and the trainable losses ({', '.join(alone)}) are not, so that no one "
-            "would average their gradients over ranks: fully_shard the converted model as a whole too, or each loss"
+            f"parts of the student are sharded and the trainable losses ({', '.join(alone)}) are not, so their "
+            "gradients would not be averaged over ranks: fully_shard the converted model as a whole too, or each loss"
         )
 
 
 def as_forward(model: nn.Module, layers: Iterable[str], compute: Callable[[], Any]) -> Any:
-    """`compute()`, as a part of the forward of what FSDP2 shards: the model, or else parts of it around the layers.
+    """Run `compute()` as a part of the forward of what FSDP2 shards: the model, or else its parts around `layers`.
 
-    So the parameters of losses are whole while it runs, and a backward from its results reaches FSDP, also where the
-    sharded module's own output has no part in them.
+    So the parameters of losses are unsharded while it runs, and a backward from its results triggers FSDP2's hooks even
+    if the output of the sharded module does not take part in them.
     """
     kind = _fsdp_class()
     if not kind:
@@ -80,7 +80,7 @@ def _within(module: nn.Module, compute: Callable[[], Any]) -> Any:
 
 
 def _sharded_around(model: nn.Module, layer: str) -> list[Any]:
-    """The parts of the model that hold `layer`, itself among them, and are sharded on their own; outermost first."""
+    """The submodules that are sharded on their own and hold `layer`, or are `layer`; outermost first."""
     kind, found = _fsdp_class(), []
     module: Any = model
     for name in layer.split(".") if kind and layer else ():
@@ -91,7 +91,7 @@ def _sharded_around(model: nn.Module, layer: str) -> list[Any]:
 
 
 def unshard_in_backward(model: nn.Module, layer: str, output: Any) -> None:
-    """Let FSDP2 gather the parts around `layer` when a backward enters at its output, and not at theirs."""
+    """Have FSDP2 unshard the parts around `layer` when a backward begins at its output instead of at theirs."""
     sharded = _sharded_around(model, layer)
     for tensor in tensors_of(output) if sharded else ():
         if tensor.requires_grad:
@@ -117,6 +117,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or tensor parallelism has made DTensors of parameters of the model."""
-    module = sys.modules.get("torch.distributed.tensor")  # imported by whoever did
+    """Whether parameters of the model are DTensors, as FSDP2 and tensor parallelism make them."""
+    module = sys.modules.get("torch.distributed.tensor")  # imported by whatever made DTensors
     return module is not None and any(isinstance(parameter, module.DTensor) for parameter in model.parameters())

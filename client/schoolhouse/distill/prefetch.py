@@ -29,23 +29,23 @@ _PLAIN_SAMPLERS = (
 
 
 class Prefetch:
-    """What `DistillationModel.prefetch` returns: the loader, except that each `iter()` begins a pass that looks ahead.
+    """The loader that `DistillationModel.prefetch` returns: each `iter()` of it begins a pass that looks ahead.
 
-    Of a DataLoader it is an instance of a subclass of its class, with the very same attributes, so that trainers treat
-    it as one. Where they make another one of its class, as with a sampler of theirs, that one looks ahead too.
+    For a DataLoader it is an instance of a subclass of the loader's class and shares its attributes, so that trainers
+    treat it as a DataLoader. If they build another loader of its class, as to set a sampler, that one looks ahead too.
     """
 
     __slots__ = ("_begun", "_looks")
-    steps: int  # so far; this and the next are a DataLoader's own where it has such
-    waited_s: float  # seconds that they waited for the teacher
+    steps: int  # taken so far; if the DataLoader has a `steps` or `waited_s` of its own, that is what you get
+    waited_s: float  # seconds that these steps waited for the teacher
     _looks: "_Looks"
-    _begun: "_Pass | None"  # which must not refer to this: in a cycle, it would outlive its last user
+    _begun: "_Pass | None"  # must not refer back: in a reference cycle a pass would outlive its last user
     _made: "weakref.ref[_Looks]"
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Any:
         self = super().__new__(cls)
         looks = cls._made()
-        assert looks is not None, "the one that this is made of has them"
+        assert looks is not None, "the loader from which this one is made keeps them alive"
         self._looks, self._begun = looks, None
         return self
 
@@ -64,7 +64,7 @@ class Prefetch:
 
 
 class _Count:
-    """A number that a look-ahead has; what a DataLoader or its class has by that name comes first."""
+    """Descriptor of a number of the look-ahead; an attribute of the DataLoader by the same name takes precedence."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -79,7 +79,7 @@ class _Counts:
 
 
 class _Wraps:
-    """Stands for an iterable that is no DataLoader."""
+    """Wraps an iterable that is not a DataLoader."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -97,7 +97,7 @@ class _Wraps:
 
 
 class _Looks:
-    """How passes look ahead, and how long their steps waited."""
+    """Settings of the passes of one loader, and how long their steps have waited."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class _Looks:
         self._show(waited_s)
 
     def begin(self, batches: Iterator[Any]) -> "_Pass":
-        """A pass over batches."""
+        """Begin a pass over `batches`."""
         ahead = Ahead(
             self._state.loops,
             self._state.request,
@@ -155,13 +155,13 @@ def prefetch(state: Distillation, loader: Iterable[Any], **settings: Any) -> Pre
 
 
 def _sharing(attributes: dict[str, Any], made: Any) -> Any:
-    """What was made without a call of its class, with the very attributes of another one."""
-    object.__setattr__(made, "__dict__", attributes)  # unseen by Lightning, which would do it again to its own
+    """Give an object, made without calling its class, the attribute dict of another one; both then share it."""
+    object.__setattr__(made, "__dict__", attributes)  # not setattr, which Lightning records to repeat it on its copies
     return made
 
 
 def _say_if_nothing_shards(loader: Any) -> None:
-    """Warn where each of several ranks would train on all data."""
+    """Warn if there are several ranks and each of them would train on all data."""
     distributed = torch.distributed
     if not isinstance(loader, data.DataLoader) or not (distributed.is_available() and distributed.is_initialized()):
         return
@@ -171,15 +171,15 @@ def _say_if_nothing_shards(loader: Any) -> None:
         return
     warnings.warn(
         f"there are {ranks} ranks, and nothing shards the DataLoader that prefetch got (its sampler is a "
-        f"{type(loader.sampler).__name__}), so that each of them trains on all of its data: give the DataLoader a "
-        "torch.utils.data.DistributedSampler, prefetch what accelerator.prepare returns, or let Lightning have what "
-        "prefetch returns; where the dataset is this rank's part of the data, all is well",
+        f"{type(loader.sampler).__name__}), so each rank trains on all of its data: give the DataLoader a "
+        "torch.utils.data.DistributedSampler, prefetch what accelerator.prepare returns, or give Lightning what "
+        "prefetch returns; ignore this if the dataset is already this rank's part of the data",
         stacklevel=3,
     )
 
 
 def _samplers(of: Any) -> Iterator[Any]:
-    """The samplers of a DataLoader, and those within them."""
+    """The samplers of a DataLoader, and the samplers within these."""
     for name in ("sampler", "batch_sampler"):
         if (sampler := getattr(of, name, None)) is not None:
             yield sampler
@@ -188,17 +188,17 @@ def _samplers(of: Any) -> Iterator[Any]:
 
 
 def _call(state: Distillation, inputs: Callable[[Any], Any] | None, batch: Any) -> Arguments:
-    """What the forward is called with."""
+    """The arguments with which the forward will be called on a batch."""
     if inputs is None:
         return taken_by(state.signature, batch)
     try:
         return call_of(inputs(batch))
-    except StopIteration as err:  # it would end the loop as if the loader were at its end
+    except StopIteration as err:  # passed on, it would look like the end of the loader
         raise RuntimeError("inputs raised StopIteration") from err
 
 
 class _Pass(Iterator[Any]):
-    """One pass over a loader. It ends with the loader, by `close()`, or when nobody holds it any more."""
+    """One pass over a loader. It ends with the loader, by `close()`, or when nothing refers to it any more."""
 
     def __init__(self, ahead: Ahead, batches: Iterator[Any], call: Callable[[Any], Any]) -> None:
         self._ahead = ahead
@@ -214,12 +214,12 @@ class _Pass(Iterator[Any]):
                 self._ahead.go_on()
                 self._ahead.drop_used()
                 self._look_ahead()
-            except BaseException:  # such as Ctrl-C, whose traceback holds this frame, and so the pass
+            except BaseException:  # such as Ctrl-C: its traceback keeps this frame alive, and so the pass
                 self._ahead.rest()
                 raise
         if self._ahead.waiting:
             return self._ahead.take()
-        if self._batches is not None:  # the model was exported: the loader's batches still come
+        if self._batches is not None:  # the look-ahead was closed by an export: go on without it
             return next(self._batches)
         error = self._error
         self.close()
@@ -228,12 +228,12 @@ class _Pass(Iterator[Any]):
         try:
             raise error
         finally:
-            del error  # its traceback holds this frame
+            del error  # its traceback refers to this frame
 
     def _look_ahead(self) -> None:
         for late in self._ahead.waiting:
             if late.unanswered:
-                late.inputs = self._ahead.bound(late.asked)  # as they are now
+                late.inputs = self._ahead.bound(late.asked)  # the values may have changed since the first try
                 self._ahead.ask(late)
         while self._batches is not None and self._ahead.has_room():
             try:
@@ -253,14 +253,14 @@ class _Pass(Iterator[Any]):
         inputs = self._ahead.bound(asked)
         if inputs.unknown is not None:
             raise ConfigError(
-                f"the forward takes a {inputs.unknown.__name__} of the batch, and whether one was written into after "
-                "the teacher was asked cannot be told: give prefetch inputs=, a function that makes of a batch tensors "
-                "and plain values, or loop over the loader itself"
+                f"the forward takes a {inputs.unknown.__name__} of the batch, and whether it was written into after "
+                "the teacher was asked cannot be told: give prefetch inputs=, a function from a batch to tensors and "
+                "plain values, or loop over the loader itself"
             )
         return Entry(next(self._numbers), batch, call, asked, inputs)
 
     def close(self) -> None:
-        """End the pass: what was asked for is dropped, and forwards ask the teacher themselves again."""
+        """End the pass: cancel what was asked for; forwards ask the teacher themselves again."""
         self.over = True
         self._batches = self._error = None
         self._ahead.close()
@@ -277,7 +277,7 @@ class _Pass(Iterator[Any]):
 
 
 def _shower(progress: Any) -> Callable[[float], Any]:
-    """What shows how long a step waited."""
+    """A function that shows how many seconds a step waited."""
     if progress is None:
         return lambda _waited_s: None
     if hasattr(progress, "set_postfix"):

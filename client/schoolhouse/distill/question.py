@@ -1,4 +1,4 @@
-"""What of a student's call the teacher is asked with, and a copy of that for a teacher that is asked later."""
+"""The arguments with which the teacher is asked, taken from the student's call, and a copy of them for asking later."""
 
 import contextlib
 import functools
@@ -13,12 +13,12 @@ from schoolhouse_wire.values.tree import map_tensors, structure_of, tensors_of
 
 from schoolhouse.errors import UnsupportedValueError
 
-_LEGACY_CACHE = "past_key_values"  # where it is a tuple of tensors and not an object
+_LEGACY_CACHE = "past_key_values"  # the argument that older models fill with tuples of tensors, not with an object
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def without_cache(call: Arguments) -> Arguments:
-    """A call without the student's key-value cache, as long as nothing is in it: the teacher would need its own.
+    """The call without the student's key-value cache, which must be empty, since the teacher cannot use it.
 
     Raises:
         UnsupportedValueError: for a cache that holds earlier tokens.
@@ -34,16 +34,16 @@ def without_cache(call: Arguments) -> Arguments:
 
 
 def refuse_cache() -> NoReturn:
-    """Say that the teacher cannot follow a student which goes on from its own cache."""
+    """Raise the error for a student that continues from its own cache, where the teacher cannot follow."""
     raise UnsupportedValueError(
-        "the student was called with a key-value cache that holds earlier tokens, which are the student's own, and the "
-        "teacher cannot follow them: generate and decode within only_student_forward(), or call the student with all "
-        "tokens and no cache"
+        "the student was called with a key-value cache that holds its own states of earlier tokens, which the teacher "
+        "does not have: generate and decode within only_student_forward(), or call the student with all tokens and no "
+        "cache"
     )
 
 
 def holds_tokens(call: Arguments) -> bool:
-    """Whether there is a key-value cache in a call, with earlier tokens in it."""
+    """Whether the call holds a key-value cache with earlier tokens in it."""
     return any(map(_is_used, _caches(call)))
 
 
@@ -59,7 +59,7 @@ def _is_cache(name: str, value: Any) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _is_cache_class(kind: type) -> bool:
-    """By name, since importing transformers takes seconds."""
+    """Whether a class is a cache of transformers, told by name, since importing transformers takes seconds."""
     return any(base.__module__.startswith("transformers.") and base.__name__.endswith("Cache") for base in kind.__mro__)
 
 
@@ -68,14 +68,14 @@ def _is_used(cache: Any) -> bool:
         return next(tensors_of(cache), None) is not None or not isinstance(cache, tuple | list)
     try:
         return int(cache.get_seq_length()) > 0
-    except ValueError:  # it has states in place of tokens
+    except ValueError:  # a recurrent model's cache, which has states and no length
         return bool(cache.has_previous_state())
 
 
 def without_labels(signature: inspect.Signature, call: Arguments) -> Arguments:
-    """A call without its `labels`, of which most models make no more than a loss.
+    """The call without `labels`, from which most models compute nothing but a loss.
 
-    They stay where the forward needs them: where they have no default, or where it makes the decoder's inputs of them.
+    They stay if the forward needs them: if they have no default, or if the decoder's inputs are made from them.
     """
     if "labels" not in call.kwargs:
         return call
@@ -88,7 +88,7 @@ def without_labels(signature: inspect.Signature, call: Arguments) -> Arguments:
 
 
 def copy_of(call: Arguments) -> Arguments | None:
-    """A call with the values that it has now; None if it holds an object of which no copy can be made."""
+    """A copy of the call as it is now; None if it holds an object that cannot be copied."""
     unknown: list[Any] = []
     structure_of(call, lambda _tensor: None, unknown.append)
     if not all(isinstance(value, torch.Tensor) for value in unknown):
@@ -98,7 +98,7 @@ def copy_of(call: Arguments) -> Arguments | None:
 
 
 def autocast_as_now() -> Callable[[], AbstractContextManager[None]]:
-    """What makes, later, a context with the autocast of now."""
+    """A function that makes, later, a context with the autocast settings of now."""
     return functools.partial(_autocast, _autocast_state())
 
 

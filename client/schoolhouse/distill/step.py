@@ -1,4 +1,4 @@
-"""One batch on its way through teacher and student, and the state of a meta-model that steps through batches."""
+"""A step, which is one batch on its way through teacher and student, and the state of the meta-model that takes it."""
 
 import copy
 import functools
@@ -31,31 +31,31 @@ from schoolhouse.teachers.protocol import Features, Teacher
 
 @dataclass(eq=False)
 class Step:
-    """What one batch has produced: the teacher's features to come, and the student's outputs by layer."""
+    """What one batch has produced so far: the teacher's answer, and the student's outputs by layer."""
 
     answer: Answer | None = None
-    later: Callable[[], Answer] | None = None  # asks the teacher once somebody needs the features
-    match: Match | None = None  # with a batch that was asked for ahead
+    later: Callable[[], Answer] | None = None  # asks the teacher once the features are needed
+    match: Match | None = None  # the prefetched batch that the forward was on
     outputs: dict[str, Any] = field(default_factory=dict)
     student_ran: bool = False
     gradients: bool = field(default_factory=torch.is_grad_enabled)
-    inputs: Inputs | None = None  # kept where teacher and student run in separate calls
-    injected: dict[str, Any] = field(default_factory=dict)  # layerwise: what layers of the student were given
-    ran_twice: set[str] = field(default_factory=set)  # layerwise: layers that ran again, on inputs of the student's own
+    inputs: Inputs | None = None  # the batch, if teacher and student run in separate calls
+    injected: dict[str, Any] = field(default_factory=dict)  # layerwise: inputs given to each layer of the student
+    ran_twice: set[str] = field(default_factory=set)  # layerwise: layers that ran again, on the student's own inputs
     thread: int = field(default_factory=threading.get_ident)
 
     def confirm(self) -> None:
-        """See whether the forward was on the batch that it was taken for; if it was on another one, it gets that.
+        """Check a guess about which prefetched batch the forward was on, and take the right answer if it was wrong.
 
         Raises:
-            FeatureMismatchError: if it was on none of those that were asked for, or if layers of the student were given
-                features of the wrong one.
+            FeatureMismatchError: if the forward was on no prefetched batch, or if layers of the student were already
+                given features of the wrong one.
         """
         if self.match is not None:
             self.answer = self.match.confirm(final=bool(self.injected))
 
     def features(self) -> Features:
-        """Wait for the teacher's answer; a teacher that was not asked yet is asked."""
+        """Wait for the teacher's features; asks the teacher first if that was put off."""
         if self.answer is None:
             assert self.later is not None
             self.answer, self.later = self.later(), None
@@ -64,7 +64,7 @@ class Step:
 
 @dataclass(eq=False, kw_only=True)
 class Distillation:
-    """State of a meta-model, beside its module tree."""
+    """State of a meta-model that is not in its module tree."""
 
     teacher: Teacher
     owns_teacher: bool
@@ -73,29 +73,29 @@ class Distillation:
     unseen: Unseen
     original_cls: type[nn.Module]
     minimal_state_dict: bool
-    own_forward: Callable[..., Any] | None  # a forward that was set on the student itself
+    own_forward: Callable[..., Any] | None  # a forward that was set on the student object, not on its class
     encodings: Mapping[Tap, Encoding] = field(default_factory=dict)
     positions: Callable[..., Any] | None = None
-    asks_at_once: bool = False  # also where no gradients are wanted
+    asks_at_once: bool = False  # ask the teacher at each forward, even without gradients
     taps: tuple[Tap, ...] = ()
-    step: Step | None = None  # that the teacher was asked for
-    alone: Step | None = None  # of the student, whose batch the teacher may get later
-    recording: Step | None = None  # while the student's forward runs
-    ended: Step | None = None  # from there until the call of the student returns
-    recomputing: Step | None = None  # whose backward runs
+    step: Step | None = None  # the step waiting for its loss
+    alone: Step | None = None  # a forward of the student alone, on a batch that the teacher may get later
+    recording: Step | None = None  # the step whose student forward is running
+    ended: Step | None = None  # the step whose student forward has ended, but whose call has not returned yet
+    recomputing: Step | None = None  # the step whose backward is running
     only_student: bool = False
     only_teacher: bool = False
     handles: list[Any] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
-    lock: Any = field(default_factory=threading.RLock)  # held while a forward runs, or the state is read or loaded
-    running: int | None = None  # the thread whose forward runs
-    depth: int = 0  # of forwards within one another
+    lock: Any = field(default_factory=threading.RLock)  # held during a forward, and while the state dict is accessed
+    running: int | None = None  # the thread whose forward is running
+    depth: int = 0  # how many forwards are nested
     known_signature: inspect.Signature | None = None
-    loops: Loops = field(default_factory=Loops)  # over `prefetch`
+    loops: Loops = field(default_factory=Loops)  # the open loops over `prefetch`
 
     @property
     def signature(self) -> inspect.Signature:
-        """Of the student's own forward; one that does not say takes anything."""
+        """Signature of the student's own forward; if it has none, one that takes any arguments."""
         if self.known_signature is None:
             forward = self.own_forward or functools.partial(self.original_cls.forward, None)
             try:
@@ -114,7 +114,7 @@ class Distillation:
         self.__dict__.update(state, lock=threading.RLock())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
-        """A copy has a connection of its own only where it can be closed with it: by `export`."""
+        """Copy the state. A remote teacher is copied only if the model owns it: then `export` of the copy closes it."""
         if not isinstance(self.teacher, LocalTeacher) and not self.owns_teacher:
             memo[id(self.teacher)] = self.teacher
         twin = object.__new__(type(self))
@@ -123,7 +123,7 @@ class Distillation:
         return twin
 
     def drop_step(self) -> None:
-        """Forget what the last forward produced; the teacher is told."""
+        """Drop the open step, and cancel its request to the teacher."""
         if self.step is not None:
             if self.step.match is not None:
                 self.step.match.drop()
@@ -132,28 +132,29 @@ class Distillation:
         self.step = self.alone = self.recording = self.ended = self.recomputing = None
 
     def enter(self) -> bool:
-        """Begin a forward; until `leave`, no other thread may. False for one within another, which is a part of it."""
+        """Begin a forward; no other thread may begin one until `leave`. False if it is nested in another forward."""
         if self.running not in (None, threading.get_ident()):
             raise UsageError(
-                "the model runs in another thread, and the two forwards would mix their batches: give each thread a "
-                "copy.deepcopy of the model, or take turns"
+                "the model is running in another thread, and the two forwards would mix their batches: give each "
+                "thread a copy.deepcopy of the model, or take turns"
             )
-        self.lock.acquire()  # another thread may be saving the state
+        self.lock.acquire()  # waits for a thread that is saving the state
         self.running = threading.get_ident()
         self.depth += 1
         return self.depth == 1
 
     def leave(self) -> None:
-        """End a forward, whether it came to its end or not."""
+        """End a forward, also one that has failed."""
         self.depth -= 1
         if self.depth == 0:
             self.recording = self.running = None
         self.lock.release()
 
     def ask(self, args: Any, kwargs: Any, training: bool) -> Step | None:
-        """Begin a step: the teacher gets the batch, at once if the student trains, and else when features are needed.
+        """Begin a step: ask the teacher at once if the student trains, otherwise when its features are needed.
 
-        None for a forward whose features nobody can need: one that goes on from a key-value cache of the student's.
+        None if the teacher cannot be asked: outside training, for a forward that continues from the student's own
+        key-value cache.
         """
         if training and self.step is not None and self.step.student_ran and self.step.answer is not None:
             warnings.warn(
@@ -176,7 +177,7 @@ class Distillation:
         return self.step
 
     def _later(self, call: Arguments) -> Callable[[], Answer] | None:
-        """What asks for the features of a batch as it is now; None if no copy of it can be kept."""
+        """A function that asks for the features of the batch as it is now; None if the batch cannot be copied."""
         copied = copy_of(call)
         return None if copied is None else functools.partial(self._request_as_then, copied, autocast_as_now())
 
@@ -185,24 +186,24 @@ class Distillation:
             return self.request(call)
 
     def request(self, call: Arguments, whole: Arguments | None = None, taps: tuple[Tap, ...] = ()) -> Answer:
-        """Ask the teacher for the features of a batch, with `call`, which may be a part of the `whole` call."""
+        """Ask the teacher for the features of the arguments `call`, which may be a part of the `whole` call."""
         self.unseen.tell(call.kwargs)
         if not self.encodings:
             return Answer(self.teacher.submit(call, call.kwargs, taps or self.taps))
         whole = call if whole is None else whole
         mask = None if self.positions is None else self.positions(*whole, **whole.kwargs)
-        submit: Any = self.teacher.submit  # one that can encode
+        submit: Any = self.teacher.submit  # `convert` checked that it takes encodings
         return Answer(submit(call, call.kwargs, taps or self.taps, encodings=self.encodings, positions=mask))
 
     def begin(self, args: Any, kwargs: Any, training: bool) -> None:
-        """Begin the student's forward, and the teacher's unless it is switched off."""
+        """Begin the student's forward, and ask the teacher unless that is switched off."""
         self.ended = None
         self.recording = (
             self._student_step(args, kwargs, training) if self.only_student else self.ask(args, kwargs, training)
         )
 
     def _student_step(self, args: Any, kwargs: Any, training: bool) -> Step | None:
-        """Where a forward of the student alone leaves its outputs: nowhere, if a step waits for its loss already."""
+        """The step that takes the outputs of a forward of the student alone; None if a step is waiting for its loss."""
         if self.step is not None and self.step.student_ran:
             return None
         inputs = Inputs(args, kwargs)
@@ -217,7 +218,7 @@ class Distillation:
         return self.alone
 
     def end(self, output: Any) -> None:
-        """The student's forward is over; hooks that follow may still change what its call returns."""
+        """The student's forward has ended; forward hooks may still change what its call returns."""
         if self.recording is not None:
             self.recording.student_ran = True
             if any(layer == "" for layer, _ in self.criterion):
@@ -225,13 +226,13 @@ class Distillation:
                 self.ended = self.recording
 
     def returned(self, output: Any) -> None:
-        """The student's call returns `output`. A forward that was not called as a module never comes here."""
+        """The student's call returns `output`. It is not called if the user called `forward` directly."""
         if self.ended is not None:
             self.ended.outputs[""] = output
         self.ended = None
 
     def ask_alone(self, args: Any, kwargs: Any) -> Any:
-        """Run the teacher alone; a student that ran on the same batch before, or runs on it next, is paired with it."""
+        """Run the teacher alone; the student's forward on the same batch, before or after, completes the step."""
         self.ended = None
         inputs = Inputs(args, kwargs)
         whole = Tap("")
@@ -246,17 +247,17 @@ class Distillation:
         return features[whole]
 
     def complete_step(self) -> Step:
-        """The step whose loss can be computed.
+        """The step, after a check that its loss can be computed.
 
         Raises:
-            UsageError: if there is none, or if it is another thread's.
+            UsageError: if there is no step, or if its forward ran in another thread.
             FeatureMismatchError: if the student did not run on the batch that the teacher got.
         """
         step = self.step
         if step is None and self.alone is not None:
             raise UsageError(
-                "the teacher was not asked for the last batch: only_student_forward was on; forward it without, or "
-                "within only_teacher_forward"
+                "the teacher was not asked for the last batch, since only_student_forward was on; run the forward "
+                "without it, or run the teacher on the batch within only_teacher_forward"
             )
         if step is None:
             raise UsageError("compute_kd_loss needs a forward before it; call model(batch) first")
@@ -270,7 +271,7 @@ class Distillation:
 
 
 def eager(function: Any) -> Any:
-    """Keep `function` out of torch.compile, as `torch.compiler.disable`, which takes a second to import, does."""
+    """Keep `function` out of torch.compile, like `torch.compiler.disable`, but without its import of about a second."""
     disabled = vars(torch)["_disable_dynamo"](function)
 
     @functools.wraps(function)
@@ -281,7 +282,7 @@ def eager(function: Any) -> Any:
 
 
 def on_device_of(outputs: Any, value: Any) -> Any:
-    """A nested value with its tensors on the device of the first one of `outputs`; they may be on their way."""
+    """A nested value with its tensors on the device of the first tensor in `outputs`; the copies may still run."""
     first = next(tensors_of(outputs), None)
     device = torch.device("cpu") if first is None else first.device
     return map_tensors(value, lambda tensor: to_device(tensor, device))

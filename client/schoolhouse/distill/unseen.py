@@ -1,4 +1,4 @@
-"""Keyword arguments that a teacher's forward takes as some of its `**kwargs` alone, where a misspelt one is ignored."""
+"""Warnings of keyword arguments that a teacher's forward takes only through `**kwargs`: it ignores misspelt ones."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -6,31 +6,32 @@ from typing import Any
 
 from schoolhouse.callers import to_caller
 
-_TRANSFORMERS = {"output_attentions", "output_hidden_states", "return_dict"}  # its decorators of forwards take them
+_TRANSFORMERS = {"output_attentions", "output_hidden_states", "return_dict"}  # taken by its decorators of forwards
 
 
 class Unseen:
-    """Warns of such arguments, once of each name.
+    """Warns of such arguments, once for each name.
 
-    It cannot be an error: forwards hand their `**kwargs` on, so that what looks unknown may be read further inside.
-    Names that the `**kwargs` are typed with are known, such as transformers' `num_items_in_batch`, and those that its
-    decorators take; nothing is told of a forward without any name, which hands all on.
+    It is no error, since a forward may pass its `**kwargs` on, and a name that looks unknown may be read further
+    inside. Known are also the names with which `**kwargs` is typed, such as transformers' `num_items_in_batch`, and
+    those that the decorators of transformers take. A forward without any named parameter, which passes everything on,
+    gives no warning.
     """
 
     def __init__(self, parameters: Iterable[str]) -> None:
-        """`parameters` are those of the teacher's description."""
+        """`parameters` are those in the teacher's description."""
         names = {*parameters}
         checked = any(name.startswith("**") for name in names) and any(not name.startswith("*") for name in names)
         self._known = names | _TRANSFORMERS if checked else None
 
     def tell(self, kwargs: Mapping[str, Any]) -> None:
-        """Warn of those that the teacher is asked with."""
+        """Warn of the unknown names among the keyword arguments of a request."""
         if self._known is None or kwargs.keys() <= self._known:
             return
         for name in sorted(kwargs.keys() - self._known):
             self._known.add(name)
             warnings.warn(
-                f"the teacher's forward has no parameter {name!r}: it takes it as one of its **kwargs, where it may be "
+                f"the teacher's forward has no parameter {name!r}: it takes it through its **kwargs, where it may be "
                 "ignored. Is it spelt as the teacher spells it, and does the teacher need it?",
                 stacklevel=to_caller(),
             )

@@ -1,4 +1,4 @@
-"""What the losses demand of tensors and settings, and the one way they reduce."""
+"""Checks of the losses' tensors and settings, and the reduction that all losses share."""
 
 import math
 from typing import Any
@@ -42,13 +42,13 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_tensor(whose: str, what: str, value: object) -> None:
-    """Raise TypeError unless it is a tensor: a layer's output may be any object, such as a ModelOutput."""
+    """Raise TypeError unless `value` is a tensor; a layer's output may be any object, such as a ModelOutput."""
     if isinstance(value, SparseForm):
         raise TypeError(value.refusal())
     if not isinstance(value, torch.Tensor):
         raise TypeError(
-            f"the {whose}'s {what} came as {type(value).__module__}.{type(value).__qualname__}, and a tensor is "
-            'needed; pair the layers that return it, such as ("lm_head", "lm_head") for logits, or wrap the loss '
+            f"the {whose}'s {what} came as {type(value).__module__}.{type(value).__qualname__}, but a tensor is "
+            'needed; pair layers that return a tensor, such as ("lm_head", "lm_head") for logits, or wrap the loss '
             "in a module that picks the tensor, such as one that reads `.logits`"
         )
 
@@ -72,13 +72,13 @@ def _shapes(what: str, of_student: Any, of_teacher: Any) -> str:
 
 
 def compared_logits(logits_s: Any, logits_t: Any, vocabulary: str = "equal") -> tuple[torch.Tensor, LogitsLike]:
-    """Logits `[..., classes]` as a loss compares them: with the vocabulary "shared" the first classes that both have.
+    """Logits `[..., classes]` as a loss compares them; with the vocabulary "shared", cut to the classes that both have.
 
-    A form of the teacher's stays whole.
+    A form of `schoolhouse.sparse` is not cut.
 
     Raises:
-        TypeError: if one is neither a tensor nor a form of the teacher's.
-        ValueError: if the shapes are not equal, with "shared" those of the rows; or for another vocabulary.
+        TypeError: if the student's logits are not a tensor, or the teacher's are neither a tensor nor a form.
+        ValueError: if the shapes differ, with "shared" apart from the classes; or for an invalid vocabulary.
     """
     check_vocabulary(vocabulary)
     if not isinstance(logits_t, SparseForm):
@@ -107,12 +107,12 @@ def check_labels(labels: torch.Tensor, shape: torch.Size, expected: str) -> None
 
 
 def widen(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32 if its dtype is a narrower one: sums over many classes lose half-precision numbers."""
+    """The tensor in float32 if its dtype is narrower, since sums over many classes are too coarse in half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def reduce(per_example: torch.Tensor, reduction: str, *, n_mean: int, batch_size: int) -> torch.Tensor:
-    """The per-example values as they are ("none"), or their sum, divided by the count that `reduction` names."""
+    """The values as they are ("none"), or their sum over 1 ("sum"), `batch_size` ("batchmean") or `n_mean` ("mean")."""
     check_reduction(reduction)
     if reduction == "none":
         return per_example

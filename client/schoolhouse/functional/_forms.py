@@ -1,4 +1,4 @@
-"""Losses against a teacher's logits that did not come as a tensor: one place that turns them into losses of tensors."""
+"""Losses for the forms of a teacher's logits that are not tensors: the one place that reduces them to tensors."""
 
 import math
 from collections.abc import Callable
@@ -22,17 +22,18 @@ from schoolhouse.sparse import (
 
 @dataclass(frozen=True)
 class Rules:
-    """What a loss does with each form of a teacher's logits.
+    """How a loss is computed for each form of a teacher's logits.
 
     Args:
-        name: of the loss, for messages.
-        dense: the loss itself, of tensors: `dense(logits_s, logits_t, *labels, temperature=...)`, one value a row.
-        temperature: of the loss.
-        topk: whether `dense` makes sense of the k + 1 classes of a `TopKLogits`.
-        draws: of log-probabilities of the teacher and of the student: what the loss is the teacher's expectation of.
-        elementwise: `dense` flattens the rows, and gives one value an element.
-        mean_of_elements: the reduction "mean" divides by all elements of the logits, not by the rows.
-        vocabulary: of the loss; `dense` has it too.
+        name: name of the loss in messages.
+        dense: the loss for tensors: `dense(logits_s, logits_t, *labels, temperature=...)` returns one value per row.
+        temperature: temperature of the loss.
+        topk: whether `dense` is valid for the k + 1 classes of a `TopKLogits`.
+        draws: a function of the teacher's and the student's log-probabilities whose expectation under the teacher is
+            the loss; None if there is none.
+        elementwise: whether `dense` flattens the rows and returns one value per element.
+        mean_of_elements: whether the reduction "mean" divides by the number of elements of the logits, not of rows.
+        vocabulary: vocabulary of the loss, which `dense` has too.
     """
 
     name: str
@@ -48,14 +49,14 @@ class Rules:
 def loss_of_form(
     rules: Rules, logits_s: torch.Tensor, teacher: SparseForm, reduction: str, *labels: torch.Tensor
 ) -> torch.Tensor:
-    """The loss of a student's logits `[..., classes]`, in float32 or wider, returned in their dtype.
+    """The loss of a student's logits `[..., classes]`, computed in float32 or wider, returned in their dtype.
 
-    Of `PositionedFeatures` it is the loss of the n rows at the positions, `[n]` with reduction "none", 0 if there are
-    none.
+    For `PositionedFeatures` it is the loss over the n rows at the positions: `[n]` with reduction "none", and otherwise
+    0 if n is 0.
 
     Raises:
-        TypeError: if the student's are no tensor, or if the loss can't be computed of this form.
-        ValueError: if the shapes or the temperatures differ, or for another reduction.
+        TypeError: if the student's logits are not a tensor, or if the loss cannot be computed for this form.
+        ValueError: if the shapes or the temperatures differ, or for an invalid reduction.
     """
     logits_s, values = compared_logits(logits_s, teacher, rules.vocabulary)
     if isinstance(teacher, PositionedFeatures):
@@ -73,11 +74,11 @@ def loss_of_form(
 def over_chunks(
     dense: Callable[..., torch.Tensor], logits_s: torch.Tensor, teacher: HiddenLogits, *labels: torch.Tensor
 ) -> torch.Tensor:
-    """Losses `[...]` of logits `[..., classes]`, with the teacher's of at most `teacher.chunk` rows at a time.
+    """Losses `[...]` of logits `[..., classes]`, with the teacher's logits of at most `teacher.chunk` rows at a time.
 
-    The backward computes each chunk's again, since what the forward made of them takes as much memory as they do.
+    The backward computes each chunk again, since keeping its results would take as much memory as all the logits.
     """
-    # Pieces of one split: their gradients are joined, where slices would each have one of the full size.
+    # torch.split joins the gradients of its pieces, whereas each slice would make a gradient of the full size.
     rows = (each.reshape(-1, each.shape[-1]) for each in (logits_s, teacher.hidden))
     pieces = (torch.split(each, teacher.chunk) for each in (*rows, *map(torch.flatten, labels)))
     losses = torch.cat(
@@ -95,7 +96,7 @@ def _of_chunk(
 def _losses(
     rules: Rules, logits_s: torch.Tensor, teacher: LogitsLike, labels: tuple[torch.Tensor, ...], *, summed: bool
 ) -> torch.Tensor:
-    """Losses `[...]`, times temperature squared; `[..., classes]` of an elementwise loss that is not to be summed."""
+    """Losses `[...]`, times temperature squared; `[..., classes]` for an elementwise loss that must not be summed."""
 
     def dense(*tensors: torch.Tensor) -> torch.Tensor:
         losses = rules.dense(*tensors, temperature=rules.temperature)
@@ -112,7 +113,7 @@ def _losses(
         _check_temperature(teacher, f"sampled({teacher.n}", rules)
         return _mean_over_draws(rules.draws, logits_s, teacher) * rules.temperature**2
     raise TypeError(
-        f"{rules.name} can't be computed of {type(teacher).__name__}: it reads the teacher's numbers of classes that "
+        f"{rules.name} can't be computed from {type(teacher).__name__}: it needs the teacher's logits of classes that "
         "did not travel. Choices: the encoding hidden, int8 or bf16, or none"
     )
 
@@ -120,27 +121,27 @@ def _losses(
 def _check_temperature(teacher: TopKLogits | SampledLogits, asked: str, rules: Rules) -> None:
     if teacher.temperature != rules.temperature:
         raise ValueError(
-            f"{rules.name} has the temperature {rules.temperature}, and the teacher's logits came at "
-            f"{teacher.temperature}; what is not whole can't be re-tempered, so ask for "
+            f"{rules.name} has the temperature {rules.temperature}, but the teacher's logits came at "
+            f"{teacher.temperature}; logits that are not whole can't be re-tempered, so ask for "
             f"{asked}, temperature={rules.temperature})"
         )
 
 
 def _with_tail(logits_s: torch.Tensor, teacher: TopKLogits) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[..., k + 1]` of student and teacher at the temperature; the last is that of all other classes.
+    """Logits `[..., k + 1]` of student and teacher at the temperature; the last stands for all other classes.
 
-    Classes that the student does not have are nothing in both: all mass is that of the others.
+    Classes that the student does not have get no mass in either.
     """
     scaled = widen(logits_s) / teacher.temperature
-    # The lowest finite number, not -inf, of which the gradient is NaN where there are no others.
+    # The lowest finite number, not -inf, with which the gradient would be NaN if there are no other classes.
     nothing, classes = torch.finfo(scaled.dtype).min, scaled.shape[-1]
     values, indices, tail = teacher.values.to(teacher.tail.dtype), teacher.indices, teacher.tail.unsqueeze(-1)
     if teacher.classes > classes:
         beyond = indices >= classes
-        scaled = F.pad(scaled, (0, 1), value=nothing)  # for all that it does not have
+        scaled = F.pad(scaled, (0, 1), value=nothing)  # one class for all that the student does not have
         values, indices = values.masked_fill(beyond, -math.inf), indices.clamp(max=classes)
-        tail = tail.masked_fill((~beyond).sum(dim=-1, keepdim=True) == classes, -math.inf)  # it has none of the others
-    # From the others alone: what remains of the whole less the k is noise where they have nearly all the mass.
+        tail = tail.masked_fill((~beyond).sum(dim=-1, keepdim=True) == classes, -math.inf)  # all of its are among the k
+    # Summed over the others alone: the total minus the k would be rounding noise if the k have nearly all the mass.
     tail_s = scaled.scatter(-1, indices, nothing).logsumexp(dim=-1, keepdim=True)
     of_student = torch.cat([scaled.gather(-1, indices), tail_s], dim=-1)
     return of_student, widen(torch.cat([values, tail], dim=-1))
@@ -149,7 +150,7 @@ def _with_tail(logits_s: torch.Tensor, teacher: TopKLogits) -> tuple[torch.Tenso
 def _mean_over_draws(
     draws: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits_s: torch.Tensor, teacher: SampledLogits
 ) -> torch.Tensor:
-    """Of the draws of classes that the student has: by these the teacher's log-probabilities are normalised anew."""
+    """Mean over the draws of classes that the student has; the teacher's log-probabilities are renormalised to them."""
     scaled = widen(logits_s) / teacher.temperature
     classes, indices, counts, log_t = scaled.shape[-1], teacher.indices, teacher.counts, widen(teacher.log_probs)
     shares = (counts / teacher.n).to(scaled.dtype)

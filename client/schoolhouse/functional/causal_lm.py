@@ -1,4 +1,4 @@
-"""The causal-LM form of a loss between logits: a position predicts the next token, and some positions don't count."""
+"""A loss between logits as a causal LM loss: each position predicts the next token, and some positions don't count."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,18 +34,18 @@ def causal_lm(
 
     `per_example(logits_s, logits_t, labels)` gets logits `[..., length - 1, classes]` of all positions but the last,
     in float32 or wider, and labels `[..., length - 1]` of all but the first, or None; it returns `[..., length - 1]`.
-    Positions whose label is `ignore_index` reach it as zeros with the label 0, so that what they held, be it NaN, is
-    neither in the value nor in the gradient. Without labels every position counts; if none counts the result is 0.
+    Positions whose label is `ignore_index` are passed as zeros with the label 0, so that their content, even NaN,
+    affects neither value nor gradient. Without labels every position counts; if none counts, the result is 0.
 
-    Where the teacher's logits are a form of `schoolhouse.sparse`, `per_example` gets the counted rows alone: `[n,
-    classes]`, labels `[n]`, and a `TopKLogits` or `SampledLogits` as it is. Of `PositionedFeatures` all positions that
-    the labels count must be there; without labels those count that are.
+    If the teacher's logits are a form of `schoolhouse.sparse`, `per_example` gets only the counted rows: logits `[n,
+    classes]`, labels `[n]`, and the teacher's `TopKLogits` or `SampledLogits` of these rows. `PositionedFeatures` must
+    hold all positions that the labels count; without labels, the positions that they hold count.
 
     With the vocabulary "shared" the numbers of classes may differ: see `schoolhouse.functional.logits`. `per_example`
-    must have it too, since forms come to it whole.
+    must use the same vocabulary, since forms are passed to it uncut.
 
     Raises:
-        TypeError: if there are no logits.
+        TypeError: if the logits are neither tensors nor forms.
         ValueError: if the shapes do not fit, or if positions that count did not travel.
     """
     logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
@@ -66,12 +66,12 @@ def causal_lm(
 def causal_lm_mean(
     per_token: torch.Tensor, labels: torch.Tensor | None = None, *, ignore_index: int = -100
 ) -> torch.Tensor:
-    """Mean of the losses `[..., length - 1]` of positions whose next label of `[..., length]` isn't `ignore_index`.
+    """Mean of losses `[..., length - 1]` over the positions whose next label, of `[..., length]`, isn't `ignore_index`.
 
     Without labels it is the mean of all; if no position counts it is 0. Ignored losses may be inf or NaN.
 
     Raises:
-        ValueError: if the labels have not one position more than the losses.
+        ValueError: unless the labels have exactly one position more than the losses.
     """
     if labels is None:
         return per_token.sum() / max(per_token.numel(), 1)
@@ -113,7 +113,7 @@ def _causal_lm_of_form(
 
 
 def _counted_rows(teacher: SparseForm, counted: torch.Tensor, *, labelled: bool) -> torch.Tensor | SparseLogits:
-    """The teacher's rows `[n, classes]` where `counted`; without labels, those of them that travelled."""
+    """The teacher's rows `[n, classes]` where `counted`; unless `labelled`, only those that travelled."""
     if isinstance(teacher, PositionedFeatures):
         if teacher.mask.shape != counted.shape:
             raise ValueError(

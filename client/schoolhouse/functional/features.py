@@ -21,13 +21,13 @@ def mgd(
     alpha_mgd: float = 1.0,
     lambda_mgd: float = 0.65,
 ) -> torch.Tensor:
-    """Mean squared error of the teacher's map from what `generation` makes of a masked student's (arXiv 2205.01529).
+    """Mean squared error between the teacher's map and `generation` of the masked student's map (arXiv 2205.01529).
 
-    Both maps are `[batch, channels, height, width]`. `lambda_mgd` is the share of positions masked, drawn from the
-    default random generator of the student's device; `alpha_mgd` multiplies the loss, a scalar.
+    Both maps are `[batch, channels, height, width]`. `lambda_mgd` is the share of positions that are masked, drawn from
+    the default random generator of the student's device; `alpha_mgd` multiplies the loss, a scalar.
 
     Raises:
-        TypeError: if something else than a tensor came.
+        TypeError: if an argument is not a tensor.
         ValueError: if the shapes differ, or are not those of maps.
     """
     check_same_shape("maps", features_s, features_t)
@@ -46,14 +46,14 @@ def hidden_mse(
 ) -> torch.Tensor:
     """Mean squared difference of hidden states `[..., width]` over the width, for each token (arXiv 1909.10351).
 
-    Tokens where the bool or 0/1 `mask` `[...]` is false count exactly nothing, whatever they hold. With reduction
-    "none" the result has the shape `[...]`; "mean" divides by the number of counted tokens (0 if there is none),
-    "batchmean" by the size of the first dimension. Of the teacher's `PositionedFeatures` the tokens at its positions
+    Tokens where the bool or 0/1 `mask` `[...]` is false contribute nothing, whatever they hold. With reduction "none"
+    the result has the shape `[...]`; "mean" divides by the number of counted tokens (and is 0 if there is none),
+    "batchmean" by the size of the first dimension. For the teacher's `PositionedFeatures`, the tokens at its positions
     count, or those of the mask, which must be among them.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the shapes do not fit, or for another reduction.
+        TypeError: if an argument is not a tensor, or is another form.
+        ValueError: if the shapes do not fit, or for an invalid reduction.
     """
     hidden_t, mask = spread_positions(hidden_t, mask)
     wide_s, wide_t = _counted_hidden(hidden_s, hidden_t, mask)
@@ -69,14 +69,14 @@ def hidden_cosine(
 ) -> torch.Tensor:
     """1 - cosine of the angle between hidden states `[..., width]`, for each token (arXiv 1910.01108).
 
-    Tokens where the bool or 0/1 `mask` `[...]` is false count exactly nothing, whatever they hold; a vector of zeros
-    has the loss 1. With reduction "none" the result has the shape `[...]`; "mean" divides by the number of counted
-    tokens (0 if there is none), "batchmean" by the size of the first dimension. Of the teacher's `PositionedFeatures`
+    Tokens where the bool or 0/1 `mask` `[...]` is false contribute nothing, whatever they hold; a vector of zeros has
+    the loss 1. With reduction "none" the result has the shape `[...]`; "mean" divides by the number of counted tokens
+    (and is 0 if there is none), "batchmean" by the size of the first dimension. For the teacher's `PositionedFeatures`,
     the tokens at its positions count, or those of the mask, which must be among them.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the shapes do not fit, or for another reduction.
+        TypeError: if an argument is not a tensor, or is another form.
+        ValueError: if the shapes do not fit, or for an invalid reduction.
     """
     hidden_t, mask = spread_positions(hidden_t, mask)
     wide_s, wide_t = _counted_hidden(hidden_s, hidden_t, mask)
@@ -87,7 +87,7 @@ def zero_uncounted(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     """Hidden states `[..., width]` with zeros at the tokens that the `mask` `[...]` does not count.
 
     Raises:
-        ValueError: if the mask has not the shape of the tokens.
+        ValueError: if the mask does not have the shape of the tokens.
     """
     if mask is None:
         return hidden
@@ -98,7 +98,7 @@ def zero_uncounted(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
 def spread_positions(
     hidden_t: torch.Tensor | SparseForm, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A teacher's hidden states as a tensor `[..., width]`, with zeros where none travelled, and the tokens that count.
+    """A teacher's hidden states as a tensor `[..., width]`, with zeros where none travelled, and the mask to count by.
 
     Raises:
         TypeError: for another form than `PositionedFeatures` of a tensor.
@@ -121,13 +121,13 @@ def attention_transfer(
 ) -> torch.Tensor:
     """Squared difference of the normalised attention of maps `[batch, channels, height, width]` (arXiv 1612.03928).
 
-    The attention of a position is the sum over channels of `|value| ** p`; each example's is flattened and divided by
-    its L2 norm. The difference is a mean over positions: `[batch]` with reduction "none"; "mean" and "batchmean" are
-    both the mean over the batch. Channels may differ.
+    The attention of a position is the sum over channels of `|value| ** p`; the attention of each example is flattened
+    and divided by its L2 norm. The squared difference is averaged over positions: `[batch]` with reduction "none";
+    "mean" and "batchmean" are both the mean over the batch. The numbers of channels may differ.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the batches, heights or widths differ, if these are not maps, or for another reduction.
+        TypeError: if an argument is not a tensor.
+        ValueError: if the batches, heights or widths differ, if these are not maps, or for an invalid reduction.
     """
     check_tensors("maps", maps_s, maps_t)
     _check_maps(maps_s)
@@ -142,15 +142,15 @@ def attention_transfer(
 
 
 def rkd_distance(embeddings_s: torch.Tensor, embeddings_t: torch.Tensor) -> torch.Tensor:
-    """Smooth L1 difference of the distances between examples, each side's over their mean (arXiv 1904.05068).
+    """Smooth L1 difference of distances between examples, divided by each side's mean distance (arXiv 1904.05068).
 
-    Embeddings are `[batch, width]`; widths may differ. The mean distance is over pairs of two examples; the result,
-    a scalar, is the mean over all batch ** 2 entries, as the authors' code has it. Pairs at distance 0 have no
+    Embeddings are `[batch, width]`; widths may differ. The mean distance is taken over pairs of different examples; the
+    result, a scalar, is the mean over all batch ** 2 entries, as in the authors' code. Pairs at distance 0 get no
     gradient.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the batches differ, or for other than two dimensions.
+        TypeError: if an argument is not a tensor.
+        ValueError: if the batches differ, or unless there are two dimensions.
     """
     _check_embeddings(embeddings_s, embeddings_t)
     distances_s = _relative_distances(widen(embeddings_s))
@@ -162,11 +162,11 @@ def rkd_angle(embeddings_s: torch.Tensor, embeddings_t: torch.Tensor) -> torch.T
     """Smooth L1 difference of the cosines of the angles that triples of examples form (arXiv 1904.05068).
 
     Embeddings are `[batch, width]`; widths may differ. The result, a scalar, is the mean over all batch ** 3 entries,
-    as the authors' code has it, and takes memory for as many. The angle at two equal examples counts as cosine 0.
+    as in the authors' code, and takes memory for as many. An angle between equal examples counts as cosine 0.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the batches differ, or for other than two dimensions.
+        TypeError: if an argument is not a tensor.
+        ValueError: if the batches differ, or unless there are two dimensions.
     """
     _check_embeddings(embeddings_s, embeddings_t)
     angles_s, angles_t = _angles(widen(embeddings_s)), _angles(widen(embeddings_t.detach()))
@@ -184,12 +184,12 @@ def _counted_hidden(
     hidden_s: torch.Tensor, hidden_t: torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_same_shape("hidden states", hidden_s, hidden_t)
-    # The teacher's need no zeros: what they make of a token is dropped from the value, and from the gradient here.
+    # The teacher's states need no zeros: an uncounted token's loss is masked, and its gradient ends at the student's.
     return zero_uncounted(widen(hidden_s), mask), widen(hidden_t.detach())
 
 
 def _reduce_tokens(per_token: torch.Tensor, mask: torch.Tensor | None, reduction: str) -> torch.Tensor:
-    """Per-token losses `[...]`, 0 where not counted, as they are or reduced; "mean" divides by the tokens counted."""
+    """Mask uncounted per-token losses `[...]`, and reduce them; "mean" divides by the number of counted tokens."""
     check_reduction(reduction)
     if mask is not None:
         per_token = per_token.masked_fill(~mask.bool(), 0.0)
@@ -208,9 +208,9 @@ def _attention(maps: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def _relative_distances(embeddings: torch.Tensor) -> torch.Tensor:
-    """Distances `[batch, batch]` over their mean; zeros if all examples are equal."""
-    # From differences, not from dot products: those lose small distances, and need a clamp before the square root.
-    # vector_norm has the gradient 0 at 0.
+    """Distances `[batch, batch]` divided by their mean; zeros if all examples are equal."""
+    # From differences: dot products lose small distances, and need a clamp before the square root. The gradient of
+    # vector_norm at 0 is 0.
     distances: torch.Tensor = torch.linalg.vector_norm(embeddings[:, None] - embeddings[None, :], dim=-1)
     batch = len(embeddings)
     mean = distances.sum() / max(batch * (batch - 1), 1)
@@ -221,13 +221,13 @@ def _angles(embeddings: torch.Tensor) -> torch.Tensor:
     """Cosines `[batch, batch, batch]`: entry (i, j, k) is that of the angle at i between j and k."""
     differences = embeddings[None, :] - embeddings[:, None]
     norms: torch.Tensor = torch.linalg.vector_norm(differences, dim=-1, keepdim=True)
-    # Dividing a difference of 0 by a small constant instead would give its gradient the inverse of that size.
+    # Divided by a small constant instead, a difference of 0 would get a gradient as large as the constant's inverse.
     units = differences / norms.masked_fill(norms == 0, 1.0)
     return units @ units.transpose(1, 2)
 
 
 def _smooth_l1(of_student: torch.Tensor, of_teacher: torch.Tensor) -> torch.Tensor:
-    # The sum of no entries over 1 is 0, where a mean would be NaN.
+    # Not a mean, which would be NaN without entries, where this is 0.
     return F.smooth_l1_loss(of_student, of_teacher, reduction="sum") / max(of_student.numel(), 1)
 
 

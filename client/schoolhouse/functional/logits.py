@@ -4,27 +4,27 @@ All of them multiply by temperature squared, so that gradients keep their size w
 (arXiv 1503.02531), and none sends a gradient to the teacher. The reduction "batchmean" divides by the size of the first
 dimension, and "mean" by the number of examples, that is by all dimensions but the classes. In the two that are
 ModelOpt's, `logits_distillation` and `mft`, "mean" is that of `torch.nn.KLDivLoss`: it divides by the number of all
-elements of the logits, classes included. A class with the logit -inf in both distributions counts nothing, in the value
-as in the gradient.
+elements of the logits, classes included. A class with the logit -inf in both distributions contributes nothing to value
+or gradient.
 
-With `vocabulary="shared"` the student and the teacher may have unlike numbers of classes, of which the first n are the
-same, n being the smaller number: a vocabulary of 49,152 tokens beside one that is padded to 49,280. The loss is the one
-of the logits `[..., :n]`, so both distributions are normalised over these n classes: p'(c) = p(c) / (1 - U), where U is
-the mass of the classes from n on.
+With `vocabulary="shared"` student and teacher may have different numbers of classes, as long as the first n are the
+same, n being the smaller number: for example a vocabulary of 49,152 tokens and one that is padded to 49,280. The loss
+is that of the logits `[..., :n]`, so both distributions are normalised over these n classes: p'(c) = p(c) / (1 - U),
+where U is the mass of the classes from n on.
 
-The teacher's logits may be a form of `schoolhouse.sparse`; then a loss is computed in float32 or wider, of the rows
-that travelled, and no tensor of all the teacher's logits is made. `HiddenLogits` and `PositionedFeatures` suit every
-loss. Of `TopKLogits` it is the divergence over k + 1 classes, of `SampledLogits` the mean over the draws; both must
-have the loss's temperature, and a loss that reads more of the teacher than they hold raises TypeError.
+The teacher's logits may be a form of `schoolhouse.sparse`. Then the loss is computed in float32 or wider over the rows
+that travelled, and no tensor of all the teacher's logits is made. `HiddenLogits` and `PositionedFeatures` work with
+every loss. For `TopKLogits` the loss is the divergence over k + 1 classes, for `SampledLogits` the mean over the draws;
+both must have the loss's temperature, and a loss that needs more of the teacher than they hold raises TypeError.
 
-With "shared", where it is the teacher that has more classes:
+With "shared", if the teacher is the one with more classes:
 
-- Of `TopKLogits` those of the k that are n or above are left out, and the rest, the tail included, is normalised anew:
-  p'(c) = p(c) / (1 - u), u being their mass. It is exact where no class of the tail is n or above; within the tail they
-  cannot be told apart, and count as classes of the student's, unless all of the student's are among the k.
-- Of `SampledLogits` it is the mean over the m of n draws that fell on shared classes, which are draws from p', with
-  log p'(c) = log p(c) - log(m / n). Value and gradient tend to those of p' as n grows, the gradient of
-  `logits_distillation` is unbiased where m is 1 or more, and an example without such a draw counts 0.
+- For `TopKLogits`, those of the k classes that are n or above are left out, and the rest, including the tail, is
+  renormalised: p'(c) = p(c) / (1 - u), u being the mass left out. This is exact if no class of the tail is n or above;
+  within the tail classes cannot be told apart, and all count as the student's, unless all of these are among the k.
+- For `SampledLogits`, the loss is the mean over the m of n draws that fell on shared classes, which are draws from p',
+  with log p'(c) = log p(c) - log(m / n). Value and gradient tend to those of p' as n grows, the gradient of
+  `logits_distillation` is unbiased if m is 1 or more, and an example without such a draw counts as 0.
 """
 
 import functools
@@ -52,8 +52,8 @@ def logits_distillation(
     all elements, as ModelOpt's does. Computed in the dtype of the logits.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the shapes differ, or for another vocabulary.
+        TypeError: if an argument is neither a tensor nor a form that this loss takes.
+        ValueError: if the shapes differ, or for an invalid reduction or vocabulary.
     """
     logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     if isinstance(values, SparseForm):
@@ -86,15 +86,15 @@ def mft(
     reduction: str = "batchmean",
     vocabulary: str = "equal",
 ) -> torch.Tensor:
-    """KL of the student's distribution from the teacher's, corrected towards the labels (arXiv 2506.15702).
+    """KL(teacher || student), with the teacher's distribution corrected towards the labels (arXiv 2506.15702).
 
-    The correction leaves the label's class ahead of the teacher's strongest other by `threshold`. Logits
+    The correction puts the label's class ahead of the teacher's strongest other class by `threshold`. Logits
     `[..., classes]` are flattened to `[n, classes]`; labels are class indices, `[n]` or `[...]`. With reduction "none"
     the result is elementwise, `[n, classes]`, and "batchmean" divides by n. Computed in the dtype of the logits.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the shapes of the logits differ, or if the labels are not one index an example.
+        TypeError: if an argument is neither a tensor nor a form that this loss takes.
+        ValueError: if the shapes of the logits differ, or if the labels are not one index per example.
     """
     logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     if isinstance(labels, torch.Tensor) and labels.shape == logits_s.shape[:-1]:
@@ -125,8 +125,8 @@ def reverse_kl(
     returned in the dtype of the student's logits.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the shapes differ, or for another reduction or vocabulary.
+        TypeError: if an argument is neither a tensor nor a form that this loss takes.
+        ValueError: if the shapes differ, or for an invalid reduction or vocabulary.
     """
     logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     if isinstance(values, SparseForm):
@@ -154,8 +154,8 @@ def jsd(
     dtype of the student's logits.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the shapes differ, or for another reduction or vocabulary.
+        TypeError: if an argument is neither a tensor nor a form that this loss takes.
+        ValueError: if the shapes differ, or for an invalid reduction or vocabulary.
     """
     logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     if isinstance(values, SparseForm):
@@ -190,8 +190,8 @@ def skewed_kl(
     or wider, returned in the dtype of the student's logits.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the shapes differ, or for another reduction or vocabulary.
+        TypeError: if an argument is neither a tensor nor a form that this loss takes.
+        ValueError: if the shapes differ, or for an invalid reduction or vocabulary.
     """
     logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     if isinstance(values, SparseForm):
@@ -217,14 +217,14 @@ def dkd(
 ) -> torch.Tensor:
     """Decoupled knowledge distillation, `alpha * TCKD + beta * NCKD`, times temperature squared (arXiv 2203.08679).
 
-    TCKD is the KL(t || s) of the two masses label or not label, NCKD that of the classes but the label, normalised
-    among themselves. Logits `[..., classes]`, labels `[...]` class indices. With reduction "none" the result has the
-    shape `[...]`; otherwise it is a scalar. Computed in log space in float32 or wider, returned in the dtype of the
-    student's logits.
+    TCKD is the KL(t || s) between the two masses "label" and "not label"; NCKD is the KL(t || s) over all classes but
+    the label, renormalised. Logits are `[..., classes]`, labels `[...]` class indices. With reduction "none" the result
+    has the shape `[...]`; otherwise it is a scalar. Computed in log space in float32 or wider, returned in the dtype of
+    the student's logits.
 
     Raises:
-        TypeError: if something else than a tensor came.
-        ValueError: if the shapes do not fit, if there is one class only, or for another reduction.
+        TypeError: if an argument is neither a tensor nor a form that this loss takes.
+        ValueError: if the shapes do not fit, if there is only one class, or for an invalid reduction.
     """
     logits_s, values = compared_logits(logits_s, logits_t, vocabulary)
     check_labels(labels, logits_s.shape[:-1], "one index for each example,")
@@ -241,7 +241,7 @@ def dkd(
 
 
 def _softened(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits over the temperature; at 1, as most are used, they are themselves, without a copy."""
+    """Logits divided by the temperature; at 1, the usual one, the logits themselves, without a copy."""
     return logits if temperature == 1 else logits / temperature
 
 
@@ -250,27 +250,27 @@ def _scaled(loss: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def _kl_to_target(log_student: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
-    """KL of probabilities `[..., classes]` from the student's, elementwise or reduced, in the dtype of both."""
+    """KL(target || student) of probabilities `[..., classes]`, elementwise or reduced, in the dtype of both."""
     # The kernel multiplies a probability of 0 by the student's log-probability, which is NaN where that is -inf.
     elementwise = F.kl_div(log_student.masked_fill(target == 0, 0.0), target, reduction="none")
-    # kl_div's own "mean" warns that it will become "batchmean"; a mean and a sum over n are different roundings.
+    # Not kl_div's own "mean", which warns that it will become "batchmean", and not a sum over n: it rounds otherwise.
     if reduction == "mean":
         return elementwise.mean()
     return reduce(elementwise, reduction, n_mean=target.numel(), batch_size=target.shape[0] if target.dim() else 1)
 
 
 def _corrected(teacher: torch.Tensor, labels: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Probabilities `[n, classes]` with mass moved to the labels `[n]`; the order of operations is part of the result.
+    """Probabilities `[n, classes]` with mass moved to the labels `[n]`; the order of operations affects the rounding.
 
-    The label's class ends at least `threshold` above the strongest class where the teacher is wrong, and gains
-    `threshold`, up to a probability of 1, where it is right.
+    If the teacher is wrong, the label's class ends at least `threshold` above its strongest class; if it is right, the
+    label's class gains `threshold`, up to a probability of 1.
     """
     top = teacher.argmax(dim=-1)
     p_top, p_label = teacher.gather(1, torch.stack([top, labels], dim=1)).unbind(dim=1)
     share_if_wrong = (p_top - p_label + threshold) / (1 + p_top - p_label + 1e-7)
     wanted = torch.where(p_label > 1 - threshold, 1, p_label + threshold)
     share_if_right = (wanted - p_top) / (1 - p_top + 1e-7)
-    # Rounding may put a share just above 1, and what remains of the other classes below 0: its logarithm is NaN.
+    # Rounding may put a share just above 1, and the other classes below 0, whose logarithm would be NaN.
     share = torch.where(top != labels, share_if_wrong, share_if_right).clamp(max=1)[:, None]
     return (teacher * (1 - share)).scatter_add(1, labels[:, None], share)
 
@@ -291,7 +291,7 @@ def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 
 def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
-    """log(weight * p + (1 - weight) * q); of no meaning, but finite, for classes that neither p nor q has."""
+    """log(weight * p + (1 - weight) * q); for classes that neither p nor q has, a finite number without meaning."""
     # logaddexp of -inf and -inf has the gradient NaN, so those classes are taken out before it.
     absent = (log_p == -math.inf) & (log_q == -math.inf)
     log_p, log_q = log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)
@@ -303,14 +303,14 @@ def _log_skewed(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch
 
 
 def _log_ratio(log_p: torch.Tensor, log_q: torch.Tensor, *, alpha: float) -> torch.Tensor:
-    """log of p over the skewed q, of which the skew KL is p's expectation."""
+    """log of p divided by the skewed q; its expectation under p is the skew KL."""
     return log_p - _log_skewed(log_p, log_q, alpha)
 
 
 def _decoupled(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-masses (label, not label) `[..., 2]`, and log-probabilities of the classes but the label `[..., classes]`."""
     index = labels.unsqueeze(-1)
-    # The lowest finite number, not -inf, which would give NaN where every other class is masked.
+    # The lowest finite number, not -inf, which would give NaN if every other class is masked.
     others = logits.scatter(-1, index, torch.finfo(logits.dtype).min)
     masses = torch.cat([logits.gather(-1, index), others.logsumexp(dim=-1, keepdim=True)], dim=-1)
     return F.log_softmax(masses, dim=-1), F.log_softmax(others, dim=-1)

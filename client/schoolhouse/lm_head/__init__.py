@@ -1,5 +1,5 @@
-"""Heads: the frozen function from a teacher's hidden states to its logits.
+"""Heads: a head is the frozen function from a teacher's hidden states to its logits.
 
-`head` is that function, made of the named `operations`; `describe` makes one of a submodule, and checks it; `local`
-are the heads of a module in this process, `disk_cache` those that were fetched once.
+`head` is that function, a chain of the named `operations`; `describe` derives one from a submodule and checks it;
+`local` holds the heads of a module in this process, `disk_cache` those that were fetched from remote teachers.
 """

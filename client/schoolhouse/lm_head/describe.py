@@ -1,4 +1,4 @@
-"""Describe a submodule of a model as a head, and check that it makes the model's own logits."""
+"""Describe a submodule of a model as a head, and check that the head computes the model's own logits."""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -24,7 +24,7 @@ from schoolhouse.lm_head.operations import (
 )
 from schoolhouse.taps import check_modules, module_names, without_compiler
 
-_TOLERANCES = dict(zip(DTYPES, (1e-9, 1e-4, 2e-2, 5e-3), strict=True))  # of the largest logit
+_TOLERANCES = dict(zip(DTYPES, (1e-9, 1e-4, 2e-2, 5e-3), strict=True))  # as fractions of the largest logit
 _MAX_CHECKED_ROWS = 64
 _CHUNK_ROWS = 16
 _PROBE_ROWS = 8
@@ -43,11 +43,11 @@ _DESCRIBABLE = (
 
 @torch.no_grad()
 def head_of(model: nn.Module, name: str, tap_module: str) -> Head:
-    """Submodule `name` of a model in eval mode as a head, with what the model does to its logits until `tap_module`.
+    """The head of a model in eval mode: its submodule `name`, and what is done to the logits until `tap_module`.
 
-    The latter is known for Hugging Face's models, whose config holds the scale and the soft-capping. The weights stay
-    the model's own: they must not change while the head is used. The submodule runs on a few random rows, to see that
-    the description holds; what is beyond it is for `check_head` to see.
+    What is done to the logits is known for Hugging Face's models, whose config holds the scale and the soft-capping.
+    The head refers to the model's own weights, which must not change while it is used. The submodule runs on a few
+    random rows to check its description; what the model does outside it, `check_head` must check.
 
     Raises:
         UnknownTapError: if there is no such submodule.
@@ -60,7 +60,8 @@ def head_of(model: nn.Module, name: str, tap_module: str) -> Head:
         return _head_of(module, name)
     if tap_module and not name.startswith(f"{tap_module}."):
         raise UnsupportedValueError(
-            f"the head {name!r} is not within {tap_module!r}, whose logits were asked for; tap {name!r}, or the model"
+            f"the head {name!r} is not within {tap_module!r}, whose logits were asked for; tap {name!r}, or the whole "
+            "model"
         )
     head = _head_of(module, name)
     return Head([*head.operations, *_afterwards(_config_of(plain, name, tap_module))])
@@ -72,13 +73,13 @@ def _head_of(module: nn.Module, name: str) -> Head:
     try:
         with torch.autocast(head.device.type, enabled=False):
             expected = module(hidden)
-    except Exception as err:  # whatever a module raises that takes something else
+    except Exception as err:  # a module that expects other inputs may raise anything
         raise _refusal(module, name, f"it raised {type(err).__name__} on [rows, {head.hidden_size}]: {err}") from err
     if not isinstance(expected, torch.Tensor):
         raise _refusal(module, name, f"it returns a {type(expected).__name__}, not a tensor")
-    head = _described(module, name)  # again, since torch.nn.utils.weight_norm makes a weight when its module runs
+    head = _described(module, name)  # again: torch.nn.utils.weight_norm replaces the weight when the module runs
     if expected.shape != (_PROBE_ROWS, head.classes) or not _close(head.logits(hidden), expected):
-        raise _refusal(module, name, f"it does more than its parts in their order, {head}")
+        raise _refusal(module, name, f"it computes something else than its parts in their order, {head}")
     return head
 
 
@@ -97,7 +98,7 @@ def _refusal(module: nn.Module, name: str, why: str) -> UnsupportedValueError:
     ]
     instead = f". Name the last linear layer within it as the head: {', '.join(linears)}" if linears else ""
     return UnsupportedValueError(
-        f"{name!r}, a {type(module).__name__}, cannot be sent as a head: {why}. What can: "
+        f"{name!r}, a {type(module).__name__}, cannot be sent as a head: {why}. A head may consist of: "
         f"{', '.join(_DESCRIBABLE)}{instead}",
         choices=linears or _DESCRIBABLE,
     )
@@ -122,19 +123,19 @@ def _operations_of(module: nn.Module, name: str) -> list[Operation]:
 
 
 def _activation_of(module: nn.Module) -> Operation | None:
-    """The activation that this module without weights is, told by what it does to numbers."""
+    """The activation that this module without weights computes, recognised by its results."""
     x = torch.linspace(-20, 20, 1001, dtype=torch.float64)
     return _alike(module, map(activation, ACTIVATIONS), x)
 
 
 def _rms_norm_of(module: nn.Module, weight: torch.Tensor) -> Operation | None:
-    """The kind of RMS norm that this module with one weight is, told by what it does to numbers.
+    """The RMS norm that this module with one weight computes, recognised by its results.
 
     Libraries have hundreds of such classes, which differ in two things: whether 1 is added to the weight, and whether
     the result is rounded before it is multiplied.
     """
     found = [getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name)]
-    if found == [None] and isinstance(module, nn.RMSNorm):  # which one it takes then differs between kernels
+    if found == [None] and isinstance(module, nn.RMSNorm):  # its default, which differs between kernels
         found = [torch.finfo(dtype).eps for dtype in (weight.dtype, torch.float32)]
     if weight.dim() != 1 or not found or not all(isinstance(eps, float) for eps in found):
         return None
@@ -144,10 +145,10 @@ def _rms_norm_of(module: nn.Module, weight: torch.Tensor) -> Operation | None:
 
 
 def _alike(module: nn.Module, operations: Any, x: torch.Tensor) -> Operation | None:
-    """The operation that is nearest to the module on `x`, if it is the same up to rounding."""
+    """The operation whose results on `x` are nearest to the module's, if they are equal up to rounding."""
     try:
         expected = module(x)
-    except Exception:  # whatever a module raises that takes something else
+    except Exception:  # a module that expects other inputs may raise anything
         return None
     if not isinstance(expected, torch.Tensor) or expected.shape != x.shape:
         return None
@@ -156,7 +157,7 @@ def _alike(module: nn.Module, operations: Any, x: torch.Tensor) -> Operation | N
 
 
 def _probe(rows: int, width: int) -> torch.Tensor:
-    """The same random numbers each time, without touching the generators that others draw from."""
+    """The same random numbers each time, from a generator of its own."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
 
 
@@ -164,7 +165,7 @@ def _probe(rows: int, width: int) -> torch.Tensor:
 
 
 def _config_of(model: nn.Module, name: str, tap_module: str) -> Any:
-    """The config of the innermost module that calls the head and is not outside the tap."""
+    """The config of the innermost module that has one, from the tapped module down to the head's parent."""
     config: Any = None
     inner = tap_module
     for step in name.removeprefix(tap_module).strip(".").split("."):
@@ -174,7 +175,7 @@ def _config_of(model: nn.Module, name: str, tap_module: str) -> Any:
 
 
 def _afterwards(config: Any) -> Iterator[Operation]:
-    multiplies = str(getattr(config, "model_type", "")).startswith("hyperclovax")  # where the others divide
+    multiplies = str(getattr(config, "model_type", "")).startswith("hyperclovax")  # other models divide
     settings: list[tuple[str, Callable[[float], Operation]]] = [
         ("logit_scale", scale),  # Cohere
         ("logits_scaling", scale if multiplies else divide),  # Granite
@@ -187,14 +188,14 @@ def _afterwards(config: Any) -> Iterator[Operation]:
             yield operation(value)
 
 
-# Whether the head makes the model's logits.
+# Whether the head computes the model's logits.
 
 
 @torch.no_grad()
 def check_head(head: Head, hidden: torch.Tensor, logits: torch.Tensor) -> None:
-    """Compare the head's logits of `hidden` [..., d] with the model's own `logits` [..., classes].
+    """Check that the head computes the model's own `logits` [..., classes] from `hidden` [..., d].
 
-    It looks at 64 rows at most, evenly spread. Where the model's logits are NaN or infinite, the head's must be too.
+    It compares at most 64 rows, evenly spread. Where the model's logits are NaN or infinite, the head's must be too.
 
     Raises:
         UnsupportedValueError: if they differ by more than rounding.
@@ -216,8 +217,8 @@ def check_head(head: Head, hidden: torch.Tensor, logits: torch.Tensor) -> None:
     largest, tolerance = _magnitude(some_logits), _TOLERANCES[logits.dtype]
     if difference > tolerance * largest:
         raise UnsupportedValueError(
-            f"{head} does not make this teacher's logits: the largest difference is {difference:.3g}, with logits up "
-            f"to {largest:.3g} and {tolerance:g} of that allowed for rounding. The model may apply soft-capping, a "
+            f"{head} does not compute this teacher's logits: the largest difference is {difference:.3g}, logits are up "
+            f"to {largest:.3g}, and {tolerance:g} of that is allowed for rounding. The model may apply soft-capping, a "
             "scale, a bias or a mask after its head, or slice the positions (logits_to_keep); tap the head itself "
             "instead, or ask for another encoding. Under autocast, load the teacher in the dtype of the autocast"
         )
@@ -233,12 +234,12 @@ def _close(values: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _difference(values: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest one; infinity where only one of the two is NaN, or infinite."""
+    """The largest absolute difference; infinity if somewhere only one of the two is NaN or infinite."""
     mine, own = values.double(), expected.double()
     same = (mine == own) | (mine.isnan() & own.isnan())
     return (mine - own).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf).amax().item()
 
 
 def _magnitude(values: torch.Tensor) -> float:
-    """The largest finite one."""
+    """The largest finite absolute value."""
     return values.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax().item()

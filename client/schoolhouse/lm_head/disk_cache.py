@@ -1,4 +1,4 @@
-"""Heads that were fetched once: kept on disk for other runs, and shared by the teachers of one process."""
+"""A cache of fetched heads: on disk for later runs, and shared by the teachers of one process."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ _warned: set[Path] = set()
 
 
 def default_cache_folder() -> Path | None:
-    """Where heads are kept unless a caller says otherwise; None for a user without a home, as in some containers."""
+    """The default folder for heads; None for a user without a home directory, as in some containers."""
     try:
         return Path.home() / ".cache" / "schoolhouse" / "heads"
     except RuntimeError:
@@ -42,14 +42,14 @@ def default_cache_folder() -> Path | None:
 
 
 class HeadCache:
-    """Heads by the teacher's revision, the head's submodule, and the module whose logits it makes.
+    """Heads by the teacher's revision, the head's submodule, and the module whose logits it computes.
 
-    The folder may be shared by several processes, and be lost at any time. If it cannot be written to, there is a
-    warning, and each process fetches its heads.
+    Several processes may share the folder, and it may be removed at any time. If it cannot be written to, there is a
+    warning, and each process fetches its own heads.
 
     Args:
-        folder: it is made when the first head is put into it. None: heads are shared within the process alone.
-        max_bytes: the least recently used files beyond it are removed.
+        folder: created when the first head is stored. None shares heads only within the process.
+        max_bytes: bound of the folder's size; beyond it the least recently used files are removed.
     """
 
     def __init__(self, folder: str | Path | None, max_bytes: int = 8 << 30) -> None:
@@ -59,13 +59,13 @@ class HeadCache:
         self.max_bytes = max_bytes
 
     def fetch(self, revision: str, name: str, tap_module: str, load: Callable[[], Head], *, digest: str = "") -> Head:
-        """The head, which all callers in this process share: of memory, of the folder, or else of `load`.
+        """The head from memory, from the folder or, as a last resort, from `load`; all callers here share one object.
 
-        Of callers at the same time one loads while the others wait. If it fails, the next one tries its own `load`.
-        Where the teacher says the `digest` of its head, one of another digest is fetched again.
+        Of simultaneous callers one loads and the others wait; if it fails, the next one tries its own `load`. If the
+        `digest` of the teacher's head is given, a cached head with another digest is fetched again.
 
         Raises:
-            CorruptPayloadError: if `load` gives a head of another digest.
+            CorruptPayloadError: if `load` returns a head with another digest.
         """
         folder = str(self.folder.absolute()) if self.folder is not None else ""
         key = (folder, *_checked(revision, name, tap_module))
@@ -76,13 +76,13 @@ class HeadCache:
             if head is None:
                 head = _if_it_is(load(), digest)
                 if head is None:
-                    raise CorruptPayloadError(f"the teacher sent another head than that of the digest {digest!r}")
+                    raise CorruptPayloadError(f"the teacher sent a head with another digest than its own {digest!r}")
                 self.put(revision, name, tap_module, head)
             _alive[key] = head
             return head
 
     def get(self, revision: str, name: str, tap_module: str) -> Head | None:
-        """The head on disk, checked by its digest, or None. A damaged file, or one of another head, is removed."""
+        """The head on disk, checked by its digest, or None. A file that is damaged or of another head is removed."""
         if self.folder is None:
             return None
         path = _path(self.folder, revision, name, tap_module)
@@ -92,16 +92,16 @@ class HeadCache:
             head = _read(path, _checked(revision, name, tap_module))
         except MemoryError:
             raise
-        except Exception:  # a damaged file may make this raise anything
+        except Exception:  # reading a damaged file may raise anything
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # by which the least recently used are found
+            os.utime(path)  # so that `_prune` knows when it was used
         return head
 
     def put(self, revision: str, name: str, tap_module: str, head: Head) -> None:
-        """Keep the head on disk, unless it alone is beyond `max_bytes`."""
+        """Store the head on disk, unless it is larger than `max_bytes`."""
         if self.folder is None or head.nbytes > self.max_bytes:
             return
         path = _path(self.folder, revision, name, tap_module)
@@ -116,7 +116,7 @@ class HeadCache:
         remove_orphans(folder, "*.safetensors")
         files: list[tuple[bool, float, int, Path]] = []
         for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process prunes too
+            with contextlib.suppress(FileNotFoundError):  # another process may prune at the same time
                 if _FILE_NAME.fullmatch(path.name):
                     facts = path.stat()
                     files.append((path == latest, facts.st_mtime, facts.st_size, path))
@@ -132,7 +132,7 @@ def _if_it_is(head: Head | None, digest: str) -> Head | None:
 
 
 def _path(folder: Path, revision: str, name: str, tap_module: str) -> Path:
-    """Of a name that no teacher chooses: revisions and names come from elsewhere and may hold anything."""
+    """The path of a head's file, whose name is a hash, since revisions and names come from a server."""
     key = json.dumps([_FORMAT, *_checked(revision, name, tap_module)])
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
@@ -141,17 +141,17 @@ def _warn(folder: Path, err: OSError) -> None:
     if folder not in _warned:
         _warned.add(folder)
         warnings.warn(
-            f"the teacher's head cannot be kept in {folder}, so that each run fetches it again: {err}", stacklevel=4
+            f"the teacher's head cannot be kept in {folder}, so each run fetches it again: {err}", stacklevel=4
         )
 
 
 def _checked(revision: str, name: str, tap_module: str) -> tuple[str, str, str]:
     if not revision:
-        raise ValueError("the revision is ''; heads are kept by the revision that describe() says")
+        raise ValueError("the revision is ''; heads are kept by the revision that describe() returns")
     return revision, name, tap_module
 
 
-# The file: of the safetensors format, and written without another copy of the weights in memory.
+# The file is in the safetensors format; it is written without another copy of the weights in memory.
 
 
 def _write(path: Path, head: Head, key: tuple[str, str, str]) -> None:
@@ -178,13 +178,13 @@ def _read(path: Path, key: tuple[str, str, str]) -> Head:
         value = json.loads(facts["head"])
         for i, operation in enumerate(value["operations"]):
             names = operation["weights"]
-            # copied, since others may write the file while its memory is mapped
+            # Copied, since another process may write the file while it is mapped.
             operation["weights"] = {name: file.get_tensor(f"{i}.{name}").clone() for name in names}
     return Head.from_value(value)
 
 
 def _forget_locks() -> None:
-    """In a forked child: the threads that hold them are in its parent."""
+    """Replace all locks in a forked child, since threads of its parent may hold them."""
     global _guard
     _guard = threading.Lock()
     _locks.clear()

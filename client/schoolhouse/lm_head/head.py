@@ -16,16 +16,16 @@ from schoolhouse.lm_head.operations import KINDS, Operation
 
 
 class Head:
-    """A chain of known operations with their weights. No gradient reaches it, and none goes through it.
+    """A chain of known operations with their weights. No gradient flows into or through it.
 
-    All weights have one dtype. Hidden states of another one, such as bfloat16 ones from a float32 teacher, are cast to
-    it first; so the logits have the teacher's dtype and are its own to the rounding of the matmul.
+    All weights have one dtype, to which hidden states of another dtype, such as bfloat16 from a float32 teacher, are
+    cast first. So the logits have the teacher's dtype, and equal the teacher's up to the rounding of the matmul.
 
     Args:
-        operations: in their order; at least one is linear.
+        operations: the steps in order; at least one is linear.
 
     Raises:
-        ValueError: if one operation does not take what the one before it gives.
+        ValueError: if an operation does not fit the one before it, if none is linear, or if dtypes differ.
     """
 
     def __init__(self, operations: Sequence[Operation]) -> None:
@@ -33,7 +33,7 @@ class Head:
         self.hidden_size, self.classes = _widths(self.operations)
         self.dtype = _the_dtype(self.operations)
         self._family = _Family()
-        self._copies: list[Head] = []  # that this one made
+        self._copies: list[Head] = []  # copies on other devices that this one made
         self._versions = [version_of(weight) for weight in self._weights()]
 
     @property
@@ -43,7 +43,7 @@ class Head:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self._weights()[0].device
 
     @property
@@ -56,12 +56,12 @@ class Head:
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits [..., classes] of hidden states [..., hidden_size], on the device of these.
+        """The teacher's logits [..., classes] of hidden states [..., hidden_size], on the device of the states.
 
-        Autocast does not change them, since it did not change the teacher's.
+        Autocast is off, since the student's did not apply to the teacher.
 
         Raises:
-            FeatureMismatchError: if the weights, which may be a module's own, were written into since.
+            FeatureMismatchError: if the weights, which may be a module's own, were changed since the head was made.
         """
         if hidden.shape[-1:] != (self.hidden_size,):
             raise ValueError(f"hidden states are {tuple(hidden.shape)}; this head takes [..., {self.hidden_size}]")
@@ -72,8 +72,8 @@ class Head:
         return value
 
     def to(self, device: torch.device | str) -> "Head":
-        """This head with its weights on a device. They are moved once, and kept there as long as this head is."""
-        there = torch.empty(0, device=device).device  # which says the index of the current GPU
+        """This head with its weights on a device. They are copied once, and stay there as long as this head lives."""
+        there = torch.empty(0, device=device).device  # with the index of the current GPU if `device` has none
         if there == self.device:
             self._check_unchanged()
             return self
@@ -89,7 +89,7 @@ class Head:
             return found
 
     def to_value(self) -> dict[str, Any]:
-        """Dicts, lists, strings, floats and tensors, which the codec can carry."""
+        """The head as dicts, lists, strings, floats and tensors, which can travel."""
         return {
             "digest": self.digest,
             "operations": [
@@ -100,11 +100,11 @@ class Head:
 
     @classmethod
     def from_value(cls, value: Any) -> "Head":
-        """The head that `to_value` described.
+        """The head from the result of `to_value`.
 
         Raises:
             ProtocolError: for another structure, or an operation that this version does not know.
-            CorruptPayloadError: for weights and settings that make no head, or not the one of the digest.
+            CorruptPayloadError: if weights and settings do not make a head, or one with another digest.
         """
         fields = _fields(value, "a head", digest=str, operations=list)
         steps = [_fields(step, "an operation", kind=str, weights=dict, settings=dict) for step in fields["operations"]]
@@ -117,18 +117,18 @@ class Head:
         try:
             head = cls([Operation(**step) for step in steps])
         except ValueError as err:
-            raise CorruptPayloadError(f"weights and settings arrived that make no head: {err}") from err
+            raise CorruptPayloadError(f"weights and settings arrived that do not make a head: {err}") from err
         if head.digest != fields["digest"]:
             raise CorruptPayloadError(
-                f"a head arrived whose digest is {head.digest} where {fields['digest'][:80]!r} was declared"
+                f"a head arrived whose digest is {head.digest}, but {fields['digest'][:80]!r} was declared"
             )
         return head
 
     def _check_unchanged(self) -> None:
         if any(version_of(weight) != then for weight, then in zip(self._weights(), self._versions, strict=True)):
             raise FeatureMismatchError(
-                "the weights of the teacher's head were written into after its hidden states were computed, of which "
-                "they would make other logits: change a teacher after the loss of each batch that it was asked for"
+                "the weights of the teacher's head were written into after its hidden states were computed, so that "
+                "the logits would be wrong: change a teacher only after the losses of all batches it was asked for"
             )
 
     def _weights(self) -> list[torch.Tensor]:
@@ -143,7 +143,7 @@ class Head:
 
 
 class _Family:
-    """What the copies of a head on several devices share. It keeps none of them: each keeps those that it made."""
+    """What the copies of a head on several devices share. It keeps no copy alive: each head keeps those it made."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -155,7 +155,7 @@ def _widths(operations: tuple[Operation, ...]) -> tuple[int, int]:
     """The sizes of the last dimension of the hidden states and of the logits."""
     if not any(operation.kind == "linear" for operation in operations):
         kinds = [operation.kind for operation in operations]
-        raise ValueError(f"a head has at least one linear operation; these are {kinds}")
+        raise ValueError(f"a head needs at least one linear operation; these are {kinds}")
     weights = next(operation.weights for operation in operations if operation.weights)
     first = last = next(iter(weights.values())).shape[-1]
     for operation in operations:
@@ -166,7 +166,7 @@ def _widths(operations: tuple[Operation, ...]) -> tuple[int, int]:
 def _the_dtype(operations: tuple[Operation, ...]) -> torch.dtype:
     dtypes = list(dict.fromkeys(weight.dtype for step in operations for weight in step.weights.values()))
     if len(dtypes) > 1:
-        raise ValueError(f"the weights of a head are of one dtype; these are of {', '.join(map(str, dtypes))}")
+        raise ValueError(f"the weights of a head must have one dtype; these have {', '.join(map(str, dtypes))}")
     return dtypes[0]
 
 
@@ -176,7 +176,7 @@ def _digest(operations: tuple[Operation, ...]) -> str:
         shapes = [[name, str(weight.dtype), list(weight.shape)] for name, weight in sorted(step.weights.items())]
         digest.update(json.dumps([step.kind, shapes, sorted(step.settings.items())]).encode() + b"\0")
         for _, weight in sorted(step.weights.items()):
-            plain = on_cpu(weight)  # named, since memory_of does not keep it alive
+            plain = on_cpu(weight)  # held by a name, since memory_of does not keep it alive
             digest.update(memory_of(plain))
     return digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""The heads of a module in this process: described when asked for, and held against the module's own logits."""
+"""The heads of a module in this process: described when asked for, and compared with the module's own logits."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -16,9 +16,9 @@ _MAX_COUNTED = 4096
 
 
 class OwnHeads:
-    """Heads of one module. A head is described again once weights of its submodule were changed, replaced or moved.
+    """Heads of one module. A head is described anew after weights of its submodule were changed, replaced or moved.
 
-    A copy of it has described nothing: the weights of another module are others.
+    A copy of this object starts empty, since the copied module has other weights.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -27,7 +27,7 @@ class OwnHeads:
         self._runs: OrderedDict[Hashable, int] = OrderedDict()
 
     def get(self, name: str, tap_module: str) -> Head:
-        """What makes the logits that `tap_module` returns of what submodule `name` receives; as `head_of` does."""
+        """The head from what submodule `name` receives to the logits that `tap_module` returns; raises as `head_of`."""
         state = self.state(name)
         found = self._known.get((name, tap_module))
         if found is None or found[0] != state:
@@ -35,20 +35,20 @@ class OwnHeads:
         return found[1]
 
     def state(self, name: str) -> Hashable:
-        """Another one whenever weights of the submodule are changed, replaced or moved."""
+        """A value that changes whenever weights of the submodule are changed, replaced or moved."""
         module = self._module.get_submodule(name)
         return tuple((_place(weight), version_of(weight)) for weight in (*module.parameters(), *module.buffers()))
 
     def is_due(self, inputs: Hashable) -> bool:
-        """Whether a run on such inputs is one to hold the heads against: the 1st, the 2nd, the 4th, the 8th, ...
+        """Whether the heads must be compared in this run: in the 1st, 2nd, 4th, 8th, ... run on inputs of this kind.
 
-        What a model does to some numbers only, or since a hook was added, shows in no first run.
+        The first run alone is not enough: the model may change only some numbers, or a hook may be added later.
         """
         before = self._runs.get(inputs, 0)
         return before & (before + 1) == 0
 
     def ran(self, inputs: Hashable) -> None:
-        """Count a run in which nothing was wrong."""
+        """Count a run that found no difference."""
         self._runs[inputs] = self._runs.get(inputs, 0) + 1
         if len(self._runs) > _MAX_COUNTED:
             self._runs.popitem(last=False)

@@ -1,4 +1,4 @@
-"""The operations that a head may consist of, known by name, so that none of a teacher's code travels."""
+"""The operations that a head may consist of. They travel by name, so that no code of a teacher does."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,10 +22,10 @@ CASTS = ("before", "after", "torch")
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One step from hidden states to logits. The functions below make them.
+    """One step from hidden states to logits, made by one of the functions below.
 
     Raises:
-        ValueError: for weights or settings that such an operation does not have.
+        ValueError: for an unknown kind, or for missing, unknown or invalid weights and settings.
     """
 
     kind: str
@@ -34,7 +34,7 @@ class Operation:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"{self.kind!r} is no operation of a head; choices: {', '.join(KINDS)}")
+            raise ValueError(f"{self.kind!r} is not an operation of a head; choices: {', '.join(KINDS)}")
         kind = KINDS[self.kind]
         _check_names(self.kind, "weights", self.weights, kind.weights, kind.required)
         _check_names(self.kind, "settings", self.settings, kind.settings, tuple(kind.settings))
@@ -44,7 +44,7 @@ class Operation:
             kind.settings[name](f"{self.kind}'s {name}", value)
         if len({weight.shape[0] for weight in self.weights.values()}) > 1:
             sizes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
-            raise ValueError(f"{self.kind}'s weights do not fit one another: {sizes}")
+            raise ValueError(f"{self.kind}'s weights do not fit together: {sizes}")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return KINDS[self.kind].run(x, **self.weights, **self.settings)
@@ -69,26 +69,26 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Operation:
 
 
 def layer_norm(weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> Operation:
-    """Over the last dimension; weight [d], bias [d]."""
+    """Layer norm over the last dimension; weight [d], bias [d]."""
     return Operation("layer_norm", _given(weight=weight, bias=bias), {"eps": float(eps)})
 
 
 def rms_norm(weight: torch.Tensor, eps: float, *, offset: float = 0.0, cast: str = "before") -> Operation:
-    """Over the last dimension, in float32, times `offset + weight`; weight [d].
+    """RMS norm over the last dimension, in float32, times `offset + weight`; weight [d].
 
-    `cast` says whether the result takes the input's dtype "before" it is multiplied, as Llama's, or "after", as
-    Gemma's, whose offset is 1 besides; "torch" is `torch.nn.functional.rms_norm`.
+    `cast` says when the result is cast back to the input's dtype: "before" the product with the weight, as in Llama, or
+    "after" it, as in Gemma, where the offset is 1. "torch" is `torch.nn.functional.rms_norm`.
     """
     return Operation("rms_norm", _given(weight=weight), {"eps": float(eps), "offset": float(offset), "cast": cast})
 
 
 def scale(factor: float) -> Operation:
-    """Times a number."""
+    """`x * factor`."""
     return Operation("scale", {}, {"factor": float(factor)})
 
 
 def divide(divisor: float) -> Operation:
-    """Divided by a number, which is not to the bit the product with its reciprocal."""
+    """`x / divisor`, which differs in rounding from the product with the reciprocal."""
     return Operation("divide", {}, {"divisor": float(divisor)})
 
 
@@ -98,7 +98,7 @@ def softcap(cap: float) -> Operation:
 
 
 def activation(name: str) -> Operation:
-    """One of `ACTIVATIONS`."""
+    """The activation of that name in `ACTIVATIONS`."""
     return Operation("activation", {}, {"name": name})
 
 
@@ -149,7 +149,7 @@ def _check_names(
 ) -> None:
     if not isinstance(given, Mapping) or not set(required) <= set(given) <= set(known):
         names = list(given) if isinstance(given, Mapping) else f"a {type(given).__name__}"
-        raise ValueError(f"{kind} has the {what} {list(known)}, of which {list(required)} are needed, not {names}")
+        raise ValueError(f"{kind} takes the {what} {list(known)}, and {list(required)} are required; got {names}")
 
 
 def _check_weight(what: str, weight: Any, rank: int) -> None:
@@ -197,7 +197,7 @@ def _one_of(*choices: str) -> Callable[[str, Any], None]:
 
 class _Kind(NamedTuple):
     run: Callable[..., torch.Tensor]
-    weights: Mapping[str, int]  # their ranks
+    weights: Mapping[str, int]  # the rank of each
     required: tuple[str, ...]
     settings: Mapping[str, Callable[[str, Any], None]]
 

@@ -1,4 +1,4 @@
-"""Reduce the losses of a step, by name, to one scalar."""
+"""Loss balancers, which reduce the losses of a step to one scalar."""
 
 import abc
 import functools
@@ -20,14 +20,14 @@ STUDENT_LOSS_KEY = "student_loss"
 Weights: TypeAlias = float | Sequence[float]
 Losses: TypeAlias = dict[str, torch.Tensor]
 
-# Weights that make 1 on paper need not in floating point: 0.2 + 0.4 + 0.3 + 0.1 is 1.0000000000000002.
+# Weights that sum to 1 on paper may not in floating point: 0.2 + 0.4 + 0.3 + 0.1 is 1.0000000000000002.
 _ROUNDING = 1e-9
 
 
 class DistillationLossBalancer(Shown):
-    """Interface of a balancer. The keys are `ClassName_i` of the losses and `STUDENT_LOSS_KEY`.
+    """Interface of a balancer, which gets the losses by name: `ClassName_i`, and `STUDENT_LOSS_KEY`.
 
-    A balancer has no parameters, which no loss would train. Its buffers are in the meta-model's state dict.
+    A balancer must not have parameters, which would not be trained. Its buffers are in the meta-model's state dict.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class DistillationLossBalancer(Shown):
         raise NotImplementedError
 
     def split(self, loss: Losses) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """The student's own loss, reduced, or None; and the distillation losses in their order."""
+        """The student's own loss, reduced, or None; and the distillation losses in the order of the criterion."""
         losses = dict(loss)
         student = losses.pop(STUDENT_LOSS_KEY, None)
         if student is not None and self._student_loss_reduction_fn is not None:
@@ -53,13 +53,13 @@ class DistillationLossBalancer(Shown):
 
 
 class StaticLossBalancer(DistillationLossBalancer):
-    """Fixed weights: `kd_loss_weight` for the distillation losses in their order, the rest to 1 for the student's.
+    """Fixed weights: `kd_loss_weight` for the distillation losses in their order, and the rest to 1 for the student's.
 
-    The sum may be above 1 by 1e-9, which is rounding; the rest is never below 0. A step without a loss of the student's
-    warns where there is a rest.
+    The sum may exceed 1 by 1e-9 of rounding; the rest is then 0. A step without a loss of the student's own warns if
+    the weights sum to less than 1.
 
     Raises:
-        ValueError: if a weight is not a finite number, or the weights' sum not within [0, 1].
+        ValueError: if a weight is not a finite number, or the sum of the weights is not within [0, 1].
     """
 
     _SETTINGS = ("_kd_loss_weight",)
@@ -76,7 +76,7 @@ class StaticLossBalancer(DistillationLossBalancer):
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """From `start` at step 0 in a straight line to `end` at step `steps`, and `end` from there on."""
+    """A weight that goes in a straight line from `start` at step 0 to `end` at step `steps`, and then stays."""
 
     start: float
     end: float
@@ -89,7 +89,7 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """From `start` at step 0 along half a cosine to `end` at step `steps`, and `end` from there on."""
+    """A weight that goes along half a cosine from `start` at step 0 to `end` at step `steps`, and then stays."""
 
     start: float
     end: float
@@ -105,16 +105,16 @@ class CosineSchedule:
 class ScheduledLossBalancer(DistillationLossBalancer):
     """As `StaticLossBalancer`, with weights that `schedule` gives for each step.
 
-    A step is counted at each call in training mode with gradients on. The count is a buffer, so that a run goes on
-    where its checkpoint was taken.
+    Calls in training mode with gradients on are counted. The count is a buffer, so that a resumed run continues at the
+    step of its checkpoint.
 
     Args:
-        schedule: gives one weight, or a list of them, for a step from 0 on: `LinearSchedule`, `CosineSchedule`, or any
-            function.
-        accumulation_steps: that many calls make one step.
+        schedule: a function from the step, counted from 0, to one weight or a list of them: `LinearSchedule`,
+            `CosineSchedule`, or any other.
+        accumulation_steps: number of calls that make one step.
 
     Raises:
-        ValueError: for accumulation_steps below 1; when it is called, for weights whose sum is not within [0, 1].
+        ValueError: for accumulation_steps below 1; in a call, if the sum of the weights is not within [0, 1].
     """
 
     _SETTINGS = ("schedule", "_accumulation_steps")
@@ -126,12 +126,12 @@ class ScheduledLossBalancer(DistillationLossBalancer):
             raise ValueError(f"accumulation_steps is {accumulation_steps}; it must be 1 or more")
         self.schedule = schedule
         self._accumulation_steps = accumulation_steps
-        self._count = 0  # as the buffer, which may lie on a device that would have to be waited for
+        self._count = 0  # equals the buffer, which may be on a device, so that reading it would wait
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
 
     @property
     def step(self) -> int:
-        """The step that the next call is part of."""
+        """The step to which the next call belongs."""
         return self._count // self._accumulation_steps
 
     def forward(self, loss: Losses) -> torch.Tensor:
@@ -152,23 +152,24 @@ class ScheduledLossBalancer(DistillationLossBalancer):
 class ScaleBalancer(DistillationLossBalancer):
     """Base of balancers that bring the losses to one scale: `sum_i w_i * (a / m_i) * loss_i`.
 
-    `w` are `kd_loss_weight` and, for the student's own loss, the rest to 1. `m_i` is a running average of what
-    `magnitudes` measures of loss i, without gradient, and `a` that of the anchor: of the student's own loss, or of the
-    first one without. So loss i contributes `w_i * a`, and the total keeps the anchor's size. The average is
-    exponential, with bias correction as in Adam (arXiv 1412.6980), and is in buffers, which stay float32 and int64 when
+    The weights `w` are `kd_loss_weight` and, for the student's own loss, the rest to 1. `m_i` is a running average,
+    without gradient, of what `magnitudes` measures for loss i; `a` is that of the anchor, which is the student's own
+    loss or, without one, the first loss. So loss i contributes `w_i * a`, and the total keeps the anchor's size. The
+    average is exponential, with bias correction as in Adam (arXiv 1412.6980); its buffers stay float32 and int64 when
     the model is cast.
 
-    It is updated in training mode with gradients on. A magnitude that is 0 or not finite is left out, and a loss
-    without any so far has the factor 1. Where torch.distributed is initialised, ranks average their magnitudes, so that
-    their factors are equal.
+    The average is updated in training mode with gradients on. A magnitude that is 0 or not finite is left out, and a
+    loss that had no other so far has the factor 1. If torch.distributed is initialised, ranks average their magnitudes,
+    so that their factors are equal.
 
     Args:
         kd_loss_weight: as in `StaticLossBalancer`.
         decay: share of the old average that an update keeps, in [0, 1).
-        max_factor: bound of `a / m_i`, and its inverse the lower one. So is the largest number of the loss's dtype.
+        max_factor: upper bound of `a / m_i`, whose lower bound is the inverse; the largest number of the loss's dtype
+            is a bound, too.
 
     Raises:
-        ValueError: for weights whose sum is not within [0, 1], or another decay or max_factor.
+        ValueError: if the sum of the weights is not within [0, 1], or for an invalid decay or max_factor.
     """
 
     _SETTINGS = ("_kd_loss_weight", "_decay", "_max_factor")
@@ -190,7 +191,7 @@ class ScaleBalancer(DistillationLossBalancer):
 
     @abc.abstractmethod
     def magnitudes(self, losses: list[torch.Tensor]) -> list[torch.Tensor]:
-        """A scalar of 0 or above for each loss."""
+        """The magnitude of each loss: a scalar of 0 or above."""
         raise NotImplementedError
 
     def forward(self, loss: Losses) -> torch.Tensor:
@@ -208,7 +209,7 @@ class ScaleBalancer(DistillationLossBalancer):
         return _weighted(student, scaled, self._kd_loss_weight)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ScaleBalancer":
-        """As `nn.Module._apply`, but only the device follows: half the bits would round small updates away."""
+        """As `nn.Module._apply`, but buffers keep their dtype: in half precision small updates would round away."""
         before = {"average": self.average, "updates": self.updates}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
@@ -219,7 +220,7 @@ class ScaleBalancer(DistillationLossBalancer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.average = self.average.float()  # `assign=True` takes the dtype of the checkpoint, which may be a cast one
+        self.average = self.average.float()  # with `assign=True` it has the checkpoint's dtype, which may be narrower
 
     @torch.no_grad()
     def _update(self, slots: slice, losses: list[torch.Tensor]) -> None:
@@ -233,7 +234,7 @@ class ScaleBalancer(DistillationLossBalancer):
             torch.distributed.all_reduce(both)
             found, counted = both
         mean = found / counted.clamp(min=1)
-        average = torch.lerp(self.average[slots], mean, 1 - self._decay)  # float32 would round a decay near 1 to 1
+        average = torch.lerp(self.average[slots], mean, 1 - self._decay)  # a decay near 1 would be 1 in float32
         self.average[slots] = torch.where(counted > 0, average, self.average[slots])
         self.updates[slots] += counted > 0
 
@@ -257,17 +258,18 @@ class LossScaleBalancer(ScaleBalancer):
 class GradientScaleBalancer(ScaleBalancer):
     """Brings the losses' gradients to the same norm on average, times their weights; see `ScaleBalancer`.
 
-    The norm is that of the gradient at `parameters()`, all taken as one vector, as in GradNorm (arXiv 1711.02257) with
-    fixed weights. It costs a backward down to them for each loss: choose the last layer that all the losses share.
+    The norm is that of the gradient with respect to `parameters()`, taken as one vector, as in GradNorm (arXiv
+    1711.02257) with fixed weights. Each loss costs a backward down to these: choose the last layer that all losses
+    share.
 
     Args:
-        parameters: gives the tensors at which gradients are compared, such as the bound method
-            `student.layer3.parameters`. In a deep copy of the model that is the copy's, which a lambda would not be.
-            Under FSDP, whose sharded parameters no gradient of one loss reaches, give an activation instead.
+        parameters: a function that returns the tensors at which gradients are compared, such as the bound method
+            `student.layer3.parameters`; in a deep copy of the model a bound method refers to the copy, unlike a lambda.
+            Under FSDP the gradient of a single loss does not reach the sharded parameters; give an activation instead.
         kd_loss_weight, decay, max_factor: as in `ScaleBalancer`.
 
     Raises:
-        ValueError: when it is called, if a loss does not reach any of the tensors.
+        ValueError: in a call, if a loss has no gradient at any of the tensors.
     """
 
     def __init__(
@@ -293,15 +295,15 @@ class GradientScaleBalancer(ScaleBalancer):
         norms = [torch.linalg.vector_norm(gradient.float()) for gradient in found if gradient is not None]
         if not norms:
             raise ValueError(
-                f"loss {i} of this step has no gradient at the tensors that `parameters` gives; choose a layer that "
-                "stands before all the layers of the criterion"
+                f"loss {i} of this step has no gradient at the tensors that `parameters` returns; choose a layer that "
+                "comes before all the layers of the criterion"
             )
         norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
 
 def _finite(factor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    dtype = torch.result_type(loss, 1.0)  # the loss's own, unless it is a constant of integers, such as tensor(0)
+    dtype = torch.result_type(loss, 1.0)  # the loss's own, unless it is an integer constant, such as tensor(0)
     return factor.to(dtype).clamp(max=torch.finfo(dtype).max)
 
 
@@ -323,26 +325,28 @@ def _listed(given: Any) -> list[Any]:
         return [given]
     try:
         return list(given)
-    except TypeError:  # one number, or what is no weight at all
+    except TypeError:  # a single number, or no weight at all
         return [given]
 
 
 def _check_count(losses: list[torch.Tensor], weights: list[float]) -> None:
     if len(losses) != len(weights):
-        raise ValueError(f"{len(losses)} distillation losses came, but kd_loss_weight is {weights}: give one for each")
+        raise ValueError(
+            f"there are {len(losses)} distillation losses, but kd_loss_weight is {weights}: give one weight for each"
+        )
 
 
 def _weighted(student: torch.Tensor | None, losses: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     _check_count(losses, weights)
-    # Any real number may be a weight, such as a Fraction, but tensors multiply by few of them.
+    # Any real number may be a weight, such as a Fraction, but tensors can be multiplied by few types of numbers.
     weighted = [value * float(weight) for value, weight in zip(losses, weights, strict=True)]
     total = functools.reduce(operator.add, weighted)
     if student is not None:
         return total + float(max(0.0, 1.0 - sum(weights))) * student
     if sum(weights) < 1.0 - _ROUNDING:
         warnings.warn(
-            "kd_loss_weight sums to less than 1, the rest is the weight of the student's own loss, and there is none: "
-            "pass student_loss to compute_kd_loss, or give weights that sum to 1",
+            "kd_loss_weight sums to less than 1, and the rest is the weight of the student's own loss, which is "
+            "missing: pass student_loss to compute_kd_loss, or give weights that sum to 1",
             stacklevel=to_caller(),
         )
     return total

@@ -1,4 +1,4 @@
-"""Losses between features of a student and of a teacher; the maths stands in `schoolhouse.functional`."""
+"""Losses between features of a student and of a teacher; the maths is in `schoolhouse.functional`."""
 
 import torch
 from torch import nn
@@ -12,16 +12,16 @@ from schoolhouse.sparse import SparseForm
 
 
 class MGDLoss(Shown, _Loss):
-    """Masked generative distillation of feature maps (arXiv 2205.01529); trainable.
+    """Masked generative distillation of feature maps (arXiv 2205.01529); has trainable parameters.
 
     Args:
         num_student_channels: channels of the student's map.
         num_teacher_channels: channels of the teacher's map.
         alpha_mgd: multiplies the loss; 0 or above.
-        lambda_mgd: share of positions masked, in [0, 1].
+        lambda_mgd: share of positions that are masked, in [0, 1].
 
     Raises:
-        ValueError: for other channels, alpha_mgd or lambda_mgd.
+        ValueError: for invalid numbers of channels, alpha_mgd or lambda_mgd.
     """
 
     _SETTINGS = ("_alpha_mgd", "_lambda_mgd")
@@ -49,7 +49,7 @@ class MGDLoss(Shown, _Loss):
         )
 
     def forward(self, out_s: torch.Tensor, out_t: torch.Tensor) -> torch.Tensor:
-        """Loss, a scalar, of maps `[batch, channels, height, width]` that differ in channels at most."""
+        """Loss, a scalar, of maps `[batch, channels, height, width]` whose numbers of channels may differ."""
         _checks.check_tensors("maps", out_s, out_t)
         return functional.mgd(
             self.align(out_s), out_t, self.generation, alpha_mgd=self._alpha_mgd, lambda_mgd=self._lambda_mgd
@@ -57,7 +57,7 @@ class MGDLoss(Shown, _Loss):
 
 
 class _HiddenLoss(Shown, _Loss):
-    """What the losses between hidden states share: the student's are projected to the teacher's width, if needed."""
+    """Base of the losses between hidden states, which projects the student's to the teacher's width if needed."""
 
     _SETTINGS = ("_student_width", "_teacher_width", "_reduction")
 
@@ -78,7 +78,7 @@ class _HiddenLoss(Shown, _Loss):
                 f"the student's hidden states have the shape {tuple(hidden_s.shape)}; "
                 f"[..., {self._student_width}] is needed, by student_width"
             )
-        # Before the projection, or garbage in tokens that don't count would be in the gradient of its weight.
+        # Zeroed before the projection, or garbage in uncounted tokens would enter the gradient of its weight.
         projected: torch.Tensor = self.projection(zero_uncounted(hidden_s, mask))
         return projected
 
@@ -88,11 +88,11 @@ class HiddenMSELoss(_HiddenLoss):
 
     Args:
         student_width: width of the student's hidden states.
-        teacher_width: width of the teacher's; another one adds a learned projection, without bias.
-        reduction: "mean" (over the counted tokens), "batchmean", "sum", or "none" (one value a token).
+        teacher_width: width of the teacher's; a different one adds a learned projection without bias.
+        reduction: "mean" (over the counted tokens), "batchmean", "sum", or "none" (one value per token).
 
     Raises:
-        ValueError: for other widths or another reduction.
+        ValueError: for invalid widths or an invalid reduction.
     """
 
     def forward(
@@ -109,11 +109,11 @@ class HiddenCosineLoss(_HiddenLoss):
 
     Args:
         student_width: width of the student's hidden states.
-        teacher_width: width of the teacher's; another one adds a learned projection, without bias.
-        reduction: "mean" (over the counted tokens), "batchmean", "sum", or "none" (one value a token).
+        teacher_width: width of the teacher's; a different one adds a learned projection without bias.
+        reduction: "mean" (over the counted tokens), "batchmean", "sum", or "none" (one value per token).
 
     Raises:
-        ValueError: for other widths or another reduction.
+        ValueError: for invalid widths or an invalid reduction.
     """
 
     def forward(
@@ -129,11 +129,11 @@ class AttentionTransferLoss(Shown, _Loss):
     """Squared difference of normalised attention maps (arXiv 1612.03928).
 
     Args:
-        p: power of the activations' size, 1 or above.
-        reduction: "mean" or "batchmean" (both over the batch), "sum", or "none" (one value an example).
+        p: power of the activations' magnitude, 1 or above.
+        reduction: "mean" or "batchmean" (both over the batch), "sum", or "none" (one value per example).
 
     Raises:
-        ValueError: for another p or reduction.
+        ValueError: for an invalid p or reduction.
     """
 
     _SETTINGS = ("_p", "_reduction")
@@ -148,7 +148,7 @@ class AttentionTransferLoss(Shown, _Loss):
         self._reduction = reduction
 
     def forward(self, maps_s: torch.Tensor, maps_t: torch.Tensor) -> torch.Tensor:
-        """Loss of maps `[batch, channels, height, width]` that differ in channels at most."""
+        """Loss of maps `[batch, channels, height, width]` whose numbers of channels may differ."""
         return functional.attention_transfer(maps_s, maps_t, p=self._p, reduction=self._reduction)
 
 
@@ -160,7 +160,7 @@ class RKDLoss(Shown, _Loss):
         angle_weight: weight of the angle-wise loss, 0 or above.
 
     Raises:
-        ValueError: for other weights.
+        ValueError: for invalid weights.
     """
 
     _SETTINGS = ("_distance_weight", "_angle_weight")

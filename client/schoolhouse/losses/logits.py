@@ -1,4 +1,4 @@
-"""Losses between class logits of a student and of a teacher; the maths stands in `schoolhouse.functional`."""
+"""Losses between class logits of a student and of a teacher; the maths is in `schoolhouse.functional`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -20,19 +20,19 @@ class LogitsLoss(Shown, _Loss):
 
     Args:
         temperature: softens both distributions; must be above 0.
-        reduction: "batchmean" (over the first dimension), "mean", "sum", or "none". What "mean" is over is the loss's
-            to say: in `LogitsDistillationLoss` and `MFTLoss`, as in ModelOpt, over all elements, the classes included;
-            in the others over the examples.
-        vocabulary: "equal" demands as many classes of both; "shared" compares the first n, which must be the same
-            ones, n being the smaller number of the two: for a vocabulary that one of them pads. How that is computed of
-            each form of a teacher's logits, `schoolhouse.functional.logits` says.
+        reduction: "batchmean" (over the first dimension), "mean", "sum", or "none". "mean" is over all elements,
+            classes included, in `LogitsDistillationLoss` and `MFTLoss`, as in ModelOpt; in the other losses it is over
+            the examples.
+        vocabulary: "equal" requires equal numbers of classes; "shared" compares the first n classes, n being the
+            smaller number of the two, for a vocabulary that one side pads: the first n must be the same classes.
+            `schoolhouse.functional.logits` says how that is computed for each form of a teacher's logits.
 
     Raises:
-        ValueError: for another temperature, reduction or vocabulary.
+        ValueError: for an invalid temperature, reduction or vocabulary.
     """
 
     _SETTINGS: ClassVar[tuple[str, ...]] = _COMMON
-    _function: ClassVar[Callable[..., torch.Tensor] | None] = None  # which takes the settings, as keywords
+    _function: ClassVar[Callable[..., torch.Tensor] | None] = None  # takes the settings as keyword arguments
 
     def __init__(self, temperature: float, reduction: str, vocabulary: str = "equal") -> None:
         _checks.check_positive("temperature", temperature)
@@ -51,14 +51,14 @@ class LogitsLoss(Shown, _Loss):
     def per_example(
         self, logits_s: torch.Tensor, logits_t: LogitsLike, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Losses `[...]` of logits `[..., classes]`, whatever the reduction; labels `[...]` where the loss needs them.
+        """Losses `[...]` of logits `[..., classes]`, whatever the reduction; labels `[...]` if the loss needs them.
 
-        `CausalLMLoss` takes any subclass that defines it.
+        `CausalLMLoss` takes any subclass that defines this method.
         """
         return self._divergence(logits_s, logits_t, reduction="none")
 
     def _divergence(self, *outputs: Any, **other: Any) -> torch.Tensor:
-        """The loss's function with its settings, but for `other` ones."""
+        """Call the loss's function with its settings, of which `other` replaces some."""
         if self._function is None:
             raise NotImplementedError(f"{type(self).__name__} must define per_example")
         return self._function(*outputs, **{**self._settings(), **other})
@@ -69,11 +69,11 @@ class LogitsDistillationLoss(LogitsLoss):
 
     Args:
         temperature: softens both distributions; must be above 0.
-        reduction: "mean" (over all elements, as ModelOpt's), "batchmean", "sum", or "none" (one value an example).
+        reduction: "mean" (over all elements, as ModelOpt's), "batchmean", "sum", or "none" (one value per example).
         vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another temperature, reduction or vocabulary.
+        ValueError: for an invalid temperature, reduction or vocabulary.
     """
 
     _function = staticmethod(functional.logits_distillation)
@@ -91,11 +91,11 @@ class ReverseKLLoss(LogitsLoss):
 
     Args:
         temperature: softens both distributions; must be above 0.
-        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value an example).
+        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value per example).
         vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another temperature, reduction or vocabulary.
+        ValueError: for an invalid temperature, reduction or vocabulary.
     """
 
     _function = staticmethod(functional.reverse_kl)
@@ -114,11 +114,11 @@ class JSDLoss(LogitsLoss):
     Args:
         beta: weight of the teacher in the mixture, in [0, 1]; 0 is KL(teacher || student), 1 KL(student || teacher).
         temperature: softens both distributions; must be above 0.
-        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value an example).
+        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value per example).
         vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another beta, temperature, reduction or vocabulary.
+        ValueError: for an invalid beta, temperature, reduction or vocabulary.
     """
 
     _SETTINGS = ("_beta", *_COMMON)
@@ -145,14 +145,14 @@ class SkewedKLLoss(LogitsLoss):
     """KL from the teacher to a mixture of both, times temperature squared (DistiLLM, arXiv 2402.03898).
 
     Args:
-        alpha: share of the first distribution in the mixture, in [0, 1); 0 is the plain divergence.
+        alpha: share of the teacher (with `reverse`, the student) in the mixture, in [0, 1); 0 is the plain divergence.
         temperature: softens both distributions; must be above 0.
-        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value an example).
-        reverse: KL from the student instead, to a mixture of `alpha` student and the rest teacher.
+        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value per example).
+        reverse: use instead the KL from the student to the mixture.
         vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another alpha, temperature, reduction or vocabulary.
+        ValueError: for an invalid alpha, temperature, reduction or vocabulary.
     """
 
     _SETTINGS = ("_alpha", "_reverse", *_COMMON)
@@ -179,17 +179,17 @@ class SkewedKLLoss(LogitsLoss):
 
 
 class MFTLoss(LogitsLoss):
-    """KL from the teacher's distribution corrected towards the labels, times temperature squared (arXiv 2506.15702).
+    """KL from the teacher, corrected towards the labels, to the student, times temperature squared (arXiv 2506.15702).
 
     Args:
         temperature: softens both distributions; must be above 0.
-        threshold: lead that the label's class gets over the teacher's strongest other, in [0, 1].
+        threshold: lead that the label's class gets over the teacher's strongest other class, in [0, 1].
         reduction: "batchmean", "mean" (over all elements, as ModelOpt's), "sum", or "none" (elementwise, `[n,
             classes]`).
         vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another temperature, threshold, reduction or vocabulary.
+        ValueError: for an invalid temperature, threshold, reduction or vocabulary.
     """
 
     _SETTINGS = ("_threshold", *_COMMON)
@@ -224,14 +224,14 @@ class DKDLoss(LogitsLoss):
     """Decoupled knowledge distillation, times temperature squared (arXiv 2203.08679).
 
     Args:
-        alpha: weight of the divergence between label and not label, 0 or above.
+        alpha: weight of the divergence between the masses "label" and "not label", 0 or above.
         beta: weight of the divergence among the other classes, 0 or above.
         temperature: softens both distributions; must be above 0. The defaults are the paper's for CIFAR-100.
-        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value an example).
+        reduction: "batchmean", "mean" (over the examples), "sum", or "none" (one value per example).
         vocabulary: "equal", or "shared" to compare the first n classes, n being the smaller number of the two.
 
     Raises:
-        ValueError: for another alpha, beta, temperature, reduction or vocabulary.
+        ValueError: for an invalid alpha, beta, temperature, reduction or vocabulary.
     """
 
     _SETTINGS = ("_alpha", "_beta", *_COMMON)
@@ -266,15 +266,15 @@ class DKDLoss(LogitsLoss):
 class CausalLMLoss(Shown, _Loss):
     """Mean of a loss between logits over the tokens of a causal language model that count.
 
-    Logits of each position, in float32, are held against the label of the next; positions whose next label is
-    `ignore_index` count exactly nothing, even where their logits are NaN.
+    The logits of each position, in float32, go with the label of the next position; positions whose next label is
+    `ignore_index` contribute nothing, even if their logits are NaN.
 
     Args:
         loss: any loss between logits of this package; its own reduction is not used.
         ignore_index: label of the tokens that don't count.
 
     Raises:
-        TypeError: for a module that gives no loss for each example.
+        TypeError: if `loss` is not a `LogitsLoss`.
     """
 
     _SETTINGS = ("_ignore_index",)
@@ -291,11 +291,11 @@ class CausalLMLoss(Shown, _Loss):
 
         Args:
             out_s: the student's logits, or an object that has them as `.logits`.
-            out_t: the teacher's, of the same shape, or a form of `schoolhouse.sparse`.
+            out_t: the teacher's logits, of the same shape, or a form of `schoolhouse.sparse`.
             labels: not shifted, as for the model itself; None counts every position that travelled.
 
         Raises:
-            TypeError: if there are no logits in what came, or if the loss can't be computed of their form.
+            TypeError: if an output holds no logits, or if the loss cannot be computed for their form.
             ValueError: if the shapes do not fit, if the loss needs labels and there are none, or if positions that the
                 labels count did not travel.
         """
@@ -317,7 +317,7 @@ _CAUSAL_LM_CHOICES = (
 
 def _needed(labels: torch.Tensor | None, loss: nn.Module) -> torch.Tensor:
     if labels is None:
-        raise ValueError(f"{type(loss).__name__} needs labels, and None came; pass labels=")
+        raise ValueError(f"{type(loss).__name__} needs labels, but got None; pass labels=")
     return labels
 
 

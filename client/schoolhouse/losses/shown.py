@@ -1,4 +1,4 @@
-"""What `print` shows of a loss or a balancer."""
+"""Modules whose settings `print` shows: the base of losses and balancers."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Shown(nn.Module):
-    """A module whose settings `print` shows: its attributes of the names in `_SETTINGS`, without their underscores."""
+    """A module whose settings `print` shows: the attributes named in `_SETTINGS`, without their underscores."""
 
     _SETTINGS: ClassVar[tuple[str, ...]] = ()
 

@@ -1,9 +1,10 @@
-"""A teacher behind gRPC, top to bottom as a request travels.
+"""A teacher behind gRPC, in the order in which a request travels.
 
-`connecting` sees that the teacher is there; `teacher` is the Teacher protocol over what follows, and knows its
-`facts` and `heads`. `dispatcher` chooses a replica of the `replica_set` that `directory` and `watching` tell of,
-through the `replica_pool`; a `session` carries the `request` when `flow_control` lets it,
-`outstanding` waits for its answer to its deadline, `parking` keeps it while no replica can take it, and `budget`
-bounds what is sent again. `verification` compares two replicas' answers, `handshake` says why a server cannot be
-talked to, `settings` are checked once, and `at_exit` ends connections before the interpreter does.
+`connecting` holds `connect`, which checks that the teacher is there; `teacher` implements the Teacher protocol with
+what follows, and keeps the teacher's `facts` and `heads`. `dispatcher` chooses a replica for each `request`:
+`directory` and `watching` supply the `replica_set`, and `replica_pool` knows the state of each replica. A `session`
+sends the request when `flow_control` allows it; `outstanding` fails it at its deadline; `parking` keeps it while no
+replica can take it; `budget` limits how much is sent again. `verification` compares the answers of two replicas,
+`handshake` finds out why a server cannot be reached, `settings` are checked once, and `at_exit` closes connections
+before the interpreter ends.
 """

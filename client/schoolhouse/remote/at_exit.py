@@ -1,4 +1,4 @@
-"""When the interpreter ends: what has threads within gRPC ends before it does."""
+"""At the end of the interpreter, close connections first, since they have threads inside gRPC."""
 
 import atexit
 import time
@@ -25,14 +25,17 @@ _in_use: "weakref.WeakSet[_Connection]" = weakref.WeakSet()
 
 
 def close_first(connection: _Connection) -> None:
-    """Have the connection closed at exit, before what was registered earlier, such as the close of a server here."""
+    """Close the connection at exit, before what was registered earlier, such as the close of a server in this process.
+
+    The latest registration runs first, so each call registers anew.
+    """
     _in_use.add(connection)
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
 
 def _close_all() -> None:
-    """A thread that is within torch or gRPC when the interpreter ends aborts the process."""
+    """Close all, and wait for their threads: one that is inside torch or gRPC at the end aborts the process."""
     threads: list[_Thread] = []
     for connection in list(_in_use):
         threads += connection.threads()

@@ -1,10 +1,10 @@
-"""How often requests may be sent again: a part of those that are made, so that many clients make no storm."""
+"""A budget of retries: a share of the requests that are made, so that many clients do not cause a storm of retries."""
 
 from schoolhouse.remote.request import Request
 
-_SHARE = 0.2  # of the requests that are made
-_PER_S = 10.0  # and so many a second anyway
-_BURST = 256.0  # as many as were in flight at replicas that are lost at once
+_SHARE = 0.2  # retries allowed for each first send
+_PER_S = 10.0  # retries allowed per second in any case
+_BURST = 256.0  # most retries at once, for the requests in flight at replicas that are lost together
 
 
 class RetryBudget:
@@ -17,7 +17,7 @@ class RetryBudget:
         self._tokens, self._at = _BURST, now
 
     def allows(self, request: Request, now: float) -> bool:
-        """Whether the request may be sent now: always, the first time."""
+        """Whether the request may be sent now; a first send is always allowed."""
         if not request.is_retry:
             self.made()
             return True
@@ -25,11 +25,11 @@ class RetryBudget:
         return not request.is_retry
 
     def made(self) -> None:
-        """A request is sent for the first time."""
+        """Count a request that is sent for the first time."""
         self._tokens = min(self._tokens + _SHARE, _BURST)
 
     def take(self, now: float) -> bool:
-        """Whether one more may be sent again."""
+        """Take a token for one retry; False if there is none."""
         self._tokens = min(self._tokens + _PER_S * (now - self._at), _BURST)
         self._at = now
         if self._tokens < 1:
@@ -39,5 +39,5 @@ class RetryBudget:
 
     @property
     def next_at(self) -> float:
-        """When there is a token, if nothing is taken before."""
+        """When the next token is there, unless one is taken before."""
         return self._at + max(1 - self._tokens, 0.0) / _PER_S

@@ -1,4 +1,4 @@
-"""Where a teacher's replicas are, and what they serve: short calls to the directory and to a replica."""
+"""Short calls to a directory and to a replica, to learn where a teacher's replicas are and what they serve."""
 
 import time
 import urllib.parse
@@ -23,11 +23,11 @@ from schoolhouse.remote.handshake import why_not
 from schoolhouse.remote.replica_set import ReplicaSet
 from schoolhouse.teachers.protocol import TeacherDescription
 
-_PATIENCE_S = 2.0  # with one replica, before the others are asked
+_PATIENCE_S = 2.0  # how long to wait for one replica before the others are asked
 
 
 class Address(NamedTuple):
-    """What a teacher's URL says."""
+    """The parts of a teacher's URL."""
 
     target: str  # HOST:PORT
     name: str
@@ -36,10 +36,10 @@ class Address(NamedTuple):
 
 
 def parse(url: str) -> Address:
-    """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, in its parts.
+    """Split `grpc://HOST:PORT/NAME`, or `grpcs://HOST:PORT/NAME` for TLS, into its parts.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: for any other URL.
     """
     try:
         parts = urllib.parse.urlsplit(url)
@@ -58,10 +58,10 @@ def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSe
     """The replicas of the teacher `name`, from the directory or replica at `target`.
 
     Raises:
-        TeacherUnavailableError: no server there within `timeout_s`.
-        AuthenticationError: the server, or this client, could not prove who it is.
-        ConfigError: one speaks TLS, and the other does not; or the server speaks HTTP, and no gRPC.
-        UnknownTeacherError: no teacher of that name; lists those there are.
+        TeacherUnavailableError: if no server answered there within `timeout_s`.
+        AuthenticationError: if the server or this client could not prove who it is.
+        ConfigError: if only one of the two speaks TLS, or if the server speaks HTTP and not gRPC.
+        UnknownTeacherError: if there is no teacher of that name; lists those there are.
     """
     with channel.connect(target, security) as opened:
         stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
@@ -80,16 +80,16 @@ def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSe
 def describe(
     replicas: Sequence[str], name: str, revision: str, timeout_s: float, security: ClientSecurity
 ) -> tuple[TeacherDescription, Limits]:
-    """What the teacher `name` is, from the first of its replicas that answers, and what its requests may hold.
+    """Describe the teacher `name`, and the limits of requests to it, by asking replicas until one answers.
 
     Raises:
-        TeacherUnavailableError: none answers.
-        RevisionChangedError: those that answer are of other revisions than `revision`, if that is not empty.
+        TeacherUnavailableError: if no replica answers.
+        RevisionChangedError: if `revision` is not empty, and the replicas that answer have other revisions.
     """
     error: SchoolhouseError = TeacherUnavailableError(f"teacher {name!r} has no live replica yet")
     deadline = time.monotonic() + timeout_s
     short_s = min(_PATIENCE_S, timeout_s / (2 * max(len(replicas), 1)))
-    for patience_s in (short_s, timeout_s):  # one that hangs is to leave time for the others
+    for patience_s in (short_s, timeout_s):  # a short wait first, so that one that hangs leaves time for the others
         for address in replicas:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
@@ -134,11 +134,11 @@ def _in_words(found: teacher_pb2.DescribeResponse) -> TeacherDescription:
 
 
 def revision_changed(name: str, where: str, revision: str, there_are: Sequence[str]) -> RevisionChangedError:
-    """The error for a revision that is asked for and gone."""
+    """The error for a revision that is asked for but has no replica."""
     return RevisionChangedError(
-        f"teacher {name!r} at {where} has no replica of revision {revision} any more, with which this client began or "
-        f"which it asked for; there are: {', '.join(there_are) or 'none'}. Connect again to use the present one, or "
-        "with follow_revisions=True",
+        f"teacher {name!r} at {where} has no replica of revision {revision}, with which this client began or which it "
+        f"asked for; there are: {', '.join(there_are) or 'none'}. Connect again to use the current one, or with "
+        "follow_revisions=True to follow changes",
         choices=there_are,
     )
 

@@ -1,4 +1,4 @@
-"""Each request goes to a replica, to another one if that is lost, and waits, to its deadline, while there is none."""
+"""The dispatcher: gives each request to a replica, to another one if that is lost, and parks it while there is none."""
 
 import os
 import random
@@ -26,69 +26,69 @@ from schoolhouse.remote.settings import Settings
 from schoolhouse.remote.watching import Watch
 
 _LOOK_AGAIN_S = 0.1
-_MAX_LOSSES = 4  # replicas that one request may be lost with: it may be what ends them
+_MAX_LOSSES = 4  # after so many losses a request fails, since it may itself be what kills the replicas
 
 
 class Dispatcher:
     """The sessions with the replicas of one teacher, and the requests on their way through them.
 
-    What ends requests runs in the threads of the sessions, of the watch and of the deadlines; none of them holds the
-    RemoteTeacher, so that it ends when nobody uses it.
+    Requests are answered or failed in the threads of the sessions, of the watch and of the deadlines. None of these
+    threads refers to the RemoteTeacher, so that it is freed when nothing else uses it.
     """
 
     def __init__(self, target: str, name: str, revision: str, settings: Settings, first: ReplicaSet) -> None:
-        """`revision` is that of every request, or empty where each has its own."""
+        """`revision` is that of every request, or empty if each request has its own."""
         self._target, self._name, self._revision = target, name, revision
         self._settings = settings
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        rng = random.Random()  # not the global one, whose numbers belong to the training
+        rng = random.Random()  # not the global generator: drawing from it would change the training
         self._links = Links(self._start, settings.connect_timeout_s, rng)
         self._known = Known(first)
         self._links.update(first, time.monotonic())
         self._where: dict[Request, Link] = {}
-        self._finished: deque[tuple[Link, int]] = deque()  # links, and the bytes that they have less to do
+        self._finished: deque[tuple[Link, int]] = deque()  # links and bytes of ended requests, not subtracted yet
         self._parked = Parking(name, settings.wait_s, self._tried)
         self._budget = RetryBudget(time.monotonic())
-        self._past = Traffic()  # of sessions that have ended
+        self._past = Traffic()  # traffic of sessions that have ended
         self._watch = Watch(target, name, settings.zone, self, settings.security)
         self._watching = False
-        self._directory_error: SchoolhouseError | None = None  # while it is away
+        self._directory_error: SchoolhouseError | None = None  # set while the directory does not answer
         self.outstanding = Outstanding(settings.max_pending, self._fail_late, self._tend)
-        self._used = False  # a session was open
+        self._used = False  # whether a session was ever open
         self.closed = False
 
     @property
     def current(self) -> str:
-        """The revision that a request which may be of any gets now."""
+        """The current revision, which a request gets that may be answered by any."""
         return self._links.current
 
     @property
     def known(self) -> ReplicaSet:
-        """The replicas as far as they are known."""
+        """The replica set as it is known now."""
         return self._known.set
 
     def sessions(self) -> list[Session]:
-        """Those that are open, or that open."""
+        """The sessions that are open or being opened."""
         return [link.session for link in self._links if link.session is not None]
 
     def threads(self) -> list[Session | Watch]:
-        """What has a thread within gRPC."""
+        """The objects that have a thread inside gRPC."""
         return [*self.sessions(), self._watch]
 
     def traffic(self) -> Traffic:
-        """Requests answered so far, and the bytes that they took."""
+        """Number of requests answered so far, and the bytes that they moved."""
         with self._lock:
             return sum((session.traffic for session in self.sessions()), self._past)
 
     def answers_here(self) -> bool:
-        """Whether this thread is one that ends requests, so that none would end while it waited."""
+        """Whether this thread is one that completes requests, so that it must not wait for one."""
         sessions = any(session.reads_here for session in self.sessions())
         return sessions or self.outstanding.runs_here or self._watch.runs_here
 
     def open_one(self, revision: str) -> None:
-        """Have a session open, if one can be within the connect timeout."""
+        """Wait until a session is open, until that is hopeless, or until the connect timeout."""
         deadline = time.monotonic() + self._settings.connect_timeout_s
         with self._changed:
             while not self.closed and (now := time.monotonic()) < deadline:
@@ -98,9 +98,9 @@ class Dispatcher:
                 self._changed.wait(min(_LOOK_AGAIN_S, deadline - now))
 
     def close(self) -> None:
-        """End the sessions; what is unanswered fails with `TeacherUnavailableError`. It waits for no lock of threads.
+        """End the sessions; requests without an answer fail with `TeacherUnavailableError`. It waits for no lock.
 
-        In a fork it does nothing: the sessions are the parent's, and locks may be held by threads that are not here.
+        In a fork it does nothing: the sessions are the parent's, and locks may be held by threads of the parent.
         """
         if self._pid != os.getpid():
             return
@@ -113,13 +113,13 @@ class Dispatcher:
         self.outstanding.close()
 
     def dispatch(self, request: Request, parked_at: float | None = None) -> None:
-        """Give the request to a replica, or keep it until there is one; fails it where that would not help."""
+        """Give the request to a replica, or park it until there is one; fails it if waiting would not help."""
         while True:
             with self._lock:
                 found = self._assign(request, parked_at)
                 session = found.session if isinstance(found, Link) else None
             if isinstance(found, SchoolhouseError):
-                request.refuse(found)  # without the lock, as callbacks run
+                request.refuse(found)  # outside the lock, since callbacks of the future run here
             if session is None:
                 break
             if session.send(request):
@@ -127,12 +127,12 @@ class Dispatcher:
             with self._lock:
                 self._links.ended(session)
             self.forget(request)
-            parked_at = None  # its clock went on
+            parked_at = None  # its own time is running again
         if parked_at is None:
             self.outstanding.stir()
 
     def _assign(self, request: Request, parked_at: float | None) -> Link | SchoolhouseError | None:
-        """The link for the request, which counts there from now on; None if it is parked, or has ended; or why not."""
+        """The link to the replica for the request, counted there; None if it was parked or has ended; or its error."""
         now = time.monotonic()
         self._begin()
         self._settle()
@@ -150,7 +150,7 @@ class Dispatcher:
             self.outstanding.reschedule(request)
         self._links.take(link, request.nbytes)
         self._where[request] = link
-        if request.future.done():  # before it could be found there
+        if request.future.done():  # it ended before `forget` could find it here
             self.forget(request)
             return None
         return link
@@ -172,7 +172,7 @@ class Dispatcher:
         return self._gone() if closed_meanwhile else None
 
     def _follow(self, request: Request) -> bool:
-        """Let the request be of the present revision, if that is what was asked for. Heads are of one revision."""
+        """Move the request to the current revision, if the user wants that and it has no heads, which are of one."""
         current = self._links.current
         if not self._settings.follow_revisions or request.wanted.heads() or current in ("", request.revision):
             return False
@@ -180,12 +180,12 @@ class Dispatcher:
         return True
 
     def _settle(self) -> None:
-        """Count what has ended meanwhile."""
+        """Subtract the requests that have ended from the load of their links."""
         while self._finished:
             self._links.give_back(*self._finished.popleft())
 
     def forget(self, request: Request) -> Link | None:
-        """It has ended: nothing here refers to it any more. Takes no lock of threads that may wait, as `close`."""
+        """Drop every reference to a request that has ended, and return its link. Waits for no lock, like `close`."""
         self._parked.drop(request)
         link = self._where.pop(request, None)
         if link is not None:
@@ -195,7 +195,7 @@ class Dispatcher:
         return link
 
     def cancel(self, request: Request) -> None:
-        """Forget the request, and have the replica that works on it told."""
+        """Forget the request, and tell the replica that works on it."""
         link = self.forget(request)
         session = link.session if link is not None else None
         if session is not None:
@@ -206,7 +206,7 @@ class Dispatcher:
             at_exit.close_first(self)
             self.outstanding.start()
             self._watch.start()
-            self._watching = True  # else, as no thread is left, the next request tries again
+            self._watching = True  # last: if no thread could be started, the next request tries again
 
     def _start(self, link: Link) -> Session:
         at_exit.close_first(self)
@@ -224,19 +224,19 @@ class Dispatcher:
             clock=time.monotonic,
         )
         session.start()
-        self.outstanding.stir()  # it opens in time, or is given up
-        if self.closed:  # meanwhile, and that closed only those that there were
+        self.outstanding.stir()  # to give it up if it does not open in time
+        if self.closed:  # `close` was called meanwhile, and did not see this session
             session.close()
         return session
 
-    # What sessions tell, each in its own thread.
+    # Calls of the sessions, each in its own thread.
 
     def on_opened(self, session: Session) -> None:
-        """Send what waits, if it is of the right revision."""
+        """Send what is parked, if the replica has the right revision."""
         with self._changed:
             link = self._links.of(session)
             wrong = bool(self._revision) and session.revision != self._revision
-            if link is not None and wrong:  # the server does not look at what it was asked for
+            if link is not None and wrong:  # a server that ignores the revision in `Open`
                 error = RevisionChangedError(f"it has revision {session.revision}", choices=(session.revision,))
                 self._links.lost(link, error, time.monotonic())
             elif link is not None:
@@ -246,22 +246,22 @@ class Dispatcher:
         if link is None or wrong or self.closed:
             session.close()
         self._flush()
-        self.outstanding.stir()  # its lease is to be renewed
+        self.outstanding.stir()  # to renew its lease in time
 
     def on_draining(self, session: Session) -> None:
-        """Send nothing more there; it is closed when it is idle."""
+        """Send nothing more to a replica that is about to stop; its session is closed when it is idle."""
         with self._lock:
             self._links.draining()
         self.outstanding.stir()
 
     def on_unavailable(self, session: Session, request: Request, error: SchoolhouseError) -> None:
-        """Send it elsewhere; a replica that refuses a request so is about to stop."""
+        """Send the request elsewhere; a replica that refuses a request in this way is about to stop."""
         session.draining = True
         self.on_draining(session)
         self._again(request, error)
 
     def on_wrong(self, session: Session, request: Request, error: SchoolhouseError) -> None:
-        """Leave the replica, and send the request elsewhere: nothing of such an answer is used."""
+        """Leave a replica that gave a wrong answer, none of which is used, and send the request elsewhere."""
         with self._lock:
             link = self._links.of(session)
             if link is not None:
@@ -271,7 +271,7 @@ class Dispatcher:
         self._again(request, error)
 
     def on_broken(self, session: Session, request: Request, error: SchoolhouseError) -> None:
-        """Send it to another replica; where there is none, once more if only its bytes were damaged."""
+        """Send the request to another replica; if there is none, once more if only its bytes were damaged."""
         with self._lock:
             link = self._links.of(session)
             alone = link is None or self._links.other(link, time.monotonic()) is None
@@ -284,7 +284,7 @@ class Dispatcher:
             self._again(request, error)
 
     def on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
-        """Send again what is unanswered: requests are idempotent."""
+        """Send again what has no answer, since requests are idempotent."""
         with self._changed:
             self._past += session.traffic
             link, now = self._links.of(session), time.monotonic()
@@ -303,7 +303,7 @@ class Dispatcher:
     def _send_again(self, request: Request, error: SchoolhouseError) -> None:
         self.forget(request)
         if self.closed or request.future.done():
-            request.fail(self._gone())  # not raised: this frame, and so all that was lost, would hang on it
+            request.fail(self._gone())  # not raised: its traceback would keep this frame and all lost requests alive
         elif request.losses < _MAX_LOSSES:
             request.is_retry = True
             self.dispatch(request)
@@ -314,10 +314,10 @@ class Dispatcher:
         else:
             request.fail(error)
 
-    # What the directory tells, in the thread of the watch.
+    # Calls of the watch of the directory, in its thread.
 
     def on_set(self, found: ReplicaSet) -> None:
-        """Take the replica set over."""
+        """Use the new replica set."""
         with self._changed:
             now = time.monotonic()
             self._known.hear(found, self._revision, now)
@@ -330,16 +330,17 @@ class Dispatcher:
         self.outstanding.stir()
 
     def on_silence(self, error: SchoolhouseError) -> None:
-        """Go on with what is known."""
+        """Go on with the known replicas while the directory does not answer."""
         with self._changed:
             self._known.forget_doubts()
             self._directory_error = error
             self._changed.notify_all()
         self.outstanding.stir()
 
-    # What time brings, in the thread of the deadlines.
+    # What is due at some time, in the thread of the deadlines.
 
     def _tend(self) -> float | None:
+        """Do what is due by now; returns when to call it again."""
         with self._lock:
             now = time.monotonic()
             self._settle()
@@ -357,7 +358,7 @@ class Dispatcher:
         return min((at for at in times if at is not None), default=None)
 
     def _hold(self, now: float) -> bool:
-        """Have a session open even if there is nothing to ask: by it the pool knows that the revision is in use.
+        """Keep a session open even if there is nothing to ask, as it tells the pool that the revision is in use.
 
         Returns whether there is none yet.
         """
@@ -367,14 +368,14 @@ class Dispatcher:
         return self._links.pick(self._revision, now) is None
 
     def _flush(self) -> None:
-        """Try what is parked again."""
+        """Try again to dispatch what is parked."""
         with self._lock:
             parked = self._parked.take_all()
         for request, since in parked.items():
             request.or_fail(self.dispatch, request, since)
 
     def _next_time(self, tended_at: float) -> float | None:
-        """When to tend again, at the latest. What fell due since `tended_at` was not looked at yet."""
+        """When to call `_tend` again at the latest. What fell due since `tended_at` has not been done yet."""
         with self._lock:
             now = time.monotonic()
             wanted = self._hold(now) or bool(self._parked)
@@ -387,7 +388,7 @@ class Dispatcher:
 
     def _fail_late(self, request: Request) -> None:
         with self._lock:
-            if request.deadline > time.monotonic():  # it was found a replica meanwhile
+            if request.deadline > time.monotonic():  # meanwhile it left the parking, with its own time again
                 return
             waited_in_vain = self._parked.over() if request in self._parked else None
         self.cancel(request)

@@ -1,4 +1,4 @@
-"""What a client learned about one revision of a teacher, and requests checked against that."""
+"""What a client has learned about one revision of a teacher, against which it checks requests."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ _MAX_KNOWN_TAPS = 256
 
 @dataclass(eq=False)
 class Facts:
-    """One revision, and the bounds of its requests."""
+    """The description of one revision, and the limits of requests to it."""
 
     description: TeacherDescription
     limits: Limits
-    _modules: dict[str, None] = field(init=False)  # ordered, and quick to search
+    _modules: dict[str, None] = field(init=False)  # a dict, as it keeps the order and is quick to search
     _known: dict[tuple[TapLike, ...], Wanted] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -28,7 +28,7 @@ class Facts:
 
     @property
     def revision(self) -> str:
-        """That of the weights."""
+        """The revision of the teacher's weights."""
         return self.description.revision
 
     def wanted(
@@ -37,7 +37,7 @@ class Facts:
         encodings: Mapping[TapLike, Encoding | None] | None,
         positions: torch.Tensor | None,
     ) -> Wanted:
-        """What a user asks for, in its usual form and known to exist; raises as `Wanted.of`, and `UnknownTapError`."""
+        """What a user asks for, checked; raises what `Wanted.of` raises, and `UnknownTapError` for unknown modules."""
         if encodings is None and positions is None:
             return self._plain(tuple(taps))
         wanted = Wanted.of(taps, encodings, positions).with_seeds()
@@ -45,7 +45,7 @@ class Facts:
         return wanted
 
     def _plain(self, taps: tuple[TapLike, ...]) -> Wanted:
-        found = self._known.get(taps)  # a loop asks for the same ones again and again
+        found = self._known.get(taps)  # a training loop asks for the same taps again and again
         if found is None:
             found = Wanted.of(taps)
             self._check(tap.module for tap in found.taps)

@@ -1,4 +1,4 @@
-"""Which requests of a session are in flight, and which wait until the replica has room for them."""
+"""Flow control of a session: which requests are in flight, and which wait until the replica has room for them."""
 
 import heapq
 import itertools
@@ -10,7 +10,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 
 class Sized(Protocol):
-    """What a window reads of a request. It notes there that the replica sent it back, and how often it was lost."""
+    """What a window needs of a request; it sets the three attributes when a request is sent back or lost."""
 
     told_to_wait: bool
     losses: int
@@ -26,11 +26,11 @@ R = TypeVar("R", bound=Sized)
 
 
 class Window(Generic[R]):
-    """Holds a session to what its replica granted. Any thread may call.
+    """Keeps a session within what its replica granted. Any thread may call.
 
-    The replica grants the job as many requests and bytes as `opened` says. Other sessions of the job take their part of
-    it, so that a request may come back: then nothing is sent until the replica has room again, and from then on one
-    more than were taken, and one more with each window of replies.
+    `Opened` says how many requests and bytes the replica grants to the job. Other sessions of the same job use a part
+    of that, so the replica may send a request back: then nothing is sent until it has room again. From then on the
+    window is one more than the requests in flight, and grows by one with each window of replies.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Window(Generic[R]):
         self._ids = itertools.count(1)
         self._in_flight: dict[int, R] = {}
         self._waiting: deque[R] = deque()
-        self._sent_back: list[tuple[int, R]] = []  # a heap: the first goes first again
+        self._sent_back: list[tuple[int, R]] = []  # a heap by id, so that they are sent again in their order
         self._most = self._most_bytes = 0
         self._size = 0.0
         self._nbytes = 0
@@ -49,27 +49,27 @@ class Window(Generic[R]):
 
     @property
     def in_flight(self) -> int:
-        """Requests that the replica has."""
+        """Number of requests that the replica has."""
         return len(self._in_flight)
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._in_flight
 
     def grant(self, opened: teacher_pb2.Opened) -> None:
-        """Begin, with the replica's limits."""
+        """Open the window, with the limits that the replica grants."""
         with self._lock:
             self._most, self._most_bytes = opened.max_in_flight, opened.max_bytes_in_flight
             self._size = float(self._most)
 
     def add(self, request: R) -> bool:
-        """Have a request wait for its turn; False after `end`."""
+        """Queue a request; False after `end`."""
         with self._lock:
             if not self._ended:
                 self._waiting.append(request)
             return not self._ended
 
     def next(self) -> tuple[int, R] | None:
-        """The request that may be sent now, in flight from here on, and its id."""
+        """The next request that may be sent now, with its id; it is in flight from here on. None if there is none."""
         with self._lock:
             while (self._sent_back or self._waiting) and not self._paused and not self._ended:
                 request = self._sent_back[0][1] if self._sent_back else self._waiting[0]
@@ -84,18 +84,18 @@ class Window(Generic[R]):
             return None
 
     def get(self, request_id: int) -> R | None:
-        """A request in flight."""
+        """The request in flight with that id, or None."""
         return self._in_flight.get(request_id)
 
     def take(self, request_id: int) -> R | None:
-        """The request that was answered, not in flight any more; None if it was cancelled."""
+        """Remove and return a request that was answered; None if it was cancelled."""
         with self._lock:
             request = self._stop(request_id)
             self._size = min(self._size + 1 / max(self._size, 1.0), self._most)
             return request
 
     def wait(self, request_id: int) -> None:
-        """A request was sent back: pause, and take it first afterwards."""
+        """Pause, since the replica sent a request back; it is sent first afterwards."""
         with self._lock:
             self._paused = True
             request = self._stop(request_id)
@@ -104,13 +104,13 @@ class Window(Generic[R]):
                 heapq.heappush(self._sent_back, (request_id, request))
 
     def resume(self) -> None:
-        """Go on, slowly."""
+        """Go on, with a small window."""
         with self._lock:
             self._paused = False
             self._size = min(len(self._in_flight) + 1, self._most)
 
     def remove(self, request: R) -> int | None:
-        """Forget a request; its id if it is in flight."""
+        """Forget a request; returns its id if it was in flight."""
         with self._lock:
             if request in self._waiting:
                 self._waiting.remove(request)
@@ -126,21 +126,21 @@ class Window(Generic[R]):
             return request_id
 
     def asked(self) -> list[R]:
-        """The requests that the replica has."""
+        """The requests that the replica has, in the order in which they were sent."""
         return list(self._in_flight.values())
 
     def take_back(self) -> list[R]:
-        """Forget the requests that are not in flight, and return them in their order."""
+        """Remove the requests that are not in flight, and return them in order."""
         with self._lock:
             return self._take_waiting()
 
     def end(self) -> list[R]:
-        """Take no more; returns what has no answer, what was in flight first."""
+        """Accept no more; returns the requests without an answer, first those that were in flight."""
         with self._lock:
             self._ended = True
             in_flight = [*self._in_flight.values()]
             self._in_flight.clear()
-            waiting = self._take_waiting()  # at once: else another thread might begin to send one of them
+            waiting = self._take_waiting()  # under the same lock, or another thread might begin to send one of them
         for request in in_flight:
             request.losses += 1
             request.is_retry = True

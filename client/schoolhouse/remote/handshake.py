@@ -1,4 +1,4 @@
-"""Why a server cannot be talked to: a connection and a handshake of Python's own, as gRPC's errors tell no types."""
+"""Find out why a server cannot be reached, by a handshake in plain Python, since gRPC's errors do not say."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]
 
 
 def why_not(target: str, security: ClientSecurity) -> SchoolhouseError | None:
-    """What keeps a client from the server at `target`, which was waited for in vain; None if that stays unknown."""
+    """The reason why the server at `target` did not answer in time, as an error; None if it stays unknown."""
     found: list[SchoolhouseError | None] = []
 
     def look() -> None:
         found.append(_look(target, security))
 
-    # In a thread, as looking up a name may take any time.
+    # In a thread, since looking up a name may take any time.
     looking = background.thread(look, name="schoolhouse-handshake", on_death=background.go_on)
     looking.start()
     looking.join(_TIMEOUT_S)
@@ -39,10 +39,10 @@ def _look(target: str, security: ClientSecurity) -> SchoolhouseError | None:
         name, why = target.rpartition(":")[0], getattr(err, "strerror", None) or err
         return TeacherUnavailableError(f"the name {name!r} does not resolve ({why}); is HOST right?")
     except ConnectionRefusedError:
-        return TeacherUnavailableError(f"nobody listens at {target}; is the teacher up, and is the port right?")
+        return TeacherUnavailableError(f"nothing listens at {target}; is the teacher up, and is the port right?")
     except OSError as err:
         return TeacherUnavailableError(
-            f"{target} cannot be reached ({err.strerror or err}); is HOST right, and does a firewall let pass?"
+            f"{target} cannot be reached ({err.strerror or err}); is HOST right, and does a firewall block it?"
         )
     try:
         with opened:
@@ -57,7 +57,7 @@ def _connected(target: str) -> socket.socket:
 
 
 def _in_plaintext(opened: socket.socket, target: str) -> SchoolhouseError | None:
-    with contextlib.suppress(OSError):  # of who speaks no TLS
+    with contextlib.suppress(OSError):  # raised if the server does not speak TLS
         return _if_tls(opened, target)
     with _connected(target) as another:
         another.sendall(_HTTP1)
@@ -66,14 +66,14 @@ def _in_plaintext(opened: socket.socket, target: str) -> SchoolhouseError | None
 
 def _no_grpc(target: str) -> SchoolhouseError:
     return ConfigError(
-        f"the server at {target} speaks HTTP/1, and no gRPC: it is another service, or the http_port of a pool, whose "
-        "students connect to its port"
+        f"the server at {target} speaks HTTP/1 and not gRPC: it is another service, or the http_port of a pool; "
+        "students connect to the pool's port"
     )
 
 
 def _if_tls(opened: socket.socket, target: str) -> SchoolhouseError:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is sent: only whether it is TLS
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # only to see whether it is TLS; nothing is sent
     context.set_alpn_protocols(["h2"])
     with context.wrap_socket(opened):
         return ConfigError(f"the server at {target} speaks TLS: connect to grpcs://{target}/NAME")
@@ -94,7 +94,7 @@ def _over_tls(opened: socket.socket, target: str, security: ClientSecurity) -> S
             f"the server at {target} does not speak TLS as it should ({err.reason}); connect to grpc://{target}/NAME "
             "if it has none"
         )
-    except ConnectionError:  # one that is slow may speak it
+    except ConnectionError:  # not for a timeout: a slow server may speak TLS
         return ConfigError(f"the server at {target} does not speak TLS; connect to grpc://{target}/NAME if it has none")
     with wrapped:
         if wrapped.selected_alpn_protocol() != "h2":
@@ -103,7 +103,7 @@ def _over_tls(opened: socket.socket, target: str, security: ClientSecurity) -> S
 
 
 def _after_handshake(wrapped: ssl.SSLSocket, target: str, security: ClientSecurity) -> SchoolhouseError | None:
-    """In TLS 1.3 a server looks at the client's certificate when the client takes the handshake to be over."""
+    """Check that the server takes the client's certificate: in TLS 1.3 it does so after the client's handshake."""
     try:
         wrapped.sendall(_HTTP2)
         refused = not wrapped.recv(1)
@@ -112,9 +112,9 @@ def _after_handshake(wrapped: ssl.SSLSocket, target: str, security: ClientSecuri
     if not refused:
         return None
     if security.cert is None:
-        text = "wants a certificate of the client's; give cert and key"
+        text = "requires a certificate of the client; give cert and key"
     else:
-        text = "does not take this client's certificate; has it expired, or is it from an authority of another pool?"
+        text = "does not accept this client's certificate; has it expired, or is it from an authority of another pool?"
     return AuthenticationError(f"the server at {target} {text}")
 
 
@@ -129,7 +129,7 @@ def _context(security: ClientSecurity) -> ssl.SSLContext:
 
 @contextlib.contextmanager
 def _file(data: bytes) -> Iterator[str]:
-    """A file that only this user can read, for a moment: Python takes keys by path alone."""
+    """A temporary file that only this user can read, since Python's ssl takes keys only by path."""
     descriptor, path = tempfile.mkstemp()
     try:
         with open(descriptor, "wb") as file:

@@ -1,4 +1,4 @@
-"""The heads of a remote teacher: asked for once, and kept while they are of use."""
+"""The heads of a remote teacher, fetched once and kept."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +16,10 @@ _MAX_KEPT = 8
 
 
 class FetchedHeads:
-    """The last heads that were asked for of one teacher, all of one revision: a roll lets go of those before it.
+    """The heads of one teacher that were asked for last, all of one revision; a new revision drops the old ones.
 
-    Requests hold their own heads as long as they need them. `ask(revision, inputs, wanted)` returns what the teacher
-    answers, by tap.
+    Requests hold their own heads as long as they need them. `ask(revision, inputs, wanted)` returns the teacher's
+    answer, by tap.
     """
 
     def __init__(self, folder: str | Path | None, ask: Callable[[str, Arguments, Wanted], Any]) -> None:
@@ -28,9 +28,9 @@ class FetchedHeads:
         self._known: dict[tuple[str, str, str], Head] = {}
 
     def get(self, revision: str, name: str, tap_module: str) -> Head:
-        """What makes the logits that `tap_module` returns of what submodule `name` receives.
+        """The head that computes the logits that `tap_module` returns from what the submodule `name` receives.
 
-        The teacher is asked for its digest first, which tells whether a head from the disk is the same.
+        The teacher is first asked for the head's digest, which tells whether a head on disk is the same.
         """
         found = self._known.get((revision, name, tap_module))
         if found is None:

@@ -1,4 +1,4 @@
-"""The requests without an answer, their deadlines, and the thread that keeps time for a teacher."""
+"""Outstanding requests: those without an answer, their deadlines, and the thread that watches these for a teacher."""
 
 import functools
 import heapq
@@ -13,14 +13,15 @@ from schoolhouse_wire import background
 from schoolhouse.errors import TeacherBusyError
 from schoolhouse.remote.request import Request
 
-_REST_S = 1.0  # where keeping time failed
-_SLACK = 64  # deadlines of answered requests that are kept anyway
+_REST_S = 1.0  # pause after an error in the thread
+_SLACK = 64  # deadlines of answered requests that may stay in the heap
 
 
 class Outstanding:
-    """Up to `max_pending` requests. A thread calls `fail_late` with each at its deadline.
+    """Holds up to `max_pending` requests, and calls `fail_late` with each at its deadline, in a thread of its own.
 
-    It also calls `tend`, which returns the time when it wants to be called again, or None; and again after `stir()`.
+    The thread also calls `tend`, which returns the time when it wants to be called again, or None; `stir()` makes it
+    call `tend` soon.
     """
 
     def __init__(
@@ -28,9 +29,9 @@ class Outstanding:
     ) -> None:
         self._max_pending = max_pending
         self._fail_late, self._tend = fail_late, tend
-        self._lock = threading.Lock()  # no other lock is taken by who holds it
-        # Not a condition: the garbage collector may come to `stir` and `close` from this thread, as it begins to wait.
-        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # whether `tend` is to be called
+        self._lock = threading.Lock()  # no other lock is taken while it is held
+        # Not a Condition: the garbage collector may call `stir` or `close` in this thread just as it begins to wait.
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True to have `tend` called
         self._requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._ids = itertools.count()
@@ -38,20 +39,20 @@ class Outstanding:
         self._stirred = self._closed = False
 
     def start(self) -> None:
-        """Begin to keep time, unless it has begun."""
+        """Start the thread, unless it was started."""
         if self._thread.ident is None:
             self._thread.start()
 
     @property
     def runs_here(self) -> bool:
-        """Whether this thread is the one that keeps time."""
+        """Whether the calling thread is the one that keeps time."""
         return self._thread is threading.current_thread()
 
     def add(self, request: Request) -> int:
-        """Hold the request to its deadline; returns what `remove` takes.
+        """Add a request, to fail it at its deadline; returns its id for `remove`.
 
         Raises:
-            TeacherBusyError: there are `max_pending` already.
+            TeacherBusyError: if there are `max_pending` requests already.
         """
         request_id = next(self._ids)
         with self._lock:
@@ -67,14 +68,14 @@ class Outstanding:
         return request_id
 
     def reschedule(self, request: Request) -> None:
-        """Its deadline is another one."""
+        """Note that the deadline of a request has changed."""
         with self._lock:
             first = self._push(request)
         if first:
             self._wake.put(False)
 
     def _push(self, request: Request) -> bool:
-        """Note its deadline; whether it is the first. The lock is held."""
+        """Add the request's deadline; returns whether it is the earliest. The caller holds the lock."""
         if len(self._deadlines) > 2 * len(self._requests) + _SLACK:
             self._deadlines = [one for one in self._deadlines if self._holds(*one)]
             heapq.heapify(self._deadlines)
@@ -83,20 +84,20 @@ class Outstanding:
 
     def _holds(self, deadline: float, request_id: int) -> bool:
         request = self._requests.get(request_id)
-        return request is not None and request.deadline == deadline  # else it was rescheduled
+        return request is not None and request.deadline == deadline  # not if it was rescheduled
 
     def remove(self, request_id: int) -> Request | None:
         """Forget a request; None if it was forgotten already."""
         return self._requests.pop(request_id, None)
 
     def stir(self) -> None:
-        """Have `tend` called soon. It takes no lock, nor does `close`."""
+        """Have `tend` called soon. Like `close`, it takes no lock."""
         if not self._stirred:
             self._stirred = True
             self._wake.put(True)
 
     def close(self) -> None:
-        """End the thread; returns at once."""
+        """Tell the thread to end; returns at once."""
         self._closed = True
         self._wake.put(False)
 
@@ -106,7 +107,7 @@ class Outstanding:
             tend_at = background.run(functools.partial(self._turn, tend_at), "keeping time", self._rest)
 
     def _turn(self, tend_at: float | None) -> float | None:
-        """Do what is due next, or wait for it; returns when to tend."""
+        """Wait for what is due next, and do it; returns when to call `tend`."""
         late, next_at = self._take_late()
         at = min((at for at in (next_at, tend_at) if at is not None), default=None)
         stirred = self._wait_until(at if late is None else 0.0)
@@ -116,7 +117,7 @@ class Outstanding:
         return self._tend() if due and not self._closed else tend_at
 
     def _rest(self, _error: BaseException) -> float:
-        """Before the next turn, as that may fail, too."""
+        """Pause after an error, since the next turn may fail, too."""
         time.sleep(_REST_S)
         return 0.0
 
@@ -125,17 +126,17 @@ class Outstanding:
             request.give_up(error)
 
     def _wait_until(self, at: float | None) -> bool:
-        """Until then, or until there is something new; returns whether that is that it was stirred."""
+        """Wait until `at`, or until a wake-up; returns whether it was `stir` that woke it."""
         try:
             stirred = self._wake.get(timeout=None if at is None else max(at - time.monotonic(), 0.0))
         except queue.Empty:
             return False
         if stirred:
-            self._stirred = False  # before `tend`: who stirs from here on wants it once more
+            self._stirred = False  # before `tend` runs, so that a `stir` during it has it run once more
         return stirred
 
     def _take_late(self) -> tuple[Request | None, float | None]:
-        """A request that is past its deadline, or None and the time when there may be one."""
+        """A request that is past its deadline; or None, and the next deadline."""
         with self._lock:
             while self._deadlines:
                 deadline, request_id = self._deadlines[0]

@@ -1,4 +1,4 @@
-"""Requests that wait, as no replica can take them or they are held back: what is said of it, and stopped clocks."""
+"""Parking: requests that wait since no replica can take them, or since too many retries are sent already."""
 
 import logging
 from collections.abc import Callable
@@ -13,13 +13,13 @@ _log = logging.getLogger("schoolhouse")
 
 
 class Parking:
-    """Keeps requests, and says in the log that a teacher is waited for. The caller holds a lock, but for `drop`."""
+    """Keeps requests, and logs that the student waits. The caller holds a lock, except for `drop` and `pop`."""
 
     def __init__(self, teacher: str, timeout_s: float, why: Callable[[], str]) -> None:
         """A request stays for up to `timeout_s`; `why()` says in words what was tried."""
         self._teacher, self._timeout_s, self._why = teacher, timeout_s, why
         self._since: dict[Request, float] = {}
-        self._alone_since: float | None = None  # since when there is no replica
+        self._alone_since: float | None = None  # since when no replica can be asked
         self._say_at = 0.0
         self._said = False
 
@@ -30,39 +30,39 @@ class Parking:
         return request in self._since
 
     def put(self, request: Request, since: float) -> bool:
-        """Keep it, and stop its clock: its deadline is that of the wait. Returns whether that is new."""
+        """Keep a request, and stop its own time; returns whether that changed its deadline."""
         self._since[request] = since
         return request.stop_clock(since, self._timeout_s)
 
     def drop(self, request: Request) -> bool:
-        """Whether it was here. Takes no lock."""
+        """Remove a request; returns whether it was here. Takes no lock."""
         return self._since.pop(request, None) is not None
 
     def pop(self) -> Request | None:
-        """Any of them, which is not here any more; None: there is none. Takes no lock."""
+        """Remove and return any request; None if there is none. Takes no lock."""
         try:
             return self._since.popitem()[0]
-        except KeyError:  # it is empty, or was emptied by another thread
+        except KeyError:  # empty, or emptied by another thread
             return None
 
     def take_all(self) -> dict[Request, float]:
-        """All of them, and since when; nothing is here any more."""
+        """Remove and return all requests, each with the time since when it waits."""
         taken, self._since = self._since, {}
         return taken
 
     def no_replica(self, now: float) -> None:
-        """A request found none."""
+        """Note that no replica can take a request."""
         if self._alone_since is None:
             self._alone_since, self._say_at = now, now
 
     def found_replica(self, now: float) -> None:
-        """One can take requests."""
+        """Note that a replica can take requests, and log that the teacher is back."""
         if self._said and self._alone_since is not None:
             _log.warning("the teacher %r is back after %.0f s", self._teacher, now - self._alone_since)
         self._alone_since, self._said = None, False
 
     def say(self, now: float) -> float | None:
-        """Tell whoever looks at the student that it waits; returns when to call again."""
+        """Log that the student waits, if that is due; returns when to call again."""
         if not self._since:
             return None
         alone = self._alone_since is not None
@@ -82,11 +82,11 @@ class Parking:
         return self._say_at
 
     def over(self) -> TeacherUnavailableError:
-        """What a request fails with that was here for too long."""
+        """The error for a request that has waited for too long."""
         state = (_ALONE if self._alone_since is not None else _HELD_BACK) % self._teacher
         return TeacherUnavailableError(
             f"{state} for {self._timeout_s:g} s (teacher_timeout_s); "
-            f"{self._why()}. Start the teacher again, or see what `schoolhouse status` and `schoolhouse logs` say of "
-            "it; then forward the batch again: training goes on from there. Raise teacher_timeout_s in connect() to "
-            "wait for longer"
+            f"{self._why()}. Start the teacher again, or see what `schoolhouse status` and `schoolhouse logs` say "
+            "about it; then forward the batch again, and training goes on from there. To wait longer, raise "
+            "teacher_timeout_s in connect()"
         )

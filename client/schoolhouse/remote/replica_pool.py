@@ -1,4 +1,4 @@
-"""What a client knows of each replica: the session with it, what is outstanding there, and when to try it again."""
+"""What a client knows of each replica: the session with it, its outstanding requests, and when to try it again."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -19,16 +19,16 @@ from schoolhouse.remote.replica_set import Replica, ReplicaSet, backoff_s, choos
 from schoolhouse.remote.request import Request
 from schoolhouse.remote.session import Session
 
-_LONGEST_BACKOFF_S, _LONGEST_REST_S = 2.0, 30.0  # of a replica that cannot be reached, and of one that misbehaves
-_TRIAL_AFTER = 3  # strikes in a row, until it has answered
-_RECOVERED = 32  # answers without one
+_LONGEST_BACKOFF_S, _LONGEST_REST_S = 2.0, 30.0  # for a replica that cannot be reached, and for one that misbehaves
+_TRIAL_AFTER = 3  # strikes that put a replica on trial until it has answered
+_RECOVERED = 32  # answers in one session that clear the strikes
 _NEXT_OPENING_S = 0.25
-_FRESH_S = 5.0  # for so long what a replica said of its queue is taken to be so
-# Of another teacher: a replica that is gone may be listed, and its port have gone to that one's.
+_FRESH_S = 5.0  # how long a replica's report of its queue is believed
+# Errors that may pass. An unknown teacher may, as a lost replica can still be listed after its port went to another's.
 _PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError, UnknownTeacherError)
-# Of a session that was open: it is struck for it. Of one that was to open: it may pass, unless it comes again.
+# Errors for which the replica of an open session gets a strike. When a session opens, one is a puzzle that may pass.
 _BROKEN = (CorruptPayloadError, ProtocolError, TeacherInternalError)
-_BELIEVED_AFTER = 3  # openings in a row
+_BELIEVED_AFTER = 3  # puzzles in a row after which the error is believed
 
 
 @dataclass(eq=False)
@@ -36,48 +36,48 @@ class Link:
     """One replica, and the session with it if there is one."""
 
     replica: Replica
-    told_at: float  # when the directory told of its load
-    listed: bool = True  # in the set of the directory
+    told_at: float  # when the directory reported its load
+    listed: bool = True  # whether it is in the directory's replica set
     session: Session | None = None
     opened: bool = False
-    give_up_at: float = 0.0  # while a session opens
-    nbytes: int = 0  # of the inputs that are outstanding there
-    requests: int = 0
-    failures: int = 0  # in a row
-    strikes: int = 0  # of them, what it did wrong: it was silent, or answered with something else
-    strike: SchoolhouseError | None = None  # for which its session is being closed
-    puzzles: int = 0  # openings in a row that ended so
+    give_up_at: float = 0.0  # when to give up a session that is being opened
+    nbytes: int = 0  # bytes of the inputs outstanding there
+    requests: int = 0  # requests outstanding there
+    failures: int = 0  # sessions in a row that failed
+    strikes: int = 0  # faults of its own: silence with requests in hand, or wrong answers
+    strike: SchoolhouseError | None = None  # the fault for which its session is being closed
+    puzzles: int = 0  # openings in a row that ended with an error of `_BROKEN`
     retry_at: float = 0.0
-    error: SchoolhouseError | None = None  # that the last session ended with
+    error: SchoolhouseError | None = None  # with which the last session ended
 
     @property
     def revision(self) -> str:
-        """As the replica says, or else the directory; empty: not known."""
+        """The revision that the replica reports, or else the directory; empty if it is not known."""
         return self.session.revision if self.session is not None and self.opened else self.replica.revision
 
     def may_serve(self, revision: str) -> bool:
-        """Whether it is of that revision, as far as is known; the empty one stands for any."""
+        """Whether its revision is `revision` or not known; true for the empty revision, which stands for any."""
         return not revision or self.revision in ("", revision)
 
     @property
     def leaving(self) -> bool:
-        """Whether it gets no new requests: it stops, or is not of the teacher any more."""
+        """Whether it gets no new requests, since it is about to stop or is not listed any more."""
         stops = self.session is not None and self.session.draining
         return stops or self.replica.draining or not self.listed
 
     @property
     def on_trial(self) -> bool:
-        """Whether it gets one request and no other until that is answered."""
+        """Whether it gets a single request at a time, until it has answered one."""
         answered = self.session is not None and self.session.traffic.requests
         return self.strikes >= _TRIAL_AFTER and not answered
 
     def refuses(self, now: float) -> bool:
-        """Whether it said, lately, what does not pass by itself, such as that it has other weights."""
+        """Whether it lately failed with an error that does not pass by itself, such as other weights."""
         passing = isinstance(self.error, _PASSING) or 0 < self.puzzles < _BELIEVED_AFTER
         return self.error is not None and not passing and now < self.retry_at
 
     def others(self, now: float) -> int:
-        """Requests of others that wait there, as far as was said lately."""
+        """Requests of other clients that wait there, by the latest report; 0 without a recent one."""
         session = self.session
         if session is not None and session.answered_at > now - _FRESH_S:
             return session.others_queued
@@ -85,41 +85,41 @@ class Link:
 
 
 class Links:
-    """The links with all replicas of a teacher, by address. The caller holds a lock."""
+    """The links to all replicas of a teacher, by address. The caller holds a lock."""
 
     def __init__(self, start: Callable[[Link], Session], connect_timeout_s: float, rng: random.Random) -> None:
-        """`start(link)` begins to open a session."""
+        """`start(link)` begins to open a session with the replica of a link."""
         self._start = start
         self._connect_timeout_s = connect_timeout_s
         self._random = rng
         self._by_address: dict[str, Link] = {}
-        self._tiers: dict[str, tuple[float, list[list[Link]]]] = {}  # by revision, and until when
-        self._unit = 0.0  # bytes of a usual request
-        self._next_opening_at = 0.0  # while nothing is open
-        self._slowest_s = 0.0  # that an answer took, of sessions that have ended
-        self.current = ""  # revision of requests that may be of any
+        self._tiers: dict[str, tuple[float, list[list[Link]]]] = {}  # cache by revision: expiry, and usable links
+        self._unit = 0.0  # bytes of a usual request, a running average
+        self._next_opening_at = 0.0  # while nothing is open, when to begin to open another session
+        self._slowest_s = 0.0  # the slowest answer of sessions that have ended
+        self.current = ""  # the revision for requests that may be answered by any
 
     def __iter__(self) -> Iterator[Link]:
         return iter(list(self._by_address.values()))
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of links."""
         return len(self._by_address)
 
     def of(self, session: Session) -> Link | None:
-        """The link whose session it is, unless that has another by now."""
+        """The link of a session; None if the link has another session by now."""
         link = self._by_address.get(session.address)
         return link if link is not None and link.session is session else None
 
     def update(self, found: ReplicaSet, now: float) -> None:
-        """Take over the replica set: what is not listed any more is left when it is idle."""
+        """Use a new replica set; replicas that are not listed any more are left once they are idle."""
         self._tiers.clear()
         for link in self:
             link.listed = False
         for replica in found.replicas:
             link = self._by_address.setdefault(replica.address, Link(replica, now))
-            if link.replica.id != replica.id or link.replica.revision != replica.revision:  # another one, anew
+            if link.replica.id != replica.id or link.replica.revision != replica.revision:  # a new one at the address
                 link.failures = link.strikes = link.puzzles = 0
                 link.retry_at, link.error = 0.0, None
             link.replica, link.told_at, link.listed = replica, now, True
@@ -131,10 +131,10 @@ class Links:
         self.current = next((r for r in (wanted, self.current, *there) if r in there), self.current)
 
     def pick(self, revision: str, now: float, apart_from: str = "", soon: bool = False) -> Link | None:
-        """An open one for that revision. A better one that is not open yet is opened meanwhile.
+        """Choose an open link for a revision, or None. If a link that is not open would be better, begin to open it.
 
-        The one at the address `apart_from` only if there is no other; with `soon`, also if the others could not be
-        reached when that was last tried.
+        The link at the address `apart_from` is chosen only if there is no other; with `soon`, also if all others could
+        not be reached at the last try.
         """
         until, tiers = self._tiers.get(revision, (0.0, []))
         if now >= until:
@@ -162,7 +162,7 @@ class Links:
         return any(link.opened and not link.leaving and link.may_serve(revision) for link in self)
 
     def _open_another(self, tiers: list[list[Link]], now: float) -> None:
-        """Nothing is open yet: begin with the best one, and a little later with the next, as the first may hang."""
+        """While nothing is open, begin to open the best link, and a little later the next, as the first may hang."""
         fresh = _those(tiers, lambda link: link.session is None)
         if fresh and now >= self._next_opening_at:
             self._next_opening_at = now + _NEXT_OPENING_S
@@ -188,45 +188,45 @@ class Links:
             link.give_up_at = now + self._connect_timeout_s
             try:
                 link.session = self._start(link)
-            except Exception as err:  # no thread or descriptor is left, for one
+            except Exception as err:  # such as no thread or file descriptor left
                 self._put_aside(link, TeacherUnavailableError(f"{link.replica.address}: {err}"), now)
 
     def try_all_again(self) -> None:
-        """Something has answered that did not: others may, too."""
+        """Try all replicas without backoff, since the directory answers again and they may, too."""
         self._tiers.clear()
         for link in self:
             link.retry_at = 0.0
 
     def take(self, link: Link, nbytes: int) -> None:
-        """Count a request that goes there."""
+        """Add a request to the load of a link."""
         link.nbytes += nbytes
         link.requests += 1
         self._unit += (nbytes - self._unit) / (16 if self._unit else 1)
 
     def give_back(self, link: Link, nbytes: int) -> None:
-        """Count a request that has ended."""
+        """Subtract a request that has ended from the load of a link."""
         link.nbytes -= nbytes
         link.requests -= 1
 
     def opened(self, link: Link) -> None:
-        """Its session said hello."""
+        """Note that the session of a link is open."""
         self._tiers.clear()
         link.opened, link.error = True, None
         self._settle_current(self.current)
 
     def ended(self, session: Session) -> None:
-        """It takes no requests any more, and will say so itself."""
+        """Note that a session takes no requests any more; its `on_loss` follows."""
         link = self.of(session)
         if link is not None:
             link.opened = False
             self._tiers.clear()
 
     def draining(self) -> None:
-        """A session has begun to drain."""
+        """Note that a session has begun to drain."""
         self._tiers.clear()
 
     def lost(self, link: Link, error: SchoolhouseError, now: float) -> None:
-        """Its session has ended. One that has answered is tried again at once, others with backoff."""
+        """Note that the session of a link has ended. One that had answered is tried again soon, others with backoff."""
         assert link.session is not None
         answered, draining = link.session.traffic.requests, link.session.draining
         strike, link.strike = link.strike, None
@@ -240,18 +240,18 @@ class Links:
             link.strikes = 0
         if strike is not None:
             link.strikes += 1
-            error = TeacherUnavailableError(strike.message)  # it may pass
+            error = TeacherUnavailableError(strike.message)  # as an error that may pass
         elif answered and not draining:
             link.failures = 0
         self._put_aside(link, error, now)
 
     def strike(self, link: Link, error: SchoolhouseError) -> None:
-        """It gets nothing more from here on; the caller closes its session."""
+        """Send nothing more to a replica that made a fault; the caller closes its session."""
         self._tiers.clear()
         link.strike, link.opened = error, False
 
     def other(self, link: Link, now: float) -> Link | None:
-        """Another one that could take its requests, an open one if there is."""
+        """Another link that could take the requests of `link`, an open one if possible."""
         others = [
             other
             for other in self
@@ -263,11 +263,10 @@ class Links:
         return max(others, key=lambda other: other.opened, default=None)
 
     def silent(self, now: float, patience_s: float) -> list[Session]:
-        """Leave replicas that say nothing for so long though they have requests, if another can take those.
+        """Leave replicas that have requests and have sent nothing for `patience_s`, if another can take the requests.
 
-        For twice as long as the slowest answer took, where that is longer.
-
-        Returns their sessions, to be closed. A request is moved so once, and where all are slow it stays where it is.
+        If twice the time of the slowest answer is longer than `patience_s`, that counts. Returns the sessions to close.
+        A request is moved at most once in this way, and if all replicas are slow it stays where it is.
         """
         found = []
         slowest_s = max((link.session.slowest_s for link in self if link.session is not None), default=0.0)
@@ -279,14 +278,14 @@ class Links:
             moving, other = session.asked(), self.other(link, now)
             if other is None or _is_silent(other, now - patience_s) or all(request.moved for request in moving):
                 continue
-            if not _goes_on(other, session.silent_since):  # they may be as slow, and this one was asked first
+            if not _goes_on(other, session.silent_since):  # the other may be as slow, and this one was asked first
                 continue
             if not other.opened:
                 self._open(other, now)
                 continue
             for request in moving:
                 request.moved = True
-            why = f"{link.replica.address}: it had requests and said nothing for {patience_s:.3g} s"
+            why = f"{link.replica.address}: it had requests and sent nothing for {patience_s:.3g} s"
             self.strike(link, TeacherTimeoutError(why))
             found.append(session)
         return found
@@ -306,20 +305,20 @@ class Links:
                 del self._by_address[link.replica.address]
 
     def overdue(self, now: float) -> list[Session]:
-        """Sessions to close: those that leave and are idle, and those that did not open in time."""
+        """Sessions to close: idle ones of replicas that are left, and those that did not open in time."""
         idle = [link.session for link in self if link.leaving and not link.requests]
         slow = [link.session for link in self if not link.opened and now >= link.give_up_at]
         return [session for session in {*idle, *slow} if session is not None]
 
     def waiting_where_it_ends(self) -> list[Request]:
-        """Take requests back that were not sent yet to replicas that stop, if another one is open."""
+        """Take back the requests that replicas which are left have not been sent yet, if another replica is open."""
         if not any(link.opened and not link.leaving for link in self):
             return []
         ending = [link.session for link in self if link.leaving and link.session is not None]
         return [request for session in ending for request in session.take_back()]
 
     def due_at(self, now: float, *, wanted: bool) -> float | None:
-        """When there may be something to do: an opening takes too long, or, if `wanted`, one is to be tried again."""
+        """When an opening takes too long or, if `wanted`, a replica may be tried again; None if nothing is due."""
         times = [link.give_up_at for link in self if link.session is not None and not link.opened]
         if wanted:
             fresh = [link for link in self if link.session is None and not link.leaving]
@@ -327,7 +326,7 @@ class Links:
         return min((at for at in times if at > now), default=None)
 
     def hopeless(self, revision: str, now: float) -> SchoolhouseError | None:
-        """Why waiting would not help a request of that revision, if so."""
+        """The error for a request of that revision if waiting for a replica would not help it; otherwise None."""
         listed = [link for link in self if link.listed]
         mine = [link for link in listed if link.may_serve(revision)]
         if mine and not all(link.refuses(now) for link in mine):
@@ -339,7 +338,7 @@ class Links:
         return RevisionChangedError("", choices=sorted(others)) if listed else None
 
     def tried(self) -> str:
-        """What became of each replica, in words."""
+        """The state of each replica in words, for messages."""
         return "; ".join(map(_state, self)) or "the directory lists none"
 
 
@@ -349,7 +348,7 @@ def _is_silent(link: Link, since: float) -> bool:
 
 
 def _goes_on(link: Link, since: float | None) -> bool:
-    """Whether it has answered since then, or has nothing to answer."""
+    """Whether the replica has answered since then, or has nothing to answer."""
     session = link.session
     if session is None or not link.opened or session.silent_since is None or since is None:
         return True

@@ -1,4 +1,4 @@
-"""A request on its way to features, and what answered ones moved."""
+"""A request on its way to features, and the traffic of answered ones."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from schoolhouse.tracing import RequestSpan, Tracer
 
 @dataclass(frozen=True)
 class Traffic:
-    """What went over the wire for answered requests, in bytes of headers and payloads."""
+    """Number of answered requests, and the bytes of headers and payloads that went over the wire for them."""
 
     requests: int = 0
     sent_bytes: int = 0
@@ -37,29 +37,32 @@ class Traffic:
 
 @dataclass(eq=False)
 class Request:
-    """One batch on its way to features. It may be sent again to another replica."""
+    """One batch on its way to features. It may be sent again to another replica.
+
+    Its own time, of `timeout_s`, stands still while no replica can take it: then `deadline` is the end of that wait.
+    """
 
     outgoing: framing.Outgoing
     wanted: Wanted
     revision: str
-    deadline: float  # on time.monotonic's clock; while no replica can take it, that of the wait
-    heads: Mapping[Tap, Head]  # of the taps whose hidden states travel
+    deadline: float  # on time.monotonic's clock
+    heads: Mapping[Tap, Head]  # for the taps whose hidden states travel
     limits: Limits  # of the reply
-    span: RequestSpan | None = None  # where it is traced
+    span: RequestSpan | None = None  # if it is traced
     future: "Future[Features]" = field(default_factory=Future)
-    number: int = -1  # among those that are outstanding
-    losses: int = 0  # replicas that were lost while they had it, or that answered with something else
-    is_retry: bool = False  # it was sent before, and is to be sent again
-    moved: bool = False  # away from a replica that said nothing
-    asked_at: float = 0.0
-    left_s: float | None = None  # of its own time, while that stands still
-    stopped_at: float = 0.0  # since when it does
-    waited_s: float = 0.0  # for how long it did before
+    number: int = -1  # its id in `Outstanding`
+    losses: int = 0  # replicas that were lost while they had it, or that gave a wrong answer
+    is_retry: bool = False  # it was sent before, and must be sent again
+    moved: bool = False  # it was taken away from a silent replica once
+    asked_at: float = 0.0  # when the replica was asked
+    left_s: float | None = None  # what is left of its own time, while that stands still
+    stopped_at: float = 0.0  # since when its own time stands still
+    waited_s: float = 0.0  # for how long its own time stood still in earlier waits
     told_to_wait: bool = False  # a replica had no room for it
-    alone: bool = False  # to be computed by itself and anew, as its bits are compared
-    apart_from: str = ""  # the address of a replica that is to be asked only if there is no other
-    answered_by: str = ""  # the address of the replica that answered
-    follow: "Callable[[Request], None] | None" = None  # has it asked of the present revision, if its own is gone
+    alone: bool = False  # must be computed unmerged and anew, since its bits are compared
+    apart_from: str = ""  # address of a replica that is asked only if there is no other
+    answered_by: str = ""  # address of the replica that answered
+    follow: "Callable[[Request], None] | None" = None  # moves it to the current revision if its own is gone
 
     def __post_init__(self) -> None:
         if self.span is not None:
@@ -67,16 +70,16 @@ class Request:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the inputs: what it costs, as far as that is known here."""
+        """Bytes of the inputs, by which the client estimates the cost of the request."""
         return self.outgoing.nbytes + len(self.outgoing.header)
 
     @property
     def done(self) -> bool:
-        """Answered, failed or cancelled."""
+        """Whether it is answered, failed or cancelled."""
         return self.future.done()
 
     def stop_clock(self, since: float, wait_s: float) -> bool:
-        """Let its own time stand still for up to `wait_s`, all such waits together; False if it does already."""
+        """Stop its own time, for up to `wait_s` in all its waits together; False if it is stopped already."""
         if self.left_s is not None:
             return False
         self.left_s, self.stopped_at = max(self.deadline - since, 0.0), since
@@ -84,7 +87,7 @@ class Request:
         return True
 
     def start_clock(self, now: float) -> bool:
-        """Have its own time go on; whether it stood still."""
+        """Let its own time run again; False if it was running."""
         if self.left_s is None:
             return False
         self.deadline, self.left_s = now + self.left_s, None
@@ -92,46 +95,46 @@ class Request:
         return True
 
     def sent(self) -> str:
-        """Note that a replica is asked; the trace context for its call."""
+        """Note that a replica is asked; returns the trace context for that call."""
         return self.span.sent() if self.span is not None else ""
 
     def received(self, nbytes: int) -> None:
-        """Note how much came."""
+        """Note the size of the reply."""
         if self.span is not None:
             self.span.received(nbytes)
 
     def resolve(self, features: Features) -> None:
-        """Give the features to who waits, unless it cancelled."""
+        """Complete the future with the features, unless it was cancelled."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_result(features)
 
     def fail(self, error: BaseException) -> None:
-        """Give the error to who waits, unless it cancelled."""
+        """Complete the future with the error, unless it was cancelled."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
 
     def refuse(self, error: SchoolhouseError) -> None:
-        """No replica can answer it: fail it, unless its revision is gone and it may follow to the present one."""
+        """Fail a request that no replica can answer, or move it to the current revision if it may follow."""
         if isinstance(error, RevisionChangedError) and self.follow is not None and not self.done:
-            with contextlib.suppress(RuntimeError):  # no thread can be had
+            with contextlib.suppress(RuntimeError):  # if no thread can be started, it fails
                 follow = functools.partial(self.follow, self)
                 background.thread(follow, name="schoolhouse-follow", on_death=self.give_up).start()
                 return
         self.fail(error)
 
     def or_fail(self, step: Callable[..., None], *args: object) -> None:
-        """Take it a step further, in a thread that others wait for, too. Should that fail, so does the request."""
+        """Run the next step of this request in a thread of many; an error in it fails this request alone."""
         background.run(functools.partial(step, *args), "a request's way", self.give_up)
 
     def give_up(self, error: BaseException) -> None:
-        """What was to be done for it failed, here."""
+        """Fail the request for an error in this client."""
         self.fail(errors.typed(error, "this client"))
 
 
 def traced(
     tracer: Tracer | None, outgoing: framing.Outgoing, wanted: Wanted, teacher: str, revision: str, job: str
 ) -> RequestSpan | None:
-    """The span of a request that begins, where there is a tracer."""
+    """Begin the span of a request; None without a tracer."""
     if tracer is None:
         return None
     taps = [f"{tap.module}:{tap.side}" for tap in wanted.taps]
@@ -140,23 +143,23 @@ def traced(
 
 
 def features_of(request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
-    """The features of a reply, or an error unless they are of this batch, these taps and this revision."""
+    """The features of a reply; raises unless they are of the batch, the taps and the revision of the request."""
     given = (list(reply.taps), reply.revision, reply.input_digest)
     expected = (list(request.wanted.to_wire()), request.revision, request.outgoing.digest)
     if given != expected:
         raise FeatureMismatchError(
-            f"the features that came are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"
+            f"the features that arrived are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"
         )
     values = incoming.value()
     taps = request.wanted.taps
     if not isinstance(values, list) or len(values) != len(taps):
-        raise ProtocolError("a reply came whose features are not one for each tap")
+        raise ProtocolError("a reply arrived that does not hold one feature for each tap")
     found = decoded(dict(zip(taps, values, strict=True)), request.heads)
     return Features(found, revision=reply.revision, input_digest=reply.input_digest)
 
 
 def late(request: Request, timeout_s: float) -> str:
-    """Why it was late, and what to do."""
+    """A message that says why a request was late, and what to do."""
     if request.told_to_wait:
         return (
             f"the teacher did not answer within {timeout_s:g} s: the job was over its quota of requests or bytes in "

@@ -28,30 +28,30 @@ from schoolhouse.errors import (
 from schoolhouse.remote.flow_control import Window
 from schoolhouse.remote.request import Request, Traffic, features_of
 
-_WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # what came is not what was asked for
-_BROKEN = (TeacherInternalError, CorruptPayloadError)  # that a replica says: another may do better
+_WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # found here: the answer is not what was asked for
+_BROKEN = (TeacherInternalError, CorruptPayloadError)  # reported by a replica: another one may do better
 
 
 class SessionListener(Protocol):
-    """Who opened a session; told what becomes of it in the thread that receives its answers."""
+    """What a session calls as its state changes, in the thread that receives its answers."""
 
     def on_opened(self, session: "Session") -> None:
-        """The replica said hello: requests may be sent."""
+        """The replica has answered `Opened`: requests may be sent."""
 
     def on_draining(self, session: "Session") -> None:
         """The replica is about to stop: it answers what it has, and should get nothing more."""
 
     def on_unavailable(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
-        """The replica did not take the request up, as it stops."""
+        """The replica refused the request, since it is about to stop."""
 
     def on_wrong(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
-        """What came is not what the request asked for, or its bytes are others: the replica is not to be trusted."""
+        """The answer is damaged, or is not what the request asked for: the replica cannot be trusted."""
 
     def on_broken(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
-        """The replica failed at the request, by a fault of its own."""
+        """The replica failed the request by a fault of its own, or received damaged bytes."""
 
     def on_loss(self, session: "Session", lost: list[Request], error: SchoolhouseError) -> None:
-        """The session has ended, or never began; these requests are unanswered."""
+        """The session has ended, or was never opened; the requests in `lost` have no answer."""
 
 
 class Session:
@@ -74,11 +74,11 @@ class Session:
     ) -> None:
         self.address = address
         self.alive = self.draining = False
-        self.others_queued = 0  # requests of others that waited for the replica's device when it last answered
+        self.others_queued = 0  # other clients' requests that waited for the replica's device when it last answered
         self.answered_at = float("-inf")
-        self.slowest_s = 0.0  # that an answer took, from when the replica was asked
+        self.slowest_s = 0.0  # the longest time from asking the replica to its answer
         lacks = same_host.lacks()
-        self._transport = (  # until the replica's hello
+        self._transport = (  # until the replica has answered `Opened`
             f"stream: shared memory needs {lacks}, which this system ({sys.platform}) does not have"
             if shared_memory and lacks
             else "stream: shared memory is switched off here"
@@ -101,7 +101,7 @@ class Session:
         self._outbox: Outbox[Message | bytes] = Outbox()
         self._segment: ClientSegment | None = None
         self._pipes: pipes.Pipes | None = None
-        self._attached: Message | None = None  # after it our messages go through pipes
+        self._attached: Message | None = None  # the last message on the stream; later ones go through the pipes
         self._window: Window[Request] = Window()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
         self._hello = teacher_pb2.Opened()
@@ -109,7 +109,7 @@ class Session:
 
     @property
     def transport(self) -> str:
-        """How features come, and why so."""
+        """How features travel, and the reason if it is the stream."""
         if not self._overflowed:
             return self._transport
         return f"{self._transport}, and the stream for {self._overflowed} replies that found no room there"
@@ -121,7 +121,7 @@ class Session:
 
     @property
     def silent_since(self) -> float | None:
-        """Since when the replica says nothing, although it has requests; None if it has none."""
+        """Since when the replica has sent nothing although it has requests; None if it has none."""
         if not self.alive or not self._window.in_flight:
             return None
         return max(self._heard_at, self._busy_since)
@@ -132,21 +132,21 @@ class Session:
 
     @property
     def reads_here(self) -> bool:
-        """Whether this thread is the one that receives its answers, as in a callback of a future."""
+        """Whether the calling thread is the one that receives answers, as it is in a callback of a future."""
         return self._reader is threading.current_thread()
 
     @property
     def traffic(self) -> Traffic:
-        """What the answered requests of this session moved."""
+        """Number of requests answered in this session, and the bytes that they moved."""
         return Traffic(self._requests, self._sent_bytes, self._received_bytes)
 
     @property
     def revision(self) -> str:
-        """Of the replica, once it said hello."""
+        """Revision of the replica; empty until it has answered `Opened`."""
         return self._hello.revision
 
     def start(self) -> None:
-        """Begin to connect; the listener is told how that ends."""
+        """Begin to connect; the listener's `on_opened` or `on_loss` says how that ends."""
         if self._tune_allocator:
             memory.keep_freed_memory()
         self._channel = channel.connect(self.address, self._security)
@@ -169,13 +169,13 @@ class Session:
         return True
 
     def take_back(self) -> list[Request]:
-        """What was not sent yet, or was sent back: it is not this session's any more."""
+        """Remove and return the requests that were not sent yet, or that the replica sent back."""
         return self._window.take_back()
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, and tell the replica, once the stream is ready for it.
+        """Forget a request, and tell the replica when the stream is ready for the message.
 
-        It takes no lock: the garbage collector may come here from a thread that holds one.
+        It takes no lock, since the garbage collector may call it in a thread that holds one.
         """
         self._outbox.put(self._cancellation(request))
 
@@ -188,7 +188,7 @@ class Session:
         yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
 
     def close(self) -> None:
-        """End the stream; what is unanswered goes to the listener's `on_loss`."""
+        """End the stream; requests without an answer go to the listener's `on_loss`."""
         self._outbox.close()
         if self._pipes is not None:
             self._pipes.close()
@@ -196,12 +196,12 @@ class Session:
         self._channel.close()
 
     def join(self, timeout_s: float) -> None:
-        """Wait until a closed session's thread is at its end."""
+        """Wait until the thread of a closed session has ended."""
         self._reader.join(timeout_s)
 
     def _pump(self) -> None:
-        """Send what waits, as far as the window goes."""
-        idle = not self._window.in_flight  # before: another thread may send meanwhile
+        """Send the waiting requests for which the window has room."""
+        idle = not self._window.in_flight  # read first, since another thread may send meanwhile
         while (found := self._window.next()) is not None:
             found[1].asked_at = self._clock()
             if idle:
@@ -209,7 +209,7 @@ class Session:
             self._outbox.put(self._messages(*found))
 
     def renew(self) -> float | None:
-        """Tell the replica that this client lives, unless it heard so lately; returns when to ask again."""
+        """Tell the replica that this client is alive, unless something was sent lately; returns when to call again."""
         if not self.alive or not self._hello.lease_s:
             return None
         now, every = self._clock(), self._hello.lease_s / 3
@@ -238,12 +238,12 @@ class Session:
             yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
         except GeneratorExit:
             raise
-        except BaseException as err:  # of this request alone, and the stream goes on
+        except BaseException as err:  # it fails this request alone, and the stream goes on
             self.cancel(request)
             background.failed(err, "sending a request", request.give_up)
 
     def _sent(self) -> Iterator[Message | bytes]:
-        """What goes to the replica over the stream; gRPC's thread takes it."""
+        """The messages for the stream, which gRPC's thread takes."""
         try:
             yield from self._outgoing()
         except GeneratorExit:
@@ -252,7 +252,7 @@ class Session:
             background.failed(err, "what is sent to a replica", lambda _error: self._call.cancel())
 
     def _outgoing(self) -> Iterator[Message | bytes]:
-        """What goes through pipes is sent meanwhile."""
+        """Yield the messages for the stream; from `Attached` with pipes on, send them through the pipes instead."""
         through = None
         for message in self._outbox:
             self._said_at = self._clock()
@@ -269,7 +269,7 @@ class Session:
                 break
         for data in self._pipes or ():
             yield framing.read_message(teacher_pb2.ServerMessage, data)
-        yield from self._call  # why it ended
+        yield from self._call  # raises the reason for the end
 
     def _read(self) -> None:
         error: SchoolhouseError
@@ -279,12 +279,12 @@ class Session:
             error = TeacherUnavailableError(f"the teacher at {self.address} ended the session")
         except grpc.RpcError as err:
             error = status.from_rpc_error(err, self.address)
-        except SchoolhouseError as err:  # the stream itself is broken: a frame that fits nothing
+        except SchoolhouseError as err:  # the stream itself is broken, as by a frame that cannot be parsed
             error = err
         self._end(error)
 
     def _on_error(self, error: BaseException) -> None:
-        what = f"{self.address} sent what this client cannot read: {type(error).__name__}; its log says more"
+        what = f"{self.address} sent a message that this client cannot read: {type(error).__name__}; the log says more"
         self._end(ProtocolError(what))
 
     def _end(self, error: SchoolhouseError) -> None:
@@ -302,7 +302,7 @@ class Session:
     def _free(self) -> None:
         self._partial.clear()
         segment, self._segment = self._segment, None
-        with contextlib.ExitStack() as freeing:  # each of these, whatever another one raises
+        with contextlib.ExitStack() as freeing:  # so that each of these runs even if another raises
             if segment is not None:
                 freeing.callback(segment.close)
             freeing.callback(self._outbox.clear)
@@ -376,7 +376,7 @@ class Session:
                 self._pipes = pipes.open_offered(opened.shared_memory)
                 end = self._pipes.end
                 if not self._call.add_callback(background.called(end, "ending pipes", background.go_on)):
-                    end()  # it has ended already
+                    end()  # the RPC has ended already
         attached = teacher_pb2.Attached(attached=self._segment is not None, pipes=self._pipes is not None)
         self._attached = teacher_pb2.ClientMessage(attached=attached)
         self._outbox.put(iter([self._attached]))
@@ -396,7 +396,7 @@ class Session:
             self._finish(reply, incoming)
         else:
             self._partial[reply.request_id] = reply, incoming
-            if reply.request_id not in self._window:  # cancelled meanwhile, before it could be found there
+            if reply.request_id not in self._window:  # cancelled before it stood in `_partial`
                 self._partial.pop(reply.request_id, None)
 
     def _refuse(self, payload: teacher_pb2.Payload) -> None:
@@ -432,9 +432,9 @@ class Session:
             request.resolve(features_of(request, reply, incoming))
         except _WRONG as err:
             request.or_fail(self._listener.on_wrong, self, request, err)
-        except Exception as err:  # no memory for what was packed, for one: it is this request's alone
+        except Exception as err:  # such as no memory to unpack it, which fails this request alone
             request.fail(err)
-        self._pump()  # after the answer is delivered: who waits for it goes on meanwhile
+        self._pump()  # last, so that the thread that waits for the answer already goes on
 
     def _take(self, request_id: int) -> Request | None:
         self._partial.pop(request_id, None)

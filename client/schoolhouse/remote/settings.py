@@ -1,4 +1,4 @@
-"""Settings of a connection, checked once."""
+"""The settings of a connection to a teacher, checked once."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,15 +9,15 @@ from schoolhouse_wire.rpc.security import ClientSecurity
 from schoolhouse.errors import ConfigError
 
 _WEIGHTS = (0.01, 100)
-_MAX_SETTING = 1e6  # about 12 days, in seconds; beyond what clocks and locks take, a wait fails at once
+_MAX_SETTING = 1e6  # about 12 days in seconds; locks and clocks refuse a much longer wait
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `connect` says of them.
+    """The settings of `connect`, which documents them.
 
     Raises:
-        ConfigError: for what is none; the message names it and the choices.
+        ConfigError: for an invalid setting; the message names it and the choices.
     """
 
     job: str = ""
@@ -55,7 +55,9 @@ class Settings:
         if not isinstance(self.head_folder, str | Path | None):
             raise ConfigError(f"head_folder is {self.head_folder!r}; it must be a path, or None")
         if self.revision and self.follow_revisions:
-            raise ConfigError(f"revision is {self.revision!r} and follow_revisions True; choices: one of the two")
+            raise ConfigError(
+                f"revision is {self.revision!r} and follow_revisions is True; choices: give one of the two"
+            )
         self._check_verifying()
         for name in ("timeout_s", "connect_timeout_s", "max_pending"):
             value = getattr(self, name)
@@ -70,21 +72,21 @@ class Settings:
 
     @property
     def wait_s(self) -> float:
-        """How long a request waits while there is no replica."""
+        """How long a request may wait while no replica can take it."""
         return self.timeout_s if self.teacher_timeout_s is None else self.teacher_timeout_s
 
     @property
     def patience_s(self) -> float:
-        """How long a replica may say nothing while there are others."""
+        """How long a replica that has requests may send nothing before it is left for another one."""
         return self.timeout_s / 3 if self.attempt_timeout_s is None else self.attempt_timeout_s
 
     def _check_verifying(self) -> None:
         every, tolerance = self.verify_every, self.verify_tolerance
         if not isinstance(every, int) or isinstance(every, bool) or every < 0:
             raise ConfigError(
-                f"verify_every is {every!r}; it must be a whole number: one request in so many, 0 for none"
+                f"verify_every is {every!r}; it must be a whole number: one request in that many is verified, 0: none"
             )
         if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
             raise ConfigError(f"verify_tolerance is {tolerance!r}; it must be a number from 0 to below 1")
         if tolerance and not every:
-            raise ConfigError(f"verify_tolerance is {tolerance!r} and nothing is verified; give verify_every too")
+            raise ConfigError(f"verify_tolerance is {tolerance!r}, but verify_every is 0; give verify_every too")

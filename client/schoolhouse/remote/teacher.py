@@ -36,15 +36,17 @@ from schoolhouse.tracing import tracer
 
 _LIMITS, _HEAD_LIMITS = Limits(), Limits(max_payload_bytes=16 << 30)
 _ASK_AGAIN_S = 0.25
-_FOLLOW_TIMEOUT_S = 2.0  # that a submit waits for the facts of a new revision, and then goes on with the last one
+_FOLLOW_TIMEOUT_S = 2.0  # how long a submit waits for the facts of a new revision before it goes on with the last one
 
 
 class RemoteTeacher:
-    """A teacher behind gRPC. It connects at the first use, and not in a process that was forked from such a one."""
+    """A teacher behind gRPC. It connects at its first use; a fork of a process that has used gRPC cannot use it."""
 
     def __init__(self, url: str, **settings: Any) -> None:
-        """Without connecting; the settings are those of `connect`, but without a `head_folder` heads stay in memory,
-        and `security`, a `ClientSecurity`, stands for `ca` to `insecure`.
+        """Make a teacher without connecting to it.
+
+        The settings are those of `connect`, with two differences: without a `head_folder` heads stay in memory, and
+        `security`, a `ClientSecurity`, replaces the arguments `ca` to `insecure`.
         """
         self.url = url
         self._target, self._name, host, tls = directory.parse(url)
@@ -53,7 +55,7 @@ class RemoteTeacher:
         self._settings.security.allow(self._target)
         self._tracer = tracer(self._settings.tracing)
         self._closed = False
-        self._pinned = self._settings.revision  # the one that it began with, also in a copy
+        self._pinned = self._settings.revision  # the revision to keep to, also in a pickled copy; "" for any
         self._lock = threading.RLock()
         self._facts: Facts | None = None
         self._dispatcher: Dispatcher | None = None
@@ -74,14 +76,14 @@ class RemoteTeacher:
         self.close()
 
     def describe(self) -> TeacherDescription:
-        """What the teacher is, from the teacher itself, and how its features come: asks a replica for that."""
+        """Describe the teacher, and how its features travel, for which a session with a replica is opened."""
         facts, dispatcher = self._connected()
         dispatcher.open_one(facts.revision)
         found = sorted({session.transport for session in self.open_sessions()})
         return dataclasses.replace(facts.description, transport="; ".join(found) or "none: no session is open")
 
     def facts(self) -> TeacherDescription:
-        """What `describe` says of the teacher itself; asked once, and its revision is what every reply must be of."""
+        """The teacher's own description, without `transport`; it is asked for once, when the client connects."""
         return self._connected()[0].description
 
     def _connected(self) -> tuple[Facts, Dispatcher]:
@@ -89,7 +91,7 @@ class RemoteTeacher:
         with self._lock:
             if self._facts is None or self._dispatcher is None:
                 self._facts, self._dispatcher = self._connect()
-                if self._closed:  # meanwhile, by who could not see the dispatcher yet
+                if self._closed:  # `close` was called meanwhile, and found no dispatcher yet
                     self._dispatcher.close()
             elif self._settings.follow_revisions and self._dispatcher.current not in ("", self._facts.revision):
                 self._follow(self._dispatcher)
@@ -104,7 +106,7 @@ class RemoteTeacher:
         return facts, dispatcher
 
     def _first_facts(self) -> tuple[ReplicaSet, Facts]:
-        """Ask the directory, and a replica; both again while no replica answers, until the connect timeout."""
+        """Ask the directory and then a replica; as long as no replica answers, repeat both until the timeout."""
         timeout_s = self._settings.connect_timeout_s
         deadline = time.monotonic() + timeout_s
         while True:
@@ -128,7 +130,7 @@ class RemoteTeacher:
         return Facts(*directory.describe(addresses, self._name, revision, timeout_s, self._settings.security))
 
     def _follow(self, dispatcher: Dispatcher) -> None:
-        """Learn about a new revision. Without an answer the last one is gone on with, as long as it is there."""
+        """Learn the facts of a new revision; without an answer, go on with the last one."""
         if time.monotonic() < self._follow_at:
             return
         timeout_s = min(_FOLLOW_TIMEOUT_S, self._settings.connect_timeout_s)
@@ -147,19 +149,19 @@ class RemoteTeacher:
     ) -> "Future[Features]":
         """Send one batch; returns at once. Cancelling the future frees the teacher's slot.
 
-        A replica that is lost, or stops, is no error as long as another one, or itself again, answers in time.
-        `encodings` say how taps travel, `positions` is the mask `[batch, length]` for those that need it. The first
-        request whose hidden states travel in place of logits waits for the teacher's head.
+        The loss or stop of a replica is not an error as long as another one, or the same one later, answers in time.
+        `encodings` say how taps travel; `positions` is the mask `[batch, length]` for encodings that need one. The
+        first request whose hidden states travel instead of logits waits for the teacher's head.
 
         Raises:
-            UnknownTapError: before anything is sent.
+            UnknownTapError: for a tap that the teacher does not have; nothing is sent.
             ConfigError: for encodings of other taps, or positions that are missing or not needed.
-            UsageError: after `close`; in a fork, as `connect` says; and where a callback of a future is the first to
-                need a head.
-            UnsupportedValueError, MessageTooLargeError: inputs that cannot travel.
-            TeacherBusyError: `max_pending` requests are without an answer already.
+            UsageError: after `close`; in a fork, as `connect` says; and if a callback of a future is the first to need
+                a head.
+            UnsupportedValueError, MessageTooLargeError: for inputs that cannot travel.
+            TeacherBusyError: if `max_pending` requests are already without an answer.
 
-        The future of a request that is verified raises `FeatureMismatchError` where two replicas disagree.
+        The future of a request that is verified raises `FeatureMismatchError` if two replicas disagree.
         """
         if self._closed:
             raise UsageError(f"{self!r} is closed; connect again")
@@ -177,7 +179,7 @@ class RemoteTeacher:
         return Pair(self._verifier, request, functools.partial(self._send, dispatcher)).start(self._again)
 
     def _with_heads(self, facts: Facts, wanted: Wanted, deadline: float) -> tuple[Facts, dict[Tap, Head]]:
-        """The heads of what is wanted, of the present revision if that one is gone meanwhile and others may follow."""
+        """The heads that a request needs; if their revision is gone and may be followed, those of the current one."""
         while True:
             try:
                 names = wanted.heads().items()
@@ -189,9 +191,9 @@ class RemoteTeacher:
             facts, _ = self._connected()
 
     def _follow_with(self, request: Request) -> None:
-        """Have a request whose revision is gone answered by the present one, with the heads of that one.
+        """Have a request whose revision is gone answered by the current revision, with the heads of that one.
 
-        In a thread of its own, as heads may have to be asked for.
+        Runs in a thread of its own, since it may have to wait for heads.
         """
         try:
             facts, dispatcher = self._connected()
@@ -220,7 +222,7 @@ class RemoteTeacher:
         return Request(outgoing, wanted, revision, deadline, heads, limits, span)
 
     def _again(self, request: Request) -> Request:
-        """The same request, to be answered by another replica."""
+        """The same request once more, to be answered by another replica if possible."""
         outgoing, deadline = copy.copy(request.outgoing), time.monotonic() + self._settings.timeout_s
         return Request(
             outgoing,
@@ -235,18 +237,18 @@ class RemoteTeacher:
 
     def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
         request_id = dispatcher.outstanding.add(request)
-        # The future must not refer to the request: in a cycle, its features would outlive their use.
+        # The future must not refer to the request: in a reference cycle, its features would outlive their use.
         done = functools.partial(self._done, dispatcher, request_id)
         request.future.add_done_callback(background.called(done, "forgetting a request", background.go_on))
         try:
             dispatcher.dispatch(request)
-        except BaseException:  # no thread could be had, for one: nobody will see the future
+        except BaseException:  # such as no thread left: the caller gets the error and not the future
             request.future.cancel()
             raise
         return request.future
 
     def _done(self, dispatcher: Dispatcher, request_id: int, future: "Future[Features]") -> None:
-        """Forget the request. The teacher lives at least until here, as the future's callback refers to it."""
+        """Forget the request. The future's callback refers to this method, which keeps the teacher alive until here."""
         request = dispatcher.outstanding.remove(request_id)
         if request is None:
             return
@@ -256,22 +258,22 @@ class RemoteTeacher:
             dispatcher.forget(request)
 
     def traffic(self) -> Traffic:
-        """Requests answered so far, and the bytes that they took."""
+        """Number of requests answered so far, and the bytes that they moved."""
         return self._dispatcher.traffic() if self._dispatcher is not None else Traffic()
 
     def verification(self) -> Verification:
-        """How many requests were computed twice so far, as `verify_every` asks, and how that ended."""
+        """How many requests were computed twice so far because of `verify_every`, by the outcome."""
         return self._verifier.counts
 
     def open_sessions(self) -> list[Session]:
-        """The sessions with its replicas."""
+        """The open sessions with the teacher's replicas."""
         sessions = self._dispatcher.sessions() if self._dispatcher is not None else []
         return [session for session in sessions if session.alive]
 
     def close(self) -> None:
-        """End the sessions; what is unanswered fails with `TeacherUnavailableError`.
+        """End the sessions; requests without an answer fail with `TeacherUnavailableError`.
 
-        It happens by itself when nobody holds the teacher, or a future of its, any more.
+        This also happens when nothing refers to the teacher, or to one of its futures, any more.
         """
         self._closed = True
         if self._dispatcher is not None:
@@ -291,7 +293,7 @@ def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments
     if dispatcher.answers_here():
         raise UsageError(
             f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
-            "it: answers come in its thread. Submit one such request elsewhere first"
+            "it, since it runs in the thread that receives answers. Submit one such request elsewhere first"
         )
     request = found._request(facts, inputs, wanted, {}, _HEAD_LIMITS, revision=revision)
     return found._send(dispatcher, request).result()

@@ -1,4 +1,4 @@
-"""One request in N is computed twice, by two replicas where there are two, and compared before anyone uses it."""
+"""Verification: one request in N is computed twice, by two replicas if possible, and compared before it is used."""
 
 import contextlib
 import dataclasses
@@ -25,10 +25,11 @@ _WHAT = "verifying a request"
 
 @dataclass(frozen=True)
 class Verification:
-    """How many requests were computed a second time, by what came of it.
+    """How many requests were computed a second time, by outcome.
 
-    `compared`: another replica made the same features. `repeated`: the same one did, as no other could. `differed`:
-    the alarms. `unchecked`: the second computation failed, so that nothing was compared.
+    `compared`: another replica computed the same features. `repeated`: the same replica did, since no other could.
+    `differed`: the features differed, and an alarm was raised. `unchecked`: the second computation failed, so that
+    nothing was compared.
     """
 
     compared: int = 0
@@ -38,10 +39,10 @@ class Verification:
 
 
 class Verifier:
-    """Says which requests are due, and counts what came of them. Any thread may call."""
+    """Decides which requests are verified, and counts the outcomes. Any thread may call."""
 
     def __init__(self, name: str, every: int, tolerance: float) -> None:
-        """One request in `every`, the first among them; 0: none. `name` is the teacher's, for messages."""
+        """Verify one request in `every`, beginning with the first, or none for 0; `name` is the teacher's."""
         self.name, self.tolerance = name, tolerance
         self._every = every
         self._turns = itertools.count()
@@ -49,13 +50,13 @@ class Verifier:
         self.counts = Verification()
 
     def is_due(self) -> bool:
-        """Whether the next request is to be verified. After an alarm each one is."""
+        """Whether the next request is to be verified; after an alarm every request is."""
         if not self._every:
             return False
         return next(self._turns) % self._every == 0 or self.counts.differed > 0
 
     def count(self, kind: str) -> int:
-        """Count one more; how many there are of that kind."""
+        """Count one more outcome of a kind; returns how many there are of it."""
         with self._lock:
             number: int = getattr(self.counts, kind) + 1
             self.counts = dataclasses.replace(self.counts, **{kind: number})
@@ -63,9 +64,9 @@ class Verifier:
 
 
 class Pair:
-    """A request, and then the same one at another replica.
+    """A request, and then the same request at another replica.
 
-    Once it is over, nothing here refers to requests, features or futures: in a cycle they would outlive their use.
+    When it is over it drops all references to requests, features and futures, which would outlive their use in a cycle.
     """
 
     def __init__(self, verifier: Verifier, first: Request, send: Callable[[Request], object]) -> None:
@@ -77,7 +78,7 @@ class Pair:
         self._send: Callable[[Request], object] | None = send
 
     def start(self, again: Callable[[Request], Request]) -> "Future[Features]":
-        """Send the request; `again(request)` makes the second one of it, later. The future is for the features."""
+        """Send the request, and return the future of its features; `again(request)` later makes the second request."""
         first, send, outer = self._first, self._send, self._outer
         assert first is not None
         assert send is not None
@@ -102,10 +103,10 @@ class Pair:
         try:
             second = self._second = again(first)
             send(second)
-        except Exception as err:  # max_pending, or the teacher was closed: it is no fault of these features
+        except Exception as err:  # such as max_pending, or a closed teacher, for which the features are still good
             self._unchecked(first.future.result(), err)
             return
-        if outer.cancelled():  # before the second one could be found here
+        if outer.cancelled():  # before `_on_cancel` could see the second request
             second.future.cancel()
         second.future.add_done_callback(background.called(lambda _future: self._on_second(), _WHAT, self._failed))
 
@@ -113,7 +114,7 @@ class Pair:
         first, second = self._first, self._second
         if first is None or second is None:
             return
-        if second.future.cancelled():  # by who waited
+        if second.future.cancelled():  # since the user cancelled the outer future
             self._end(error=_error_of(second.future))
             return
         features, error = first.future.result(), _error_of(second.future)
@@ -126,12 +127,12 @@ class Pair:
 
     def _compare(self, first: Request, second: Request, features: Features, others: Features) -> None:
         if others.revision != features.revision:
-            error = FeatureMismatchError(f"the teacher is of the revision {others.revision} by now")
+            error = FeatureMismatchError(f"the teacher has the revision {others.revision} by now")
             self._unchecked(features, error)
             return
         try:
             found = difference(features, others, self._verifier.tolerance)
-        except Exception as err:  # no memory for it, for one
+        except Exception as err:  # such as no memory for the comparison
             self._unchecked(features, err)
             return
         if found:
@@ -140,8 +141,8 @@ class Pair:
         alone = first.answered_by == second.answered_by
         if self._verifier.count("repeated" if alone else "compared") == 1 and alone:
             _log.warning(
-                "teacher %r: verify_every compared a replica with itself, as no other could answer: that finds faults "
-                "that pass, not those that stay",
+                "teacher %r: verify_every compared a replica with itself, since no other could answer; that finds "
+                "transient faults, not permanent ones",
                 self._verifier.name,
             )
         self._end(features)
@@ -194,9 +195,10 @@ def _alarm(name: str, first: Request, second: Request, found: str) -> str:
 
 
 def difference(features: Features, others: Features, tolerance: float) -> str:
-    """Where features of the same taps differ, in words; empty where they are the same to the bit.
+    """Where features of the same taps differ, in words; empty if they do not.
 
-    Or, of floating-point tensors, where no number is off by more than `tolerance` of the tensor's largest.
+    Features are the same if all bits are equal, or, for floating-point tensors, if no number is off by more than
+    `tolerance` times the largest in its tensor.
     """
     for tap, value in features.items():
         other = others[tap]
@@ -219,7 +221,7 @@ def _differ(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> str:
         mine, theirs = torch.view_as_real(mine.resolve_conj()), torch.view_as_real(theirs.resolve_conj())
     one, other = mine.double(), theirs.double()
     unlike = ~((one == other) | (one.isnan() & other.isnan()))
-    if not unlike.any():  # zeros of another sign, or NaN of other bits
+    if not unlike.any():  # equal numbers with other bits
         return "" if tolerance else "zeros have another sign, or NaN other bits"
     largest = other.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax().item()
     by = (one - other).abs()[unlike].nan_to_num(nan=torch.inf).amax().item()

@@ -1,4 +1,4 @@
-"""Following the directory: a thread that hears of each change of a teacher's replica set."""
+"""Watching the directory: a thread that receives each change of a teacher's replica set."""
 
 import contextlib
 import functools
@@ -19,35 +19,35 @@ from schoolhouse.remote.replica_set import ReplicaSet, backoff_s
 
 
 class Listener(Protocol):
-    """Who hears of the changes, in the thread of the watch."""
+    """What a watch calls, in its thread."""
 
     def on_set(self, found: ReplicaSet) -> None:
-        """The directory told of the replicas."""
+        """The directory has sent a replica set."""
 
     def on_silence(self, error: SchoolhouseError) -> None:
-        """The directory is away; it is tried again."""
+        """The directory does not answer; the watch tries again."""
 
 
 class Watch:
-    """Watches one teacher at the directory at `target`, again and again with backoff, until `close()`."""
+    """Watches one teacher at the directory `target`; after an error again, with backoff, until `close()`."""
 
     def __init__(self, target: str, name: str, zone: str, listener: Listener, security: ClientSecurity) -> None:
         self._target, self._name, self._zone = target, name, zone
         self._listener, self._security = listener, security
         self._random = random.Random()
         self._closed = False
-        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # not an event: its lock may be held by who closes
+        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()  # not an Event, whose lock `close` might wait for
         self._call: Any = None
-        self._failures = 0  # in a row
+        self._failures = 0  # failed attempts in a row
         self._thread = background.thread(self._run, name="schoolhouse-watch", on_death=self._on_error)
 
     def start(self) -> None:
-        """Begin to watch, unless it has begun."""
+        """Start the thread, unless it was started."""
         if self._thread.ident is None:
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread; does not wait for it. The garbage collector may come here, in any thread."""
+        """Tell the thread to end, without waiting for it. The garbage collector may call this in any thread."""
         self._closed = True
         self._ended.put(None)
         call = self._call
@@ -55,13 +55,13 @@ class Watch:
             call.cancel()
 
     def join(self, timeout_s: float) -> None:
-        """Wait until the thread of a closed watch is at its end."""
+        """Wait until the thread of a closed watch has ended."""
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
     @property
     def runs_here(self) -> bool:
-        """Whether this thread is the one that watches."""
+        """Whether the calling thread is the one that watches."""
         return self._thread is threading.current_thread()
 
     def _run(self) -> None:
@@ -72,7 +72,7 @@ class Watch:
                 self._ended.get(timeout=backoff_s(max(self._failures, 1), self._random))
 
     def _watch(self) -> None:
-        """Tell of what is heard until the directory ends it, and then of that."""
+        """Pass each replica set on to the listener until the RPC ends, and then its error."""
         error: SchoolhouseError = TeacherUnavailableError(f"the directory at {self._target} ended the watch")
         try:
             for found in self._sets():
@@ -89,13 +89,13 @@ class Watch:
     def _tell(self, error: SchoolhouseError) -> None:
         if self._closed:
             return
-        if isinstance(error, UnknownTeacherError):  # an answer, as an empty set is
+        if isinstance(error, UnknownTeacherError):  # the directory did answer: it has no replicas of the teacher
             self._listener.on_set(ReplicaSet())
         else:
             self._listener.on_silence(error)
 
     def _sets(self) -> Iterator[ReplicaSet]:
-        # A channel that was refused waits for up to two minutes before it tries again; a new one tries at once.
+        # A new channel each time: one that was refused waits for up to two minutes before it tries again.
         with channel.connect(self._target, self._security) as opened:
             stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
             call = self._call = stub.Watch(directory_pb2.WatchRequest(teacher=self._name))

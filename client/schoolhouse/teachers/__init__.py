@@ -1,6 +1,6 @@
-"""Teachers: what a teacher is, and one in this process.
+"""Teachers: the Teacher protocol, and a teacher that is a module in this process.
 
-`query` is what a request asks of a teacher, `protocol` what a teacher is and answers. `local` is a module in this
-process: `capture` takes what its submodules receive and return, `encoder` makes an encoding of that, `fingerprint` is
-the digest of its weights, and `module_tree` shows the names of its submodules.
+`protocol` defines what a teacher is and what it returns, `query` what a request asks of it. `local` is a teacher in
+this process: `capture` records what its submodules receive and return, `encoder` encodes that, `fingerprint` computes
+the digest of its weights, and `module_tree` prints the names of its submodules.
 """

@@ -1,4 +1,4 @@
-"""Capture what named submodules receive and return during one forward, and stop it early where that is asked for."""
+"""Capture what named submodules receive and return during one forward, and end it early if that is asked for."""
 
 import itertools
 import logging
@@ -18,17 +18,17 @@ from schoolhouse.taps import STATE, Tap
 _log = logging.getLogger(__name__)
 _WHOLE = Tap("", "output")
 _UNSETTLED = (
-    "the teacher's module %r ran again, or its feature was written into, for the first time; forwards that ended "
-    "before that could happen gave other features than whole ones. From now on those with this tap run whole"
+    "the teacher's module %r ran again, or its feature was written into, for the first time; earlier forwards that "
+    "ended before that could happen gave other features than whole forwards. From now on those with this tap run whole"
 )
 
 
 class _Stopped(BaseException):
-    """Ends a forward from within a hook; not an Exception, so that no model's `except Exception` swallows it."""
+    """Ends a forward from within a hook; not an Exception, so that a model's `except Exception` does not catch it."""
 
 
 class _Recorder:
-    """The last value of each tap."""
+    """Keeps the last value of each tap."""
 
     def __init__(self) -> None:
         self.features: dict[Tap, Any] = {}
@@ -38,9 +38,9 @@ class _Recorder:
 
 
 class _Watching(_Recorder):
-    """It also tells whether a value is the first one and stays what it is; with `ends`, it ends a forward that has all.
+    """Also notes whether a tap's first value was its last, unchanged; with `ends`, ends a forward that has all values.
 
-    A value of the side STATE is kept as it is then.
+    Values of the side STATE are copied when they are recorded.
     """
 
     def __init__(self, taps: Sequence[Tap], *, ends: bool, allowed: bool) -> None:
@@ -58,19 +58,18 @@ class _Watching(_Recorder):
             self._versions[tap] = [(tensor, version_of(tensor)) for tensor in tensors_of(self.features[tap])]
 
     def settled(self, tap: Tap) -> bool:
-        """After a whole forward: the tap's last value was its first, and nothing changed it later."""
+        """Whether, in a whole forward, the tap had one value and nothing changed it later."""
         return self._calls[tap] == 1 and not any(
             tensor.is_inference() or version_of(tensor) != version for tensor, version in self._versions.get(tap, ())
         )
 
 
 class EarlyStop:
-    """When a forward may end right after the first value of its last tap.
+    """Decides whether a forward may end as soon as each of its taps has a value.
 
-    That is for taps of which a whole forward has shown that the rest of it makes no difference to them: their module
-    did not run again, and no later one wrote into their value. What one forward shows need not hold for the next one,
-    whose inputs have other values, so it takes a user who says that it does, and so has `allowed` it. Asking for the
-    hidden states of a head, in place of its logits, says it of the head.
+    It may if a whole forward has shown for each tap that the rest makes no difference: its module did not run again,
+    and no later module wrote into its value. Other inputs might behave otherwise, so the user must state that they do
+    not, by `allowed`. For a head, the user states it by asking for hidden states instead of logits.
     """
 
     def __init__(self, *, allowed: bool) -> None:
@@ -78,14 +77,14 @@ class EarlyStop:
         self._settled: dict[Tap, bool] = {}
 
     def recorder(self, taps: Sequence[Tap]) -> _Recorder:
-        """What takes these taps' values, and may end the forward."""
+        """A recorder for the values of these taps, which may end the forward."""
         if not self.allowed and all(tap.side != STATE for tap in taps):
             return _Recorder()
         ends = _WHOLE not in taps and all(self._settled.get(tap, False) for tap in taps)
         return _Watching(taps, ends=ends, allowed=self.allowed)
 
     def learn(self, recorder: _Recorder) -> None:
-        """See what a whole forward shows."""
+        """Learn from a whole forward which taps are settled."""
         if not isinstance(recorder, _Watching):
             return
         for tap in recorder.features:
@@ -97,9 +96,9 @@ class EarlyStop:
 
 
 def run_with_taps(model: nn.Module, inputs: Arguments, taps: tuple[Tap, ...], early: EarlyStop) -> dict[Tap, Any]:
-    """Run `model` and capture `taps` as plain hooks would: the last call of each module, as it stands in the end.
+    """Run `model` and capture `taps` as plain hooks would: the values of each module's last call, as they end up.
 
-    They come in the order of `taps`. Where `early` lets it, the forward ends as soon as each tap has a value.
+    They come in the order of `taps`. If `early` allows it, the forward ends as soon as each tap has a value.
 
     Raises:
         UnknownTapError: for a submodule that did not run.
@@ -146,13 +145,12 @@ def _hook(module: nn.Module, tap: Tap, recorder: _Recorder) -> Any:
 
 
 def owned(values: list[Any]) -> Any:
-    """The one item of `values`, taken out, with tensors that stand in memory which nothing else refers to.
+    """The one item of `values`, removed from it, with all tensors in memory to which nothing else refers.
 
-    What somebody still holds, such as the module or whoever has the batch, is copied, and so is any tensor of which
-    that cannot be told. So nobody writes into it beside one who reads: that would be unseen, since torch counts a
-    change only once it is done.
+    A tensor is copied if something else may still refer to its memory, such as the module or the owner of the batch.
+    So nothing can write into it while it is read, which could go unnoticed: torch counts a change only when it is done.
     """
-    aliases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # and the originals, so that their ids stay theirs
+    aliases: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the originals, so that their ids stay unique
     value = map_tensors(values.pop(), lambda tensor: _alias(tensor, aliases))
     mine = [alias for _, alias in aliases.values()]
     aliases.clear()
@@ -169,14 +167,14 @@ def _alias(tensor: torch.Tensor, aliases: dict[int, tuple[torch.Tensor, torch.Te
 
 
 def _is_free(alias: torch.Tensor, aliases: int) -> bool:
-    """Whether only so many of our aliases hold the storage of one, and torch itself has made it."""
-    storage = alias.untyped_storage()  # python's own object, of which the storage itself counts one holder at most
+    """Whether nothing but our `aliases` refers to the storage of a tensor, and torch itself allocated it."""
+    storage = alias.untyped_storage()  # one Python object per storage, which torch's own count includes at most once
     alone = torch._C._storage_Use_Count(storage._cdata) <= aliases + 1
     return alone and storage.resizable() and sys.getrefcount(storage) == _REFERENCES
 
 
 def _references() -> int:
-    """What python counts for the storage of a tensor that nobody has asked for it."""
+    """Python's reference count of a storage to which only its tensor and the calling function refer."""
     tensor = torch.empty(1)
     storage = tensor.untyped_storage()
     return sys.getrefcount(storage)

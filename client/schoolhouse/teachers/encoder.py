@@ -1,4 +1,4 @@
-"""A feature into its encoding, on the device where it was computed."""
+"""Encode a feature, on the device where it was computed."""
 
 import dataclasses
 import itertools
@@ -15,20 +15,21 @@ from schoolhouse_wire.values.records import record_of
 from schoolhouse_wire.values.tensors import DTYPES
 from schoolhouse_wire.values.tree import map_tensors
 
-_DRAWN_ELEMENTS = 16 << 20  # classes and draws of the rows that are drawn from at a time: 128 MiB of float64
+_DRAWN_ELEMENTS = 16 << 20  # classes and draws processed at a time: 128 MiB of float64
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
 def encode(value: Any, encoding: Encoding | None, mask: torch.Tensor | None = None) -> Any:
-    """A feature as it travels: the structure of `value`, its tensors packed as `encoding` says.
+    """A feature as it travels: the structure of `value`, with its tensors packed as `encoding` says.
 
-    What is no floating-point tensor, has no element, or would not become smaller travels as computed. For `TopK` and
-    `Sampled`, `value` is logits `[..., classes]` or has them as its field `logits`; its other fields are as computed.
-    For `Hidden`, it is what the head was called with. `mask` `[...]` is that of the positions.
+    A tensor that is not floating-point, has no element, or would not become smaller stays as computed. For `TopK` and
+    `Sampled`, `value` is logits `[..., classes]`, or has them as its field `logits` beside fields that stay as
+    computed. For `Hidden`, `value` is what the head was called with. `mask` `[...]` is the mask of the positions.
 
     Raises:
-        UnsupportedValueError: if there are no logits, if the positions do not fit, or if the numbers do not.
+        UnsupportedValueError: if there are no logits, if the mask does not fit the feature, or if the encoding cannot
+            hold the numbers.
     """
     if encoding is None:
         return value
@@ -44,13 +45,13 @@ def encode(value: Any, encoding: Encoding | None, mask: torch.Tensor | None = No
 
 
 class _Packer:
-    """Packs tensors one by one. Their numbers are checked at the end, so that a device is waited for once."""
+    """Packs tensors one by one. Their numbers are checked at the end, to wait for the device only once."""
 
     def __init__(self, encoding: Encoding, logits: torch.Tensor | None, mask: torch.Tensor | None) -> None:
         self._encoding = encoding
-        self._logits = logits  # the one tensor to encode; None: all of them
+        self._logits = logits  # the one tensor to encode; None for all of them
         self._mask = mask
-        self._packed: dict[int, tuple[torch.Tensor, Any]] = {}  # a tensor that stands twice is encoded once
+        self._packed: dict[int, tuple[torch.Tensor, Any]] = {}  # by id: a tensor that occurs twice is encoded once
         self._fitted = False
         self._doubts: list[_Doubt] = []
 
@@ -87,8 +88,8 @@ class _Packer:
         """Raise UnsupportedValueError for the first tensor that the encoding could not hold."""
         if self._mask is not None and not self._fitted:
             raise UnsupportedValueError(
-                f"positions were asked for with a mask of the shape {tuple(self._mask.shape)}, and the feature has no "
-                "floating-point tensor of that leading shape and more dimensions; give a mask of the tokens' shape, "
+                f"positions were asked for with a mask of the shape {tuple(self._mask.shape)}, but the feature has no "
+                "floating-point tensor with that leading shape and more dimensions; give a mask of the tokens' shape, "
                 "[batch, length], or ask for this tap without positions"
             )
         if self._doubts:
@@ -101,7 +102,7 @@ class _Packer:
 
 @dataclass(frozen=True)
 class _Doubt:
-    """What a cheap look at a tensor's numbers raised, a bool on its device; `holds` looks closely, and rarely."""
+    """A cheap check of a tensor's numbers: if `raised`, a bool on its device, is true, `holds` checks them closely."""
 
     raised: torch.Tensor
     holds: Callable[[], bool]
@@ -126,14 +127,14 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, doubts: list[_Doubt]) -> Cas
 def _scaled_rows(tensor: torch.Tensor, dtype: torch.dtype, doubts: list[_Doubt]) -> ScaledRows:
     wide = _widen(tensor)
     limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    # A scale below the smallest normal number has few digits, or none: rows so small lose theirs instead.
+    # A scale below the smallest normal number would have few digits or be 0; rows that small lose digits instead.
     scales = (wide.abs().amax(dim=-1, keepdim=True) / limit).float().clamp(min=_TINY)
     doubts.append(
         _Doubt(
             ~scales.isfinite().all(),
             lambda: True,
             f"a tensor of the shape {tuple(tensor.shape)} has a row with NaN, inf, or numbers that float32 cannot "
-            "hold, for which there is no scale; choices: bf16, as computed, or, of logits, topk",
+            "hold, for which there is no scale; choices: bf16, as computed, or, for logits, topk",
         )
     )
     scaled = wide / scales
@@ -161,8 +162,8 @@ def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
     draws, norms = map(torch.cat, zip(*(_draws(part, encoding, generator) for part in parts), strict=True))
     if not bool(norms.isfinite().all()):
         raise UnsupportedValueError(
-            "logits hold NaN, inf, or no number above -inf in a row, so that nothing can be drawn from it; choices: "
-            "topk, bf16, as computed, or at_positions, for a mask that leaves such rows out"
+            "a row of the logits holds NaN or inf, or nothing above -inf, so that nothing can be drawn from it; "
+            "choices: topk, bf16, as computed, or at_positions, with a mask that leaves such rows out"
         )
     indices, counts = _distinct(draws)
     log_probs = (_scaled(rows.gather(1, indices.long()), encoding.temperature) - norms).masked_fill(counts == 0, 0.0)
@@ -180,8 +181,8 @@ def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
 def _draws(logits: torch.Tensor, encoding: Sampled, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Classes `[rows, n]` drawn from logits `[rows, classes]`, and the log-sum-exp `[rows, 1]`.
 
-    In float64: torch.multinomial sums in the dtype of the probabilities, and in float32 a class of a probability below
-    3e-8, of which a vocabulary has many, adds nothing to a sum that is near 1, so that it would never be drawn.
+    In float64, and not by torch.multinomial, which sums in the dtype of the probabilities: in float32 a class with a
+    probability below 3e-8, of which a vocabulary has many, adds nothing to a sum near 1 and would never be drawn.
     """
     scaled = _scaled(logits, encoding.temperature)
     norm = scaled.logsumexp(dim=-1, keepdim=True)
@@ -192,7 +193,7 @@ def _draws(logits: torch.Tensor, encoding: Sampled, generator: torch.Generator) 
 
 
 def _distinct(draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distinct classes of each row of draws `[rows, n]`, and how often they stand there, padded with 0 and 0."""
+    """The distinct classes in each row of draws `[rows, n]`, and the count of each; both padded with 0."""
     ordered = draws.sort(dim=1).values
     starts = torch.ones_like(ordered)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
@@ -223,18 +224,18 @@ def _needed(mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def logits_of(value: Any) -> torch.Tensor:
-    """The logits `[..., classes]` of a feature: itself, or its field `logits`.
+    """The logits `[..., classes]` of a feature: the feature itself, or its field `logits`.
 
     Raises:
-        UnsupportedValueError: if it has none.
+        UnsupportedValueError: if it has no logits.
     """
     record = record_of(value)
     logits = value if record is None else record.fields.get("logits")
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point() or not logits.dim():
         raise UnsupportedValueError(
-            f"an encoding of logits was asked for, and the feature is a {type(value).__qualname__} that is, or has as "
-            "`.logits`, no floating-point tensor [..., classes]; choices: tap the layer that returns them, such as "
-            "'lm_head', or ask for another encoding, such as bf16 or int8"
+            f"an encoding of logits was asked for, but the feature is a {type(value).__qualname__}, and neither it nor "
+            "its `.logits` is a floating-point tensor [..., classes]; choices: tap the layer that returns the logits, "
+            "such as 'lm_head', or ask for another encoding, such as bf16 or int8"
         )
     if not logits.shape[-1]:
         raise UnsupportedValueError(f"the logits have the shape {tuple(logits.shape)}, which has no classes")
@@ -245,13 +246,13 @@ def hidden_states(value: Any, head: str) -> torch.Tensor:
     """The one floating-point tensor that the head was called with.
 
     Raises:
-        UnsupportedValueError: if there is another number of them.
+        UnsupportedValueError: if it was called with none, or with several.
     """
     given = [*value, *value.kwargs.values()] if isinstance(value, Arguments) else [value]
     states = [item for item in given if isinstance(item, torch.Tensor) and item.is_floating_point()]
     if len(states) != 1:
         raise UnsupportedValueError(
-            f"the head {head!r} was called with {len(states)} floating-point tensors, and hidden states are one; "
-            "choices: another head, or another encoding, such as topk, bf16 or int8"
+            f"the head {head!r} was called with {len(states)} floating-point tensors, but hidden states are a single "
+            "tensor; choices: another head, or another encoding, such as topk, bf16 or int8"
         )
     return states[0]

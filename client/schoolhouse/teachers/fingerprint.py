@@ -1,4 +1,4 @@
-"""The revision of a teacher: a digest of what makes its numbers."""
+"""The revision of a teacher: a digest of everything that decides its results."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.values.tensors import on_cpu
 from torch import nn
 
-_ELSEWHERE = ("_name_or_path", "transformers_version")  # settings that say where a model comes from
+_ELSEWHERE = ("_name_or_path", "transformers_version")  # settings that say where a model comes from, not what it is
 
 
 def revision_of(module: nn.Module) -> str:
     """Digest of a module's weights, buffers and architecture: equal for equal models, on any device or host.
 
-    Of Hugging Face's models the config counts too, which holds what no weight does, such as a cap of the logits.
+    For Hugging Face's models it includes the config, which decides more than the weights, such as a cap of the logits.
     """
     digest = hashlib.sha256()
     configs: dict[int, Any] = {}  # a model shares one with its submodules
@@ -31,6 +31,6 @@ def revision_of(module: nn.Module) -> str:
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        plain = on_cpu(tensor)  # named, since memory_of does not keep it alive
+        plain = on_cpu(tensor)  # held by a name, since memory_of does not keep it alive
         digest.update(xxhash.xxh3_128(memory_of(plain)).digest())
     return digest.hexdigest()[:16]

@@ -32,15 +32,14 @@ class LocalTeacher:
     """A module in this process: frozen, in eval mode, without gradients. `submit` computes before it returns.
 
     Args:
-        module: the teacher. One that `torch.compile` made runs compiled where its whole output is all that is asked
-            for, and otherwise as the plain module, since compiled code keeps its inner values to itself.
-        name: for messages.
-        early_stop: end a forward as soon as each tap has a value, which saves what comes after the last one. Ask for it
-            where you know that values and shapes of inputs do not decide whether a tapped module runs again, or whether
-            what it returned is written into: the first forward with each tap runs whole, and where that shows either,
-            all forwards with that tap do. Without it, every forward runs whole, so that each feature is what a plain
-            hook has in the end. Either way, one that is for hidden states of heads alone ends where the last head
-            begins.
+        module: the teacher. If it comes from `torch.compile`, it runs compiled only if nothing but its whole output is
+            asked for; otherwise the plain module runs, since hooks do not see the inner values of compiled code.
+        name: the name in messages.
+        early_stop: end a forward as soon as each tap has a value, to save the rest. Use it only if you know that the
+            values and shapes of inputs do not decide whether a tapped module runs again, or whether its output is
+            written into. The first forward with each tap runs whole; if that shows either, all forwards with that tap
+            run whole. Without `early_stop`, every forward runs whole, so that each feature is what a plain hook would
+            have at the end. In both cases, a forward for nothing but hidden states ends where the last head begins.
     """
 
     def __init__(self, module: nn.Module, name: str = "teacher", *, early_stop: bool = False) -> None:
@@ -57,14 +56,14 @@ class LocalTeacher:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """What the module's forward takes, as in its description."""
+        """Names of the parameters of the module's forward, as in `TeacherDescription`."""
         found = inspect.signature(self._plain.forward).parameters.values()
         typed = [kind for p in found if p.kind is p.VAR_KEYWORD for kind in typing.get_args(p.annotation)]
         names = [name for kind in typed if typing.is_typeddict(kind) for name in kind.__annotations__]
         return tuple(dict.fromkeys([*(_STARS.get(p.kind, "") + p.name for p in found), *names]))
 
     def describe(self) -> TeacherDescription:
-        """Static facts. The revision is computed at the first call: it reads every weight once."""
+        """Describe the teacher. The first call computes the revision, for which it reads every weight once."""
         if not self._revision:
             self._revision = revision_of(self._plain)
         parameter = next(self.module.parameters(), None)
@@ -91,8 +90,8 @@ class LocalTeacher:
     ) -> "Future[Features]":
         """Run the module now; the future is done when this returns.
 
-        With `encodings` by tap, and the mask `positions` `[batch, length]` for those that need it, the features are
-        what would have arrived from elsewhere.
+        With `encodings` by tap, and the mask `positions` `[batch, length]` for encodings that need one, the features
+        are what would have arrived from a remote teacher.
         """
         future: Future[Features] = Future()
         try:
@@ -103,7 +102,7 @@ class LocalTeacher:
         return future
 
     def compute(self, inputs: Arguments, wanted: Wanted) -> Features:
-        """Features as they arrive; raises as `forward` and `encode` do."""
+        """Features as they would arrive, encoded and decoded; raises what `forward`, `head` and `encode` raise."""
         values = self.forward(inputs, wanted)
         if not wanted.as_computed:
             heads = {tap: self.head(name, tap.module) for tap, name in wanted.heads().items()}
@@ -111,18 +110,18 @@ class LocalTeacher:
         return Features(values, revision=self._revision)
 
     def head(self, name: str, tap_module: str) -> Head:
-        """What makes the logits that the module `tap_module` returns, of what submodule `name` receives.
+        """The head that computes the logits that `tap_module` returns from what the submodule `name` receives.
 
         Raises:
             UnknownTapError: if there is no such submodule.
-            UnsupportedValueError: if it is not made of known operations.
+            UnsupportedValueError: if the head is not made of known operations.
         """
         check_modules((name, tap_module), self._modules, f"teacher {self._name!r}")
-        with self._lock, torch.no_grad():  # it runs, and hooks are on the modules
+        with self._lock, torch.no_grad():  # it may run the submodule, on which a forward may have hooks
             return self._heads.get(name, tap_module)
 
     def encode(self, values: dict[Tap, Any], wanted: Wanted) -> dict[Tap, Any]:
-        """What was wanted, of what `forward` returned, as it travels.
+        """The values that `forward` returned, as they travel.
 
         Raises:
             UnsupportedValueError: for features that an encoding cannot hold.
@@ -131,22 +130,23 @@ class LocalTeacher:
         return {tap: encode(value, encodings[tap], wanted.mask) for tap, value in values.items()}
 
     def forward(self, inputs: Arguments, wanted: Wanted, like: Hashable = None) -> dict[Tap, Any]:
-        """Features as plain forward hooks would see them in the end. The inputs stay as they were.
+        """Features as plain forward hooks would see them at the end of the forward. The inputs stay unchanged.
 
-        Inputs that were put together of several batches come with `like`, equal for those that a forward treats alike
-        though each has other shapes. They are nobody else's, so the forward may write into them.
+        Give `like` for inputs that were merged from several batches: a key that is equal for inputs which a forward
+        treats alike although their shapes differ. Nothing else refers to such inputs, so the forward may change them.
 
-        Of logits that travel as hidden states, it is what the head is called with, as it is then. For the first inputs
-        of each signature, and ever more rarely for later ones, the head is held against the logits that the module
-        itself returns. Other forwards for nothing else end where the head begins, unless it ran twice in one of those.
+        For logits that travel as hidden states, the value is what the head is called with, copied at that moment. For
+        the first inputs of each signature, and ever more rarely for later ones, the head is compared with the logits
+        that the module itself returns. Other forwards for nothing but hidden states end where the last head begins,
+        unless a head ran twice in one of the compared ones.
 
-        No feature stands in memory of the inputs, or that the module keeps, so that neither the next batch nor the
-        student can write into it.
+        No feature shares memory with the inputs or with anything that the module keeps, so that neither the next batch
+        nor the student can write into it.
 
         Raises:
-            UnknownTapError: for a submodule that there is not, or that did not run.
+            UnknownTapError: for a submodule that does not exist, or that did not run.
             TeacherForwardError: if the module's forward raises; its own error is the cause.
-            UnsupportedValueError: if a head does not make these logits.
+            UnsupportedValueError: if a head does not compute these logits.
         """
         heads = wanted.heads()
         if not heads:
@@ -171,7 +171,7 @@ class LocalTeacher:
             check_modules((tap.module for tap in taps), self._modules, f"teacher {self._name!r}")
         try:
             with self._lock, torch.no_grad():
-                if self.module.training:  # train() on a model that holds this one reaches it too
+                if self.module.training:  # train() on a model that contains this one sets its mode, too
                     self.module.eval()
                 given = [self._run(inputs if own else _copied(inputs), taps)]
                 return owned(given)  # type: ignore[no-any-return]  # nothing here holds what the forward returned
@@ -189,7 +189,7 @@ class LocalTeacher:
         except UnknownTapError:
             if self._compiled or not any(map(_is_compiled, self.module.modules())):
                 raise
-        self._compiled = True  # it was compiled after it was given
+        self._compiled = True  # it was compiled after the constructor had looked
         return self._run_plain(inputs, taps)
 
     def _run_plain(self, inputs: Arguments, taps: tuple[Tap, ...]) -> dict[Tap, Any]:
@@ -213,18 +213,18 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _out_of_graph(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy, on a GPU: the next run of a compiled module's CUDA graph frees or overwrites what this one returned."""
+    """A copy if it is on a GPU, where the next run of a CUDA graph frees or overwrites what this run returned."""
     return tensor.clone() if tensor.is_cuda else tensor
 
 
 def _autocast() -> tuple[Any, ...]:
-    """What decides whether a cast in a forward makes a copy."""
+    """The autocast settings, which decide whether a cast in a forward makes a copy."""
     kinds = ("cpu", "cuda")
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
 
 
 def _copied(inputs: Arguments) -> Arguments:
-    """A copy, which a forward may write into; a tensor that stands twice in it stands twice in the copy."""
+    """A copy that a forward may write into; a tensor that occurs twice is copied once and occurs twice."""
     copies: dict[int, torch.Tensor] = {}
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Names of modules as a tree, as `print(module)` shows one: runs of equal layers stand for each other."""
+"""Names of modules as a tree, like `print(module)`, with runs of equal layers shown once."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,14 +9,14 @@ class _Node:
         self.children: dict[str, _Node] = {}
 
     def lines(self) -> list[str]:
-        """What it is, and below that its children."""
+        """The node's class, and below it its children."""
         if not self.children:
             return [self.kind]
         shown = [f"  {line}" for run in self._runs() for line in run]
         return [f"{self.kind}(", *shown, ")"]
 
     def _runs(self) -> Iterator[list[str]]:
-        """The lines of each child, or of several that are alike and whose names are numbers in a row."""
+        """The lines of each child, or once for several equal children whose names are consecutive numbers."""
         first = last = ""
         alike: list[str] = []
         for name, child in self.children.items():
@@ -38,7 +38,7 @@ def _named(first: str, last: str, lines: Sequence[str]) -> list[str]:
 
 
 def module_tree(class_name: str, modules: Sequence[str], classes: Sequence[str] = ()) -> str:
-    """The tree of a model of `class_name`, of the dotted names of its modules, and, where known, their classes."""
+    """The tree of a model, from its class name, the dotted names of its modules and, if known, their classes."""
     root = _Node(class_name)
     kinds = classes if len(classes) == len(modules) else [""] * len(modules)
     for name, kind in zip(modules, kinds, strict=True):

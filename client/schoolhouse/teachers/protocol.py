@@ -1,4 +1,4 @@
-"""What a teacher is, wherever it lives: its description, its features, and how it is asked."""
+"""The Teacher protocol, for a teacher anywhere: its description, its features, and how it is asked."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -13,14 +13,16 @@ _SHOWN_PARAMETERS = 6
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TeacherDescription:
-    """Static facts of a teacher. `modules` are the names that may be tapped; "" is the model. `module_classes` are what
-    they are, or empty where the server does not say it.
+    """The description of a teacher.
 
-    `parameters` are the names that its forward takes, those of `*args` and `**kwargs` with their stars, and at the end
-    the names that the latter are typed with (`Unpack` of a TypedDict).
+    `modules` are the names that may be tapped; "" is the model. `module_classes` are their classes, in the same order,
+    or empty if the server does not give them.
 
-    `transport` says how its features come: "in process", "shared memory", or "stream: " and why it is that. Where some
-    found no room in shared memory, it says of how many so far.
+    `parameters` are the names of the parameters of its forward. `*args` and `**kwargs` have their stars; the names with
+    which `**kwargs` is typed (`Unpack` of a TypedDict) come last.
+
+    `transport` says how its features travel: "in process", "shared memory", or "stream: " with the reason. If replies
+    found no room in shared memory, it says how many so far.
     """
 
     name: str
@@ -35,7 +37,7 @@ class TeacherDescription:
     module_classes: tuple[str, ...] = ()
 
     def tree(self) -> str:
-        """The modules as `print(module)` shows them, with layers that are alike as one."""
+        """The modules as `print(module)` shows them, with runs of equal layers shown once."""
         return module_tree(self.class_name.rpartition(".")[2], self.modules, self.module_classes)
 
     def __repr__(self) -> str:
@@ -51,7 +53,7 @@ class TeacherDescription:
 
 
 class Features(dict[Tap, Any]):
-    """What a teacher returned for one batch, by tap; `features["fc"]` is short for `features["fc", "output"]`."""
+    """The features of one batch, by tap; `features["fc"]` is short for `features["fc", "output"]`."""
 
     def __init__(self, values: Mapping[Tap, Any], *, revision: str, input_digest: bytes = b"") -> None:
         super().__init__(values)
@@ -67,17 +69,17 @@ class Features(dict[Tap, Any]):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A maker of features: in this process or behind gRPC."""
+    """What computes features: a module in this process, or a service behind gRPC."""
 
     def describe(self) -> TeacherDescription:
-        """Static facts, among them what may be tapped."""
+        """Describe the teacher, including which modules may be tapped."""
 
     def submit(
         self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, taps: Iterable[TapLike]
     ) -> "Future[Features]":
-        """Ask for the features of one batch; the future holds them, or the error.
+        """Ask for the features of one batch; the future gets them, or the error.
 
-        A teacher that can encode also takes `encodings`, by tap, and the mask `positions`.
+        A teacher that supports encodings also takes `encodings`, by tap, and the mask `positions`.
         """
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a request asks of a teacher: taps, how each travels, and which positions."""
+"""What a request asks of a teacher: taps, the encoding of each, and which positions."""
 
 import dataclasses
 import functools
@@ -17,26 +17,28 @@ from schoolhouse.taps import Tap, TapLike, as_tap, as_taps, taps_from_wire, taps
 
 
 def encodings_of(taps: tuple[Tap, ...], encodings: Mapping[Any, Encoding | None]) -> tuple[Encoding | None, ...]:
-    """The encoding of each tap; raises `ConfigError` for others, and for what is no encoding."""
+    """The encoding of each tap; raises `ConfigError` for other taps, and for values that are not encodings."""
     asked = {as_tap(tap): encoding for tap, encoding in encodings.items()}
     for tap, encoding in asked.items():
         if tap not in taps:
-            raise ConfigError(f"encodings has {_named(tap)!r}, which is not asked for; choices: {[*map(_named, taps)]}")
+            raise ConfigError(
+                f"encodings has {_named(tap)!r}, which is not among the taps; choices: {[*map(_named, taps)]}"
+            )
         if not isinstance(encoding, Encoding | None):
             raise ConfigError(
-                f"encodings[{tap.module!r}] is {encoding!r:.80}; choices: None, or what stands in schoolhouse.encodings"
+                f"encodings[{tap.module!r}] is {encoding!r:.80}; choices: None, or an encoding of schoolhouse.encodings"
             )
     return tuple(asked.get(tap) for tap in taps)
 
 
 def _named(tap: Tap) -> str | tuple[str, str]:
-    """As a user types it."""
+    """The tap as a user would write it."""
     return tap.module if tap.side == "output" else (tap.module, tap.side)
 
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """Taps, the encoding of each, and the bool mask `[batch, length]` of the positions, where one needs it."""
+    """Taps, the encoding of each, and the bool mask `[batch, length]` of the positions if an encoding needs it."""
 
     taps: tuple[Tap, ...]
     encodings: tuple[Encoding | None, ...]
@@ -51,10 +53,11 @@ class Wanted:
     def of(
         cls, taps: Iterable[TapLike], encodings: Mapping[Any, Encoding | None] | None = None, positions: Any = None
     ) -> "Wanted":
-        """What a user asks for, checked.
+        """Check what a user asks for.
 
         Raises:
-            ConfigError: for no taps, for encodings of other taps, or for positions without an encoding that reads them.
+            ConfigError: for no taps, for encodings of other taps, or if `positions` are missing, invalid, or given
+                without an encoding that reads them.
         """
         found = as_taps(taps)
         if not encodings and positions is None:
@@ -67,9 +70,7 @@ class Wanted:
         if positions is None and not needed:
             return None
         if not needed:
-            raise ConfigError(
-                "positions are given, and no encoding is of positions; wrap one in encodings.at_positions"
-            )
+            raise ConfigError("positions are given, but no encoding reads them; wrap one in encodings.at_positions")
         if not isinstance(positions, torch.Tensor) or not positions.dim() or positions.is_floating_point():
             came = (
                 f"a {positions.dtype} of {positions.dim()} dimensions"
@@ -80,19 +81,19 @@ class Wanted:
         mask = positions.detach().cpu()
         if mask.dtype is not torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
             raise ConfigError(
-                f"positions is a {mask.dtype} of other numbers than 0 and 1; a mask [batch, length] is needed, such as "
-                "functional.causal_positions(labels) makes of labels"
+                f"positions is a {mask.dtype} with numbers other than 0 and 1; a mask [batch, length] is needed, such "
+                "as functional.causal_positions(labels) returns"
             )
         return mask.bool()
 
     def with_seeds(self) -> "Wanted":
-        """The same, with seeds for encodings that draw, other ones each time."""
+        """The same, with new random seeds for the encodings that draw and have none."""
         if self.as_computed:
             return self
         return dataclasses.replace(self, encodings=tuple(seeded(e, secrets.randbits(64)) for e in self.encodings))
 
     def heads(self) -> dict[Tap, str]:
-        """The head whose input travels, by the tap of the logits."""
+        """The name of the head whose input travels instead of logits, by the tap of the logits."""
         if self.as_computed:
             return {}
         pairs = zip(self.taps, self.encodings, strict=True)
@@ -110,10 +111,10 @@ class Wanted:
 
     @classmethod
     def from_wire(cls, taps: Iterable[teacher_pb2.Tap], mask: torch.Tensor | None) -> "Wanted":
-        """What a call asks for.
+        """Read what a call asks for.
 
         Raises:
-            ProtocolError: for no taps, one twice, or a side or an encoding that this version does not know.
+            ProtocolError: for no taps, a tap twice, or a side or an encoding that this version does not know.
         """
         given = tuple(taps)
         found = taps_from_wire(given)
@@ -125,5 +126,5 @@ class Wanted:
 
 @functools.lru_cache(maxsize=256)
 def _as_computed(taps: tuple[Tap, ...]) -> Wanted:
-    """What a training loop asks for at every step, if it asks for no encoding."""
+    """A request without encodings; cached, since a training loop makes the same one at every step."""
     return Wanted(taps, (None,) * len(taps))

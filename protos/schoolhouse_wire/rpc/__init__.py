@@ -1,1 +1,1 @@
-"""gRPC as both sides use it: channel options, security, the mapping of errors, and forks."""
+"""gRPC as both sides use it: options and creation of channels, security, the mapping of errors, and forks."""

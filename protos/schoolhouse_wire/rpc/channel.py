@@ -10,15 +10,15 @@ from schoolhouse_wire.rpc.security import ClientSecurity
 PROTOCOL = 5
 SESSION_METHOD = "/schoolhouse.v1.TeacherService/Session"
 MAX_MESSAGE_BYTES = Limits().max_header_bytes + FRAME_BYTES
-TOKEN_KEY, TOKEN_PREFIX = "authorization", "Bearer "  # metadata of an RPC
+TOKEN_KEY, TOKEN_PREFIX = "authorization", "Bearer "  # in the metadata of each RPC
 _CLIENT_PING_MS = 30_000
-_SERVER_MIN_PING_MS = 10_000  # strictly below the client's interval, or a long forward ends in too_many_pings
+_SERVER_MIN_PING_MS = 10_000  # must be below the client's interval, or a long forward ends in too_many_pings
 
 _COMMON: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # identity alone: nothing that comes is ever inflated
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # only "identity", so that no message can inflate
 ]
 
 CLIENT_OPTIONS: list[tuple[str, int | str]] = [
@@ -30,21 +30,22 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
 ]
 SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON,
-    ("grpc.max_concurrent_streams", 64),  # of one connection
+    ("grpc.max_concurrent_streams", 64),  # per connection
     ("grpc.max_allowed_incoming_connections", 2048),
-    ("grpc.server_handshake_timeout_ms", 20_000),  # for a connection that does not say what it is for
-    ("grpc.max_connection_idle_ms", 60_000),  # without a stream; a channel connects again as it is used
-    ("grpc.http2.min_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),  # received ones; gRPC's C name for it
+    ("grpc.server_handshake_timeout_ms", 20_000),  # for connections on which nothing is sent
+    ("grpc.max_connection_idle_ms", 60_000),  # without a stream; a channel connects again at its next use
+    ("grpc.http2.min_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),  # of received pings, under gRPC's C name
     ("grpc.http2.max_ping_strikes", 2),
     ("grpc.so_reuseport", 0),
 ]
 
 
 def connect(target: str, security: ClientSecurity = ClientSecurity()) -> grpc.Channel:
-    """A channel to `target`; it connects at its first use. Each RPC of it carries the token, if there is one.
+    """A channel to `target`, which connects at its first use. Each of its RPCs carries the token, if there is one.
 
     Raises:
-        ConfigError: `target` may be on another machine, and `security` is plaintext that was not asked for by name.
+        ConfigError: if `target` may be on another machine, and `security` is plaintext without `insecure`.
+        UsageError: in a process that was forked from one that has used gRPC.
     """
     security.allow(target)
     forks.before_grpc()
@@ -63,7 +64,7 @@ def _opened(target: str, security: ClientSecurity) -> grpc.Channel:
 
 
 class _Details(NamedTuple):
-    """An RPC's settings, as gRPC's interceptors take them."""
+    """The settings of an RPC, in the form that gRPC's interceptors take."""
 
     method: str
     timeout: float | None
@@ -79,7 +80,7 @@ class _WithToken(
     grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Adds the token to the metadata of each RPC; the messages of a stream don't pass here."""
+    """Adds the token to the metadata of each RPC; the messages of a stream do not pass through it."""
 
     def __init__(self, token: str) -> None:
         self._entry = (TOKEN_KEY, f"{TOKEN_PREFIX}{token}")

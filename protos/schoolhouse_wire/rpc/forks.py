@@ -1,10 +1,11 @@
-"""gRPC, which all of us import from here, and processes that are forked from one that has used it.
+"""The one place that imports gRPC, and what happens in processes that are forked from one that has used it.
 
-gRPC's threads are not in a fork. With gRPC's own support of forks, a child that does nothing with it is sometimes
-aborted (`Mutex::Fer with pending CondVar queueing`), such as a `DataLoader`'s worker. So that support is off, unless
-the environment says something else or gRPC was imported before this; and a child that would use gRPC, which would
-hang, is refused. `import schoolhouse` does not import this module: the first connection does. Freeing a channel or a
-server of the parent's would wait for its threads for ever, so a child never collects what was garbage at the fork.
+A fork does not have gRPC's threads. With gRPC's own fork support, a child that never touches gRPC, such as a
+`DataLoader`'s worker, is sometimes aborted (`Mutex::Fer with pending CondVar queueing`). So that support is turned off,
+unless the environment says otherwise or something else has imported gRPC before; and a child that tries to use gRPC,
+which would hang, gets a `UsageError`. `import schoolhouse` does not import this module; the first connection does.
+Freeing a channel or a server of the parent would wait for the parent's threads for ever, so a child never collects
+objects that existed at the fork.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ _SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
 
 @contextlib.contextmanager
 def _without_fork_support() -> Iterator[None]:
-    """While gRPC is imported, which is when it reads the environment, and never again."""
+    """Context for the import of gRPC, the only time at which it reads the environment."""
     if _SUPPORT in os.environ:
         yield
         return
@@ -33,7 +34,7 @@ def _without_fork_support() -> Iterator[None]:
 with _without_fork_support():
     import grpc as grpc
 
-_user: int | None = None  # the process that was the first to use gRPC
+_user: int | None = None  # id of the process that has used gRPC
 
 
 def check() -> None:
@@ -46,7 +47,7 @@ def check() -> None:
 
 
 def before_grpc() -> None:
-    """To be called before a channel or a server is made; raises as `check` does."""
+    """Call this before a channel or a server is made; raises as `check` does."""
     global _user
     check()
     _user = os.getpid()

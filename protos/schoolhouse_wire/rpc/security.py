@@ -1,4 +1,4 @@
-"""What a client shows and checks as it connects: TLS, its certificate, its token; plaintext only within a machine."""
+"""Security of a client: TLS, its certificate and its token; plaintext only within a machine unless asked for."""
 
 import dataclasses
 import ipaddress
@@ -14,11 +14,11 @@ _MAX_PEM_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSecurity:
-    """Contents of the files and the token that `connect` was given. A copy, as a pickled one, holds them too.
+    """The token, and the contents of the files, that `connect` was given. Copies hold them too, also pickled ones.
 
-    With `tls` every server must prove to be the one of `server_name`, by a certificate that `ca` vouches for, or one of
-    the authorities that gRPC knows. That is the host that the user typed: replicas that a directory lists prove the
-    same, so that it does not matter at which addresses they are.
+    With `tls` every server must prove to be `server_name`, by a certificate from `ca` or, without one, from an
+    authority that gRPC knows. `server_name` is the host that the user typed. Replicas that a directory lists must prove
+    to be the same host, whatever their addresses.
     """
 
     tls: bool = False
@@ -39,13 +39,13 @@ class ClientSecurity:
         token: str | None = None,
         insecure: bool = False,
     ) -> "ClientSecurity":
-        """From PEM files, which are read here and not again.
+        """Read the PEM files, which are not read again later.
 
         Raises:
-            ConfigError: a file is missing, is not what it should be, or fits no other; the token cannot be one.
+            ConfigError: if a file is missing or invalid, if certificate and key do not match, or for an invalid token.
         """
         if (cert is None) != (key is None):
-            raise ConfigError(f"cert is {_shown(cert)} and key {_shown(key)}; give both, or neither")
+            raise ConfigError(f"cert is {_shown(cert)} and key is {_shown(key)}; give both, or neither")
         if not isinstance(insecure, bool):
             raise ConfigError(f"insecure is {insecure!r}; choices: True, False")
         found = cls(
@@ -62,14 +62,14 @@ class ClientSecurity:
         return found
 
     def towards(self, host: str, *, tls: bool) -> "ClientSecurity":
-        """The same for the servers that the user knows as `host`.
+        """A copy of these settings for the servers that the user knows as `host`.
 
         Raises:
-            ConfigError: what is given is of no use without TLS, or with it.
+            ConfigError: for certificates without TLS, or `insecure` with TLS.
         """
         given = [name for name in ("ca", "cert") if getattr(self, name) is not None]
         if given and not tls:
-            raise ConfigError(f"{given[0]} is given, and grpc:// uses no certificates; connect to grpcs://")
+            raise ConfigError(f"{given[0]} is given, but grpc:// uses no certificates; connect to grpcs://")
         if self.insecure and tls:
             raise ConfigError(
                 "insecure=True allows grpc:// to other machines; grpcs:// always checks the server's certificate. "
@@ -78,18 +78,18 @@ class ClientSecurity:
         return dataclasses.replace(self, tls=tls, server_name=host if tls else "")
 
     def allow(self, target: str) -> None:
-        """Raises `ConfigError` where `target` would be spoken to in plaintext, is elsewhere, and nobody said so."""
+        """Raise `ConfigError` for plaintext to a `target` that may be on another machine, without `insecure`."""
         if self.tls or self.insecure or is_loopback(target.rpartition(":")[0]):
             return
         raise ConfigError(
-            f"{target} may be another machine, and grpc:// is plaintext: who is on the way can read and change inputs, "
-            "features and the token. Connect to grpcs://, to a loopback address (127.0.0.1, ::1, localhost), or say "
-            "insecure=True (--insecure)"
+            f"{target} may be another machine, and grpc:// is plaintext: anyone on the network path can read and "
+            "change inputs, features and the token. Connect to grpcs://, to a loopback address (127.0.0.1, ::1, "
+            "localhost), or set insecure=True (--insecure)"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether what is sent to `host` stays on this machine; no name but `localhost` does, as none is looked up."""
+    """Whether `host` is on this machine for certain; names are not looked up, so of names only `localhost` is."""
     if host == "localhost":
         return True
     try:
@@ -99,10 +99,10 @@ def is_loopback(host: str) -> bool:
 
 
 def read_pem(name: str, path: str | Path | None) -> bytes | None:
-    """The file's bytes; None without a path.
+    """The bytes of a PEM file; None without a path.
 
     Raises:
-        ConfigError: it cannot be read, or is no PEM.
+        ConfigError: if the file cannot be read, or is not PEM.
     """
     if path is None:
         return None
@@ -114,18 +114,18 @@ def read_pem(name: str, path: str | Path | None) -> bytes | None:
     except (OSError, ValueError) as err:
         raise ConfigError(f"{name}: cannot read {str(path)!r}: {getattr(err, 'strerror', None) or err}") from err
     if b"-----BEGIN " not in data:
-        raise ConfigError(f"{name}: {str(path)!r} is no PEM file; it must have a line -----BEGIN ...-----")
+        raise ConfigError(f"{name}: {str(path)!r} is not a PEM file; it must have a line -----BEGIN ...-----")
     return data
 
 
 def check_pair(cert: str | Path, key: str | Path) -> None:
-    """Raises `ConfigError` unless `cert` holds certificates, and `key` the unencrypted key of the first of them."""
+    """Raise `ConfigError` unless `cert` holds certificates, and `key` the unencrypted key of the first of them."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_cert_chain(cert, key, password=_no_password)
     except ssl.SSLError as err:
         if err.reason == "KEY_VALUES_MISMATCH":
-            why = "the key is of another certificate"
+            why = "the key belongs to another certificate"
         else:
             why = "cert must hold a certificate, and key its private key, without a password, both as PEM"
         raise ConfigError(f"cert {str(cert)!r} and key {str(key)!r} do not go together: {why}") from err
@@ -134,23 +134,23 @@ def check_pair(cert: str | Path, key: str | Path) -> None:
 
 
 def check_authorities(name: str, data: bytes, path: str | Path | None) -> None:
-    """Raises `ConfigError` unless `data` holds certificates."""
+    """Raise `ConfigError` unless `data` holds certificates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cadata=data.decode("ascii", "replace"))
     except (ssl.SSLError, ValueError) as err:
-        raise ConfigError(f"{name}: {str(path)!r} holds no certificate of an authority that can be read") from err
+        raise ConfigError(f"{name}: {str(path)!r} holds no readable certificate of an authority") from err
 
 
 def _no_password() -> str:
-    raise ValueError("it is encrypted; give one without a password, that only its owner can read")
+    raise ValueError("it is encrypted; give a key without a password, in a file that only its owner can read")
 
 
 def _checked(token: str | None) -> str:
     if token is None:
         return ""
     if not isinstance(token, str) or not 0 < len(token) <= _MAX_TOKEN or not all("!" <= c <= "~" for c in token):
-        raise ConfigError(  # without the token
+        raise ConfigError(  # the message must not show the token
             f"token must be a string of 1 to {_MAX_TOKEN} printable ASCII characters without spaces, as "
             "`schoolhouse token` makes them, or None"
         )

@@ -1,4 +1,4 @@
-"""Our errors <-> failures on a session <-> gRPC status, both ways. Nothing else maps errors."""
+"""The mapping between our errors, failures on a session and gRPC's status. Nothing else maps errors."""
 
 from typing import NoReturn
 
@@ -21,8 +21,8 @@ from schoolhouse_wire.v1 import teacher_pb2
 _FAILURE_KEY = "schoolhouse-failure-bin"
 _MAX_TEXT = 4096
 _MAX_CHOICES = 20
-_MAX_FAILURE_BYTES = 3072  # in metadata, of which gRPC drops what is above 8 KiB, and with it what the error was
-_MAX_DETAILS = 250  # characters, of which one may take 12 bytes of metadata; of ASCII four times as many
+_MAX_FAILURE_BYTES = 3072  # in the metadata: gRPC drops metadata above 8 KiB, and the error would be lost
+_MAX_DETAILS = 250  # characters, each of which may take 12 bytes of metadata; four times as many if all are ASCII
 
 _F = teacher_pb2.Failure
 _TO_GRPC: dict[int, grpc.StatusCode] = {
@@ -55,9 +55,9 @@ _FROM_GRPC: dict[grpc.StatusCode, type[SchoolhouseError]] = {
 
 
 def to_failure(error: BaseException, request_id: int = 0) -> teacher_pb2.Failure:
-    """The failure that tells `error` to a peer, without paths, tokens and numbers of tensors that its text may have.
+    """The failure that reports `error` to a peer, without the paths, tokens and tensors that its text may contain.
 
-    An error that is not ours becomes INTERNAL without its text.
+    An error that is not one of ours becomes INTERNAL without its text.
     """
     error = typed(error, "the teacher's server")
     text = _short(scrub(error.message))
@@ -66,12 +66,12 @@ def to_failure(error: BaseException, request_id: int = 0) -> teacher_pb2.Failure
 
 
 def _sendable(text: str) -> str:
-    """Without what UTF-8 cannot carry: a model's own error may hold anything."""
+    """The text with escapes for what UTF-8 cannot encode, as the error of a model may contain anything."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_failure(failure: teacher_pb2.Failure) -> SchoolhouseError:
-    """The error that a peer told, no longer than one of ours."""
+    """The error that a peer reported, cut to the length of one of ours."""
     choices = [_short(choice) for choice in failure.choices[:_MAX_CHOICES]]
     return BY_CODE.get(failure.code, TeacherInternalError)(
         _short(failure.message) or "no reason was given", choices=choices
@@ -85,8 +85,8 @@ def _short(text: str) -> str:
 def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     """End an RPC with `error`; raises, as `context.abort` does.
 
-    The error loses its traceback: a frame of that may have the error, and the RPC, which is kept until the garbage
-    collector runs then; so long gRPC counts it as one that is open.
+    The traceback is removed from the error. Its frames may refer to the error and to the RPC; in such a cycle the RPC
+    would live until the garbage collector runs, and gRPC would count it as open until then.
     """
     error.__traceback__ = None
     failure = to_failure(error)
@@ -99,7 +99,7 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:
-    """The error that an RPC to `target` ended with. It raises nothing, whatever the peer sent."""
+    """The error with which an RPC to `target` ended. It never raises, whatever the peer sent."""
     try:
         for key, value in getattr(error, "trailing_metadata", tuple)() or ():
             if key == _FAILURE_KEY:
@@ -108,4 +108,4 @@ def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:
         kind = _FROM_GRPC.get(code, ProtocolError)
         return kind(_short(f"{target}: {details or code.name.lower()}"))
     except Exception as err:
-        return ProtocolError(f"{target} failed, and what it said of that cannot be read: {type(err).__name__}")
+        return ProtocolError(f"{target} failed, and its error cannot be read: {type(err).__name__}")

@@ -1,24 +1,25 @@
-"""An allocator of blocks in a region of memory, by their offsets."""
+"""An allocator of blocks in a region of memory, which it knows by their offsets."""
 
 import bisect
 import threading
 
-PAGE_BYTES = 4096  # blocks start and end at multiples of it
+PAGE_BYTES = 4096  # blocks start and end at multiples of this
 
 
 class Blocks:
-    """Which parts of [start, end) are taken. Any thread may call, but not a finalizer: they run anywhere.
+    """Keeps track of which parts of [start, end) are taken.
 
-    The lowest part that fits is taken, so that memory which the system has already provided is used again.
+    Any thread may call, but a finalizer must not, since it may run in a thread that holds the lock. The lowest part
+    that fits is taken, so that memory which the system has already provided is reused.
     """
 
     def __init__(self, start: int, end: int) -> None:
         self._lock = threading.Lock()
-        self._free = [(start, end)] if start < end else []  # (start, end), sorted; neighbours never touch
+        self._free = [(start, end)] if start < end else []  # (start, end), sorted; adjacent parts are merged
         self._taken: dict[int, int] = {}  # end by start
 
     def take(self, nbytes: int) -> int | None:
-        """The offset of a block of that size, or None if none is free."""
+        """Take a block of that size and return its offset; None if there is no room."""
         size = whole_pages(nbytes)
         with self._lock:
             for i, (start, end) in enumerate(self._free):
@@ -38,11 +39,11 @@ class Blocks:
             return True
 
     def end_of(self, offset: int) -> int:
-        """The end of the block that starts there; 0 if none does."""
+        """The end of the block that starts at `offset`; 0 if none does."""
         return self._taken.get(offset, 0)
 
     def free(self, offset: int) -> bool:
-        """Give a block back; False if none starts there."""
+        """Free the block that starts at `offset`; False if none does."""
         with self._lock:
             start, end = offset, self._taken.pop(offset, None)
             if end is None:
@@ -57,7 +58,7 @@ class Blocks:
             return True
 
     def free_parts(self) -> list[tuple[int, int]]:
-        """(start, end) of what is free, in order."""
+        """(start, end) of the free parts, in order."""
         with self._lock:
             return list(self._free)
 

@@ -1,6 +1,4 @@
-"""Messages between processes of one machine, through two pipes without names: a stream's way takes four times as many
-wake-ups of threads.
-"""
+"""Messages between processes of one machine through two unnamed pipes, with a quarter of a stream's thread wake-ups."""
 
 import contextlib
 import os
@@ -15,27 +13,27 @@ from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.rpc.channel import MAX_MESSAGE_BYTES
 from schoolhouse_wire.v1 import teacher_pb2
 
-_LENGTH = struct.Struct("<I")  # before each message
-_READ_BYTES = 64 << 10  # what a pipe holds, unless it was enlarged
-_LAST_READS = 16  # after `end`: more than a pipe holds, and a bound for a peer that goes on all the same
+_LENGTH = struct.Struct("<I")  # the length before each message
+_READ_BYTES = 64 << 10  # the usual capacity of a pipe
+_LAST_READS = 16  # reads after `end`: enough for what a pipe holds, and a bound for a peer that keeps writing
 
 
 class Pipes:
-    """The two ends that one process has: of one thread that sends, and of one that iterates over what arrives."""
+    """The two ends that one process has: one thread sends, and another iterates over what arrives."""
 
     def __init__(self, incoming: int, outgoing: int) -> None:
-        """Own two file descriptors; raises `OSError`, and has closed them, where there is none left for a third."""
+        """Own two file descriptors; closes them and raises `OSError` if no third one is left."""
         self._incoming, self._outgoing = incoming, outgoing
         self._ended = self._closed = False
         self._pid = os.getpid()
-        self._users = 0  # threads that send or iterate
-        self._lock = threading.RLock()  # the garbage collector may close it wherever it runs
+        self._users = 0  # number of threads inside `send` or an iteration
+        self._lock = threading.RLock()  # reentrant, since the garbage collector may call `close` anywhere
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable from `end` or `close` on
         except OSError:
             _close(incoming, outgoing)
             raise
-        # When nobody is in a call any more: another file may get the number.
+        # Called only when no thread uses the descriptors any more, since another file may get their numbers.
         self._release = weakref.finalize(self, _close, incoming, outgoing, self._wake)
         self._release.atexit = False
         self._readable, self._writable = select.poll(), select.poll()
@@ -45,16 +43,16 @@ class Pipes:
             poll.register(self._wake, select.POLLIN)
 
     def end(self) -> None:
-        """End sending, and iterating after what has arrived by now: the other side will say no more."""
+        """End sending, and end iterating after what has arrived by now, since the other side will send no more."""
         with self._lock:
             if not self._closed:
                 self._ended = True
                 os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """End sending and iterating at once, in whatever thread they are."""
+        """End sending and iterating at once, from any thread."""
         if self._pid != os.getpid():
-            return  # a fork: they are the parent's
+            return  # in a fork the descriptors are still the parent's to use
         with self._lock:
             self._closed = True
             if self._users:
@@ -75,7 +73,7 @@ class Pipes:
                     self._release()
 
     def send(self, message: bytes) -> bool:
-        """Write a message, as soon as the other side has read enough; False if it is gone, or after `end`, `close`."""
+        """Write a message, waiting for room in the pipe; False if the other side is gone, or after `end` or `close`."""
         parts = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
         with self._used():
             while parts and not (self._ended or self._closed):
@@ -96,7 +94,7 @@ class Pipes:
         """The messages that arrive, until `end` or `close`, or until the other side is gone.
 
         Raises:
-            ProtocolError: the next message would be larger than any.
+            ProtocolError: if the next message is larger than the limit.
         """
         with self._used():
             yield from self._messages()
@@ -119,7 +117,7 @@ class Pipes:
             while len(held) - at >= _LENGTH.size:
                 [size] = _LENGTH.unpack_from(held, at)
                 if size > MAX_MESSAGE_BYTES:
-                    raise ProtocolError(f"a message of {size} bytes came, over the limit of {MAX_MESSAGE_BYTES}")
+                    raise ProtocolError(f"a message of {size} bytes arrived, over the limit of {MAX_MESSAGE_BYTES}")
                 end = at + _LENGTH.size + size
                 if end > len(held):
                     break
@@ -131,10 +129,10 @@ class Pipes:
 
 
 class Offered:
-    """Two pipes of this process, of which another one may open its ends until `withdraw()`."""
+    """Two pipes of this process, whose other ends another process may open until `withdraw()`."""
 
     def __init__(self) -> None:
-        """Raises `OSError` where there are none left."""
+        """Make the pipes; raises `OSError` if no file descriptors are left."""
         incoming, self.to_replica_fd = os.pipe2(os.O_CLOEXEC)
         try:
             self.to_client_fd, outgoing = os.pipe2(os.O_CLOEXEC)
@@ -146,17 +144,17 @@ class Offered:
         self.pipes = Pipes(incoming, outgoing)
 
     def describe_in(self, offer: teacher_pb2.SharedMemory) -> None:
-        """Say in an offer which pipes they are."""
+        """Name the pipes in an offer."""
         offer.to_replica_fd, offer.to_client_fd = self.to_replica_fd, self.to_client_fd
         offer.to_replica_inode = os.fstat(self.to_replica_fd).st_ino
         offer.to_client_inode = os.fstat(self.to_client_fd).st_ino
 
 
 def open_offered(offer: teacher_pb2.SharedMemory) -> Pipes:
-    """The client's ends of the pipes that a replica offers.
+    """Open the client's ends of the pipes that a replica offers.
 
     Raises:
-        OSError: they cannot be opened.
+        OSError: if they cannot be opened, or are not the replica's pipes.
     """
     incoming = _open(offer.pid, offer.to_client_fd, offer.to_client_inode, os.O_RDONLY)
     try:
@@ -169,7 +167,7 @@ def open_offered(offer: teacher_pb2.SharedMemory) -> Pipes:
 
 def _open(pid: int, fd: int, inode: int, mode: int) -> int:
     path = f"/proc/{pid}/fd/{fd}"
-    _check(path, os.stat(path), inode)  # before it is opened, which to some files does something
+    _check(path, os.stat(path), inode)  # before opening it, which has effects on some files
     opened = os.open(path, mode | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check(path, os.fstat(opened), inode)

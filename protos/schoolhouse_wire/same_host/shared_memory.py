@@ -1,8 +1,8 @@
-"""Payloads between processes of one machine: a segment of memory without a name, made by the replica.
+"""Payloads between processes of one machine: a memory segment without a name, made by the replica.
 
-The replica offers it as /proc/PID/fd/FD; the client opens that and compares the segment's first bytes with the offer's
-nonce, so nothing is guessed. It is sealed: neither side can shrink it, which would end the other by SIGBUS. Since it
-has no name it cannot outlive the processes that map it, however they end.
+The replica offers it as /proc/PID/fd/FD; the client opens that and compares the segment's first bytes with the nonce in
+the offer, so it knows that it has the right one. The segment is sealed: neither side can shrink it, which would end the
+other one by SIGBUS. Since it has no name, it cannot outlive the processes that map it, however they end.
 """
 
 import contextlib
@@ -29,21 +29,21 @@ from schoolhouse_wire.same_host.blocks import PAGE_BYTES, Blocks, whole_pages
 from schoolhouse_wire.v1 import teacher_pb2
 
 _NONCE_BYTES = 32
-_PIECE_BYTES = 256 << 10  # stays in a core's cache from the copy to the checksum
-_SPLIT_BYTES = 2 << 20  # where a second thread is worth waking
+_PIECE_BYTES = 256 << 10  # small enough to stay in a core's cache between the copy and the checksum
+_SPLIT_BYTES = 2 << 20  # the size from which waking a second thread pays off
 _SPOTS_EVERY_BYTES, _SPOT_BYTES = 64 << 10, 1 << 10
-_LARGE_PARTS = 64  # a block that is at least this part of its region is given back at once
-_MANY_BLOCKS = 16
-_KEPT_BYTES = 512 << 20  # of a region; free memory beyond goes back to the system
+_LARGE_PARTS = 64  # a block of at least 1/64 of its region is given back at once
+_MANY_BLOCKS = 16  # as are so many small ones
+_KEPT_BYTES = 512 << 20  # of a region; free memory beyond this goes back to the system
 
 
-_NEEDED = ("os.memfd_create", "os.eventfd", "os.pipe2", "mmap.MADV_REMOVE", "fcntl.F_ADD_SEALS")  # Linux has them
+_NEEDED = ("os.memfd_create", "os.eventfd", "os.pipe2", "mmap.MADV_REMOVE", "fcntl.F_ADD_SEALS")  # all are in Linux
 
 _Message: TypeAlias = teacher_pb2.ClientMessage | teacher_pb2.ServerMessage
 
 
 def lacks() -> str:
-    """What payloads in shared memory, or messages in pipes, need and this system does not have; empty if it has all."""
+    """A feature that shared memory or pipes need and this system lacks; empty if it has all."""
     for needed in _NEEDED:
         module, _, name = needed.partition(".")
         try:
@@ -54,12 +54,12 @@ def lacks() -> str:
 
 
 class Segment:
-    """A mapping of shared memory, in which each side allocates the blocks of what it sends.
+    """A mapping of shared memory, in which each side allocates blocks for what it sends.
 
     It is unmapped once neither a session nor a tensor needs it any more.
     """
 
-    sends_checksums = receives_checksums = True  # of all bytes; otherwise of spots
+    sends_checksums = receives_checksums = True  # digests are over all bytes; otherwise over the first KiB of each 64
 
     def __init__(
         self, pages: mmap.mmap, message: type[_Message], outbox: Outbox[Message | bytes], *, own: range, peers: range
@@ -71,21 +71,21 @@ class Segment:
         self._blocks = Blocks(own.start, own.stop)
         self._message = message
         self._outbox: Outbox[Message | bytes] | None = outbox
-        self._done: deque[int] = deque()  # blocks of the peer's of which it is not told yet
+        self._done: deque[int] = deque()  # blocks of the peer that we are done with, but have not said so yet
 
     def take(self, nbytes: int) -> int | None:
-        """The offset of a new block of ours, or None if none is free."""
+        """Take a block of our own and return its offset; None if there is no room."""
         return self._blocks.take(nbytes)
 
     def free(self, offset: int) -> None:
-        """A block of ours that is used no more. Ignores what is none: the peer may say anything."""
+        """Free a block of our own. An invalid offset is ignored, since the peer may send anything."""
         start, end = max(offset, self._own.start + _KEPT_BYTES), self._blocks.end_of(offset)
         if start < end:
-            _give_to_system(self._pages, start, end)  # first: it may be taken again at once
+            _give_to_system(self._pages, start, end)  # first, since the block may be taken again at once
         self._blocks.free(offset)
 
     def write(self, offset: int, data: memoryview, digest: Any) -> None:
-        """Copy `data`, which must be writable, to there, and add it to `digest`. Other threads go on meanwhile."""
+        """Copy `data`, which must be writable, to `offset`, and add it to `digest`. Other threads run meanwhile."""
         place = self._view[offset : offset + data.nbytes]
         assert place.nbytes == data.nbytes
         to, source = _address_of(place), _address_of(data)
@@ -95,27 +95,28 @@ class Segment:
             digest.update(piece)
 
     def copy(self, offset: int, data: memoryview) -> None:
-        """Copy `data`, which must be writable, to there."""
+        """Copy `data`, which must be writable, to `offset`."""
         place = self._view[offset : offset + data.nbytes]
         assert place.nbytes == data.nbytes
         self._copier.copy(_address_of(place), _address_of(data), data.nbytes)
 
     def spots(self, digest: Any, offset: int, nbytes: int) -> Any:
-        """Add to `digest` what tells a block from others, in a fraction of the time that all of its bytes take."""
+        """Add the first KiB of each 64 KiB of a block to `digest`, which is much faster than adding all bytes."""
         return add_spots(digest, self._view[offset : offset + nbytes])
 
     def receive(self, block: teacher_pb2.Block, nbytes: int) -> Any:
-        """A writable buffer with the bytes of a block of the peer's.
+        """A writable buffer with the bytes of a block of the peer.
 
         Raises:
-            ProtocolError: the block is not of that size, or is not where the peer's blocks are.
+            ProtocolError: if the block does not have that size, or is not in the peer's region.
         """
         raise NotImplementedError
 
     def done(self, block: teacher_pb2.Block) -> None:
-        """A block of the peer's is needed no more. It is told with the next message, or now if it has much to gain.
+        """Note that a block of the peer is not needed any more.
 
-        May be called anywhere, in the garbage collector too: it takes no lock.
+        The peer is told with the next message, or at once if the block is large or there are many. This may be called
+        anywhere, also by the garbage collector, since it takes no lock.
         """
         self._done.append(block.offset)
         large = block.nbytes >= len(self._peers) // _LARGE_PARTS or len(self._done) >= _MANY_BLOCKS
@@ -123,7 +124,7 @@ class Segment:
             outbox.put(self._tell())
 
     def released(self) -> list[int]:
-        """What the next message tells the peer. From then on it may use these blocks again."""
+        """Take the offsets to release in the next message. After it the peer may reuse these blocks."""
         found = []
         with contextlib.suppress(IndexError):
             while True:
@@ -137,10 +138,10 @@ class Segment:
     def _check(self, block: teacher_pb2.Block, nbytes: int) -> None:
         start, size = block.offset, block.nbytes
         if size != nbytes:
-            raise ProtocolError(f"a block of {size} bytes came where {nbytes} were declared")
+            raise ProtocolError(f"a block of {size} bytes arrived where {nbytes} were declared")
         if start % PAGE_BYTES or start < self._peers.start or start + size > self._peers.stop or not size:
             raise ProtocolError(
-                f"a block of {size} bytes at {start} came; expected it at a multiple of {PAGE_BYTES} within "
+                f"a block of {size} bytes at {start} arrived; expected it at a multiple of {PAGE_BYTES} within "
                 f"{self._peers.start} to {self._peers.stop}"
             )
 
@@ -153,9 +154,9 @@ def add_spots(digest: Any, data: memoryview) -> Any:
 
 
 class _Copier:
-    """Copies with a second thread, from a size on: one core moves about half of what two do.
+    """Copies large data with a second thread, since one core moves about half as much as two.
 
-    Where the system has no thread left, it copies alone.
+    If no second thread can be started, it copies alone.
     """
 
     def __init__(self) -> None:
@@ -164,7 +165,7 @@ class _Copier:
         self._thread: threading.Thread | None = None
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
-        """Copy bytes from one address to another; one thread at a time."""
+        """Copy bytes from one address to another. Only one thread at a time may call this."""
         half = nbytes // 2 if nbytes >= _SPLIT_BYTES and self._has_help() else 0
         if half:
             self._halves.put((to, source, half))
@@ -194,7 +195,7 @@ def _copy(to: int, source: int, nbytes: int) -> BaseException | None:
 
 
 class ReplicaSegment(Segment):
-    """The side that made it. What it receives it copies, so that a client cannot change what was checked."""
+    """The replica's side, which made the segment. It copies what it receives, so that the client cannot change it."""
 
     def __init__(
         self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool
@@ -207,7 +208,7 @@ class ReplicaSegment(Segment):
         super().__init__(pages, teacher_pb2.ServerMessage, outbox, own=replies, peers=requests)
 
     def receive(self, block: teacher_pb2.Block, nbytes: int) -> Any:
-        """A private copy of a block of the client's."""
+        """A private copy of a block of the client."""
         self._check(block, nbytes)
         buffer = memory.RECEIVE_BUFFERS.take(nbytes)
         place = self._view[block.offset : block.offset + nbytes]
@@ -216,16 +217,17 @@ class ReplicaSegment(Segment):
 
 
 def create(replies_bytes: int, outbox: Outbox[Message | bytes], *, checksums: bool) -> ReplicaSegment:
-    """A segment for up to that many bytes of replies at once, and a quarter of it for requests.
+    """Make a segment for up to `replies_bytes` of replies at once, and a quarter as much for requests.
 
-    `checksums` says whether replies carry them, or spot checks; requests always do.
+    `checksums` says whether the digests of replies are over all bytes or spot checks; those of requests are always over
+    all bytes.
 
-    The system provides its memory as it is first used. It can be opened by others until `withdraw()`.
+    The system provides the memory when it is first used. Others can open the segment until `withdraw()`.
 
     Raises:
-        OSError: there is none to be had.
+        OSError: if the system has no memory or file descriptor for it.
     """
-    import fcntl  # here, as not every system has it
+    import fcntl  # not at the top, since not every system has it
 
     replies_at = PAGE_BYTES + whole_pages(replies_bytes // 4)
     fd = os.memfd_create("schoolhouse", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -247,7 +249,7 @@ def create(replies_bytes: int, outbox: Outbox[Message | bytes], *, checksums: bo
 
 
 class ClientSegment(Segment):
-    """The side that attached it. What it receives it lends: a block is the client's until no tensor views it."""
+    """The client's side. It does not copy what it receives: a block is the client's until no tensor views it."""
 
     def __init__(
         self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool
@@ -259,7 +261,7 @@ class ClientSegment(Segment):
         self._lent = Blocks(replies.start, replies.stop)
 
     def close(self) -> None:
-        """End of the session: memory that no tensor views goes back to the system now, and the rest when it can."""
+        """End the session: memory that no tensor views goes back to the system now, and the rest when it is freed."""
         self._outbox = None
         self.released()
         for start, end in [(self._own.start, self._own.stop), *self._lent.free_parts()]:
@@ -267,21 +269,21 @@ class ClientSegment(Segment):
                 _give_to_system(self._pages, start, end)
 
     def refuse(self, block: teacher_pb2.Block) -> None:
-        """Give a block back that came for nobody; one that is lent comes back by itself."""
+        """Give back a block that no request waits for; a block that tensors view comes back by itself."""
         if not self._lent.end_of(block.offset):
             self.done(block)
 
     def receive(self, block: teacher_pb2.Block, nbytes: int) -> Any:
-        """The block itself."""
+        """The block itself, as a buffer; it is given back when no tensor views it any more."""
         self._check(block, nbytes)
         if not self._lent.claim(block.offset, nbytes):
-            raise ProtocolError(f"a block of {nbytes} bytes at {block.offset} came, of which a part is still in use")
-        owner = (ctypes.c_char * nbytes).from_buffer(self._pages, block.offset)  # torch keeps it while a view lives
+            raise ProtocolError(f"a block of {nbytes} bytes at {block.offset} arrived, a part of which is still in use")
+        owner = (ctypes.c_char * nbytes).from_buffer(self._pages, block.offset)  # alive as long as a tensor views it
         weakref.finalize(owner, self._give_back, block).atexit = False
         return owner
 
     def released(self) -> list[int]:
-        """What the next message tells the replica."""
+        """Take the offsets to release in the next message, and note that they are not lent any more."""
         found = super().released()
         for offset in found:
             self._lent.free(offset)
@@ -289,7 +291,7 @@ class ClientSegment(Segment):
 
     def _give_back(self, block: teacher_pb2.Block) -> None:
         if self._pid != os.getpid():
-            return  # a fork: the block is the parent's
+            return  # in a fork the block is still the parent's
         if self._outbox is None:
             _give_to_system(self._pages, block.offset, block.offset + block.nbytes)
         else:
@@ -297,15 +299,15 @@ class ClientSegment(Segment):
 
 
 def attach(offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool) -> ClientSegment:
-    """Map the segment that a replica offers; what is done with is released through `outbox`.
+    """Map the segment that a replica offers; blocks are released through `outbox`.
 
-    `checksums` are as the session was opened with.
+    `checksums` must be what the session was opened with.
 
     Raises:
-        OSError: it cannot be opened, or what stands there is another thing; the message says why.
+        OSError: if it cannot be opened, or is not the replica's segment; the message says why.
     """
     path = f"/proc/{offer.pid}/fd/{offer.fd}"
-    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened, which to some devices does something
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before opening it, which has effects on some devices
         raise OSError(f"{path} here is not the replica's memory")
     fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -320,7 +322,7 @@ def attach(offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, 
 
 
 def _is_offered(fd: int, offer: teacher_pb2.SharedMemory) -> bool:
-    """Whether the regions and the nonce have their places in the file, and its size is sealed."""
+    """Whether the file has room for the nonce and the regions of the offer, and its size is sealed."""
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_size < offer.nbytes or len(offer.nonce) < _NONCE_BYTES // 2:
         return False
@@ -329,7 +331,7 @@ def _is_offered(fd: int, offer: teacher_pb2.SharedMemory) -> bool:
         return False
     import fcntl
 
-    return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)  # an error for a file that is no memory
+    return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)  # OSError for a file that is not a memfd
 
 
 def _address_of(data: memoryview) -> int:
@@ -337,6 +339,6 @@ def _address_of(data: memoryview) -> int:
 
 
 def _give_to_system(pages: mmap.mmap, start: int, end: int) -> None:
-    """Free the memory of a part; it reads as zeros from then on."""
+    """Free the memory of a part of the segment, which then reads as zeros."""
     with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_REMOVE, start, whole_pages(end - start))

@@ -56,8 +56,9 @@ class DirectoryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """The replica set of one teacher: the present one at once, then each change. Ends only when the directory stops.
-        Errors: NOT_FOUND with the names that there are.
+        """Streams the replica set of one teacher: the current one at once, and then after each change. It ends only when the
+        directory stops.
+        Errors: NOT_FOUND, with the names of the teachers that there are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -50,25 +50,26 @@ class TeacherServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """Static facts of a teacher: what a student needs to check its configuration before the first batch.
-        Errors: NOT_FOUND with the names that there are.
+        """Describes a teacher: what a student needs to check its configuration before the first batch.
+        Errors: NOT_FOUND, with the names of the teachers that there are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Session(self, request_iterator, context):
-        """One long-lived stream per client and replica. The client sends Open first and waits for Opened; then any number
-        of calls may be in flight, up to Opened.max_in_flight over all sessions of its job. A call is a Call message and,
-        where its payload does not stand in it, Frames in the order of their offsets; frames of different requests may be
-        interleaved. Answers come in any order: a Reply (then Frames), or one Failure. Failure and Cancel end one request,
-        never the session.
-        A call for which there is no room, since its job is over its quota or the queue is full, is answered with Wait and
-        dropped; the client sends no more calls until Resume, and then the dropped ones again.
-        The session is the job's lease: when it ends, what it queued is dropped. A client that ends its half of the
-        stream is answered what it asked for, for up to lease_s, and then told OK. The session ends, too, when the client
-        has said nothing for Opened.lease_s, not even Renew. A call whose payload comes slower than 64 KiB/s, after lease_s of
-        grace, is answered with TIMEOUT. Names, taps, structures and tensors have bounds: see limits.py.
+        """One long-lived stream per client and replica. The client sends Open first and waits for Opened. Then any number of
+        calls may be in flight, up to Opened.max_in_flight over all sessions of its job. A call is a Call message and, if
+        its payload is not inside that, Frames in the order of their offsets; frames of different requests may be
+        interleaved. Answers come in any order: a Reply (and its Frames), or one Failure. Failure and Cancel end one
+        request, never the session.
+        If there is no room for a call, since its job is over its quota or the queue is full, the replica answers Wait and
+        drops the call; the client sends no more calls until Resume, and then sends the dropped ones again.
+        The session is the job's lease: when it ends, its queued requests are dropped. If the client ends its half of the
+        stream, the replica still answers its requests, for up to lease_s, and then ends the stream with OK. The session
+        also ends when the client has sent nothing, not even Renew, for Opened.lease_s. A call whose payload arrives slower
+        than 64 KiB/s, after lease_s of grace, is answered with TIMEOUT. Names, taps, structures and tensors have bounds:
+        see limits.py.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,7 +1,7 @@
-"""Nested values <-> bundles: the structure as a protobuf message, the tensors as slices of one payload.
+"""The codec of nested values: the structure as a protobuf message, the tensors as slices of one payload.
 
-`pack` declares a value and lists the memory of its tensors, without copying where a tensor is dense on CPU; `unpack`
-rebuilds the value over one received buffer, without copying. Field names of records are kept, code never.
+`pack` declares a value and lists the memory of its tensors, without copying tensors that are dense on CPU; `unpack`
+rebuilds the value over one received buffer, without copying. Records keep their field names; code never travels.
 """
 
 import functools
@@ -39,9 +39,9 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 
 class Arguments(tuple[Any, ...]):
-    """What a module was called with: the tuple of positional arguments, and `kwargs`.
+    """The arguments of a module's call: a tuple of the positional arguments, with the keyword arguments as `kwargs`.
 
-    An `"input"` tap has this type; as a tuple it equals what a forward hook receives as `args`.
+    The feature of an `"input"` tap has this type; as a tuple it equals what a forward hook receives as `args`.
     """
 
     kwargs: dict[str, Any]
@@ -60,7 +60,7 @@ class Arguments(tuple[Any, ...]):
 
 @dataclass(frozen=True)
 class Opaque:
-    """Stands in a reply for an object that cannot travel, such as a key-value cache; to use it is an error."""
+    """Stands in a reply for an object that cannot travel, such as a key-value cache; using it raises an error."""
 
     type_name: str
 
@@ -69,7 +69,7 @@ class Opaque:
             raise AttributeError(name)
         raise UnsupportedValueError(
             f"the teacher's {self.type_name} stayed with the teacher, since such objects cannot travel; "
-            f"{name!r} of it cannot be read here"
+            f"its {name!r} cannot be read here"
         )
 
 
@@ -80,16 +80,16 @@ class Declared:
     header: bytes
     nbytes: int
     tensors: list[torch.Tensor]  # contiguous in memory order, on CPU, in the order of their declarations
-    item_bytes: tuple[int, ...] = ()  # of each item of a list, where its maker has counted them
+    item_bytes: tuple[int, ...] = ()  # bytes of each item of a list, if they were counted
 
 
 def pack(value: Any, *, opaque: bool = False) -> Declared:
-    """Declare `value` and list the memory of its tensors, without copying where they are dense on CPU.
+    """Declare `value` and list the memory of its tensors, without copying those that are dense on CPU.
 
-    With `opaque`, an object of a type that cannot travel becomes an `Opaque` at the receiver's side.
+    With `opaque`, an object of a type that cannot travel becomes an `Opaque` at the receiver.
 
     Raises:
-        UnsupportedValueError: for a type that cannot travel; the message says where it stands in the value.
+        UnsupportedValueError: for a type that cannot travel; the message says where in the value it is.
         MessageTooLargeError: for a value nested deeper than `Limits.max_nesting`.
     """
     flat = _flat_spec(value)
@@ -106,7 +106,7 @@ _Spec: TypeAlias = tuple[tuple[torch.dtype, torch.Size, DimOrder], ...]
 
 
 def _flat_spec(value: Any) -> _Spec | None:
-    """What a header says of a list or of Arguments that hold nothing but plain tensors, the usual case by far."""
+    """The declarations of a list or Arguments of nothing but plain tensors, by far the usual case; otherwise None."""
     if type(value) is not list and not (type(value) is Arguments and not value.kwargs):
         return None
     for tensor in value:
@@ -124,7 +124,7 @@ def _flat_spec(value: Any) -> _Spec | None:
 
 @functools.lru_cache(maxsize=512)
 def _flat_header(is_list: bool, spec: _Spec) -> tuple[bytes, int]:
-    """Serialized bundle of a flat value, and the size of its payload; a training loop sends the same one every step."""
+    """The serialized bundle of a flat value, and the size of its payload; cached, as training repeats it every step."""
     bundle = values_pb2.Bundle()
     container: Any = bundle.root.list if is_list else bundle.root.arguments
     container.SetInParent()
@@ -142,7 +142,7 @@ class _Packer:
         self._opaque = opaque
         self.tensors: list[torch.Tensor] = []
         self._index: dict[int, int] = {}
-        self._keep: list[torch.Tensor] = []  # ids stay unique while their tensors live
+        self._keep: list[torch.Tensor] = []  # keeps tensors alive, so that their ids stay unique
 
     def put(self, node: values_pb2.Value, value: Any, where: str, depth: int) -> None:
         if depth > Limits.max_nesting:
@@ -236,7 +236,7 @@ def _put_scalar(node: values_pb2.Value, value: Any, where: str) -> None:
         elif value.bit_length() < 8 * MAX_INTEGER_BYTES:
             node.big_integer = int(value).to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
         else:
-            raise UnsupportedValueError(f"{where} takes over {MAX_INTEGER_BYTES} bytes as an integer; send bytes")
+            raise UnsupportedValueError(f"{where} is an integer of over {MAX_INTEGER_BYTES} bytes; send it as bytes")
     elif isinstance(value, float):
         node.real = value
     elif isinstance(value, complex):
@@ -247,7 +247,7 @@ def _put_scalar(node: values_pb2.Value, value: Any, where: str) -> None:
         try:
             node.text = str(value) if type(value) is str else str.__str__(value)
         except (UnicodeEncodeError, ValueError) as err:
-            raise UnsupportedValueError(f"{where} is a string that UTF-8 cannot carry: {err}") from err
+            raise UnsupportedValueError(f"{where} is a string that UTF-8 cannot encode: {err}") from err
 
 
 def _type_name(kind: type) -> str:
@@ -278,7 +278,7 @@ class _Unpacker:
         kind = node.WhichOneof("kind")
         if kind == "tensor":
             if node.tensor >= len(self._tensors):
-                raise CorruptPayloadError(f"tensor {node.tensor} is used but only {len(self._tensors)} are declared")
+                raise CorruptPayloadError(f"tensor {node.tensor} is used, but only {len(self._tensors)} are declared")
             return self._tensors[node.tensor]
         if kind == "none":
             return None
@@ -305,7 +305,7 @@ class _Unpacker:
             return packed_of(node.packed.form, self._items(node.packed.fields, depth))
         if kind == "record":
             if len(node.record.names) != len(node.record.values):
-                raise CorruptPayloadError("a record has another number of names than of values")
+                raise CorruptPayloadError("a record has different numbers of names and values")
             if len(node.record.type_name) > MAX_TYPE_NAME:
                 raise MessageTooLargeError(f"a record's type has a name of more than {MAX_TYPE_NAME} characters")
             fields = dict(zip(node.record.names, self._items(node.record.values, depth), strict=True))
@@ -317,11 +317,11 @@ class _Unpacker:
 
     def _dict(self, node: values_pb2.Mapping, depth: int) -> dict[Any, Any]:
         if len(node.keys) != len(node.values):
-            raise CorruptPayloadError("a dict has another number of keys than of values")
+            raise CorruptPayloadError("a dict has different numbers of keys and values")
         keys = self._items(node.keys, depth)
         if not all(type(key) is str for key in keys):
             if not all(map(_is_key, keys)):
-                raise CorruptPayloadError("a dict has a key that is neither a scalar nor a tuple of such")
+                raise CorruptPayloadError("a dict has a key that is neither a scalar nor a tuple of scalars")
             if len(keys) > MAX_ODD_KEYS:
                 raise MessageTooLargeError(f"a dict of more than {MAX_ODD_KEYS} keys that are not strings arrived")
         return dict(zip(keys, self._items(node.values, depth), strict=True))

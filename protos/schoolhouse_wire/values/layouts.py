@@ -1,4 +1,4 @@
-"""What a serialized bundle declares, checked against the limits: its structure, and each tensor's place."""
+"""The declarations in a received bundle, checked against the limits: its structure, and where each tensor is."""
 
 import functools
 import math
@@ -16,21 +16,21 @@ from schoolhouse_wire.values.tensors import DTYPE_OF_NUMBER, DimOrder, offsets, 
 
 _CACHED_HEADER_BYTES = 4096
 _LARGE_HEADER_BYTES = 256 << 10  # smaller ones cannot hold more than `Limits.max_values`
-_PARSING = threading.Lock()  # large headers one by one: until its values are counted, one may take 30 times its size
+_PARSING = threading.Lock()  # held for a large header, which may take 30 times its size until its values are counted
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A received declaration, checked: the structure, and where each tensor lies in the payload."""
+    """A received declaration, checked: the structure, and where each tensor is in the payload."""
 
     root: values_pb2.Value
     tensors: tuple[tuple[int, int, torch.dtype, tuple[int, ...], DimOrder], ...]  # start, count, dtype, shape, order
     nbytes: int
-    flat: bool  # a list or Arguments of all the tensors in their order
+    flat: bool  # whether the value is a list or Arguments of all the tensors in order
 
 
 def read_layout(header: bytes, limits: Limits) -> Layout:
-    """Parse a serialized bundle and check what it declares. Takes no memory for what it declares.
+    """Parse a serialized bundle and check what it declares, without taking memory for that.
 
     Raises:
         MessageTooLargeError: if it declares more than `limits` allow.
@@ -88,7 +88,7 @@ def _check_shape(declared: values_pb2.TensorHeader, limits: Limits) -> None:
             f"an empty tensor's other dimensions are over the limit of {limits.max_empty_elements} elements"
         )
     if order and (len(order) != len(shape) or sorted(order) != list(range(len(shape)))):
-        raise ProtocolError(f"a tensor of rank {len(shape)} was declared with another one's dimensions")
+        raise ProtocolError(f"a tensor of rank {len(shape)} was declared with the dimension order {list(order)[:80]}")
 
 
 def _check_count(root: values_pb2.Value, max_values: int) -> None:
@@ -102,7 +102,7 @@ def _check_count(root: values_pb2.Value, max_values: int) -> None:
 
 
 def _children(node: values_pb2.Value) -> tuple[Any, ...]:
-    """The values right within one, in lists."""
+    """The values directly inside one, as lists."""
     kind = node.WhichOneof("kind")
     if kind in ("tuple", "list"):
         return (getattr(node, kind).items,)
@@ -117,7 +117,7 @@ def _children(node: values_pb2.Value) -> tuple[Any, ...]:
     return ()
 
 
-_small_layout = functools.lru_cache(maxsize=512)(_layout)  # a training loop receives the same one every step
+_small_layout = functools.lru_cache(maxsize=512)(_layout)  # a training loop receives the same header every step
 
 
 def _is_flat(bundle: values_pb2.Bundle) -> bool:

@@ -1,4 +1,4 @@
-"""What an encoded tensor travels as: small records of tensors, which the receiver checks before it uses them."""
+"""The forms in which encoded tensors travel: small records of tensors, which the receiver checks before using them."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from schoolhouse_wire.v1 import values_pb2
 from schoolhouse_wire.values.tensors import DTYPE_OF_NUMBER
 
 MAX_DRAWS = 65_535
-MAX_CLASSES = (1 << 31) - 1  # they are counted in int32
+MAX_CLASSES = (1 << 31) - 1  # indices of classes are int32
 _INDICES = (torch.uint16, torch.int32)
 _COUNTS = (torch.uint8, torch.uint16)
 _SPARSE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,7 +20,7 @@ _SPARSE_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class CastTensor:
-    """A tensor in a narrower floating-point dtype than the one, by its number on the wire, that it had."""
+    """A tensor cast to a narrower floating-point dtype; `dtype` is the wire's number of the dtype that it had."""
 
     values: torch.Tensor
     dtype: int
@@ -37,7 +37,10 @@ class CastTensor:
 
 @dataclass(frozen=True, eq=False)
 class ScaledRows:
-    """A tensor in one byte an element, and the float32 scale `[..., 1]` of each row, its last dimension."""
+    """A tensor of one byte per element, and the float32 scale `[..., 1]` of each row, which is the last dimension.
+
+    `dtype` is the wire's number of the dtype that it had.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -52,18 +55,18 @@ class ScaledRows:
         _check(_is(self.values, torch.int8, torch.float8_e4m3fn), "scaled rows are not int8 or float8_e4m3fn", self)
         _check(self.values.dim() > 0, "scaled rows are a 0-d tensor", self)
         _check(_is(self.scales, torch.float32), "the scales of rows are not float32", self)
-        _check(self.scales.shape == (*self.values.shape[:-1], 1), "there is not one scale a row", self)
+        _check(self.scales.shape == (*self.values.shape[:-1], 1), "there is not one scale for each row", self)
         _check(bool((self.scales.isfinite() & (self.scales > 0)).all()), "a row's scale is not above 0", self)
         dtype = _wider_dtype(self.dtype, self.values)
         wide = torch.promote_types(dtype, torch.float32)
-        # The product of the largest numbers may round to just above what the dtype holds.
+        # The product may round to just above the largest number of the dtype.
         limit = torch.finfo(dtype).max
         return (self.values.to(wide) * self.scales).clamp(-limit, limit).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class TopKRows:
-    """The k largest logits `[..., k]`, divided by the temperature, their classes, and the log-sum-exp of the others."""
+    """The k largest logits of each row, divided by the temperature, their classes, and the others' log-sum-exp."""
 
     values: torch.Tensor
     indices: torch.Tensor
@@ -78,16 +81,16 @@ class TopKRows:
         _check(_is(self.tail, *_SPARSE_FLOATS), "the tail is not floating-point", self)
         _check(_is(self.indices, *_INDICES), "the indices are not uint16 or int32", self)
         _check(self.values.dim() > 0 and 1 <= self.values.shape[-1] <= self.classes, "k is not in 1..classes", self)
-        _check(self.indices.shape == self.values.shape, "there is not one index a value", self)
-        _check(self.tail.shape == self.values.shape[:-1], "there is not one tail a row", self)
+        _check(self.indices.shape == self.values.shape, "there is not one index for each value", self)
+        _check(self.tail.shape == self.values.shape[:-1], "there is not one tail for each row", self)
         _check_range(self, self.indices, self.classes)
 
 
 @dataclass(frozen=True, eq=False)
 class SampledRows:
-    """The distinct classes `[..., width]` that `n` draws of each row gave, how often, and their log-probabilities.
+    """The distinct classes `[..., width]` that `n` draws of each row gave, their counts, and their log-probabilities.
 
-    A row of fewer distinct classes is padded with the count 0.
+    A row with fewer distinct classes is padded with the count 0.
     """
 
     indices: torch.Tensor
@@ -116,15 +119,15 @@ class SampledRows:
 
 @dataclass(frozen=True, eq=False)
 class PositionedRows:
-    """The rows of a tensor where the bool mask, of its leading shape, is true: a tensor `[n, ...]` or packed rows."""
+    """The rows of a tensor where the bool `mask` of its leading shape is true: a tensor `[n, ...]`, or packed rows."""
 
     mask: torch.Tensor
     values: Any
 
     def check(self) -> None:
-        """Raise CorruptPayloadError unless the mask counts as many rows as there are.
+        """Raise CorruptPayloadError unless there are as many rows as true positions in the mask.
 
-        What packed rows hold is theirs to check.
+        Packed rows check themselves.
         """
         _check(_is(self.mask, torch.bool) and self.mask.dim() > 0, "the positions are not a bool mask", self)
         rows = self.values.indices if isinstance(self.values, TopKRows | SampledRows) else self.values
@@ -146,15 +149,15 @@ _TYPES = {number: form for form, number in FORMS.items()}
 
 
 def fields_of(packed: Packed) -> list[Any]:
-    """Its fields in the order of their declarations, which is that of the contract."""
+    """The fields in the order of their declarations, which is that of the contract."""
     return [getattr(packed, field.name) for field in dataclasses.fields(packed)]
 
 
 def packed_of(form: int, fields: list[Any]) -> Packed:
-    """A packed tensor as it arrived; whether its fields fit together is for `dense` and `check` to say.
+    """A packed tensor as it arrived; `dense` and `check` check whether its fields fit together.
 
     Raises:
-        CorruptPayloadError: if it has another number of fields.
+        CorruptPayloadError: for a wrong number of fields.
         ProtocolError: for a form that this version does not know.
     """
     found: Any = _TYPES.get(form)  # type: ignore[call-overload]
@@ -167,7 +170,7 @@ def packed_of(form: int, fields: list[Any]) -> Packed:
 
 def _check(fits: bool, what: str, packed: Packed) -> None:
     if not fits:
-        raise CorruptPayloadError(f"a {type(packed).__name__} arrived that cannot be one: {what}")
+        raise CorruptPayloadError(f"an invalid {type(packed).__name__} arrived: {what}")
 
 
 def _is(value: object, *dtypes: torch.dtype) -> bool:
@@ -192,8 +195,8 @@ def _check_range(packed: Packed, indices: torch.Tensor, classes: int) -> None:
 
 
 def _wider_dtype(number: object, values: torch.Tensor) -> torch.dtype:
-    """The floating-point dtype of a number on the wire, if it takes more bytes than `values` do."""
+    """The floating-point dtype of a wire number, which must take more bytes per element than `values`."""
     dtype = DTYPE_OF_NUMBER.get(number) if isinstance(number, int) else None
     if dtype is None or not dtype.is_floating_point or dtype.itemsize <= values.dtype.itemsize:
-        raise CorruptPayloadError(f"a tensor of {values.dtype} arrived as the encoding of the dtype number {number!r}")
+        raise CorruptPayloadError(f"a tensor of {values.dtype} arrived as an encoding of the dtype number {number!r}")
     return dtype

@@ -28,12 +28,12 @@ class Record:
 
 
 class RecordView(Mapping[str, Any]):
-    """Stand-in for an object whose type this process does not have: fields as attributes, keys and positions."""
+    """Stand-in for an object whose type is not loaded here, with its fields as attributes, by key and by position."""
 
     def __init__(self, type_name: str, fields: dict[str, Any]) -> None:
         self.__dict__.update(fields)
         self._type_name = type_name
-        self._fields = fields  # all of them; keys and positions skip those that are None, as a ModelOutput's do
+        self._fields = fields  # all of them; keys and positions skip those that are None, as in a ModelOutput
         self._given = {name: value for name, value in fields.items() if value is not None}
 
     def __getitem__(self, key: Any) -> Any:
@@ -48,7 +48,7 @@ class RecordView(Mapping[str, Any]):
         return len(self._given)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values of the fields that are not None, in their order."""
+        """The values of the fields that are not None, in order."""
         return tuple(self._given.values())
 
     def __repr__(self) -> str:
@@ -74,12 +74,12 @@ def record_of(value: Any) -> Record | None:
 
 
 def build_record(kind: Kind, type_name: str, fields: dict[str, Any]) -> Any:
-    """An object of the named type if this process has loaded it, with that kind and those fields; else a stand-in.
+    """An object of the named type if a type of that name, kind and fields is loaded here; otherwise a stand-in.
 
-    No constructor of a dataclass or named tuple runs: its fields are set, so a peer cannot make it do anything.
+    The fields of a dataclass or named tuple are set without its constructor, so a peer cannot make that run.
 
     Raises:
-        CorruptPayloadError: the type takes no such fields.
+        CorruptPayloadError: if the type does not accept the fields.
     """
     found = _loaded(type_name)
     if found is None or _kind_of(found) != kind:
@@ -89,12 +89,12 @@ def build_record(kind: Kind, type_name: str, fields: dict[str, Any]) -> Any:
         return RecordView(type_name, fields)
     try:
         return _instance(found, kind, fields)
-    except Exception as err:  # of an abstract class, say, or of what a ModelOutput's own code refuses
-        raise CorruptPayloadError(f"a {type_name} arrived whose fields do not make one") from err
+    except Exception as err:  # such as an abstract class, or fields that a ModelOutput's own code refuses
+        raise CorruptPayloadError(f"a {type_name} arrived with fields that it does not accept") from err
 
 
 def with_fields(value: Any, record: Record, fields: dict[str, Any]) -> Any:
-    """An object like `value`, whose record is `record`, with other fields."""
+    """A copy of `value`, whose record is `record`, with other values of its fields."""
     if isinstance(value, RecordView):
         return RecordView(record.type_name, fields)
     return _instance(type(value), record.kind, fields)
@@ -127,7 +127,7 @@ def _name(kind: type) -> str:
 
 
 def _loaded(type_name: str) -> Any:
-    """The class of that name among the modules that are loaded; nothing is imported."""
+    """The class of that name in the loaded modules, or None; nothing is imported."""
     module_name, _, name = type_name.rpartition(".")
     while module_name and module_name not in sys.modules:  # nested classes: module.Outer.Inner
         module_name, _, outer = module_name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Tensors as memory: their dtypes on the wire, their places in a payload, the order of their dimensions."""
+"""Tensors as memory: their dtypes on the wire, their offsets in a payload, and the order of their dimensions."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -35,7 +35,7 @@ def aligned(offset: int) -> int:
 
 
 def offsets(sizes: Iterable[int]) -> Iterator[int]:
-    """Where each tensor starts; the last item is where the payload ends."""
+    """The offset of each tensor in the payload; the last item is the end of the payload."""
     end = 0
     for size in sizes:
         start = aligned(end)
@@ -45,9 +45,9 @@ def offsets(sizes: Iterable[int]) -> Iterator[int]:
 
 
 def dim_order(tensor: torch.Tensor) -> DimOrder | None:
-    """Its dimensions by their place in memory, outermost first; () if it is row-major, None if it has gaps.
+    """The dimensions in their order in memory, outermost first; () if it is row-major, None if it has gaps.
 
-    The strides of dimensions of size 1 count too: by them kernels choose a layout for what they return.
+    The strides of dimensions of size 1 count too, since kernels choose the layout of their results by them.
     """
     strides, step = tensor.stride(), 1
     for size, stride in zip(reversed(tensor.shape), reversed(strides), strict=True):
@@ -63,7 +63,7 @@ def dim_order(tensor: torch.Tensor) -> DimOrder | None:
 
 
 def without_gaps(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the dimensions in the same order in memory, or, of a dtype that torch cannot copy, itself."""
+    """A copy with the dimensions in the same order in memory; the tensor itself if torch cannot copy its dtype."""
     try:
         return tensor.detach().clone()
     except (NotImplementedError, RuntimeError):
@@ -71,25 +71,25 @@ def without_gaps(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_memory_order(tensor: torch.Tensor, order: DimOrder) -> torch.Tensor:
-    """The tensor with its dimensions in their order in memory, outermost first."""
+    """The tensor permuted so that its dimensions have their order in memory, outermost first."""
     return tensor.detach().permute(order) if order else tensor
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as plain contiguous memory on CPU; the tensor itself where it already is that."""
+    """The same values in plain contiguous memory on CPU; the tensor itself if it already has that."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     if plain.is_contiguous():
         return plain
     same_size = _SAME_SIZE.get(plain.dtype.itemsize)
     if same_size is None:
         return plain.contiguous()
-    return plain.view(same_size).contiguous().view(plain.dtype)  # torch cannot copy every dtype as itself
+    return plain.view(same_size).contiguous().view(plain.dtype)  # as integers, since torch cannot copy every dtype
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of a contiguous tensor as bytes, without copying."""
     flat = tensor.detach().reshape(-1)
-    if flat.stride(0) != 1:  # of one element or none, whose stride may be any
+    if flat.stride(0) != 1:  # with at most one element, any stride is contiguous
         flat = flat.as_strided(flat.shape, (1,))
     return flat.view(torch.uint8)
 
@@ -100,8 +100,8 @@ def view_of(
     """A tensor over a part of a received payload.
 
     Raises:
-        ProtocolError: if no tensor has such a shape.
-        CorruptPayloadError: if a bool is neither 0 nor 1, of which kernels count what they then do not write.
+        ProtocolError: if no tensor can have that shape.
+        CorruptPayloadError: if a bool is neither 0 nor 1; kernels would count more such values than they then write.
     """
     try:
         if count == 0:
@@ -113,5 +113,5 @@ def view_of(
             return plain.view(shape)
         places = [order.index(dim) for dim in range(len(order))]
         return plain.view([shape[dim] for dim in order]).permute(places)
-    except RuntimeError as err:  # a zero dimension beside sizes whose product torch refuses
+    except RuntimeError as err:  # a dimension of size 0 with others whose product is too large for torch
         raise ProtocolError(f"a tensor of the impossible shape {shape} was declared") from err

@@ -1,4 +1,4 @@
-"""Nested values, part by part: tuples, lists, mappings, and objects with named fields keep their structure."""
+"""Walking through nested values: tuples, lists, mappings, and objects with named fields keep their structure."""
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -14,18 +14,18 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """A nested value of the same structure with each tensor changed; what holds no tensor stays itself."""
+    """A nested value of the same structure with each tensor changed; other leaves stay the same objects."""
     return map_where(value, torch.Tensor, change)
 
 
 def map_where(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any], Any]) -> Any:
-    """A nested value of the same structure with each part of one of `kinds` changed, and not looked into."""
+    """A nested value of the same structure with each part of one of `kinds` changed as a whole."""
     if isinstance(value, kinds):
         return change(value)
     if type(value) is dict:
         return {key: map_where(item, kinds, change) for key, item in value.items()}
     if isinstance(value, Arguments):
-        items = [map_where(item, kinds, change) for item in value]  # first, as `change` may count
+        items = [map_where(item, kinds, change) for item in value]  # before kwargs, since `change` may count
         return Arguments(items, value.kwargs and map_where(value.kwargs, kinds, change))
     if (record := record_of(value)) is not None:
         fields = {name: map_where(item, kinds, change) for name, item in record.fields.items()}
@@ -38,7 +38,7 @@ def map_where(value: Any, kinds: type | tuple[type, ...], change: Callable[[Any]
 
 
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the type of `value` with other items; a plain dict if it takes none."""
+    """A mapping of the type of `value` with other items; a plain dict if that type is immutable."""
     try:
         made: Any = copy.copy(value)
         for key, item in items.items():
@@ -64,19 +64,19 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
 
 
 def signature_of(value: Any, other: Callable[[Any], Hashable] = lambda _value: object()) -> Hashable:
-    """Equal for nested values of equal structure, shapes, dtypes and plain values, whatever stands in their tensors.
+    """A key that is equal for nested values of equal structure, shapes, dtypes and plain values; contents don't count.
 
-    `other` stands for an object that may hold anything; the default is equal to nothing else.
+    `other` makes the part of the key for an object of any other type; the default part is equal to nothing else.
     """
     return structure_of(value, lambda tensor: (tensor.shape, tensor.dtype), other)
 
 
 def structure_of(value: Any, plain: Callable[[torch.Tensor], Hashable], other: Callable[[Any], Hashable]) -> Hashable:
-    """As `signature_of`, with `plain` for what counts of a plain tensor."""
+    """As `signature_of`, with `plain` to make the part of the key for a plain tensor."""
     if isinstance(value, torch.Tensor):
         return plain(value) if is_plain(value) else other(value)
     if isinstance(value, float | complex):
-        return (type(value), repr(value))  # 0.0 is not -0.0, and NaN is NaN
+        return (type(value), repr(value))  # so that 0.0 and -0.0 differ, and NaN equals NaN
     if value is None or isinstance(value, _PLAIN):
         return (type(value), value)
     if (record := record_of(value)) is not None:
@@ -96,13 +96,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def storages_of(value: Any) -> set[int]:
-    """Addresses of the memory that the dense tensors of a nested value stand in."""
+    """Addresses of the memory of the dense tensors in a nested value."""
     dense = (tensor for tensor in tensors_of(value) if is_plain(tensor) and tensor.layout is torch.strided)
-    return {tensor.untyped_storage().data_ptr() for tensor in dense} - {0}  # of empty ones
+    return {tensor.untyped_storage().data_ptr() for tensor in dense} - {0}  # 0 for empty ones
 
 
 def apart_from(value: Any, storages: set[int]) -> Any:
-    """A nested value whose tensors do not stand in any of `storages`: those that do are copied."""
+    """The nested value with copies of those tensors whose memory is one of `storages`."""
     if not storages & storages_of(value):
         return value
     return map_tensors(value, lambda tensor: tensor.clone() if storages_of(tensor) & storages else tensor)
