@@ -50,9 +50,9 @@ SEED = PUBLIC.split()
 SAME_NAME = [name for name in SEED if not name.startswith(("plugins", "mode", "registry"))]
 
 
-def rows(heading):
+def rows(heading, page=PAGE):
     """The cells of the table under a heading of the page, without its head."""
-    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = page.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -176,6 +176,36 @@ def test_tokens_files_are_valid():
     assert len(tokens) == 3
     for token in tokens:
         TypeAdapter(Grant).validate_python({**token, "sha256": "0" * 64})
+
+
+def default(field):
+    """As the page has it: as YAML, and a dash for none, or one that is made."""
+    value = field.default
+    if value is None or not isinstance(value, bool | int | float | str):
+        return "—"
+    return f"`{str(value).lower() if isinstance(value, bool) else format_number(value)}`"
+
+
+def format_number(value):
+    return f"{int(value)}" if isinstance(value, float) and value.is_integer() else f"{value}"
+
+
+@pytest.mark.parametrize(
+    ("heading", "where"),
+    [
+        ("The pool", "pool.config.PoolConfig"),
+        ("Security", "pool.config.SecuritySpec"),
+        ("A teacher", "pool.config.TeacherSpec"),
+        ("Resources", "pool.config.Resources"),
+        ("Autoscaling", "pool.config.Autoscale"),
+        ("A token", "security.tokens.Grant"),
+    ],
+)
+def test_each_field_of_the_pool_file_is_in_the_reference(heading, where):
+    pytest.importorskip("pydantic")
+    fields = resolve(f"schoolhouse_server.{where}").__pydantic_fields__
+    wanted = [[f"`{name}`", default(field)] for name, field in fields.items() if name != "folder"]
+    assert [cells[:2] for cells in rows(heading, DOCS / "reference/pool-file.md")] == wanted
 
 
 def test_each_error_is_found_by_its_name():
