@@ -264,7 +264,9 @@ class GradientScaleBalancer(ScaleBalancer):
         parameters: gives the tensors at which gradients are compared, such as the bound method
             `student.layer3.parameters`. In a deep copy of the model that is the copy's, which a lambda would not be.
             Under FSDP, whose sharded parameters no gradient of one loss reaches, give an activation instead.
-        kd_loss_weight, decay, max_factor: as in `ScaleBalancer`.
+        kd_loss_weight: as in `ScaleBalancer`.
+        decay: as in `ScaleBalancer`.
+        max_factor: as in `ScaleBalancer`.
 
     Raises:
         ValueError: when it is called, if a loss does not reach any of the tensors.
