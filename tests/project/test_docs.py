@@ -3,14 +3,13 @@
 import ast
 import importlib
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import schoolhouse as sh
 import yaml
+from programs import Runner
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs/pages"
@@ -128,14 +127,32 @@ def programs():
                 yield pytest.param(code, id=f"{page.stem}-{i}")
 
 
+@pytest.fixture(scope="module")
+def runner():
+    with Runner("-W", "error:kd_loss_weight sums") as found:
+        yield found
+
+
 @pytest.mark.parametrize("code", list(programs()))
-def test_programs_run(code, tmp_path):
-    arguments = ["-W", "error:kd_loss_weight sums"]
-    done = subprocess.run(
-        [sys.executable, *arguments, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Error" not in done.stderr
+def test_programs_run(code, tmp_path, runner):
+    path = tmp_path / "program.py"
+    path.write_text(code)
+    status, said = runner.run(path, timeout_s=150)
+    assert status == 0, said
+    assert "Error" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "why"), [("1 / 0", "ZeroDivisionError"), ("import time\ntime.sleep(60)", "Timeout"), ("exit(3)", "")]
+)
+def test_a_program_that_fails_is_seen_and_the_next_one_runs(code, why, tmp_path, runner):
+    path = tmp_path / "program.py"
+    path.write_text(code)
+    status, said = runner.run(path, timeout_s=0.2 if "sleep" in code else 60)
+    assert status != 0
+    assert why in said
+    path.write_text("import torch, schoolhouse")
+    assert runner.run(path, timeout_s=60)[0] == 0
 
 
 def test_where_programs_are():
