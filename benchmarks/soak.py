@@ -31,8 +31,8 @@ from schoolhouse_server.pool.config import PoolConfig, Resources, TeacherSpec
 from schoolhouse_server.pool.driver import Pool, launch, ray_cluster
 from schoolhouse_server.pool.replica_handle import actors
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "chaos")]
+HELPERS = Path(__file__).resolve().parent.parent / "tests/helpers"
+sys.path.insert(0, str(HELPERS))
 from directories import DirectoryServer  # noqa: E402  # the tests' own student, proxy and counts of what leaks
 from leaks import Held, rss_mib, settled  # noqa: E402
 from proxy import Proxy  # noqa: E402
@@ -304,7 +304,7 @@ def pool_of(replicas: int) -> PoolConfig:
     with socket.socket() as probe:  # the same port when it is started again
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return PoolConfig(teachers={"teacher": spec}, port=port, drain_timeout_s=2.0, folder=TESTS)
+    return PoolConfig(teachers={"teacher": spec}, port=port, drain_timeout_s=2.0, folder=HELPERS)
 
 
 def main() -> None:

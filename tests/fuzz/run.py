@@ -67,7 +67,7 @@ def fuzz(target, frames, seconds, seed):
     import atheris
 
     with atheris.instrument_imports(include=["schoolhouse_wire", "schoolhouse_server"]):
-        sys.path.insert(0, str(HERE.parent))
+        sys.path.insert(0, str(HERE.parent / "helpers"))
         from fuzzing import Live, Source, parse, session_of
     statuses, began = collections.Counter(), time.monotonic()
     state = {"frames": 0, "rss": 0}

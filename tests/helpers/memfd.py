@@ -21,7 +21,7 @@ def memfds(pid="self"):
         return fds, sum("memfd:schoolhouse" in line for line in maps)
 
 
-def soon(check, timeout_s=20.0, collect=True):
+def soon(check, timeout_s=60.0, collect=True):
     """Whether it becomes true."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

@@ -4,41 +4,18 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import time
 
 import pytest
+from killed_launcher import launch
 from schoolhouse.errors import ConfigError
 from schoolhouse_server.cli import main
 from typer.testing import CliRunner
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
-# Of one process that has imported all, and what rooms.py would have it import: a launcher begins at once.
+# Ray is not imported before the cluster is there: it reads its token then
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["schoolhouse_server.pool.driver"])
-
-
-def launch(address, file, when):
-    """Make a pool, and `kill -9` oneself before or after the keeper is made, or as one waits for the replicas."""
-    from schoolhouse_server.pool import actors, config, driver
-
-    def end(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def make(*args, **options):
-        if when != "before":
-            made = actors.on_the_head(*args, **options)._actor_id.hex()
-            while ray._private.state.actors(made)["State"] == "DEPENDENCIES_UNREADY":  # it would end with this process
-                time.sleep(0.02)
-        end()
-
-    with driver.ray_cluster(address):
-        read = config.load_pool(file)
-        if when == "alone":  # as a `down` that is killed leaves it
-            make(actors.DirectoryActor, "directory", read, max_concurrency=4, get_if_exists=False)
-        if when in ("before", "after"):
-            driver.on_the_head = make
-        driver.launch(read).wait(120, end)
+_context.set_forkserver_preload(["torch", "schoolhouse", "schoolhouse_server.replica.replica"])
 
 
 @pytest.fixture
@@ -53,7 +30,7 @@ def killed(cluster, tmp_path):
     )
 
     def kill(when):
-        process = _context.Process(target=launch, args=(cluster, path, when))
+        process = _context.Process(target=launch, args=(dict(os.environ), cluster, path, when))
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
