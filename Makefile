@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
 
-.PHONY: install demo test chaos fuzz cluster parity lint protos bench clean
+.PHONY: install demo test chaos fuzz cluster parity lint docs protos bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,6 +49,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MKDOCS)
+
+docs: $(STAMP)  ## the pages and the API reference, into docs/site; a warning ends it
+	$(MKDOCS)
 
 protos: $(STAMP)  ## regenerate the committed wire code
 	$(BIN)/python protos/generate.py
@@ -65,4 +70,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/early_stop.py
 
 clean:
-	rm -rf $(VENV) .venv-parity .venv-fuzz build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-parity .venv-fuzz build dist docs/site *.egg-info .pytest_cache .mypy_cache .ruff_cache

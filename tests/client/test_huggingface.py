@@ -219,7 +219,7 @@ def test_a_cache_among_the_inputs(where, training):
 
 
 class Distils(transformers.Trainer):
-    """As docs/from-modelopt.md has it, and looking ahead."""
+    """As docs/pages/recipes.md has it, and looking ahead."""
 
     depth = 4
 

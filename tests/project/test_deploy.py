@@ -21,7 +21,8 @@ from schoolhouse_server.cli import probe as health
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy/docker/Dockerfile"
 SBATCH = ROOT / "deploy/slurm/schoolhouse.sbatch"
-README = ROOT / "deploy/README.md"
+PAGES = ROOT / "docs/pages"
+WALK_THROUGH = PAGES / "deploying.md"
 CLUSTERS = sorted((ROOT / "deploy/ray").glob("*.yaml"))
 
 
@@ -154,9 +155,10 @@ def test_a_misspelt_field_of_a_cluster_file_is_an_error():
 
 
 def commands():
-    """Every `schoolhouse COMMAND ...` that a file of the deploy folder has anybody or anything type."""
-    known = "up|down|status|demo|scale|roll|logs|jobs|top|certs"
-    texts = [path.read_text() for path in (ROOT / "deploy").rglob("*") if path.is_file()]
+    """Every `schoolhouse COMMAND ...` that a file of the deploy folder or a page has anybody or anything type."""
+    known = "up|down|status|demo|scale|roll|logs|jobs|top|certs|token|describe"
+    files = [path for path in (ROOT / "deploy").rglob("*") if path.is_file()]
+    texts = [path.read_text() for path in (*files, ROOT / "README.md", *PAGES.rglob("*.md"))]
     return sorted(set(re.findall(rf"(?<![\w./=-])schoolhouse (?:{known})\b[^|;&`')#\n]*", "\n".join(texts))))
 
 
@@ -176,17 +178,17 @@ def test_commands_exist():
 
 
 def test_files_of_the_walk_through_exist():
-    text = README.read_text()
+    text = WALK_THROUGH.read_text()
     named = set(re.findall(r"(?<![\w/.-])(deploy/[\w./-]+\w)", text))
     assert len(named) > 5
     assert [name for name in named if not (ROOT / name).exists()] == []
     links = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert [link for link in links if not (README.parent / link).exists()] == []
+    assert [link for link in links if not (WALK_THROUGH.parent / link).exists()] == []
 
 
 def laptop():
     """The files and the commands of the walk-through's first section."""
-    section = README.read_text().split("\n## A laptop\n")[1].split("\n## ")[0]
+    section = WALK_THROUGH.read_text().split("\n## A laptop\n")[1].split("\n## ")[0]
     files = dict(re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", section, flags=re.DOTALL))
     (shell,) = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
     return files, shell
@@ -233,7 +235,7 @@ def test_the_laptop_of_the_walk_through(tmp_path):
 
 def test_the_example_of_a_student_pod_is_valid():
     manifests = pytest.importorskip("manifests")
-    blocks = re.findall(r"```yaml\n(apiVersion.*?)```", README.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```yaml\n(apiVersion.*?)```", WALK_THROUGH.read_text(), flags=re.DOTALL)
     (pod,) = map(yaml.safe_load, blocks)
     manifests.validate(pod)
     labels = yaml.safe_load((manifests.CHART / "values.yaml").read_text())["networkPolicy"]["studentLabels"]

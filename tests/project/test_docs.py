@@ -1,19 +1,24 @@
-"""The documentation: its tables name what exists, its table of ModelOpt's names is complete, its programs run."""
+"""The documentation: its programs run, its pool files are valid, and what its pages and tables name exists."""
 
 import ast
 import importlib
 import re
-import subprocess
-import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import schoolhouse as sh
+import yaml
+from programs import Runner
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/from-modelopt.md"
-PAGES = [PAGE, ROOT / "README.md"]
-GUARANTEES = ROOT / "docs/guarantees.md"
+DOCS = ROOT / "docs/pages"
+README = ROOT / "README.md"
+PAGE = DOCS / "from-modelopt.md"
+GUARANTEES = DOCS / "guarantees.md"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+GUIDES = sorted((DOCS / "guides").glob("*.md"))
+WITHOUT_PROGRAMS = {"security", "scaling-and-rolling"}  # guides to the pool file and the command line
 
 PUBLIC = """
 convert export KDLossConfig LayerwiseKDConfig ExportStudentConfig LogitsDistillationLoss MFTLoss MGDLoss
@@ -44,9 +49,9 @@ SEED = PUBLIC.split()
 SAME_NAME = [name for name in SEED if not name.startswith(("plugins", "mode", "registry"))]
 
 
-def rows(heading):
+def rows(heading, page=PAGE):
     """The cells of the table under a heading of the page, without its head."""
-    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = page.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -108,33 +113,148 @@ def test_a_wrong_name_does_not_resolve(wrong):
         resolve(wrong)
 
 
+def blocks(page, language):
+    """What follows the language, and the text, of each block of a page; those in lists are indented."""
+    pattern = rf"^( *)```{language}\b *([^\n]*)\n(.*?)^\1```$"
+    found = re.findall(pattern, page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [(kind, textwrap.dedent(text)) for _, kind, text in found]
+
+
 def programs():
     for page in PAGES:
-        found = re.findall(r"^```python *([^\n]*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-        for i, (kind, code) in enumerate(found):
-            if kind != "fragment":
+        for i, (kind, code) in enumerate(blocks(page, "python")):
+            if kind != "fragment" and not code.startswith("# "):  # those are the files of the walk-through
                 yield pytest.param(code, id=f"{page.stem}-{i}")
 
 
+@pytest.fixture(scope="module")
+def runner():
+    with Runner("-W", "error:kd_loss_weight sums") as found:
+        yield found
+
+
 @pytest.mark.parametrize("code", list(programs()))
-def test_programs_run(code, tmp_path):
-    arguments = ["-W", "error:kd_loss_weight sums"]
-    done = subprocess.run(
-        [sys.executable, *arguments, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Error" not in done.stderr
+def test_programs_run(code, tmp_path, runner):
+    path = tmp_path / "program.py"
+    path.write_text(code)
+    status, said = runner.run(path, timeout_s=150)
+    assert status == 0, said
+    assert "Error" not in said
 
 
-def test_both_pages_have_a_program():
-    assert {param.id.rsplit("-", 1)[0] for param in programs()} == {page.stem for page in PAGES}
-    assert all("import schoolhouse" in code and "compute_kd_loss" in code for (code,) in (p.values for p in programs()))
+@pytest.mark.parametrize(
+    ("code", "why"), [("1 / 0", "ZeroDivisionError"), ("import time\ntime.sleep(60)", "Timeout"), ("exit(3)", "")]
+)
+def test_a_program_that_fails_is_seen_and_the_next_one_runs(code, why, tmp_path, runner):
+    path = tmp_path / "program.py"
+    path.write_text(code)
+    status, said = runner.run(path, timeout_s=0.2 if "sleep" in code else 60)
+    assert status != 0
+    assert why in said
+    path.write_text("import torch, schoolhouse")
+    assert runner.run(path, timeout_s=60)[0] == 0
 
 
-def test_pages_link_files_that_exist():
-    for page in [*PAGES, GUARANTEES, ROOT / "SECURITY.md"]:
+def test_where_programs_are():
+    pages = {param.id.rsplit("-", 1)[0] for param in programs()}
+    assert {page.stem for page in GUIDES} - WITHOUT_PROGRAMS <= pages
+    assert {"README", "getting-started", "from-modelopt", "recipes"} <= pages
+    assert all("import schoolhouse" in code for (code,) in (param.values for param in programs()))
+
+
+def test_fragments_are_python():
+    """Programs that cannot stand alone, and the files of the walk-through, which tests/project/test_deploy.py runs."""
+    fragments = [code for page in PAGES for kind, code in blocks(page, "python") if kind == "fragment"]
+    assert len(fragments) >= 2
+    for code in fragments:
+        ast.parse(code.replace(", ...)", ")"))
+    files = [code.splitlines()[0] for page in PAGES for _, code in blocks(page, "python") if code.startswith("# ")]
+    assert files == ["# my_models.py", "# train.py"]
+
+
+def test_pool_files_are_valid():
+    pytest.importorskip("pydantic")
+    from pydantic import TypeAdapter
+    from schoolhouse_server.pool.config import PoolConfig
+
+    found = [text for page in PAGES for _, text in blocks(page, "yaml") if text.startswith("# pool.yaml")]
+    assert len(found) >= 3
+    for text in found:
+        TypeAdapter(PoolConfig).validate_python(yaml.safe_load(text))
+
+
+def test_tokens_files_are_valid():
+    pytest.importorskip("pydantic")
+    from pydantic import TypeAdapter
+    from schoolhouse_server.security.tokens import Grant
+
+    found = [text for page in PAGES for _, text in blocks(page, "yaml") if text.startswith("tokens:")]
+    (tokens,) = (yaml.safe_load(text)["tokens"] for text in found)
+    assert len(tokens) == 3
+    for token in tokens:
+        TypeAdapter(Grant).validate_python({**token, "sha256": "0" * 64})
+
+
+def default(field):
+    """As the page has it: as YAML, and a dash for none, or one that is made."""
+    value = field.default
+    if value is None or not isinstance(value, bool | int | float | str):
+        return "—"
+    return f"`{str(value).lower() if isinstance(value, bool) else format_number(value)}`"
+
+
+def format_number(value):
+    return f"{int(value)}" if isinstance(value, float) and value.is_integer() else f"{value}"
+
+
+@pytest.mark.parametrize(
+    ("heading", "where"),
+    [
+        ("The pool", "pool.config.PoolConfig"),
+        ("Security", "pool.config.SecuritySpec"),
+        ("A teacher", "pool.config.TeacherSpec"),
+        ("Resources", "pool.config.Resources"),
+        ("Autoscaling", "pool.config.Autoscale"),
+        ("A token", "security.tokens.Grant"),
+    ],
+)
+def test_each_field_of_the_pool_file_is_in_the_reference(heading, where):
+    pytest.importorskip("pydantic")
+    fields = resolve(f"schoolhouse_server.{where}").__pydantic_fields__
+    wanted = [[f"`{name}`", default(field)] for name, field in fields.items() if name != "folder"]
+    assert [cells[:2] for cells in rows(heading, DOCS / "reference/pool-file.md")] == wanted
+
+
+def test_each_error_is_found_by_its_name():
+    page = (DOCS / "errors.md").read_text()
+    assert re.findall(r"^## (\w+)$", page, flags=re.MULTILINE) == sorted(sh.errors.__all__)
+
+
+def test_each_public_name_is_in_the_reference():
+    reference = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", reference, flags=re.MULTILINE))
+    wanted = {f"schoolhouse.{name}" for name in sh.__all__} - {"schoolhouse.RemoteTeacher"}  # where it is defined
+    assert wanted - shown == {"schoolhouse.STUDENT_LOSS_KEY"}
+    assert "schoolhouse.remote.teacher.RemoteTeacher" in shown
+    assert [name for name in shown if resolve(name) is None] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_links_lead_to_files_that_exist():
+    """Within the site, `mkdocs build --strict` looks at anchors too."""
+    for page in [*PAGES, *ROOT.glob("*.md"), ROOT / "deploy/README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), target
+            assert (page.parent / target).exists(), (page, target)
+
+
+def test_pages_name_files_that_exist():
+    folders = "benchmarks|client|deploy|docs|examples|protos|services|tests"
+    for page in PAGES:
+        for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text()):
+            assert (ROOT / name).exists() or name == "docs/site", (page, name)
 
 
 TEST_ID = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
@@ -181,6 +301,6 @@ def test_the_map_of_the_house_has_every_room_and_names_files_that_exist():
         *rooms,
         *("services", "client", "protos"),
     }
-    paths = re.findall(r"`((?:services|client|protos|tests|docs)/[\w./]+)`", page)
+    paths = re.findall(r"`((?:services|client|protos|tests|docs)/[\w./-]+)`", page)
     assert paths
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert {path for path in paths if not (ROOT / path).exists()} <= {"docs/site/"}  # which is built

@@ -266,7 +266,9 @@ class GradientScaleBalancer(ScaleBalancer):
         parameters: a function that returns the tensors at which gradients are compared, such as the bound method
             `student.layer3.parameters`; in a deep copy of the model a bound method refers to the copy, unlike a lambda.
             Under FSDP the gradient of a single loss does not reach the sharded parameters; give an activation instead.
-        kd_loss_weight, decay, max_factor: as in `ScaleBalancer`.
+        kd_loss_weight: as in `ScaleBalancer`.
+        decay: as in `ScaleBalancer`.
+        max_factor: as in `ScaleBalancer`.
 
     Raises:
         ValueError: in a call, if a loss has no gradient at any of the tensors.
