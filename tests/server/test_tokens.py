@@ -73,7 +73,7 @@ SECRET = "a-secret-of-the-operator"
         (f"tokens: [{SECRET}]", "tokens.0"),
         (f"tokens: [\n{SECRET}: [}}", "is not YAML (line 2)"),
         ("tokens:\n" + line(ONE) + line(ONE), "tokens 0 and 1 have the same sha256"),
-        ("tokens:\n" + line(ONE, 'teachers: ["*"], max_in_flight: 2'), "max_in_flight goes with job"),
+        ("tokens:\n" + line(ONE, 'teachers: ["*"], max_in_flight: 2'), "max_in_flight needs job"),
         ("tokens:\n" + line(ONE, 'teachers: ["*"], job: j, weight: 1000'), "tokens.0.weight"),
         ("tokens:\n" + line(ONE, 'teachers: ["*"], job: j, max_job_bytes: 0'), "tokens.0.max_job_bytes"),
         ("tokens:\n" + line(ONE, "job: j"), "tokens.0.teachers"),

@@ -345,7 +345,7 @@ def parse_ports(text: str) -> range:
 
 
 def load_pool(path: Path) -> PoolConfig:
-    """Read a pool file. Relative paths and module names in it are resolved from the file's own folder.
+    """Read a pool file. Relative paths start at the file's own folder, and modules there can be imported.
 
     Raises:
         ConfigError: has one sentence for each mistake, with its place in the file.
