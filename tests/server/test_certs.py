@@ -138,5 +138,5 @@ def test_a_roll_does_not_turn_tls_on():
     teachers = {"a": TeacherSpec(build="m:f")}
     before = Desired.of(PoolConfig(teachers=teachers))
     tls = {"cert": "server.pem", "key": "key.pem"}
-    with pytest.raises(errors.ConfigError, match="security.tls of the file is not that of the pool"):
+    with pytest.raises(errors.ConfigError, match="security.tls of the file differs from that of the pool"):
         before.rolled(PoolConfig(teachers=teachers, security={"tls": tls}), ["a"])

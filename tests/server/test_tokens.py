@@ -141,7 +141,7 @@ def test_a_change_is_taken_and_a_bad_one_is_told_once_and_not(path, caplog, monk
             assert soon(lambda: len(told()) == 1)
             path.unlink()
             assert soon(lambda: len(told()) == 2)
-        assert all("those known so far are kept" in record.message for record in told())
+        assert all("the tokens known so far are kept" in record.message for record in told())
         assert found.grant(TWO) is not None
         write("tokens:\n" + line(ONE))
         assert soon(lambda: called == [1, 1])

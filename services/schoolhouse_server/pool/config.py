@@ -275,7 +275,7 @@ class PoolConfig:
         if not self.only_here and self.security.tls is None and not self.security.insecure:
             raise ValueError(
                 f"host is {self.host!r}, so other machines can connect, and traffic would be plaintext: give security: "
-                "{tls: {cert: FILE, key: FILE}}, for which `schoolhouse certs` makes the files, or allow plaintext with "
+                "{tls: {cert: FILE, key: FILE}}, for which `schoolhouse certs` makes the files, or allow plaintext: "
                 "security: {insecure: true}"
             )
         return self
