@@ -213,4 +213,4 @@ def test_an_error_in_the_policy_costs_the_merging_and_no_request(part, monkeypat
             at_once(engine, *asked)
             for one, e in zip(asked, expected, strict=True):
                 assert torch.equal(one.features[""], e)
-        assert any("could not be told" in record.getMessage() for record in caplog.records)
+        assert any("could not be found out" in record.getMessage() for record in caplog.records)
