@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="numbers of equal jobs to measure")
     parser.add_argument("--small-jobs", type=int, default=16, help="how many jobs with small batches")
-    parser.add_argument("--peer-waits-ms", type=float, nargs="*", default=PEER_WAITS_MS, help="how long batches are open")
+    parser.add_argument("--peer-waits-ms", type=float, nargs="*", default=PEER_WAITS_MS, help="open times of batches")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
         figures = measure_all(options.jobs, options.small_jobs, options.peer_waits_ms, options.seconds)
