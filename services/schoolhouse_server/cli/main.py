@@ -55,7 +55,10 @@ def up(
     address: Address = None,
     timeout_s: Annotated[float, typer.Option(help="How long to wait for the replicas, in seconds.")] = 900.0,
 ) -> None:
-    """Start a pool and return when every replica serves; it runs in the background until `down`."""
+    """Start a pool, and wait until it serves.
+
+    It returns when every replica serves. The pool runs in the background until `schoolhouse down`.
+    """
     from schoolhouse_server.pool import local_cluster
     from schoolhouse_server.pool.config import load_pool
 
@@ -92,7 +95,10 @@ def up(
 
 @app.command()
 def status(address: Address = None) -> None:
-    """Show the pool: its teachers, revisions, replicas and load."""
+    """Show the pool's replicas and their load.
+
+    It also says what failed, and where the directory and the page with charts are.
+    """
     with _pool(address) as found:
         out.print(replica_table(found.status()))
         for name, one in found.teachers().items():
@@ -109,7 +115,10 @@ def scale(
     replicas: Annotated[str, typer.Argument(help="How many replicas: N, or MIN-MAX to scale by load between them.")],
     address: Address = None,
 ) -> None:
-    """Give a teacher more or fewer replicas; a replica that is stopped first answers what it has."""
+    """Change how many replicas a teacher has.
+
+    A replica that is stopped first answers the requests that it has.
+    """
     from schoolhouse_server.pool.config import Bounds
 
     bounds = Bounds.parse(replicas)
@@ -129,10 +138,11 @@ def roll(
     ] = None,
     timeout_s: Annotated[float, typer.Option(help="How long to wait for the new replicas, in seconds.")] = 900.0,
 ) -> None:
-    """Roll teachers to what the file now says, one replica after the other, without stopping a student.
+    """Roll teachers to what the file now says.
 
-    Jobs that begin from now on get the new revision. Running jobs keep the revision that they began with: a replica of
-    it stays until they have ended, or `linger_s` has passed. If the new replicas cannot start, the old ones go on.
+    One replica is replaced after the other, and no student is stopped. Jobs that begin from now on get the new
+    revision. Running jobs keep the revision that they began with: a replica of it stays until they have ended, or
+    `linger_s` has passed. If the new replicas cannot start, the old ones go on.
     """
     from dataclasses import replace
 
@@ -155,7 +165,10 @@ def roll(
 
 @app.command()
 def jobs(address: Address = None) -> None:
-    """Show the jobs that use the pool, and what each has been given."""
+    """Show the jobs that use the pool.
+
+    There is one row for each job of each teacher, with what it asked for and was given.
+    """
     with _pool(address) as found:
         rows = found.jobs()
     out.print(job_table(rows) if rows else "no job has asked for anything yet")
@@ -167,7 +180,10 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=2000, help="Log records of each actor.")] = 200,
     address: Address = None,
 ) -> None:
-    """Show the last log records of the pool's actors; it does not need Ray's dashboard."""
+    """Show the last log records of the pool.
+
+    They come from the pool's actors, and do not need Ray's dashboard.
+    """
     teacher, _, replica_id = replica.partition("/")
     with _pool(address) as found:
         for name, records in found.logs(teacher, replica_id, lines).items():
@@ -218,7 +234,10 @@ def describe(
     insecure: Insecure = False,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for the server, in seconds.")] = 10.0,
 ) -> None:
-    """Show the facts of a teacher, and its modules that can be tapped; it needs no Ray."""
+    """Show a teacher's facts, and what can be tapped.
+
+    It prints the teacher's revision, class, dtype and the like, and the tree of its modules. It needs no Ray.
+    """
     from schoolhouse import connect
 
     token = _token_in(token_file)
@@ -269,7 +288,10 @@ def certs(
     ] = "",
     days: Annotated[int, typer.Option(min=1, max=3650, help="How many days the certificates are valid.")] = 365,
 ) -> None:
-    """Make a private authority, one certificate for a pool's servers and one for a client, as PEM files.
+    """Make certificates for a pool with TLS.
+
+    It makes a private authority, a certificate for the pool's servers, and one for a client, as PEM files. With
+    --add-server or --add-client it adds a certificate of the authority that is in the folder already.
 
     Servers get server.pem and server-key.pem (`security: {tls: {cert:, key:}}` in the pool file), and ca.pem as
     `client_ca` if clients must have a certificate. Clients get ca.pem: connect("grpcs://HOST:PORT/NAME", ca="ca.pem");
@@ -295,7 +317,10 @@ def certs(
 
 @app.command()
 def token() -> None:
-    """Make a random token for a job, and its line for the tokens file, which holds only digests of tokens."""
+    """Make a random token for a job.
+
+    It prints the token, and its line for the tokens file, which holds only digests of tokens.
+    """
     from schoolhouse_server.security.tokens import digest_of, new_token
 
     made = new_token()
@@ -307,7 +332,10 @@ def token() -> None:
 
 @app.command()
 def down(address: Address = None) -> None:
-    """Stop the pool, and the local Ray cluster if `up` started it."""
+    """Stop the pool.
+
+    If `up` started a local Ray cluster for it, that is stopped too.
+    """
     from schoolhouse_server.pool import local_cluster
 
     with _connected(address):
@@ -327,7 +355,10 @@ def demo(
     plot: Annotated[Path, typer.Option(help="The PNG file to write the curves to.")] = Path("schoolhouse-demo.png"),
     seeds: Annotated[int, typer.Option(min=1, max=20, help="How many students of each kind to train.")] = 3,
 ) -> None:
-    """Train a teacher on handwritten digits, serve it from a local pool, and distil two kinds of students from it."""
+    """Run a demo: distil a teacher of digits.
+
+    It trains a teacher on handwritten digits, serves it from a local pool, and distils two kinds of students from it.
+    """
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401

@@ -11,7 +11,7 @@ from schoolhouse_wire import background
 
 _REST_S = 1.0  # pause after the timer itself failed
 _MANY = 1024  # cancelled entries that are kept before they are cleared out
-_LONGEST_S = 3600.0  # it sleeps no longer at once, as locks take no infinite or very long timeouts
+_LONGEST_S = 3600.0  # the longest single sleep, as locks take no infinite or very long timeouts
 
 
 @dataclass(eq=False)

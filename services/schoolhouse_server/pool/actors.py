@@ -63,7 +63,7 @@ class Report:
 
 
 class PoolActor:
-    """What every actor of a pool keeps: its last log records, and a copy of the desired state, which thus survives."""
+    """What every actor of a pool keeps: its last log records, and a copy of the desired state, so that it survives."""
 
     def __init__(self, log_format: str, **about: str) -> None:
         """Log in that format, with the fields `about` in each record."""

@@ -23,8 +23,8 @@ from schoolhouse_server.pool.pool_state import Desired, Version
 _HUNG_S = 60.0  # a replica that does not answer for this long is replaced
 _PROCESS_TIMEOUT_S = 1800.0  # for a process that Ray has room for to start, and import what it needs
 _STOP_TIMEOUT_S = 10.0
-_LEAVE_S = 15.0  # so long before its node goes, a replica drains, whether or not another one serves
-_LAST_S = 2.0  # so long before its node goes, a replica must have drained
+_LEAVE_S = 15.0  # how long before its node goes a replica begins to drain, whether or not another one serves
+_LAST_S = 2.0  # how long before its node goes a replica must have drained
 _MAX_WHY = 600  # characters of what Ray says
 _PREFIX = "teacher"
 _NODE_ID = "ray.io/node-id"

@@ -1,4 +1,4 @@
-"""Which requests a teacher lets in, by the jobs' quotas and the bound of the queue; clients of others are to wait."""
+"""Which requests a teacher lets in, by the quotas of jobs and the bound of the queue; the others must wait."""
 
 import threading
 import time

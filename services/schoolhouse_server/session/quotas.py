@@ -49,5 +49,5 @@ class Sharing:
             raise ConfigError(f"max_sessions is {self.max_sessions}; it must be at most {MOST_SESSIONS}")
         if not isinstance(self.lease_s, int | float) or not 0 <= self.lease_s <= MAX_LEASE_S:
             raise ConfigError(
-                f"lease_s is {self.lease_s!r}; it must be seconds up to {MAX_LEASE_S:.0f}, or 0 for a lease without end"
+                f"lease_s is {self.lease_s!r}; it must be seconds up to {MAX_LEASE_S:.0f}, or 0 for no limit"
             )
