@@ -69,7 +69,7 @@ def serve(
     `tune_allocator` is False, the C allocator of this process is told to keep up to 512 MiB of freed memory.
 
     Jobs share each teacher fairly, by the weights that they connect with. A request costs its number of rows (the first
-    dimension of its first tensor) with `cost="rows"`, or its number of tokens (batch times length) with
+    size that most of its tensors have) with `cost="rows"`, or its number of tokens (rows times length) with
     `cost="tokens"`. A job may have `max_in_flight` requests and `max_job_bytes` of inputs in flight over all its
     sessions, and all jobs together `max_queued` requests; when there is no room, clients wait. Features that are being
     computed, or are computed and not sent yet, take up to `max_job_unsent_bytes` of host memory for each job, and up to
