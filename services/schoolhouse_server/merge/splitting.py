@@ -163,7 +163,7 @@ def _size(merged: torch.Tensor, singles: Sequence[torch.Tensor], dim: int, layou
         return merged.shape[dim]
     if layout.ragged and sizes == layout.lengths and merged.shape[dim] == layout.length:
         return _CUT
-    raise UnmergeableError(f"dimension {dim} has {merged.shape[dim]} places where single forwards have {sizes}")
+    raise UnmergeableError(f"dimension {dim} has the size {merged.shape[dim]}, and in single forwards {sizes}")
 
 
 def _compare(rule: Rows, merged: torch.Tensor, singles: Sequence[torch.Tensor], layout: Layout) -> None:
@@ -201,8 +201,8 @@ def _check_close(part: torch.Tensor, single: torch.Tensor, tolerance: float) -> 
     if excess.flatten()[worst] > 0:
         by, number, usual = (tensor.flatten()[worst].item() for tensor in (difference, own, size))
         raise UnmergeableError(
-            f"a merged feature differs from the single one by {by:.3g}, in a number of {number:.3g} where {usual:.3g} "
-            f"is usual, and {tolerance:g} of that is allowed for rounding"
+            f"a merged feature differs from the single one by {by:.3g}, at a number of {number:.3g} where {usual:.3g} "
+            f"is usual; rounding may explain {tolerance:g} of that"
         )
 
 
