@@ -67,7 +67,10 @@ def student(commands: Connection, url: str, step_s: float, depth: int) -> None:
 
 
 def train(model: Any, looked_ahead: Iterator[torch.Tensor], step_s: float, seconds: float) -> float:
-    """Train for `seconds`; returns steps/s. A late step delays the next ones."""
+    """Train for `seconds`; returns steps/s.
+
+    A late step delays the next ones.
+    """
     steps, began = 0, time.perf_counter()
     due = began
     while due < began + seconds:

@@ -103,7 +103,7 @@ def start(target: Callable[[Connection], None]) -> tuple[Any, Connection]:
 
 
 def measure(peers: dict[str, Move], rounds: int) -> dict[str, dict[str, float]]:
-    """Median GB/s by peer and size, and calls/s at 1 KiB. The peers take turns, so that drift affects all alike."""
+    """Median GB/s by peer and size, and calls/s at 1 KiB; the peers take turns, so that drift affects all alike."""
     figures: dict[str, dict[str, float]] = {peer: {} for peer in peers}
     for name, size in SIZES.items():
         count = max(8, min(400, (256 << 20) // size))

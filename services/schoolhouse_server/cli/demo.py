@@ -39,7 +39,7 @@ teachers:
 
 
 def run(plot: Path, seeds: int, console: Console) -> None:
-    """Run the whole demo, and write the curves to `plot` as a PNG. Stops all that it started, whatever happens."""
+    """Run the whole demo, and write the curves to `plot` as a PNG; stops all that it started, whatever happens."""
     began = time.perf_counter()
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with tempfile.TemporaryDirectory(prefix="schoolhouse-demo-") as folder, Progress(*columns, console=console) as bars:

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _security(given: argparse.Namespace) -> ClientSecurity:
-    """What the arguments say of TLS. Plaintext is fine, as a probe neither sends nor gets anything secret."""
+    """What the arguments say of TLS; plaintext is fine, as a probe neither sends nor gets anything secret."""
     read = ClientSecurity.read(ca=given.ca, cert=given.cert, key=given.key, insecure=given.ca is None)
     return read.towards(given.name or given.address.rpartition(":")[0].strip("[]"), tls=given.ca is not None)
 

@@ -14,7 +14,10 @@ _ANY_WIDTH = 10_000
 
 @dataclass(frozen=True)
 class Column:
-    """A column. Columns of the highest `rank` are left out first; of the same rank, those further to the right."""
+    """A column.
+
+    Columns of the highest `rank` are left out first; of the same rank, those further to the right.
+    """
 
     title: str
     rank: int = 0  # 0: never left out; if it has no room, its text is cut with an ellipsis

@@ -22,7 +22,7 @@ class Alarm:
 
 
 class Timer:
-    """Makes calls at given times, on time.monotonic's clock. Calls must be short, as they delay each other."""
+    """Makes calls at given times, on time.monotonic's clock; calls must be short, as they delay each other."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -28,7 +28,7 @@ class Span:
     end: Any
 
     def settle(self) -> None:
-        """Count how long it took. The device must have finished it."""
+        """Count how long it took; the device must have finished it."""
         self.stage.count(self.seconds_to(self))
 
     def seconds_to(self, other: "Span") -> float:
@@ -38,7 +38,7 @@ class Span:
 
 
 class Stage:
-    """One kind of work on a device. Its pieces run in order, and concurrently with those of other stages."""
+    """One kind of work on a device; its pieces run in order, and concurrently with those of other stages."""
 
     def __init__(self, device: "Device") -> None:
         self.seconds = 0.0  # the sum over the pieces that were settled
@@ -140,7 +140,7 @@ class Device:
             self.kit.empty_cache()
 
     def is_broken(self) -> bool:
-        """Whether the device is unusable in this process, as after a failed assertion in a kernel. Waits for it."""
+        """Whether the device is unusable in this process, as after a failed assertion in a kernel; waits for it."""
         if not self._pins:
             return False
         try:

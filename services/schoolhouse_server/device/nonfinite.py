@@ -17,7 +17,7 @@ Kind = Literal["finite", "infinite", "nan"]
 
 
 def is_finite(value: Any) -> bool:
-    """Whether all numbers of a nested value are finite. Waits for their device."""
+    """Whether all numbers of a nested value are finite; waits for their device."""
     return all(math.isfinite(_sum(tensor).item()) for tensor in _numbers(value)) or kind(value) == "finite"
 
 
@@ -35,12 +35,12 @@ def total(value: Any) -> torch.Tensor | None:
 
 
 def is_finite_total(found: torch.Tensor | None) -> bool:
-    """Whether a sum that `total` returned is finite. Waits for its device."""
+    """Whether a sum that `total` returned is finite; waits for its device."""
     return found is None or math.isfinite(found.item())
 
 
 def kind(value: Any) -> Kind:
-    """Whether a nested value has a NaN, or else an infinity, or neither. Looks at each number."""
+    """Whether a nested value has a NaN, or else an infinity, or neither; looks at each number."""
     found: Kind = "finite"
     for tensor in map(_real, _numbers(value)):
         if bool(tensor.isnan().any()):
@@ -51,7 +51,7 @@ def kind(value: Any) -> Kind:
 
 
 def _numbers(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that may hold numbers that are not finite. The common case, a flat value, needs no recursive walk."""
+    """The tensors that may hold numbers that are not finite; the common case, a flat value, needs no recursive walk."""
     items: Iterable[Any] = (value,)
     if type(value) is dict:
         items = value.values()

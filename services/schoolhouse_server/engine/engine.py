@@ -57,7 +57,7 @@ class Trouble:
 
 
 class Engine:
-    """Runs one LocalTeacher. `submit` refuses requests beyond `max_queued`.
+    """Runs one LocalTeacher; `submit` refuses requests beyond `max_queued`.
 
     It has two threads: one brings inputs to the device and starts forwards, the other encodes features and brings them
     to the host. Receiving and sending happen in the threads of the sessions. So one forward follows another at once.
@@ -209,7 +209,7 @@ class Engine:
                 self._enqueue(job)
 
     def _enqueue(self, job: Job) -> None:
-        """Put a job into the queue. The caller holds the lock."""
+        """Put a job into the queue; the caller holds the lock."""
         self.check()
         job.queued_at = time.perf_counter()
         self._queue.put(job)
@@ -242,14 +242,14 @@ class Engine:
         self._end(job, TeacherTimeoutError(_LATE))
 
     def _forget(self, job: Job) -> None:
-        """Let nobody join a job any more, and forget its deadline. The caller holds the lock."""
+        """Let nobody join a job any more, and forget its deadline; the caller holds the lock."""
         if self._in_flight.get(job.key) is job:
             del self._in_flight[job.key]
         if job.alarm is not None:
             self._timer.cancel(job.alarm)
 
     def _join(self, job: Job) -> bool:
-        """Let a job in flight on the same inputs answer this one. Inputs are compared, as equal digests may collide."""
+        """Let a job in flight on the same inputs answer this one; inputs are compared, as equal digests may collide."""
         other = self._in_flight.get(job.key)
         if other is None or other.cancelled or time.monotonic() > other.deadline:  # late, it may be about to fail
             return False

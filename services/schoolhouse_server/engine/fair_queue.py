@@ -22,7 +22,10 @@ _MAX_RIDDEN = 8.0  # rounds that a job can owe for requests taken along in batch
 
 
 class Queued(Protocol):
-    """What the queue reads of a request. `cost` is above 0; all requests of a job have its present `weight`."""
+    """What the queue reads of a request.
+
+    `cost` is above 0; all requests of a job have its present `weight`.
+    """
 
     @property
     def job(self) -> str: ...

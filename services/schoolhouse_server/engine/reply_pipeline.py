@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(eq=False)
 class Landing:
-    """A forward that was started, and its jobs. The inputs are kept until the device is done with them."""
+    """A forward that was started, and its jobs; the inputs are kept until the device is done with them."""
 
     parts: list[Part]
     inputs: Any

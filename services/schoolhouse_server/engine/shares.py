@@ -73,7 +73,7 @@ class Shares:
             job.kind, job.elements = self._sizes.kind_of(job.inputs, job.wanted)
 
     def reserve(self, job: Job) -> Room:
-        """Take room for a request whose turn it is. If others have joined it, the room of one of them will do."""
+        """Take room for a request whose turn it is; if others have joined it, the room of one of them will do."""
         if job.tickets[0].share is not None:
             return "taken"
         room = self.take(job.tickets[0], self._sizes.of(job.kind, job.elements))
@@ -85,7 +85,7 @@ class Shares:
         return of_its_own or self.take(ticket, self._sizes.of(other.kind, other.elements)) == "taken"
 
     def measured(self, job: Job, features: Any) -> None:
-        """Set the shares to the size of a request's features, before they go to the host. Nobody may join meanwhile.
+        """Set the shares to the size of a request's features, before they go to the host; nobody may join meanwhile.
 
         Raises:
             MessageTooLargeError: the features are larger than a bound.

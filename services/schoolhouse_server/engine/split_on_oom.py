@@ -44,7 +44,7 @@ class RowParts:
         self._room: OrderedDict[Hashable, int] = OrderedDict()  # how many rows had room, by form and taps
 
     def run(self, job: Job, whole: bool) -> Features:
-        """The features of a job, in host memory. With `whole`, all rows are tried at once first.
+        """The features of a job, in host memory; with `whole`, all rows are tried at once first.
 
         Raises:
             TeacherMemoryError: a single row has no room, or the rows cannot be run apart.

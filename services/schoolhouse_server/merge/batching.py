@@ -51,7 +51,7 @@ class Padding:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """How requests are merged. A request beyond `max_batch_rows` or `max_batch_tokens` runs alone.
+    """How requests are merged; a request beyond `max_batch_rows` or `max_batch_tokens` runs alone.
 
     `max_wait_ms` bounds how long an idle device waits for more requests.
     """

@@ -249,7 +249,7 @@ class Merger(Generic[R]):
         _remember(self._max_rows, joint.batch.key, rows // 2)
 
     def _hold(self, joint: Joint[R], place: Place, record: _Record, value: Any) -> None:
-        """Raise if a value is not as learned. It is learned anew, but refused the third time, or if its sizes vary."""
+        """Raise if a value is not as learned; it is learned anew, but refused the third time, or if its sizes vary."""
         try:
             assert record.rules is not None
             record.rules.check(value, joint.batch.layout)

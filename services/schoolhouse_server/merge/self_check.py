@@ -78,7 +78,9 @@ def traces(module: nn.Module, device: Device) -> Traces:
 
 
 def why_not(changes: Sequence[tuple[bool, bool]], again: Callable[[], tuple[bool, bool]]) -> str:
-    """Why forwards that left these changes cannot be merged; "" if they can. `again` runs one more forward.
+    """Why forwards that left these changes cannot be merged; "" if they can.
+
+    `again` runs one more forward.
 
     Other threads draw random numbers too, so the forward counts as drawing some only if every run seems to.
     """

@@ -23,7 +23,10 @@ _CUT = -1
 
 
 class UnmergeableError(Exception):
-    """Requests cannot be answered from one forward; the message says why. Never leaves the server."""
+    """Requests cannot be answered from one forward; the message says why.
+
+    Never leaves the server.
+    """
 
 
 class VaryingError(UnmergeableError):

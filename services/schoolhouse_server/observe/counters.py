@@ -22,7 +22,7 @@ _DECAY_S = 2.0  # while nothing runs, the mean falls to 1/e in this time
 
 @dataclass(eq=False)
 class JobCounters:
-    """Sums of one job since the replica's start. `weight` is that of its latest session."""
+    """Sums of one job since the replica's start; `weight` is that of its latest session."""
 
     job: str
     weight: float = 1.0
@@ -70,7 +70,7 @@ class Counters:
             return found
 
     def leave(self, job: JobCounters) -> None:
-        """Note that a session ends. The jobs that ended last are kept, and older ones summed up as one."""
+        """Note that a session ends; the jobs that ended last are kept, and older ones summed up as one."""
         with self._lock:
             job.sessions -= 1
             if job.sessions:

@@ -1,4 +1,6 @@
-"""Replica sets as Prometheus metrics. Counters are sums since a replica's start; PromQL computes rates.
+"""Replica sets as Prometheus metrics.
+
+Counters are sums since a replica's start; PromQL computes rates.
 
 The number of label values is bounded: teachers and replicas are the pool's own; stages, encodings and errors have fixed
 names; and a replica keeps a bounded number of jobs. Nothing of a request is a label. A job has the label `job_name`, as
@@ -140,7 +142,7 @@ def _keyed(spec: _Each, loads: Iterable[tuple[tuple[str, str], Load]]) -> Metric
 
 
 def _queue_delay(loads: Iterable[tuple[tuple[str, str], Load]]) -> Metric:
-    """The histogram of waits. In Prometheus each bucket also counts all smaller values."""
+    """The histogram of waits; in Prometheus each bucket also counts all smaller values."""
     text = "Time that requests waited for the device."
     family = HistogramMetricFamily(f"{_PREFIX}queue_delay_seconds", text, labels=_REPLICA)
     bounds = (*map(str, QUEUE_DELAY_BUCKETS_S), "+Inf")

@@ -42,7 +42,7 @@ class AnswerSpan:
 
 
 class SessionSpans:
-    """The open spans of one session, by request. Without a tracer it does nothing."""
+    """The open spans of one session, by request; without a tracer it does nothing."""
 
     def __init__(self, tracer: Tracer | None) -> None:
         self._tracer = tracer
@@ -80,7 +80,7 @@ class SessionSpans:
 
 
 def tell_stages(tickets: Iterable[_Ticket], queued_at: float, spans: Sequence[Span]) -> None:
-    """Add the spans of a forward's stages to the traces of its tickets. `spans` are h2d, forward, encode and d2h.
+    """Add the spans of a forward's stages to the traces of its tickets; `spans` are h2d, forward, encode and d2h.
 
     A device's clock is not the host's, so its stages are placed backwards from now, as the last one has just ended.
     """

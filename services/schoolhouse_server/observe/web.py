@@ -71,7 +71,10 @@ def gate_of(gate: Gate, host: str) -> Gate | None:
 
 
 class WebServer:
-    """Serves the replica sets that `source()` returns at each request. `start()` listens; `close()` ends it."""
+    """Serves the replica sets that `source()` returns at each request.
+
+    `start()` listens; `close()` ends it.
+    """
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class WebServer:
         gate: Gate | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Make the server, which does not listen yet. Of a range of ports it takes the first that is free.
+        """Make the server, which does not listen yet; of a range of ports it takes the first that is free.
 
         With a `gate`, clients need an admin's token; without one, everybody is answered. With `tls` it speaks HTTPS.
 
@@ -142,7 +145,7 @@ class WebServer:
         ) from failed
 
     def close(self) -> None:
-        """Stop listening. Answers that are being sent end with their threads."""
+        """Stop listening; answers that are being sent end with their threads."""
         server, self._server = self._server, None
         if server is not None:
             self._closing.set()

@@ -87,7 +87,7 @@ class PoolActor:
 
 
 class TeacherActor(PoolActor):
-    """One replica: builds its teacher, serves it, and reports its load. It owns the device that Ray gave it."""
+    """One replica: builds its teacher, serves it, and reports its load; it owns the device that Ray gave it."""
 
     def __init__(self, name: str, spec: TeacherSpec, pool: PoolConfig, version: int = 0) -> None:
         self._began = time.monotonic()
@@ -182,7 +182,7 @@ class TeacherActor(PoolActor):
 
 
 class DirectoryActor(PoolActor):
-    """The gRPC server that tells students where the replicas are. Its table is published by the keeper."""
+    """The gRPC server that tells students where the replicas are; its table is published by the keeper."""
 
     def __init__(self, pool: PoolConfig) -> None:
         super().__init__(pool.log_format)

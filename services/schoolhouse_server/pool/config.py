@@ -37,7 +37,7 @@ _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Resources:
-    """What one replica takes of its node. `custom` holds amounts of Ray's custom resources, by their names."""
+    """What one replica takes of its node; `custom` holds amounts of Ray's custom resources, by their names."""
 
     num_cpus: Annotated[float, Field(ge=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
@@ -196,7 +196,7 @@ class TlsSpec:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SecuritySpec:
-    """TLS, tokens, and what clients may fetch. With `insecure` traffic beyond loopback is allowed in plaintext.
+    """TLS, tokens, and what clients may fetch; with `insecure` traffic beyond loopback is allowed in plaintext.
 
     With `tokens`, a file that every node must have at this path, only clients with one of its tokens are answered; see
     `tokens.Grant`. `allow_head` lets clients fetch the weights of teachers' heads, which `encodings.hidden` needs.
@@ -345,7 +345,7 @@ def parse_ports(text: str) -> range:
 
 
 def load_pool(path: Path) -> PoolConfig:
-    """Read a pool file. Relative paths start at the file's own folder, and modules there can be imported.
+    """Read a pool file; relative paths start at the file's own folder, and modules there can be imported.
 
     Raises:
         ConfigError: has one sentence for each mistake, with its place in the file.

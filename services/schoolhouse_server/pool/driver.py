@@ -259,7 +259,7 @@ def clear() -> bool:
 
 
 def _left() -> list[str]:
-    """Names of the pool's actors. The keeper comes first: as long as it lives, it restarts the others."""
+    """Names of the pool's actors; the keeper comes first: as long as it lives, it restarts the others."""
     names = [
         name for name in ray.util.list_named_actors() if replica_handle.is_replica(name) or name in (KEEPER, DIRECTORY)
     ]

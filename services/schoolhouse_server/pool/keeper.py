@@ -62,7 +62,7 @@ class Entrance:
 
 
 class KeeperActor(PoolActor):
-    """Keeps a pool as it should be. After a restart it takes over the replicas and the newest desired state.
+    """Keeps a pool as it should be; after a restart it takes over the replicas and the newest desired state.
 
     It is the only actor that `up` makes, and it makes the others: so either there is no pool, or one that completes
     itself.
@@ -176,7 +176,7 @@ class KeeperActor(PoolActor):
         return self._lock
 
     def _change(self, desired: Desired) -> None:
-        """Make this the desired state. Returns once another actor holds it too, or after a few seconds."""
+        """Make this the desired state; returns once another actor holds it too, or after a few seconds."""
         self._now = desired
         self.hold(desired)
         holders = [self._directory, *(m.actor for t in self._teachers.values() for m in t.members)]

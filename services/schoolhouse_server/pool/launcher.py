@@ -68,7 +68,7 @@ class JobServer:
 
 
 class Launcher:
-    """Gets one job done, and says whether it is. A job that fails is tried up to `attempts` times, ever more rarely."""
+    """Gets one job done, and says whether it is; a job that fails is tried up to `attempts` times, ever more rarely."""
 
     def __init__(self, server: JobServer, prefix: str, job: str, command: Sequence[str], attempts: int) -> None:
         self._server, self._prefix, self._job, self._command = server, prefix, job, command
@@ -90,7 +90,7 @@ class Launcher:
         return state == "SUCCEEDED"
 
     def _submit(self, others: Mapping[str, str]) -> None:
-        """Submit the job, once jobs of other states have ended. Those are forgotten, so that going back works."""
+        """Submit the job, once jobs of other states have ended; those are forgotten, so that going back works."""
         if any(state not in _ENDED for state in others.values()):
             return
         for other in others:

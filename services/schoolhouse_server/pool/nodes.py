@@ -43,7 +43,10 @@ class Demand:
 
     @classmethod
     def now(cls, going: Mapping[str, float]) -> "Demand | None":
-        """The present demand; `going` are the nodes that `leaving` found. None if Ray does not say."""
+        """The present demand; `going` are the nodes that `leaving` found.
+
+        None if Ray does not say.
+        """
         try:
             return cls._now(going)
         except Exception as err:  # Ray's internals may raise anything
@@ -64,7 +67,10 @@ class Demand:
         )
 
     def why(self, needs: Mapping[str, float], where: str = "") -> str:
-        """Why Ray has no node for an actor that takes `needs`; empty if it has one. `where` says which nodes may do."""
+        """Why Ray has no node for an actor that takes `needs`; empty if it has one.
+
+        `where` says which nodes may do.
+        """
         needs = {name: amount for name, amount in needs.items() if amount}
         if not any(_same(needs, bundle) for bundle in self.asked):
             return ""

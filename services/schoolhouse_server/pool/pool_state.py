@@ -9,7 +9,10 @@ from schoolhouse_server.pool.config import Bounds, PoolConfig, TeacherSpec
 
 @dataclass(frozen=True)
 class Version:
-    """One spec of a teacher; each roll makes a new version. Numbers grow, and are unique within a pool."""
+    """One spec of a teacher; each roll makes a new version.
+
+    Numbers grow, and are unique within a pool.
+    """
 
     number: int
     spec: TeacherSpec
@@ -55,7 +58,7 @@ class TeacherState:
 
 @dataclass(frozen=True)
 class Desired:
-    """The desired state of a pool. Of two states, the one of the higher generation is valid."""
+    """The desired state of a pool; of two states, the one of the higher generation is valid."""
 
     config: PoolConfig  # as `up` or the last `roll` read it
     generation: int = 0

@@ -32,7 +32,7 @@ _UNHEARD = "waits for a node"  # until Ray says what for, which it may never do
 
 
 class ReplicaFailedError(Exception):
-    """A replica is lost. `starting` says that it had not served yet."""
+    """A replica is lost; `starting` says that it had not served yet."""
 
     def __init__(self, why: str, *, starting: bool) -> None:
         super().__init__(why)
@@ -292,7 +292,7 @@ def actors(teacher: str = "", member_id: str = "") -> dict[str, Any]:
 
 
 def placement(spec: TeacherSpec, others: Iterable[Member]) -> dict[str, Any]:
-    """Ray's scheduling options for a replica, given the others. With a label selector Ray waits for a fitting node."""
+    """Ray's scheduling options for a replica, given the others; with a label selector Ray waits for a fitting node."""
     nodes = [member.where.node_id for member in others if member.where is not None]
     labels = dict(spec.labels)
     options: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""How many replicas a teacher should have: a policy over queueing delay, with hysteresis. It needs no Ray or clock."""
+"""How many replicas a teacher should have: a policy over queueing delay, with hysteresis; it needs no Ray or clock."""
 
 import math
 from collections.abc import Sequence

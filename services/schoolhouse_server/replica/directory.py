@@ -26,7 +26,7 @@ class _Entry:
 
 
 class Directory(directory_pb2_grpc.DirectoryServiceServicer):
-    """Replica sets by teacher. If `load` is given, it reads the present load of a replica whenever somebody asks.
+    """Replica sets by teacher; if `load` is given, it reads the present load of a replica whenever somebody asks.
 
     A directory that is not `ready` answers that it is unavailable until its whole table has been published: after a
     restart it must not tell students that their teacher is gone. A client hears only of the teachers that its token is

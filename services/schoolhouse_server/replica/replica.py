@@ -1,4 +1,4 @@
-"""A whole teacher server in one object: engines, gRPC services, health and reflection. It needs no Ray."""
+"""A whole teacher server in one object: engines, gRPC services, health and reflection; it needs no Ray."""
 
 import atexit
 import functools
@@ -41,7 +41,9 @@ Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
 
 
 class Replica:
-    """Serves frozen modules by name. Start it with `start()` or `with`; `close()` ends it.
+    """Serves frozen modules by name.
+
+    Start it with `start()` or `with`; `close()` ends it.
 
     `port` is a port, 0 for any free one, or a range from which a free one is taken.
     """
@@ -235,7 +237,10 @@ class Replica:
         return directory_pb2.Replica(id=self._id or name, revision=engine.description.revision, state=state, host=host)
 
     def close(self, grace_s: float = 0.5) -> None:
-        """Stop listening and end all sessions; runs at the process's exit too. In a forked child it does nothing."""
+        """Stop listening and end all sessions; runs at the process's exit too.
+
+        In a forked child it does nothing.
+        """
         atexit.unregister(self.close)
         if self._pid != os.getpid():
             return

@@ -71,7 +71,7 @@ class Doorkeeper(grpc.ServerInterceptor):
             self._strangers.release()
 
     def _wait(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """The only request of an RPC, serialized. The RPC is cancelled if it does not come in time."""
+        """The only request of an RPC, serialized; the RPC is cancelled if it does not come in time."""
 
         def late() -> None:
             context.cancel()

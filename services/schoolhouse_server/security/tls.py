@@ -66,7 +66,7 @@ class _Read:
 
 
 class _Files:
-    """Notices when the files have changed. Invalid new files are not taken, and the log says so once."""
+    """Notices when the files have changed; invalid new files are not taken, and the log says so once."""
 
     def __init__(self, tls: ServerTls) -> None:
         self._tls = tls

@@ -1,4 +1,4 @@
-"""The tokens file: what each token allows. It holds only digests of tokens, and is read again when it changes."""
+"""The tokens file: what each token allows; it holds only digests of tokens, and is read again when it changes."""
 
 import functools
 import hashlib
@@ -92,7 +92,7 @@ def digest_of(token: str) -> str:
 
 
 class Tokens:
-    """The grants of a tokens file. It follows changes of the file from `start` to `close`."""
+    """The grants of a tokens file; it follows changes of the file from `start` to `close`."""
 
     def __init__(self, path: Path) -> None:
         """Read the file.
@@ -109,11 +109,17 @@ class Tokens:
 
     @classmethod
     def of(cls, path: str | Path | None) -> "Tokens | None":
-        """The tokens of a file; None without a path. Raises as the constructor does."""
+        """The tokens of a file; None without a path.
+
+        Raises as the constructor does.
+        """
         return cls(Path(path)) if path is not None else None
 
     def grant(self, token: str) -> Grant | None:
-        """What a token may do; None for an unknown token. The time it takes depends only on the token's length."""
+        """What a token may do; None for an unknown token.
+
+        The time it takes depends only on the token's length.
+        """
         if len(token) > _MAX_TOKEN_LENGTH:
             return None
         return self._find(digest_of(token))
@@ -156,7 +162,7 @@ class Tokens:
             before = background.run(look, "following the tokens file", lambda _error: b"")
 
     def _look(self, before: bytes) -> bytes:
-        """What the file holds. New contents are taken once they equal `before`, as then nobody is writing them."""
+        """What the file holds; new contents are taken once they equal `before`, as then nobody is writing them."""
         try:
             found = read_bytes(self._path, _WHAT)
             if found == before and found not in (self._data, self._refused):
@@ -186,7 +192,7 @@ class Tokens:
 
 
 def _parse(data: bytes, path: Path) -> tuple[Grant, ...]:
-    """The grants in a file's data. Errors quote nothing from the file, as any word of it may be a token."""
+    """The grants in a file's data; errors quote nothing from the file, as any word of it may be a token."""
     try:
         given = yaml.safe_load(data)
     except yaml.YAMLError as err:
@@ -204,7 +210,7 @@ def _parse(data: bytes, path: Path) -> tuple[Grant, ...]:
 
 
 def _sentence(error: object) -> str:
-    """Where a mistake is, and what it is. Unknown keys are not quoted, as they may be a token."""
+    """Where a mistake is, and what it is; unknown keys are not quoted, as they may be a token."""
     assert isinstance(error, dict)
     known = {"tokens", *Grant.__dataclass_fields__}
     where = ".".join(str(part) if isinstance(part, int) or part in known else "?" for part in error["loc"])

@@ -16,7 +16,7 @@ _UNSENT = 2  # a session may have this many times `max_in_flight` requests in fl
 
 
 class FloodError(ProtocolError):
-    """A client goes on calling although it was told to wait, or does not read. This ends the session."""
+    """A client goes on calling although it was told to wait, or does not read; this ends the session."""
 
 
 @dataclass(eq=False)
@@ -43,7 +43,7 @@ class _Reply:
 
 @dataclass(eq=False)
 class Place:
-    """A session's part of its job's quota. `tell_wait(request_id)` and `tell_resume()` only queue a message."""
+    """A session's part of its job's quota; `tell_wait(request_id)` and `tell_resume()` only queue a message."""
 
     job: str
     sharing: Sharing  # its bounds of a job hold for this session
@@ -119,7 +119,7 @@ class Admission:
             return False
 
     def reply(self, place: Place, request_id: int, share: Share | None = None) -> None:
-        """Note that a request is answered. Its reply is being sent until `sent` is called, and then `share` ends."""
+        """Note that a request is answered; its reply is being sent until `sent` is called, and then `share` ends."""
         with self._lock:
             reply = _Reply(share)
             if place.ended:
@@ -137,7 +137,7 @@ class Admission:
                 self._resume()
 
     def cancelled(self, place: Place, request_id: int) -> None:
-        """End a request that the client has cancelled. A reply that waits counts until the stream comes to drop it."""
+        """End a request that the client has cancelled; a reply that waits counts until the stream comes to drop it."""
         with self._lock:
             place.refused.discard(request_id)
             if (reply := place.replying.get(request_id)) is not None:

@@ -34,7 +34,7 @@ class Leaving(Protocol):
 
 
 class Drain:
-    """The sessions of a replica, and whether it is about to stop. `clock` counts seconds."""
+    """The sessions of a replica, and whether it is about to stop; `clock` counts seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -89,7 +89,7 @@ class Drain:
             session.tell_draining()
 
     def over(self) -> bool:
-        """Whether the replica may stop: no session is left, all were idle for `IDLE_S`, or its time is up. Poll it."""
+        """Whether the replica may stop: no session is left, all were idle for `IDLE_S`, or its time is up; poll it."""
         with self._lock:
             if self._deadline is None:
                 return False

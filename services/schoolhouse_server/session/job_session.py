@@ -32,7 +32,7 @@ class Member:
         sharing: Sharing,
         tell: Callable[[Message], None],
     ) -> None:
-        """`tell` sends a message to the client. Raises `ProtocolError` for an invalid weight, or too long a name."""
+        """`tell` sends a message to the client; raises `ProtocolError` for an invalid weight, or too long a name."""
         if len(opened.job) > MAX_JOB_NAME:
             raise ProtocolError(f"Open has a job's name of {len(opened.job)} characters; {MAX_JOB_NAME} are allowed")
         weight = opened.weight or 1.0
@@ -84,7 +84,7 @@ class Member:
         return reply is not None and reply.wanted
 
     def admit(self, request_id: int, nbytes: int) -> bool:
-        """Let a request in, or tell the client to wait and return False. Raises as `Admission.admit` does."""
+        """Let a request in, or tell the client to wait and return False; raises as `Admission.admit` does."""
         self.calls += 1
         if not self._admission.admit(self._place, request_id, nbytes):
             return False

@@ -27,7 +27,7 @@ class Lease:
             self._check()
 
     def hear(self, listening: bool) -> None:
-        """Note a message. While the server is not `listening`, as it works on one, the silence is not the client's."""
+        """Note a message; while the server is not `listening`, as it works on one, the silence is not the client's."""
         self._heard = time.monotonic()
         self._listening = listening
 

@@ -12,7 +12,7 @@ _MAX_UNTOLD = 1024  # messages that a client may leave unread
 
 
 class Telling:
-    """Sends small messages, from any thread. `taken()` is called by the stream's thread after it has taken each."""
+    """Sends small messages, from any thread; `taken()` is called by the stream's thread after it has taken each."""
 
     def __init__(self, outbox: Outbox[Message | bytes], taken: Callable[[], None]) -> None:
         self._outbox, self._taken = outbox, taken
@@ -23,7 +23,7 @@ class Telling:
         return bool(self._untold)
 
     def tell(self, message: Message, then: Callable[[], None] = lambda: None) -> None:
-        """Send a message. `then` is called before it is put out, but when this object already counts it."""
+        """Send a message; `then` is called before it is put out, but when this object already counts it."""
 
         def messages() -> Iterator[Message]:
             yield message

@@ -24,7 +24,7 @@ class Partial:
 
 
 class Receiving:
-    """The partial calls of one session. The timer calls `fail(request_id, error)` for a call that comes too slowly."""
+    """The partial calls of one session; the timer calls `fail(request_id, error)` for a call that comes too slowly."""
 
     def __init__(self, timer: Timer, grace_s: float, fail: Callable[[int, Exception], None]) -> None:
         self._timer = timer
@@ -41,7 +41,9 @@ class Receiving:
             self._partial[partial.call.request_id] = partial, alarm
 
     def add(self, frame: framing.Frame) -> Partial | None:
-        """Take a frame; returns the whole call if that was its last one. Frames of unknown calls are ignored.
+        """Take a frame; returns the whole call if that was its last one.
+
+        Frames of unknown calls are ignored.
 
         Raises as `Incoming.add` does; the call is dropped then.
         """

@@ -82,7 +82,7 @@ class ServerSession:
         self._same_host = SameHost(context.shared_memory_bytes)
 
     def start(self) -> None:
-        """Begin to read. A client that does not even send Open is bounded by the lease too."""
+        """Begin to read; a client that does not even send Open is bounded by the lease too."""
         lease_s = self._context.sharing.lease_s or LEASE_S
         self._unopened = self._context.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
         background.thread(self._read, name="schoolhouse-reader", on_death=self._on_error).start()
@@ -116,7 +116,7 @@ class ServerSession:
         self.end(LeaseExpiredError(f"the client said nothing for {lease_s:g} s, so its session was ended"))
 
     def end(self, error: SchoolhouseError) -> None:
-        """End the session with this error. If the client does not take the error, the stream is cancelled."""
+        """End the session with this error; if the client does not take the error, the stream is cancelled."""
 
         def cancel() -> None:
             if self.cancel_stream is not None:
@@ -129,7 +129,7 @@ class ServerSession:
             self._context.timer.at(time.monotonic() + _END_S, cancel)
 
     def answers(self) -> Iterator[Message | bytes]:
-        """The messages that go to the client over the stream. Those that go through pipes are sent in between."""
+        """The messages that go to the client over the stream; those that go through pipes are sent in between."""
         for message in self.outbox:
             if (pipes := self._same_host.pipes) is None:
                 yield message
