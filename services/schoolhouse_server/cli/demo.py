@@ -132,7 +132,7 @@ class _Job:
         self._process.kill()
 
     def wait(self, timeout_s: float = 300.0) -> None:
-        """Return when the job is done; raises RuntimeError with its last words if it failed."""
+        """Return when the job is done; raises RuntimeError with the end of its stderr if it failed."""
         self._process.wait(timeout_s)
         self._reader.join(10)
         if self._process.returncode != 0 or self._why is not None:

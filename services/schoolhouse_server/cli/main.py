@@ -409,7 +409,7 @@ def _progress() -> Iterator[Callable[[list[dict[str, Any]]], None]]:
     with Live(console=out, refresh_per_second=4) as live:
         yield lambda rows: live.update(replica_table(rows))
     if not out.is_terminal:
-        out.line()  # a terminal's view ends its last line itself
+        out.line()  # in a terminal, Live ends its last line itself
 
 
 def main() -> None:

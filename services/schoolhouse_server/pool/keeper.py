@@ -138,7 +138,7 @@ class KeeperActor(PoolActor):
             self._teachers[name].not_before = 0.0
 
     def roll(self, config: PoolConfig, names: list[str]) -> None:
-        """Begin to replace these teachers' replicas by those of new specs."""
+        """Begin to replace the replicas of these teachers by replicas of their specs in `config`."""
         with self._locked():
             self._change(self._now.rolled(config, names))
             for name in names:

@@ -22,11 +22,11 @@ class Pressure:
 
 
 class Scaler:
-    """Decides when to grow and when to shrink; told of the pressure again and again.
+    """Decides when to grow and when to shrink, from the pressure at each of many moments.
 
-    Grows fast: by what the delay asks for, at most to twice as many, and then waits until those serve. Shrinks slowly:
-    one at a time. Having grown soon after it shrank, it takes twice as long to shrink again, up to 16 times as long:
-    at a load that one replica fewer cannot carry, it tries ever more rarely.
+    It grows fast, in proportion to the delay, at most to twice as many replicas, and then waits until those serve. It
+    shrinks slowly, by one replica at a time. If it has to grow soon after it shrank, it waits twice as long before it
+    shrinks again, and up to 16 times as long: so with a load that needs all replicas, it tries ever more rarely.
     """
 
     def __init__(self) -> None:

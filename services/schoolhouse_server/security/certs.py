@@ -21,7 +21,7 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 
 
 class Authority:
-    """Signs certificates; its key and certificate lie in a folder as `ca-key.pem` and `ca.pem`."""
+    """Signs certificates; its key and certificate are `ca-key.pem` and `ca.pem` in a folder."""
 
     def __init__(self, folder: Path, key: ec.EllipticCurvePrivateKey, cert: x509.Certificate) -> None:
         self._folder, self._key, self._cert = folder, key, cert
