@@ -145,7 +145,7 @@ def test_what_the_server_did_wrong_is_logged_with_its_stack(lines, monkeypatch, 
 
     monkeypatch.setattr(Engine, "_check", broken)
     with serve(Net()) as server, sh.connect(server.url, job="exp") as teacher:
-        with pytest.raises(sh.errors.TeacherInternalError, match="log says why"):
+        with pytest.raises(sh.errors.TeacherInternalError, match="its log says more"):
             teacher.submit((x,), {}, [""]).result()
     [failed] = [one for one in lines() if one["level"] == "ERROR"]
     assert (failed["error"], failed["error_message"], failed["job"], failed["request"]) == (

@@ -319,7 +319,7 @@ class Engine:
 
     def _failed(self) -> None:
         """Fail all requests after one of the threads has died, so that nobody waits for it."""
-        why = f"the engine of teacher {self.description.name!r} failed; the server's log says why; ask another replica"
+        why = f"the engine of teacher {self.description.name!r} failed; its log says more; ask another replica"
         with self._lock:
             self._begun |= {*self._in_flight.values()}  # with those that were taken but not begun
         self._break_down(Trouble("broken", why))
