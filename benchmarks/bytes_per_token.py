@@ -1,10 +1,11 @@
-"""Bytes a token, errors and client memory of every encoding of a language model's logits.
+"""Bytes per token, errors and client memory of every encoding of a language model's logits.
 
-The teacher is the real SmolLM2-135M in float32, behind a replica of its own process; the text is the licence;
-the student is the same model with a third of its layers left out. Each encoding is used by a client process of its own:
-it gets the features, and computes KL(teacher || student) and its gradient with respect to the student's logits. Errors
-are relative to the same in float64 from the plain logits. `peak_client_mb` is what the process takes at most beyond the
-student's logits, its gradient and, for hidden states, the head included. `python benchmarks/bytes_per_token.py --json`
+The teacher is SmolLM2-135M in float32, served by a replica in its own process. The student is the same model with a
+third of its layers left out, and the text is the licence. For each encoding a client process of its own gets the
+features, and computes KL(teacher || student) and its gradient with respect to the student's logits. Errors are relative
+to the same values computed in float64 from the plain logits. `peak_client_mb` is the peak memory of that process beyond
+the student's logits; it includes the gradient and, for hidden states, the head.
+`python benchmarks/bytes_per_token.py --json`
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 HEAD = "lm_head"
-KEPT_LAYERS = 20  # of 30, in the student
+KEPT_LAYERS = 20  # layers that the student has, of 30
 ENCODINGS: dict[str, encodings.Encoding | None] = {
     "plain": None,
     "bf16": encodings.bf16,
@@ -50,9 +51,9 @@ def _serve(ready: Connection, _: None) -> None:
 
 
 def ask(url: str, ids: torch.Tensor, encoding: encodings.Encoding | None, folder: Path | None) -> tuple[Any, int]:
-    """The logits of a model in an encoding, and the bytes that brought them."""
+    """The logits of a model in an encoding, and how many bytes were transferred for them."""
     with sh.connect(url, head_folder=folder, shared_memory=False) as teacher:
-        if isinstance(encoding, encodings.Hidden):  # fetches the head, which is paid for once
+        if isinstance(encoding, encodings.Hidden):  # fetches the head first, as it is transferred only once
             teacher.submit((), {"input_ids": ids[:, :1]}, [HEAD], encodings={HEAD: encoding}).result()
         before = teacher.traffic().received_bytes
         features = teacher.submit((), {"input_ids": ids}, [HEAD], encodings={HEAD: encoding}).result()
@@ -65,15 +66,15 @@ def _kilobytes(name: str) -> int:
 
 
 def _client(results: Connection, work: tuple[str, str, Path]) -> None:
-    """One student step with one encoding; sends its bytes, loss and peak memory, and keeps its gradient in a file."""
+    """Do one student step with one encoding; sends its bytes, loss and peak memory, and saves its gradient."""
     name, url, folder = work
     torch.set_num_threads(1)
     ids = torch.load(folder / "ids.pt")
     logits = torch.load(folder / "student.pt").requires_grad_()
     loss_fn = sh.LogitsDistillationLoss(reduction="sum")
     tiny = logits.detach()[:1, :2].clone().requires_grad_()
-    loss_fn(tiny, tiny.detach()).backward()  # what a first backward loads is no part of it
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    loss_fn(tiny, tiny.detach()).backward()  # what a first backward loads must not count
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before_kb = _kilobytes("VmRSS")
     features, nbytes = ask(url, ids, ENCODINGS[name], folder / name)
     loss = loss_fn(logits, features) / ids.numel()
@@ -84,7 +85,7 @@ def _client(results: Connection, work: tuple[str, str, Path]) -> None:
 
 
 def start(target: Any, work: Any) -> Connection:
-    """Run `target` in a process of its own."""
+    """Run `target` in its own process; returns the connection to it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     context.Process(target=target, args=(theirs, work), daemon=True).start()
@@ -92,7 +93,7 @@ def start(target: Any, work: Any) -> Connection:
 
 
 def reference(logits_s: torch.Tensor, logits_t: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """KL(teacher || student), the mean over tokens, and its gradient by the student's logits, in float64."""
+    """The mean over tokens of KL(teacher || student), and its gradient by the student's logits, in float64."""
     log_t = F.log_softmax(logits_t.double(), dim=-1)
     log_s = F.log_softmax(logits_s.double(), dim=-1)
     count = logits_s.shape[:-1].numel()
@@ -100,7 +101,7 @@ def reference(logits_s: torch.Tensor, logits_t: torch.Tensor) -> tuple[float, to
 
 
 def measure(names: list[str], rows: int, length: int) -> dict[str, Any]:
-    """The figures of these encodings."""
+    """The results for these encodings."""
     ids = tokens(rows, length)
     server = start(_serve, None)
     urls = server.recv()
@@ -125,11 +126,11 @@ def measure(names: list[str], rows: int, length: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all and print a table, or JSON with --json."""
+    """Measure all encodings, and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rows", type=int, default=4, help="texts in the batch")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--rows", type=int, default=4, help="number of texts in the batch")
+    parser.add_argument("--length", type=int, default=256, help="number of tokens in each text")
     parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=list(ENCODINGS))
     options = parser.parse_args()
     figures = measure(options.encodings, options.rows, options.length)

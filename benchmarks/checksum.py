@@ -1,6 +1,6 @@
 """What a payload's checksum costs: XXH3-128 over 64 MiB in frames of 2 MiB, beside zlib's CRC-32 and a plain copy.
 
-`python benchmarks/checksum.py --json`; GB/s, one thread.
+`python benchmarks/checksum.py --json` prints GB/s on one thread.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def rate(consume: Callable[[memoryview], object], data: memoryview) -> float:
 
 
 def main() -> None:
-    """Measure in turns and print the medians."""
+    """Measure them in turns, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

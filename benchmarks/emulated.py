@@ -1,4 +1,4 @@
-"""A teacher whose device is emulated: it sleeps as long as a forward takes there, and returns prepared features."""
+"""A teacher with an emulated device: it sleeps as long as a forward would take, and returns prepared features."""
 
 import contextlib
 import multiprocessing
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class EmulatedTeacher(nn.Module):
-    """Sleeps `forward_s` without using the CPU, and returns `features_bytes` of float32, split over the rows."""
+    """Sleeps for `forward_s` without using the CPU, and returns `features_bytes` of float32, split over the rows."""
 
     def __init__(self, forward_s: float, features_bytes: int, rows: int) -> None:
         super().__init__()
@@ -22,21 +22,21 @@ class EmulatedTeacher(nn.Module):
         self.features = torch.randn(rows, features_bytes // 4 // rows)
 
     def forward(self, _x: torch.Tensor) -> torch.Tensor:
-        """The same features for any batch, in memory of their own, as a device's copy to the host makes it."""
+        """The same features for any batch, in new memory, as if copied from a device to the host."""
         time.sleep(self.forward_s)
         features: torch.Tensor = self.head(self.features)
         return features
 
 
 class RowsTeacher(nn.Module):
-    """Sleeps `forward_s`, and `s_per_row` for each row of its input; returns as many rows of `width` float32."""
+    """Sleeps for `forward_s`, and `s_per_row` for each row of its input; returns as many rows of `width` float32."""
 
     def __init__(self, forward_s: float, s_per_row: float, width: int) -> None:
         super().__init__()
         self.forward_s, self.s_per_row, self.width = forward_s, s_per_row, width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Without using the CPU, but for the memory of the features."""
+        """Sleep, and return features; uses the CPU only to allocate these."""
         time.sleep(self.forward_s + self.s_per_row * x.shape[0])
         return torch.zeros(x.shape[0], self.width)
 
@@ -44,12 +44,12 @@ class RowsTeacher(nn.Module):
 def _serve(ready: Connection, make: Callable[..., nn.Module], settings: tuple[Any, ...], serving: Any) -> None:
     with serve(make(*settings), **serving) as server:
         ready.send(server.url)
-        with contextlib.suppress(EOFError):  # the parent is gone, or hangs up
+        with contextlib.suppress(EOFError):  # until the parent closes the connection, or is gone
             ready.recv()
 
 
 def start(make: Callable[..., nn.Module], *settings: Any, **serving: Any) -> tuple[str, Connection]:
-    """`serve(make(*settings), **serving)` in a process of its own; returns its URL, and what keeps it alive."""
+    """Run `serve(make(*settings), **serving)` in its own process; returns its URL, and what keeps it alive."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     context.Process(target=_serve, args=(theirs, make, settings, serving), daemon=True).start()
@@ -59,5 +59,5 @@ def start(make: Callable[..., nn.Module], *settings: Any, **serving: Any) -> tup
 
 
 def start_replica(forward_s: float, features_bytes: int, rows: int) -> tuple[str, Connection]:
-    """Serve an `EmulatedTeacher`; see `start`."""
+    """Serve an `EmulatedTeacher` in its own process; returns what `start` does."""
     return start(EmulatedTeacher, forward_s, features_bytes, rows)

@@ -1,9 +1,9 @@
-"""Steps/s with a teacher in the process: Schoolhouse beside NVIDIA ModelOpt, the same networks, losses and batches.
+"""Steps/s with a teacher in the process: Schoolhouse beside NVIDIA ModelOpt, with the same nets, losses and batches.
 
-Both train in this process, on one thread, in short turns one after the other, so that whatever else the machine does
-hits both alike. A ratio is the median of those of neighbouring turns, once by the clock and once by the CPU time that
-the process used, which counts nothing of others. It needs nvidia-modelopt, so that it runs in the environment that
-`make parity` makes: `.venv-parity/bin/python benchmarks/overhead.py --json`
+Both train in this process, on one thread, in short alternating turns, so that whatever else the machine does affects
+both alike. The ratio is the median over neighbouring turns, once of wall-clock time and once of this process's CPU
+time. It needs nvidia-modelopt, so it runs in the environment that `make parity` makes:
+`.venv-parity/bin/python benchmarks/overhead.py --json`
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROWS = 16
 
 
 class ConvNet(nn.Module):
-    """Convolutions of so many channels in so many blocks, and a classifier of 10 classes."""
+    """`blocks` blocks of convolutions with `channels` channels, and a classifier of 10 classes."""
 
     def __init__(self, channels: int, blocks: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ConvNet(nn.Module):
         return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits."""
+        """Logits `[batch, 10]`."""
         out: torch.Tensor = self.fc(self.blocks(self.stem(x)).mean((2, 3)))
         return out
 
@@ -48,7 +48,7 @@ NETS: dict[str, tuple[int, int, int]] = {"small": (8, 2, 8), "mid": (16, 4, 16)}
 
 
 def stepper(kit: Any, teacher: nn.Module, student: nn.Module, pixels: int) -> Run:
-    """Runs so many training steps, distilling an inner layer and the logits."""
+    """Returns a function that runs so many training steps, distilling an inner layer and the logits."""
     config = {
         "teacher_model": copy.deepcopy(teacher),
         "criterion": {("blocks.1", "blocks.1"): nn.MSELoss(), ("fc", "fc"): kit.LogitsDistillationLoss()},
@@ -69,14 +69,14 @@ def stepper(kit: Any, teacher: nn.Module, student: nn.Module, pixels: int) -> Ru
 
 
 def took(run: Run, steps: int) -> tuple[float, float]:
-    """Seconds that so many steps take, by the clock and of the CPU."""
+    """How many seconds of wall-clock time and of CPU time so many steps take."""
     began, used = time.perf_counter(), time.process_time()
     run(steps)
     return time.perf_counter() - began, time.process_time() - used
 
 
 def measure(kits: dict[str, Any], net: str, turn_s: float, turns: int) -> dict[str, float]:
-    """Steps/s of both, and how many ours has of the other's."""
+    """Steps/s of both, and the ratio of ours to ModelOpt's."""
     channels, blocks, pixels = NETS[net]
     torch.manual_seed(0)
     teacher, student = ConvNet(channels, blocks), ConvNet(channels, blocks)
@@ -94,11 +94,11 @@ def measure(kits: dict[str, Any], net: str, turn_s: float, turns: int) -> dict[s
 
 
 def main() -> None:
-    """Measure both nets and print a table, or JSON with --json."""
+    """Measure both nets, and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--turns", type=int, default=100, help="of each, for each net")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of a turn, about")
+    parser.add_argument("--turns", type=int, default=100, help="turns of each library for each net")
+    parser.add_argument("--seconds", type=float, default=0.1, help="length of a turn, roughly")
     options = parser.parse_args()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

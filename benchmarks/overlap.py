@@ -1,8 +1,8 @@
 """Student steps/s without a teacher, with one in the process, and with a remote one, without and with look-ahead.
 
-The teacher's device is emulated, since no accelerator may be at hand: it sleeps 0.9 of a student step without using the
-CPU, and returns prepared features of 1 MiB. The student is a real one, on one thread; the replica is a process of its
-own on the same machine. `python benchmarks/overlap.py --json`
+The teacher's device is emulated, as there may be no accelerator: a forward sleeps for 0.9 of a student step without
+using the CPU, and returns prepared features of 1 MiB. The student really trains, on one thread; the replica is another
+process on the same machine. `python benchmarks/overlap.py --json`
 """
 
 import argparse
@@ -22,18 +22,18 @@ from torch.nn import functional as F
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 ROWS, WIDTH = 64, 4096  # 1 MiB of float32
-SHARE = 0.9  # of a student step that the teacher's forward takes
+SHARE = 0.9  # the time of the teacher's forward, relative to a student step
 DEVICE = f"emulated: the teacher sleeps {SHARE} of a student step and returns 1 MiB of prepared features"
 
 
 def make_student() -> nn.Module:
-    """A network of 18 million weights; a step takes about a tenth of a second on one thread."""
+    """A network with 18 million weights; a step takes about a tenth of a second on one thread."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(256, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 10))
 
 
 def stepper(model: nn.Module, batches: Iterator[Batch]) -> Callable[[int], None]:
-    """Runs so many training steps."""
+    """Returns a function that runs so many training steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def run(steps: int) -> None:
@@ -49,7 +49,7 @@ def stepper(model: nn.Module, batches: Iterator[Batch]) -> Callable[[int], None]
 
 
 def distilling(teacher: Any) -> Any:
-    """A student that learns the teacher's features beside its labels."""
+    """A student that learns from the teacher's features besides its labels."""
     config = {
         "teacher_model": teacher,
         "criterion": {("3", "head"): nn.MSELoss()},
@@ -66,7 +66,7 @@ def seconds(run: Callable[[int], None], steps: int) -> float:
 
 
 def measure(steps: int, rounds: int) -> dict[str, float]:
-    """Median steps/s of each; they take turns, so that drift hits all alike."""
+    """The median steps/s of each; they take turns, so that drift affects all alike."""
     data = [(torch.randn(ROWS, 256), torch.randint(0, 10, (ROWS,))) for _ in range(16)]
     pure = stepper(make_student(), itertools.cycle(data))
     pure(steps)
@@ -88,16 +88,16 @@ def measure(steps: int, rounds: int) -> dict[str, float]:
         for turn in range(-1, rounds):
             for name, run in runs.items():
                 took_s = seconds(run, steps)
-                if turn >= 0:  # the first warms up
+                if turn >= 0:  # the turn before that warms up
                     rates[name].append(steps / took_s)
     return {name: round(median(found), 3) for name, found in rates.items()}
 
 
 def main() -> None:
-    """Measure all and print a table, or JSON with --json."""
+    """Measure all, and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--steps", type=int, default=15, help="of each in a turn")
+    parser.add_argument("--steps", type=int, default=15, help="steps of each in a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
-"""Seconds from `up` to the first feature, from a killed replica to full strength; failed student steps during a roll.
+"""Seconds from `up` to the first feature and from a killed replica to full strength; failed steps during a roll.
 
-A pool of small teachers on a local Ray cluster, which is part of `up`; loading large weights comes on top of it.
-Students ask step after step while all replicas are replaced by those of another revision, and a step counts as failed
-when it raises, or when its features are not those of the revision that the student began with.
+The pool has small teachers on a local Ray cluster, whose start is part of `up`; loading large weights comes on top.
+During the roll, students ask step after step while all replicas are replaced by those of another revision. A step has
+failed if it raises, or if its features are not those of the revision that the student began with.
 `python benchmarks/pool.py --json`
 """
 
@@ -29,7 +29,7 @@ TIMEOUT_S = 300.0
 
 
 class Teacher(nn.Module):
-    """A small one, whose revision is its seed's."""
+    """A small teacher, whose seed decides its revision."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Teacher(nn.Module):
 
 
 class Student(threading.Thread):
-    """Asks step after step until it is told to end, and counts."""
+    """A student that asks step after step until it is told to end, and counts its steps."""
 
     def __init__(self, url: str, job: str, seed: int) -> None:
         super().__init__(daemon=True)
@@ -54,7 +54,7 @@ class Student(threading.Thread):
         self.ended, self.began = threading.Event(), threading.Event()
 
     def run(self) -> None:
-        """Train."""
+        """Ask step after step."""
         with sh.connect(self.url, job=self.job) as teacher, torch.no_grad():
             while not self.ended.wait(0.005):
                 x = torch.randn(4, 8)
@@ -81,7 +81,7 @@ def config(seed: int, replicas: int, folder: Path) -> PoolConfig:
 
 
 def kill_one(pool: Pool, replicas: int) -> float:
-    """Seconds until as many replicas as before serve, and the directory lists them."""
+    """Kill a replica; returns the seconds until as many as before serve and the directory lists them."""
     name, actor = next(iter(actors("net").items()))
     pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
     began = time.perf_counter()
@@ -95,7 +95,7 @@ def kill_one(pool: Pool, replicas: int) -> float:
 
 
 def roll(pool: Pool, students: int, replicas: int, after_s: float, folder: Path) -> dict[str, Any]:
-    """Roll while students train; they go on for `after_s`, in which the old replicas drain."""
+    """Roll while students train; they go on for `after_s` afterwards, while the old replicas drain."""
     training = [Student(pool.url("net"), f"job-{i}", seed=1) for i in range(students)]
     for student in training:
         student.start()
@@ -114,12 +114,12 @@ def roll(pool: Pool, students: int, replicas: int, after_s: float, folder: Path)
 
 
 def main() -> None:
-    """Measure and print a line, or JSON with --json."""
+    """Measure, and print a line, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--students", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=15.0, help="that students go on after the roll")
+    parser.add_argument("--seconds", type=float, default=15.0, help="how long students go on after the roll")
     options = parser.parse_args()
     folder = Path(__file__).resolve().parent
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The peers that a team writes by hand: Ray Serve's gRPC ingress, with `@serve.batch`."""
+"""The peers that a team would write by hand: Ray Serve's gRPC ingress, with `@serve.batch`."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def ray_serve(largest: int) -> Iterator[str]:
-    """Prepared bytes, as many as a request asks for; yields the address of the gRPC ingress."""
+    """Serve prepared bytes, as many as a request asks for; yields the address of the gRPC ingress."""
     from ray import serve
 
     class Features:
@@ -50,7 +50,7 @@ def ray_serve(largest: int) -> Iterator[str]:
             return [self._data[:size].numpy().tobytes() for size in sizes]
 
         async def Get(self, request: UInt64Value) -> BytesValue:  # noqa: N802  # the RPC's name
-            """As many bytes as asked for."""
+            """As many bytes as the request asks for."""
             return BytesValue(value=await self._batch(request.value))
 
     with _running(Features, "add_to_server", max_ongoing_requests=64) as address:
@@ -69,16 +69,16 @@ def add_teacher_to_server(servicer: Any, server: Any) -> None:
 def ray_serve_teacher(
     forward_s: float, s_per_row: float, input_bytes: int, feature_bytes: int, wait_s: float
 ) -> Iterator[str]:
-    """A teacher on an emulated device; yields the address of the gRPC ingress.
+    """Serve a teacher on an emulated device; yields the address of the gRPC ingress.
 
-    Its forward takes `forward_s` and `s_per_row`, during which the replica goes on to receive; a row has so many bytes.
-    `wait_s` is how long a batch is open. It merges nothing else: what waits for the device is in its batches by then.
-    With 0, most batches are of one request; Ray Serve's own default is 0.01.
+    Its forward takes `forward_s`, and `s_per_row` for each row, during which the replica goes on receiving. A batch
+    stays open for `wait_s`, and only requests that come meanwhile are merged: those that wait for the device are in
+    batches already. With 0, most batches have one request; Ray Serve's own default is 0.01.
     """
     from ray import serve
 
     class Teacher:
-        """Batches as Ray Serve does it: what came first, whoever asked."""
+        """Batches as Ray Serve forms them: in the order of arrival, whichever job asks."""
 
         @serve.batch(max_batch_size=8, batch_wait_timeout_s=wait_s)  # type: ignore[untyped-decorator]
         async def _batch(self, rows: list[int]) -> list[bytes]:
@@ -95,7 +95,7 @@ def ray_serve_teacher(
 
 @contextlib.contextmanager
 def _running(servicer: type, add: str, *, max_ongoing_requests: int) -> Iterator[str]:
-    """Serve it on a local Ray cluster."""
+    """Run a Ray Serve application on a local Ray cluster."""
     import ray
     from ray import serve
     from ray.serve.config import gRPCOptions

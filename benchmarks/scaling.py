@@ -1,9 +1,8 @@
-"""Total rows/s as 1, 2, 4, 8 students share one replica, and as one teacher has 1, 2, 4 replicas.
+"""Total rows/s when 1, 2, 4, 8 students share one replica, and when one teacher has 1, 2, 4 replicas.
 
-Devices are emulated, since no accelerators may be at hand: a teacher's forward sleeps without using the CPU, and so
-does
-a student's step, which takes five forwards: a replica is full with five students. Students look ahead; they and the
-replicas are processes of their own on this machine. `python benchmarks/scaling.py --json`
+Devices are emulated, as there may be no accelerators: a teacher's forward sleeps without using the CPU, and so does a
+student's step, which takes as long as five forwards, so that five students saturate a replica. Students look ahead;
+they and the replicas are separate processes on this machine. `python benchmarks/scaling.py --json`
 """
 
 import argparse
@@ -28,32 +27,32 @@ from torch import nn
 
 ROWS, FEATURES_BYTES = 32, 64 << 10
 FORWARD_S = 0.020
-STEP_S = 0.100  # of a student: a fifth of the replica
+STEP_S = 0.100  # a student's step, so that one student uses a fifth of the replica
 SETTLE_S = 1.5
 DEVICE = f"emulated: a forward of {ROWS} rows sleeps {FORWARD_S * 1e3:.0f} ms, a student's step {STEP_S * 1e3:.0f} ms"
 
 
 class Student(nn.Module):
-    """Its step is emulated too."""
+    """A student, whose step is emulated too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(8, FEATURES_BYTES // 4 // ROWS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A small layer, for the loss."""
+        """The output of a small layer, for the loss."""
         out: torch.Tensor = self.head(x)
         return out
 
 
 def batches() -> Iterator[torch.Tensor]:
-    """Each of its own, so that no two requests are the same."""
+    """Yield random batches, so that no two requests are the same."""
     while True:
         yield torch.randn(ROWS, 8)
 
 
 def student(commands: Connection, url: str, step_s: float, depth: int) -> None:
-    """Trains for as many seconds as it is told to, and says how many steps it made; until its parent hangs up."""
+    """Train for as many seconds as each command says, and report steps/s, until the parent closes the connection."""
     torch.set_num_threads(1)
     torch.manual_seed(os.getpid())
     with sh.connect(url) as teacher, contextlib.suppress(EOFError):
@@ -63,12 +62,15 @@ def student(commands: Connection, url: str, step_s: float, depth: int) -> None:
         commands.send("ready")
         while True:
             seconds = commands.recv()
-            train(model, looked_ahead, step_s, SETTLE_S)  # uses up what was ready before the turn
+            train(model, looked_ahead, step_s, SETTLE_S)  # uses up features that were ready before the turn
             commands.send(train(model, looked_ahead, step_s, seconds))
 
 
 def train(model: Any, looked_ahead: Iterator[torch.Tensor], step_s: float, seconds: float) -> float:
-    """Steps/s over so many seconds; a step that came late delays the next ones."""
+    """Train for `seconds`; returns steps/s.
+
+    A late step delays the next ones.
+    """
     steps, began = 0, time.perf_counter()
     due = began
     while due < began + seconds:
@@ -81,7 +83,7 @@ def train(model: Any, looked_ahead: Iterator[torch.Tensor], step_s: float, secon
 
 
 def start_students(count: int, url: str, step_s: float, depth: int) -> list[Connection]:
-    """Students in processes of their own; each is ready."""
+    """Students in their own processes, once each is ready."""
     context = multiprocessing.get_context("spawn")
     made = []
     for _ in range(count):
@@ -94,14 +96,14 @@ def start_students(count: int, url: str, step_s: float, depth: int) -> list[Conn
 
 
 def rows_per_s(students: list[Connection], seconds: float) -> float:
-    """What they get together."""
+    """What these students get together, in rows/s."""
     for connection in students:
         connection.send(seconds)
     return ROWS * sum(connection.recv() for connection in students)
 
 
 def measure_clients(counts: list[int], seconds: float, rounds: int) -> dict[str, float]:
-    """Median rows/s by number of students on one replica. They take turns, so that drift hits all alike."""
+    """Median rows/s by the number of students on one replica; they take turns, so that drift affects all alike."""
     url, _keep = start_replica(FORWARD_S, FEATURES_BYTES, ROWS)
     students = start_students(max(counts), url, STEP_S, depth=4)
     rows_per_s(students, 0.5)
@@ -113,8 +115,8 @@ def measure_clients(counts: list[int], seconds: float, rounds: int) -> dict[str,
 
 
 def measure_replicas(counts: list[int], seconds: float, rounds: int) -> dict[str, float]:
-    """Median rows/s by number of replicas of a pool on a local Ray cluster, asked by a student that does not wait."""
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Ray's workers import the teacher
+    """Median rows/s by the number of replicas of a pool on a local Ray cluster, for a student that never waits."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that Ray's workers can import the teacher
     kwargs = {"forward_s": FORWARD_S, "features_bytes": FEATURES_BYTES, "rows": ROWS}
     specs = {
         f"of-{count}": TeacherSpec(
@@ -143,13 +145,13 @@ def measure_replicas(counts: list[int], seconds: float, rounds: int) -> dict[str
 
 
 def main() -> None:
-    """Measure both and print a table, or JSON with --json."""
+    """Measure both, and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of students, in turn")
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4], help="numbers of replicas, in turn")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of students to measure")
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4], help="numbers of replicas to measure")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
         figures = {

@@ -1,15 +1,17 @@
 """How jobs share one replica: 1, 4 and 16 equal jobs of unequal batch sizes, and a light job beside a heavy one.
 
-The device is emulated, since no accelerator may be at hand: a forward sleeps in proportion to its rows. The peer is Ray
-Serve with `@serve.batch`, asked by the same clients, each a process of its own. `python benchmarks/sharing.py --json`
+The device is emulated, as there may be no accelerator: a forward sleeps in proportion to its rows. The peer is Ray
+Serve with `@serve.batch`, used by the same clients, each a separate process. `python benchmarks/sharing.py --json`
 
-`total_vs_single` is rows/s of all jobs by those of one that saturates the device alone, and `jain` Jain's index of the
-rows that equal jobs were served, both of the largest number of jobs; `light_p99_ms` is of a light job, which asks for
-one small batch at a time, beside a heavy one; `forward_ms` is a forward of the heavy job's.
+`total_vs_single` is the rows/s of all jobs, relative to one job that saturates the device alone. `jain` is Jain's
+fairness index of the rows that equal jobs were served. Both are for the largest number of jobs. `light_p99_ms` is the
+latency of a light job, which asks for one small batch at a time, beside a heavy one; `forward_ms` is the time of a
+forward of the heavy job.
 
-`small_batches` is rows/s of 16 jobs with small batches, by those of one with large ones, on a device whose forward also
-takes a time of its own: there merging helps. The peer merges only what comes while a batch is open, so it is measured
-with several such times, and the one with the most rows/s counts; where nothing is gained by merging, it has none.
+`small_batches` is the rows/s of 16 jobs with small batches, relative to one job with large batches, on a device whose
+forward also takes a fixed time, so that merging helps. The peer merges only what comes while a batch is open, so it is
+measured with several such times, and the one with the most rows/s counts. In the other measurements, where merging
+gains nothing, the peer's batches are not kept open.
 """
 
 import argparse
@@ -35,24 +37,24 @@ from google.protobuf.wrappers_pb2 import BytesValue
 from ray_serve_peer import TEACHER_METHOD, ray_serve_teacher
 
 S_PER_ROW = 0.5e-3
-ROWS = (16, 32, 48, 64)  # of the jobs' batches, in turn
+ROWS = (16, 32, 48, 64)  # rows of the batches of one job after another
 SINGLE_ROWS, HEAVY_ROWS, LIGHT_ROWS = 32, 64, 16
 DEPTH, HEAVY_DEPTH = 4, 16
-WIDTH, FEATURES = 8, 64  # floats of a row
-SMALL, LARGE_ROWS, FORWARD_S = (8, 2), 64, 8e-3  # rows and depth; a forward's own time
-PEER_WAITS_MS = (0.0, 10.0, 20.0)  # the second is Ray Serve's default
-SETTLE_S = 1.0  # at most
+WIDTH, FEATURES = 8, 64  # floats in a row of inputs, and of features
+SMALL, LARGE_ROWS, FORWARD_S = (8, 2), 64, 8e-3  # small jobs' rows and depth; large rows; a forward's fixed time
+PEER_WAITS_MS = (0.0, 10.0, 20.0)  # 10 ms is Ray Serve's default
+SETTLE_S = 1.0  # at most, before counting begins
 DEVICE = f"emulated: a forward sleeps {S_PER_ROW * 1e3} ms a row, and {FORWARD_S * 1e3} ms of its own for small batches"
 
 
 def schoolhouse_asks(url: str, job: str) -> Callable[[int], Any]:
-    """Sends a batch of so many rows; returns a future."""
+    """Returns a function that sends a batch of so many rows to Schoolhouse, and returns a future."""
     teacher = sh.connect(url, job=job)
     return lambda rows: teacher.submit((torch.randn(rows, WIDTH),), {}, [""])
 
 
 def peer_asks(address: str, _job: str) -> Callable[[int], Any]:
-    """The same for Ray Serve's ingress."""
+    """Returns a function that does the same with Ray Serve's ingress."""
     call = grpc.insecure_channel(address).unary_unary(
         TEACHER_METHOD, request_serializer=BytesValue.SerializeToString, response_deserializer=BytesValue.FromString
     )
@@ -69,13 +71,13 @@ ASKS = {"schoolhouse": schoolhouse_asks, "ray_serve": peer_asks}
 
 
 class Job:
-    """A job in this process: `depth` batches are always in flight."""
+    """A job in this process, with `depth` batches in flight at all times."""
 
     def __init__(self, ask: Callable[[int], Any], rows: int, depth: int) -> None:
         self._ask, self._rows, self._depth = ask, rows, depth
 
     def run(self, seconds: float) -> tuple[int, list[float]]:
-        """Rows that were served in that time, after a while to settle; and how long each batch took."""
+        """Run for `seconds`, after some time to settle; returns the rows served, and how long each batch took."""
         free, ended, latencies = threading.Semaphore(self._depth), [], []
         begin = time.monotonic() + min(SETTLE_S, seconds)
         end = begin + seconds
@@ -94,13 +96,13 @@ class Job:
                 free.release()
 
             future.add_done_callback(done)
-        for _ in range(self._depth):  # what is in flight
+        for _ in range(self._depth):  # wait for what is in flight
             free.acquire(timeout=30)
         return self._rows * len(ended), latencies
 
 
 def work(commands: Connection, kind: str, url: str, job: str) -> None:
-    """A process that is one job, of as many rows and as deep as it is told; until its parent hangs up."""
+    """Run one job, with the rows and depth of each command, until the parent closes the connection."""
     torch.set_num_threads(1)
     ask = ASKS[kind](url, job)
     ask(1).result()
@@ -113,7 +115,7 @@ def work(commands: Connection, kind: str, url: str, job: str) -> None:
 
 @contextlib.contextmanager
 def jobs(kind: str, url: str, count: int) -> Iterator[list[Connection]]:
-    """Processes of jobs; each is ready."""
+    """Jobs in their own processes, once each is ready."""
     context = multiprocessing.get_context("spawn")
     made = []
     for i in range(count):
@@ -134,31 +136,31 @@ def jobs(kind: str, url: str, count: int) -> Iterator[list[Connection]]:
 
 
 def run(workers: list[Connection], settings: list[tuple[int, int]], seconds: float) -> list[tuple[int, list[float]]]:
-    """One job for each of the settings, rows and depth, all at the same time."""
+    """Run one job for each of the settings (rows and depth), all at the same time."""
     for worker, (rows, depth) in zip(workers, settings, strict=False):
         worker.send((rows, depth, seconds))
     return [worker.recv() for worker, _ in zip(workers, settings, strict=False)]
 
 
 def jain(values: list[int]) -> float:
-    """1 where all are equal, 1/n where one has it all (Jain, Chiu & Hawe 1984)."""
+    """Jain's fairness index: 1 if all are equal, 1/n if one of n has it all (Jain, Chiu & Hawe 1984)."""
     return sum(values) ** 2 / (len(values) * sum(value**2 for value in values)) if any(values) else 0.0
 
 
 def percentiles_ms(latencies: list[float]) -> tuple[float, float]:
-    """p50 and p99."""
+    """The p50 and p99 of latencies, in milliseconds."""
     cuts = quantiles(latencies, n=100, method="inclusive") if len(latencies) > 1 else [0.0] * 99
     return round(cuts[49] * 1e3, 1), round(cuts[98] * 1e3, 1)
 
 
 def measure(kind: str, url: str, counts: list[int], seconds: float) -> dict[str, Any]:
-    """All figures of one system."""
+    """All results of one system."""
     with jobs(kind, url, max(2, *counts)) as workers:
         return measure_equal(workers, counts, seconds) | measure_light(workers, seconds)
 
 
 def measure_equal(workers: list[Connection], counts: list[int], seconds: float) -> dict[str, Any]:
-    """Jobs of unequal batches, by their number; those of the largest number at the top."""
+    """The results of jobs with unequal batches, by the number of jobs; those of the largest number also at the top."""
     [(alone, _)] = run(workers, [(SINGLE_ROWS, DEPTH)], seconds)
     found: dict[str, Any] = {"single_rows_per_s": round(alone / seconds, 1)}
     for count in sorted(counts):
@@ -172,7 +174,7 @@ def measure_equal(workers: list[Connection], counts: list[int], seconds: float) 
 
 
 def measure_light(workers: list[Connection], seconds: float) -> dict[str, Any]:
-    """A light job alone, and beside a heavy one."""
+    """The latencies of a light job, alone and beside a heavy one."""
     light, heavy = (LIGHT_ROWS, 1), (HEAVY_ROWS, HEAVY_DEPTH)
     found: dict[str, Any] = {"forward_ms": HEAVY_ROWS * S_PER_ROW * 1e3}
     for name, settings in {"light_alone": [light], "light": [light, heavy]}.items():
@@ -182,7 +184,7 @@ def measure_light(workers: list[Connection], seconds: float) -> dict[str, Any]:
 
 
 def measure_small(kind: str, url: str, count: int, seconds: float) -> tuple[float, float]:
-    """Rows/s of many jobs with small batches, and the same relative to one job with large ones."""
+    """The rows/s of many jobs with small batches, and the same relative to one job with large batches."""
     with jobs(kind, url, count) as workers:
         [(alone, _)] = run(workers, [(LARGE_ROWS, DEPTH)], seconds)
         total = sum(rows for rows, _ in run(workers, [SMALL] * count, seconds))
@@ -190,12 +192,12 @@ def measure_small(kind: str, url: str, count: int, seconds: float) -> tuple[floa
 
 
 def ray_serve(forward_s: float, wait_s: float) -> contextlib.AbstractContextManager[str]:
-    """The peer."""
+    """The peer: a teacher behind Ray Serve."""
     return ray_serve_teacher(forward_s, S_PER_ROW, 4 * WIDTH, 4 * FEATURES, wait_s)
 
 
 def measure_small_peer(waits_ms: list[float], count: int, seconds: float) -> dict[str, Any]:
-    """The peer's best, and all of its figures by how long a batch is open."""
+    """The peer's best result, and all its results by how long a batch is open."""
     found = {}
     for wait_ms in waits_ms:
         with ray_serve(FORWARD_S, wait_ms / 1e3) as address:
@@ -206,7 +208,7 @@ def measure_small_peer(waits_ms: list[float], count: int, seconds: float) -> dic
 
 
 def measure_all(counts: list[int], small: int, waits_ms: list[float], seconds: float) -> dict[str, dict[str, Any]]:
-    """Both systems, one after the other."""
+    """Measure both systems, one after the other."""
     url, keep = start(RowsTeacher, 0.0, S_PER_ROW, FEATURES)
     figures = {"schoolhouse": measure("schoolhouse", url, counts, seconds)}
     keep.close()
@@ -215,7 +217,7 @@ def measure_all(counts: list[int], small: int, waits_ms: list[float], seconds: f
         rows_per_s, relative = measure_small("schoolhouse", url, small, seconds)
         figures["schoolhouse"] |= {name: relative, f"{name}_rows_per_s": rows_per_s}
         keep.close()
-    # Ray Serve's proxy imports the peer's service.
+    # So that Ray Serve's proxy can import the peer's service.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with ray_serve(0.0, 0.0) as address:
         figures["ray_serve"] = measure("ray_serve", address, counts, seconds)
@@ -225,13 +227,13 @@ def measure_all(counts: list[int], small: int, waits_ms: list[float], seconds: f
 
 
 def main() -> None:
-    """Measure both and print a table, or JSON with --json."""
+    """Measure both, and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
-    parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="how many equal jobs, in turn")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement")
+    parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="numbers of equal jobs to measure")
     parser.add_argument("--small-jobs", type=int, default=16, help="how many jobs with small batches")
-    parser.add_argument("--peer-waits-ms", type=float, nargs="*", default=PEER_WAITS_MS, help="with small batches")
+    parser.add_argument("--peer-waits-ms", type=float, nargs="*", default=PEER_WAITS_MS, help="open times of batches")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
         figures = measure_all(options.jobs, options.small_jobs, options.peer_waits_ms, options.seconds)

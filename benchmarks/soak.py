@@ -1,9 +1,9 @@
-"""What a pool and its students lose while processes are killed and stopped and connections fail: nothing, in seconds.
+"""Steps lost, and seconds of recovery, while processes of a pool are killed and stopped, and connections fail.
 
-Students train on a pool of a local Ray cluster, each in a process of its own, half of them through proxies; a fault
-follows the other until the time is over. A step is lost if it raised, or if its batch was not used exactly once; it is
-a wrong pairing if its loss is not, to the last bit, that of a run with the teacher in the student's process. Recovery
-is from the `kill -9` of a replica until as many as before serve; stalled is the longest that a student waited
+Students train on a pool on a local Ray cluster, each in its own process, half of them through proxies; one fault
+follows another until the time is over. A step is lost if it raised, or if its batch was not used exactly once. It is a
+wrong pairing if its loss differs in any bit from that of a run with the teacher in the student's process. Recovery is
+the time from the `kill -9` of a replica until as many as before serve; stalled is the longest that a student waited
 meanwhile. Growth and leaks are those of the students.
 `python benchmarks/soak.py --seconds 60 --json`
 """
@@ -33,7 +33,7 @@ from schoolhouse_server.pool.replica_handle import actors
 
 HELPERS = Path(__file__).resolve().parent.parent / "tests/helpers"
 sys.path.insert(0, str(HELPERS))
-from directories import DirectoryServer  # noqa: E402  # the tests' own student, proxy and counts of what leaks
+from directories import DirectoryServer  # noqa: E402  # helpers of the tests: a student, a proxy, leak checks
 from leaks import Held, rss_mib, settled  # noqa: E402
 from proxy import Proxy  # noqa: E402
 from rooms import WIDTH, start  # noqa: E402
@@ -41,13 +41,13 @@ from schoolhouse_wire.v1 import directory_pb2  # noqa: E402
 from students import train, undisturbed  # noqa: E402
 
 TIMEOUT_S = 120.0
-SETTLE_STEPS = 100  # before memory is compared with: what is kept for good is there
-PAUSE_S = 0.03  # of a student, in each step: all steps are done again, without faults, to compare with
+SETTLE_STEPS = 100  # steps before memory is first measured, after which what is kept for good is allocated
+PAUSE_S = 0.03  # pause in each step, which bounds their number: all are repeated without faults, to compare with
 OUTAGE_S = 2.0
 
 
 def run_student(commands: Any, url: str, settings: dict[str, Any]) -> None:
-    """Train until something comes; then say how it went."""
+    """Train until a command comes; then send what happened."""
     torch.set_num_threads(1)
     with sh.connect(url, **settings) as teacher:
         train(teacher, 2)
@@ -73,12 +73,12 @@ def run_student(commands: Any, url: str, settings: dict[str, Any]) -> None:
 
 
 def print_it(err: Exception) -> None:
-    """A step that raised is done again, and counts as lost."""
+    """Print the error of a step, which is repeated and counts as lost."""
     sys.stderr.write(f"a step failed: {type(err).__name__}: {err}\n")
 
 
 class Relay(threading.Thread):
-    """A directory of its own, which lists a proxy before each replica of the pool."""
+    """A second directory, which lists a proxy in front of each replica of the pool."""
 
     def __init__(self, status: Callable[[], list[dict[str, Any]]]) -> None:
         super().__init__(daemon=True)
@@ -89,7 +89,7 @@ class Relay(threading.Thread):
         self.url = self._directory.url
 
     def run(self) -> None:
-        """Follow the pool."""
+        """Follow the replicas of the pool."""
         while not self._ended.wait(0.1):
             with contextlib.suppress(RayError, sh.errors.SchoolhouseError):
                 self._follow([row for row in self._status() if row["stage"] == "serving"])
@@ -109,11 +109,11 @@ class Relay(threading.Thread):
 
     @property
     def proxies(self) -> list[Proxy]:
-        """Those that there are now."""
+        """The present proxies."""
         return list(self._proxies.values())
 
     def close(self) -> None:
-        """End it."""
+        """Stop following, and close the proxies and the directory."""
         self._ended.set()
         self.join(TIMEOUT_S)
         for proxy in self.proxies:
@@ -122,7 +122,7 @@ class Relay(threading.Thread):
 
 
 class Faults:
-    """What is done to a pool, one after the other."""
+    """The faults that are injected into a pool, one after another."""
 
     def __init__(self, config: PoolConfig, replicas: int) -> None:
         self._config, self._replicas = config, replicas
@@ -132,10 +132,10 @@ class Faults:
         self.relay.start()
         self._until(lambda: len(self.relay.proxies) == replicas)
         self.count = 0
-        self.kills: list[tuple[float, float]] = []  # when, and when as many as before served again
+        self.kills: list[tuple[float, float]] = []  # when each began, and when as many as before served
 
     def inject(self, until: float) -> None:
-        """Go round until that time; the fault that runs then is waited for."""
+        """Inject all faults in turn until that time; the last one is waited for."""
         for fault in itertools.cycle(self._round()):
             if time.monotonic() >= until:
                 return
@@ -195,7 +195,7 @@ class Faults:
             proxy.cut()
 
     def _corrupt(self) -> None:
-        proxy = self.relay.proxies[0]  # one alone: a request that is corrupt at every replica is an error
+        proxy = self.relay.proxies[0]  # only one, as a request that is corrupt at every replica fails
         for towards in ("client", "server"):
             proxy.corrupt(1, towards)
 
@@ -232,14 +232,14 @@ class Faults:
 
 
 def pid_of(actor: Any) -> int:
-    """The process of an actor."""
+    """The process id of an actor."""
     pid: int = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=TIMEOUT_S)
     return pid
 
 
 @contextlib.contextmanager
 def training(faults: Faults, students: int) -> Iterator[list[dict[str, Any]]]:
-    """Students that train meanwhile; afterwards, how it went."""
+    """Have students train meanwhile; the yielded list gets their results afterwards."""
     settings = [
         {"job": f"job-{i}"} | ({"shared_memory": False, "timeout_s": 30.0} if i % 2 else {}) for i in range(students)
     ]
@@ -259,7 +259,7 @@ def training(faults: Faults, students: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def figures(faults: Faults, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The keys that are printed."""
+    """The results that are printed."""
     expected = undisturbed(max(len(one["used"]) for one in found)).losses
     lost = wrong = 0
     for one in found:
@@ -285,33 +285,33 @@ def figures(faults: Faults, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _waits(times: list[float], begin: float, end: float) -> list[float]:
-    """From step to step, where that overlaps with the time from begin to end."""
+    """The times between steps that overlap with the time from `begin` to `end`."""
     return [b - a for a, b in itertools.pairwise(times) if b >= begin and a <= end] or [0.0]
 
 
 def percentile(values: list[float], percent: int) -> float | None:
-    """The smallest value that so many percent do not exceed; None of none."""
+    """The percentile of the values; None if there are none."""
     ordered = sorted(values)
     return round(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 3) if ordered else None
 
 
 def pool_of(replicas: int) -> PoolConfig:
-    """A pool of the teacher that `undisturbed` has."""
+    """A pool with the same teacher as `undisturbed`."""
     kwargs = {"width": WIDTH, "seed": 1}
     spec = TeacherSpec(
         build="models:Net", kwargs=kwargs, replicas=replicas, threads=1, resources=Resources(num_cpus=0.1)
     )
-    with socket.socket() as probe:  # the same port when it is started again
+    with socket.socket() as probe:  # a fixed port, so that a restarted pool has the same one
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return PoolConfig(teachers={"teacher": spec}, port=port, drain_timeout_s=2.0, folder=HELPERS)
 
 
 def main() -> None:
-    """Run and print a line, or JSON with --json."""
+    """Run, and print a line, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of faults; the last one is waited for")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of the run; its last fault is waited for")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--students", type=int, default=2)
     options = parser.parse_args()

@@ -1,11 +1,10 @@
-"""GB/s of features from a replica to a client, through shared memory and in frames over the stream, beside a raw gRPC
-byte stream, a bare TCP socket and Ray Serve's gRPC ingress with `@serve.batch`, in one run.
+"""GB/s of features from a replica to a client, by shared memory and by stream, beside other ways to move bytes.
 
-Each server runs in a process of its own on loopback; all of them move the same bytes. Ours come out of the replica's
-feature cache, so that it is the wire which is measured, and not a forward or a copy of what a module keeps. Raw gRPC
-and TCP receive into a kept buffer and do not look at it. Ours checks each byte that came over the stream; through
-shared memory it looks at one KiB in 64, or at all with checksums, and its tensors lie where the replica put them.
-`python benchmarks/wire.py --json`
+The peers are a raw gRPC byte stream, a bare TCP socket, and Ray Serve's gRPC ingress with `@serve.batch`, in one run.
+Each server runs in its own process on loopback; all move the same bytes. Ours come from the replica's feature cache, so
+that the wire is measured, and not a forward or a copy. Raw gRPC and TCP receive into a kept buffer and do not look at
+it. Ours checks each byte that came over the stream; through shared memory it checks one KiB in 64, or all with
+checksums, and its tensors stay where the replica put them. `python benchmarks/wire.py --json`
 """
 
 import argparse
@@ -35,11 +34,11 @@ from torch import nn
 Move = Callable[[int, int], None]  # moves `count` features of `size` bytes
 SIZES = {"1KiB": 1 << 10, "1MiB": 1 << 20, "8MiB": 8 << 20, "64MiB": 64 << 20}
 FRAME = 1 << 20
-IN_FLIGHT = 4  # from 1 MiB on, as a student that looks ahead
+IN_FLIGHT = 4  # requests in flight for 1 MiB and more, as with a student that looks ahead
 
 
 class Prepared(nn.Module):
-    """Returns as many prepared bytes as its input says."""
+    """A teacher that returns as many prepared bytes as its input says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +50,7 @@ class Prepared(nn.Module):
 
 
 def wait_for_end(ready: Connection) -> None:
-    """Return when the parent is gone or hangs up."""
+    """Return when the parent closes the connection, or is gone."""
     with contextlib.suppress(EOFError):
         ready.recv()
 
@@ -65,7 +64,7 @@ def schoolhouse_server(ready: Connection) -> None:
 
 def raw_server(ready: Connection) -> None:
     """Serve prepared bytes over plain gRPC: a stream of 1 MiB messages, and a unary call."""
-    memory.keep_freed_memory()  # as ours does
+    memory.keep_freed_memory()  # as our server does
     data = Prepared().data.numpy().tobytes()
 
     def stream(request: bytes, _context: Any) -> Any:
@@ -97,14 +96,14 @@ def tcp_server(ready: Connection) -> None:
 
 
 def start(target: Callable[[Connection], None]) -> tuple[Any, Connection]:
-    """Run a server in a process of its own; returns what it says once it is ready."""
+    """Run a server in its own process; returns the address that it sends once ready, and the connection to it."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     multiprocessing.get_context("spawn").Process(target=target, args=(theirs,), daemon=True).start()
     return ours.recv(), ours
 
 
 def measure(peers: dict[str, Move], rounds: int) -> dict[str, dict[str, float]]:
-    """Median GB/s by peer and size, and calls/s at 1 KiB. The peers take turns, so that drift hits all alike."""
+    """Median GB/s by peer and size, and calls/s at 1 KiB; the peers take turns, so that drift affects all alike."""
     figures: dict[str, dict[str, float]] = {peer: {} for peer in peers}
     for name, size in SIZES.items():
         count = max(8, min(400, (256 << 20) // size))
@@ -114,7 +113,7 @@ def measure(peers: dict[str, Move], rounds: int) -> dict[str, dict[str, float]]:
                 mine = count if peer != "ray_serve" else max(3, count // 8)
                 began = time.perf_counter()
                 move(size, mine)
-                if turn >= 0:  # the first warms up
+                if turn >= 0:  # the turn before that warms up
                     rates[peer].append(mine / (time.perf_counter() - began))
         for peer, found in rates.items():
             figures[peer][name] = round(median(found) * size / 1e9, 5)
@@ -140,7 +139,7 @@ def over_schoolhouse(teacher: sh.RemoteTeacher) -> Move:
 
 
 def over_raw(port: int) -> Move:
-    """Plain gRPC: unary at 1 KiB, else one stream for all the features of a round, each received into a kept buffer."""
+    """Plain gRPC: unary at 1 KiB, else a stream for each feature, received into a kept buffer."""
     opened = grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.max_receive_message_length", -1)])
     kept = memoryview(bytearray(max(SIZES.values())))
     unary, stream = opened.unary_unary("/raw/Unary"), opened.unary_stream("/raw/Stream")
@@ -174,7 +173,7 @@ def over_tcp(port: int) -> Move:
 
 
 def over_ray_serve(address: str) -> Move:
-    """Ray Serve's gRPC ingress, with as many in flight as ours."""
+    """Ray Serve's gRPC ingress, with as many requests in flight as ours."""
     opened = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
     call = opened.unary_unary(
         METHOD, request_serializer=UInt64Value.SerializeToString, response_deserializer=BytesValue.FromString
@@ -193,12 +192,12 @@ def over_ray_serve(address: str) -> Move:
 
 
 def main() -> None:
-    """Measure all and print a table, or JSON with --json."""
+    """Measure all peers, and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each peer at each size")
+    parser.add_argument("--rounds", type=int, default=7, help="number of turns of each peer at each size")
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # Ray Serve's proxy imports the peer's service
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that Ray Serve's proxy can import the peer's service
     url, _keep_ours = start(schoolhouse_server)
     raw_port, _keep_raw = start(raw_server)
     tcp_port, _keep_tcp = start(tcp_server)

@@ -1,10 +1,10 @@
 """Renders the Helm chart with Helm's own engine, for clusters that are used without Helm.
 
-    python deploy/render.py                    # writes deploy/kuberay/*.yaml anew
-    python deploy/render.py --check            # says whether they are what the chart makes
+    python deploy/render.py                    # writes deploy/kuberay/*.yaml again
+    python deploy/render.py --check            # checks whether they are what the chart renders
     python deploy/render.py my-values.yaml     # prints the manifests for your values
 
-Helm comes with the package helm-python-sdk, which is part of the extra `dev`.
+Helm's engine comes with the package helm-python-sdk, which is part of the extra `dev`.
 """
 
 import sys
@@ -17,18 +17,18 @@ DEPLOY = Path(__file__).parent
 CHART = DEPLOY / "helm/schoolhouse"
 VARIANTS = ("cpu", "gpu")
 _HEAD = """\
-# The chart of deploy/helm, rendered with values-{variant}.yaml; `python deploy/render.py` makes it anew.
+# The chart of deploy/helm, rendered with values-{variant}.yaml by `python deploy/render.py`. Do not edit it.
 #
 #   kubectl apply -f deploy/kuberay/{variant}.yaml
 #
-# needs the KubeRay operator, 1.5.1 or newer, in the namespace kuberay-operator, and the image of deploy/docker.
+# It needs the KubeRay operator, 1.5.1 or newer, in the namespace kuberay-operator, and the image of deploy/docker.
 # {traffic}
 # The NetworkPolicy admits pods of this namespace that have the label schoolhouse.student=true, if your cluster's
 # network enforces such policies.
 """
 _TRAFFIC = {
-    "cpu": "Traffic is plaintext, and nobody is asked who they are.",
-    "gpu": "Traffic is TLS, with the Secret schoolhouse-tls.",
+    "cpu": "Traffic is plaintext, and clients need no token.",
+    "gpu": "Traffic is TLS, with the certificate in the Secret schoolhouse-tls.",
 }
 
 
@@ -39,10 +39,10 @@ def values(variant: str) -> dict[str, Any]:
 
 
 def render(given: dict[str, Any]) -> dict[str, str]:
-    """What the chart makes of these values, by the names of its templates.
+    """Render the chart with these values; returns the text of each template by its name.
 
     Raises:
-        helm_python.HelmError: the values don't fit values.schema.json, or a template fails.
+        helm_python.HelmError: the values do not fit values.schema.json, or a template fails.
     """
     import helm_python
 
@@ -63,7 +63,7 @@ def _head(variant: str) -> str:
 
 
 def stale(*, write: bool) -> list[str]:
-    """The committed manifests that are not what the chart makes now; with `write`, they are written."""
+    """The names of committed manifests that differ from what the chart renders; with `write`, writes them again."""
     found = []
     for variant in VARIANTS:
         path, text = DEPLOY / f"kuberay/{variant}.yaml", _head(variant) + manifest(values(variant))
@@ -75,13 +75,13 @@ def stale(*, write: bool) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status for these arguments, as above."""
+    """Do what these arguments say (see above); returns the exit status."""
     if arguments and arguments != ["--check"]:
         sys.stdout.write(manifest(yaml.safe_load(Path(arguments[0]).read_text())))
         return 0
     found = stale(write=not arguments)
     if arguments and found:
-        sys.stderr.write(f"deploy/kuberay is not what the chart makes: {', '.join(found)}; run deploy/render.py\n")
+        sys.stderr.write(f"deploy/kuberay differs from the rendered chart: {', '.join(found)}; run deploy/render.py\n")
         return 1
     return 0
 

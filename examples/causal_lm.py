@@ -1,10 +1,10 @@
 """A causal language model: a small transformer learns from a larger one, token by token.
 
-The teacher sends hidden states instead of logits, and only those of tokens that the loss counts; the student fetches
-the teacher's head once and makes the logits itself. The teacher works on the next batches meanwhile.
+The teacher sends hidden states instead of logits, and only for tokens that the loss counts; the student fetches the
+teacher's head once and computes the logits itself. Meanwhile the teacher works on the next batches.
 
-Needs `transformers`, which the student side of Schoolhouse does not require. Both models start from random weights; the
-teacher is first trained for some seconds on the descriptions of scikit-learn's data sets, letter by letter.
+It needs `transformers`, which the student side of Schoolhouse does not require. Both models start from random weights;
+the teacher is first trained for a few seconds on the descriptions of scikit-learn's data sets, letter by letter.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LENGTH, IGNORED = 32, 8  # tokens of a sequence, and how many at its start are a prompt that the loss leaves out
+LENGTH, IGNORED = 32, 8  # tokens in a sequence, and how many at its start are a prompt, which the loss leaves out
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def train(model: nn.Module, tokens: torch.Tensor, steps: int) -> nn.Module:
-    """Next-token prediction, or, for a converted model, the teacher's distribution of it."""
+    """Train on next-token prediction, or, for a converted model, on the teacher's distribution over the next token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     model.train()
     batches = sequences(tokens, steps)
@@ -56,7 +56,7 @@ def train(model: nn.Module, tokens: torch.Tensor, steps: int) -> nn.Module:
         labels = labels_of(ids)
         logits = model(ids).logits
         if isinstance(model, sh.DistillationModel):
-            loss = model.compute_kd_loss(labels=labels)  # labels are not shifted; CausalLMLoss does that
+            loss = model.compute_kd_loss(labels=labels)  # labels are not shifted, as CausalLMLoss does that
         else:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
@@ -66,21 +66,21 @@ def train(model: nn.Module, tokens: torch.Tensor, steps: int) -> nn.Module:
 
 
 def sequences(tokens: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
-    """So many batches of token ids `[16, length]`."""
+    """Yield `count` batches of token ids `[16, length]`."""
     for _ in range(count):
         begin = torch.randint(len(tokens) - LENGTH, (16, 1))
         yield tokens[begin + torch.arange(LENGTH)]
 
 
 def labels_of(ids: torch.Tensor) -> torch.Tensor:
-    """The same tokens, without those of the prompt."""
+    """The labels of a batch: its tokens, with -100 for those of the prompt."""
     labels = ids.clone()
     labels[:, :IGNORED] = -100
     return labels
 
 
 def text() -> tuple[torch.Tensor, int]:
-    """Tokens `[n]`, one a letter, and how many different ones there are."""
+    """Tokens `[n]`, one for each letter, and how many different ones there are."""
     names = ("iris", "wine", "breast_cancer", "diabetes", "digits", "linnerud")
     letters = "".join(getattr(datasets, f"load_{name}")().DESCR for name in names)
     known = sorted(set(letters))
@@ -105,7 +105,7 @@ def language_model(vocabulary: int, width: int, layers: int) -> nn.Module:
 
 @torch.no_grad()
 def right(model: nn.Module, ids: torch.Tensor) -> str:
-    """Share of next letters that a plain model names right."""
+    """The share of next letters that a plain model predicts correctly, as text."""
     return f"{(model.eval()(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).float().mean():.3f}"
 
 

@@ -1,4 +1,4 @@
-"""What the examples share: handwritten digits, a trained teacher, and where that teacher stands."""
+"""What the examples share: handwritten digits, a trained teacher, and serving it or keeping it in this process."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class Digits(nn.Module):
-    """A network for images `[batch, 1, 8, 8]` in which layers can be paired and replaced."""
+    """A network for images `[batch, 1, 8, 8]`, with layers to pair and replace."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -28,10 +28,10 @@ class Digits(nn.Module):
 
 
 def start(description: str | None) -> str:
-    """Read the command line, seed the random numbers, and return where the teacher stands: "local" or "remote"."""
+    """Read the command line, seed the random numbers, and return where the teacher runs: "local" or "remote"."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--teacher", choices=["local", "remote"], default="remote", help="in this process, or served")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
@@ -40,7 +40,7 @@ def start(description: str | None) -> str:
 
 @contextlib.contextmanager
 def standing(teacher: nn.Module, where: str) -> Iterator[nn.Module | str]:
-    """What goes into `teacher_model`: the module itself, or the URL at which it is served meanwhile."""
+    """Yield the `teacher_model` for a config: the module itself, or the URL at which it is served meanwhile."""
     if where == "local":
         yield teacher
     else:
@@ -58,13 +58,13 @@ def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def batches(count: int, size: int, epochs: int) -> Iterator[torch.Tensor]:
-    """Row numbers `[size]` of each batch, shuffled in each epoch."""
+    """Yield the row numbers `[size]` of each batch, shuffled in each epoch."""
     for _ in range(epochs):
         yield from torch.randperm(count).split(size)
 
 
 def trained_teacher(images: torch.Tensor, labels: torch.Tensor, epochs: int = 8) -> nn.Module:
-    """A teacher that has learned these images."""
+    """A teacher that was trained on these images."""
     teacher = Digits(width=24)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=2e-3)
     for rows in batches(len(labels), 32, epochs):
@@ -76,10 +76,10 @@ def trained_teacher(images: torch.Tensor, labels: torch.Tensor, epochs: int = 8)
 
 @torch.no_grad()
 def predicted(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Classes `[n]` that a plain model gives to `images`."""
+    """The classes `[n]` that a plain model predicts for `images`."""
     return model.eval()(images).argmax(-1)
 
 
 def share(found: torch.Tensor, expected: torch.Tensor) -> str:
-    """The share of equal classes, to print."""
+    """The share of equal classes, as text."""
     return f"{(found == expected).float().mean():.3f}"

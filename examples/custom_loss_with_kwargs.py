@@ -1,7 +1,7 @@
-"""A custom loss: it takes the logits out of the models' outputs, and an argument that differs from batch to batch.
+"""A custom loss, which takes the logits out of the models' outputs, and gets another argument with each batch.
 
-The teacher here has learned from 150 images and errs often. Where it errs the student learns from the label instead:
-`compute_kd_loss(labels=...)` hands the labels on to the loss.
+The teacher here has learned from 150 images and is often wrong. Where it is wrong, the student learns from the label
+instead: `compute_kd_loss(labels=...)` passes the labels on to the loss.
 """
 
 import schoolhouse as sh
@@ -27,19 +27,19 @@ class TeacherOnly(nn.Module):
     """KL divergence from the teacher's distribution."""
 
     def forward(self, out_s: dict, out_t: dict, labels: torch.Tensor) -> torch.Tensor:
-        """Loss, a scalar, of outputs with logits `[batch, classes]`; the labels `[batch]` are not read."""
+        """The loss, a scalar, of outputs with logits `[batch, classes]`; the labels `[batch]` are not used."""
         return self.per_example(out_s["logits"], out_t["logits"]).mean()
 
     def per_example(self, logits_s: torch.Tensor, logits_t: torch.Tensor) -> torch.Tensor:
-        """Losses `[batch]`."""
+        """The losses `[batch]` for logits `[batch, classes]`."""
         return F.kl_div(F.log_softmax(logits_s, dim=-1), F.softmax(logits_t, dim=-1), reduction="none").sum(-1)
 
 
 class TeacherOrLabel(TeacherOnly):
-    """The same where the teacher is right, and cross entropy with the label where it errs."""
+    """KL divergence where the teacher is right, and cross entropy with the label where it is wrong."""
 
     def forward(self, out_s: dict, out_t: dict, labels: torch.Tensor) -> torch.Tensor:
-        """Loss, a scalar, of outputs with logits `[batch, classes]` for labels `[batch]`; the student's come first."""
+        """The loss, a scalar, of the student's and the teacher's outputs, for labels `[batch]`."""
         right = out_t["logits"].argmax(-1) == labels
         own = F.cross_entropy(out_s["logits"], labels, reduction="none")
         return torch.where(right, self.per_example(out_s["logits"], out_t["logits"]), own).mean()
@@ -61,7 +61,7 @@ def main() -> None:
             optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
             for rows in batches(len(images), 32, epochs=10):
                 model(images[rows])
-                loss = model.compute_kd_loss(labels=labels[rows])  # keyword arguments go to the loss
+                loss = model.compute_kd_loss(labels=labels[rows])  # keyword arguments are passed to the loss
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -71,7 +71,7 @@ def main() -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> str:
-    """Share of images that a plain model names right."""
+    """The share of images that a plain model classifies correctly, as text."""
     return share(model.eval()(images)["logits"].argmax(-1), labels)
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints and export: stop in the middle, go on in another process, and end with a plain model of the own class.
+"""Checkpoints and export: stop half-way, go on in another process, and end with a plain model of its own class.
 
-`save` writes the student, never the teacher; with `include_losses` also what the losses have learned. `restore` does
-not bring the meta-model back, so the second half converts again.
+`save` writes the student, never the teacher, and with `include_losses` also the parameters of the losses. `restore`
+does not bring the meta-model back, so the second half converts the student again.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ def main() -> None:
 
         model = convert(Digits(width=8), teacher_model)  # as another process would
         sh.restore(model, half_way)
-        with model.only_student_forward():  # nothing is asked of the teacher
+        with model.only_student_forward():  # the teacher is not asked
             print(f"restored: accuracy {share(predicted(model, test_images), test_labels)}")
         train(model, images)
         student = sh.export(model)
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def convert(student: nn.Module, teacher_model: nn.Module | str) -> sh.DistillationModel:
-    """The meta-model, of a criterion that has a parameter of its own: the projection from 16 features to 48."""
+    """Convert the student, with a loss that has a parameter of its own: the projection from 16 features to 48."""
     config = {
         "teacher_model": teacher_model,
         "criterion": {
@@ -57,7 +57,7 @@ def convert(student: nn.Module, teacher_model: nn.Module | str) -> sh.Distillati
 
 
 def train(model: sh.DistillationModel, images: torch.Tensor) -> None:
-    """Half of the training, without labels."""
+    """Do half of the training, without labels."""
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for rows in batches(len(images), 32, epochs=6):

@@ -1,4 +1,4 @@
-"""Layer pairs: hidden states and logits are each held against a layer of the teacher, beside the student's own loss."""
+"""Layer pairs: hidden states and logits are each compared with a layer of the teacher, besides the student's loss."""
 
 import schoolhouse as sh
 import torch
@@ -23,10 +23,10 @@ def main() -> None:
                 ("neck", "neck"): sh.HiddenMSELoss(student_width=10, teacher_width=48),
                 ("fc", "fc"): sh.LogitsDistillationLoss(temperature=2.0, reduction="batchmean"),
             },
-            "loss_balancer": sh.StaticLossBalancer([0.2, 0.6]),  # the rest, 0.2, is the student's own loss's
+            "loss_balancer": sh.StaticLossBalancer([0.2, 0.6]),  # the rest, 0.2, weighs the student's own loss
         }
         model = sh.convert(Digits(width=5), mode=[("kd_loss", config)])
-        # HiddenMSELoss projects 10 features to 48: its weight is among the parameters until export.
+        # HiddenMSELoss projects 10 features to 48; the projection is among the model's parameters until export.
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
         for epoch in range(12):
             for rows in batches(len(images), 32, epochs=1):
@@ -47,7 +47,7 @@ def main() -> None:
 
 @torch.no_grad()
 def report(when: str, model: sh.DistillationModel, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Print the losses before they are balanced."""
+    """Print each loss before balancing."""
     losses = model.compute_kd_loss(student_loss=F.cross_entropy(model(images), labels), skip_balancer=True)
     print(f"{when}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 

@@ -1,7 +1,7 @@
 """Module replacement: one layer of a model is replaced by a smaller one, which learns to do what the old one did.
 
-In the mode "layerwise_kd" the new layer gets the inputs of the teacher's layer and is held against its outputs. All
-else of the student is frozen.
+In the mode "layerwise_kd" the new layer gets the inputs of the teacher's layer, and its outputs are compared with that
+layer's. The rest of the student is frozen.
 """
 
 import copy
@@ -38,7 +38,7 @@ def main() -> None:
             optimizer.step()
         student = sh.export(model)
 
-    student.requires_grad_()  # export leaves frozen what layerwise_kd froze
+    student.requires_grad_()  # what layerwise_kd froze is still frozen after export
     found = predicted(student, test_images)
     print(f"body distilled: accuracy {share(found, test_labels)}")
     print(f"agreement with the teacher: {share(found, expected)}")

@@ -1,4 +1,4 @@
-"""A shared teacher: two jobs with batches of different sizes ask one server for some seconds; what each got of it."""
+"""A shared teacher: two jobs with batches of different sizes use one server; prints what each job got of it."""
 
 import argparse
 import threading
@@ -12,11 +12,11 @@ from common import Digits
 from schoolhouse_server import serve
 
 JOBS = {"small batches": 8, "large batches": 64}
-AHEAD = 4  # requests that each job keeps under way, as `prefetch(depth=4)` does
+AHEAD = 4  # requests that each job keeps in flight, as `prefetch(depth=4)` does
 
 
 def answers(url: str, job: str, rows: int) -> Iterator[int]:
-    """The sizes of this job's batches, each when the teacher has answered it."""
+    """Yield the size of each batch of this job when the teacher has answered it."""
     images = torch.randn(rows, 1, 8, 8)
     with sh.connect(url, job=job) as teacher:
         pending = deque(teacher.submit((images,), {}, ["fc"]) for _ in range(AHEAD))
@@ -26,7 +26,7 @@ def answers(url: str, job: str, rows: int) -> Iterator[int]:
 
 
 def ask(url: str, job: str, seconds: float, served: dict[str, int]) -> None:
-    """Ask as one job for so long from its first answer on, and note the rows that were served."""
+    """Ask as one job, for `seconds` from its first answer on, and count its rows in `served`."""
     until = None
     for rows in answers(url, job, JOBS[job]):
         now = time.monotonic()

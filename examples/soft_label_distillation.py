@@ -1,4 +1,4 @@
-"""Soft-label distillation: a student learns the teacher's class distributions, and sees no label at all."""
+"""Soft-label distillation: a student learns the teacher's class distributions, without any labels."""
 
 import schoolhouse as sh
 import torch

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from schoolhouse_wire.rpc import forks as forks  # before anything else imports gRPC
+from schoolhouse_wire.rpc import forks as forks  # must come before anything else imports gRPC
 
 if any(importlib.util.find_spec(name) is None for name in ("grpc_health", "grpc_reflection", "cryptography")):
     raise ImportError("schoolhouse_server needs the extra 'serve': pip install 'schoolhouse[serve]'")

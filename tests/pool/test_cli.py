@@ -70,7 +70,7 @@ def test_a_wrong_pool_file_is_one_sentence(run, tmp_path):
     (tmp_path / "pool.yaml").write_text("teachers: {a: {}}")
     up = run("up", "pool.yaml")
     assert up.returncode == 1
-    assert "either 'build" in up.stderr
+    assert "exactly one of 'build" in up.stderr
     assert "Traceback" not in up.stderr
 
 

@@ -41,7 +41,7 @@ def test_transformers_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("teachers: {a: {}}", "either 'build"),
+        ("teachers: {a: {}}", "exactly one of 'build"),
         ("teachers: {}", "teachers"),
         ("teachers: {a: {build: 'm:f', replcas: 2}}", "replcas"),
         ("teachers: {a: {build: 'm:f', replicas: 0}}", "replicas"),

@@ -59,7 +59,7 @@ def test_what_is_wrong_is_told_as_the_file_is_read(load, security, said):
 
 def test_a_roll_changes_no_tokens_file(load):
     now = Desired.of(load("{tokens: tokens.yaml}"))
-    with pytest.raises(errors.ConfigError, match=r"security.tokens of the file is not that of the pool"):
+    with pytest.raises(errors.ConfigError, match=r"security.tokens of the file differs from that of the pool"):
         now.rolled(load("{}"), ["net"])
     assert now.rolled(load("{tokens: tokens.yaml, allow_head: true}"), ["net"]).config.security.allow_head
 

@@ -209,7 +209,7 @@ def test_sessions_follow_the_file(server, path, change, caplog):
             path.write_text("tokens: 3")
         kind = errors.AuthenticationError if change == "revoked" else errors.PermissionDeniedError
         if change == "bad file":
-            assert soon(lambda: "is not taken" in caplog.text)
+            assert soon(lambda: "is not used" in caplog.text)
             assert result(teacher) == [2, 2]
         else:
             assert soon(lambda: _fails(teacher, kind))

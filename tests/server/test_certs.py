@@ -46,9 +46,9 @@ def test_it_makes_an_authority_a_server_and_a_client(tmp_path):
 def test_an_authority_is_not_overwritten(tmp_path):
     certs(tmp_path, "--host", "h")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(errors.ConfigError, match="is there and is not overwritten.*--add-server"):
+    with pytest.raises(errors.ConfigError, match="exists and is not overwritten.*--add-server"):
         certs(tmp_path, "--host", "h")
-    with pytest.raises(errors.ConfigError, match=r"client.pem is there and is not overwritten"):
+    with pytest.raises(errors.ConfigError, match=r"client.pem exists and is not overwritten"):
         certs(tmp_path, "--add-client", "client")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -67,10 +67,10 @@ def test_more_certificates_of_the_same_authority(tmp_path):
     ("arguments", "said"),
     [
         ([], "--host HOST"),
-        (["--host", "a b"], "is no name or address"),
+        (["--host", "a b"], "is not a name or address"),
         (["--host", "h:7070"], "without a port"),
         (["--add-server", "x"], "has no authority to add to.*No such file"),
-        (["--add-client", "x", "--host", "h"], "--host goes with a server"),
+        (["--add-client", "x", "--host", "h"], "--host is for a server"),
     ],
 )
 def test_wrong_arguments_leave_nothing(arguments, said, tmp_path):
@@ -125,7 +125,7 @@ def test_the_certificate_of_a_pool_lies_beside_its_file(tmp_path):
         ("tls: {cert: none.pem}", "security.tls.key: .*required"),
         ("tls: {cert: pool.yaml, key: pool.yaml}", "is not a PEM file"),
         ("insecure: maybe", "security.insecure"),
-        ("tls: {cert: a, key: b}, insecure: true", "tls and insecure are given"),
+        ("tls: {cert: a, key: b}, insecure: true", "tls and insecure: true are both given"),
         ("tsl: {}", "security.tsl"),
     ],
 )
@@ -138,5 +138,5 @@ def test_a_roll_does_not_turn_tls_on():
     teachers = {"a": TeacherSpec(build="m:f")}
     before = Desired.of(PoolConfig(teachers=teachers))
     tls = {"cert": "server.pem", "key": "key.pem"}
-    with pytest.raises(errors.ConfigError, match="security.tls of the file is not that of the pool"):
+    with pytest.raises(errors.ConfigError, match="security.tls of the file differs from that of the pool"):
         before.rolled(PoolConfig(teachers=teachers, security={"tls": tls}), ["a"])

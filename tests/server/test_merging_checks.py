@@ -54,7 +54,7 @@ def test_examples_that_do_not_do():
     for given, why in [
         (lambda: torch.zeros(1, 8), "1 rows; give at least 2"),
         (lambda: torch.zeros(4, 9), "raised RuntimeError"),
-        (lambda: 5, "0 rows"),
+        (lambda: 5, "1 rows; give at least 2"),
         ({"other": example}, "by their names"),
         (3, "by their names"),
     ]:
@@ -213,4 +213,4 @@ def test_an_error_in_the_policy_costs_the_merging_and_no_request(part, monkeypat
             at_once(engine, *asked)
             for one, e in zip(asked, expected, strict=True):
                 assert torch.equal(one.features[""], e)
-        assert any("could not be told" in record.getMessage() for record in caplog.records)
+        assert any("could not be found out" in record.getMessage() for record in caplog.records)

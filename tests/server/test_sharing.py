@@ -337,7 +337,7 @@ def test_weights_and_settings_out_of_bounds():
         with pytest.raises(errors.ConfigError, match="257 characters"):
             sh.connect(server.url, job=257 * "x")
         for wrong in ({"weight": float("nan")}, {"weight": -1.0}, {"job": 257 * "x"}):
-            with pytest.raises(grpc.RpcError, match="Open came with"):
+            with pytest.raises(grpc.RpcError, match="Open has"):
                 Stub(server, **wrong)
     for wrong in (
         {"cost": "bytes"},

@@ -73,7 +73,7 @@ SECRET = "a-secret-of-the-operator"
         (f"tokens: [{SECRET}]", "tokens.0"),
         (f"tokens: [\n{SECRET}: [}}", "is not YAML (line 2)"),
         ("tokens:\n" + line(ONE) + line(ONE), "tokens 0 and 1 have the same sha256"),
-        ("tokens:\n" + line(ONE, 'teachers: ["*"], max_in_flight: 2'), "max_in_flight goes with job"),
+        ("tokens:\n" + line(ONE, 'teachers: ["*"], max_in_flight: 2'), "max_in_flight needs job"),
         ("tokens:\n" + line(ONE, 'teachers: ["*"], job: j, weight: 1000'), "tokens.0.weight"),
         ("tokens:\n" + line(ONE, 'teachers: ["*"], job: j, max_job_bytes: 0'), "tokens.0.max_job_bytes"),
         ("tokens:\n" + line(ONE, "job: j"), "tokens.0.teachers"),
@@ -141,7 +141,7 @@ def test_a_change_is_taken_and_a_bad_one_is_told_once_and_not(path, caplog, monk
             assert soon(lambda: len(told()) == 1)
             path.unlink()
             assert soon(lambda: len(told()) == 2)
-        assert all("those known so far are kept" in record.message for record in told())
+        assert all("the tokens known so far are kept" in record.message for record in told())
         assert found.grant(TWO) is not None
         write("tokens:\n" + line(ONE))
         assert soon(lambda: called == [1, 1])

@@ -52,7 +52,7 @@ def test_numbers_of_tensors_are_left_out(value):
         "it must not be empty or contain '/'",
         "float32/float16 and/or 3 / 4; torch.Size([2, 3, 4, 5, 6, 7, 8, 9, 10])",
         "there are: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0.0, 0.1, 0.2, 1.0, 1.1, 1.2, 2.0, 2.1, 2.2",
-        "the authorization that came is not of the form 'Bearer TOKEN'",
+        "the call's authorization metadata is not of the form 'Bearer TOKEN'",
     ],
 )
 def test_what_says_what_to_do_stays(text):

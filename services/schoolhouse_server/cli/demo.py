@@ -39,7 +39,7 @@ teachers:
 
 
 def run(plot: Path, seeds: int, console: Console) -> None:
-    """Run the whole demo; writes the curves to `plot` as a PNG. Ends all that it started, whatever happens."""
+    """Run the whole demo, and write the curves to `plot` as a PNG; stops all that it started, whatever happens."""
     began = time.perf_counter()
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with tempfile.TemporaryDirectory(prefix="schoolhouse-demo-") as folder, Progress(*columns, console=console) as bars:
@@ -49,8 +49,8 @@ def run(plot: Path, seeds: int, console: Console) -> None:
             records = _run_students(pool.url("digits"), seeds, bars)
     console.print(_table(records, teacher_accuracy))
     console.print(
-        f"All students saw the same 1,197 images and the labels of {LABELLED} of them; the distilled ones also what "
-        f"the teacher, in another process, made of each batch. {seeds} seeds; 600 test images."
+        f"All students saw the same 1,197 images and the labels of {LABELLED} of them; the distilled ones also got the "
+        f"teacher's features of each batch, from another process. {seeds} seeds; 600 test images."
     )
     _draw(records, teacher_accuracy, plot)
     console.print(f"curves: {plot}   ({time.perf_counter() - began:.0f} s in all)", soft_wrap=True)
@@ -84,7 +84,7 @@ def _pool(path: Path, bars: Progress) -> Iterator[Pool]:
 
 
 def _run_students(url: str, seeds: int, bars: Progress) -> list[dict[str, Any]]:
-    """The plain student, then the two distilling jobs side by side; returns the lines that they printed."""
+    """Run the plain student, then the two distilling jobs side by side; returns the records that they printed."""
     records: list[dict[str, Any]] = []
     with contextlib.ExitStack() as jobs:
         for group in (KINDS[:1], KINDS[1:]):
@@ -95,17 +95,17 @@ def _run_students(url: str, seeds: int, bars: Progress) -> list[dict[str, Any]]:
 
 
 class _Job:
-    """One student process, whose lines become records and move a progress bar."""
+    """One student process; the lines that it prints become records and move a progress bar."""
 
     def __init__(self, kind: str, url: str, seeds: int, bars: Progress, records: list[dict[str, Any]]) -> None:
         command = [sys.executable, "-m", "schoolhouse.demo.student", "--kind", kind, "--seeds", str(seeds)]
         self._command = command if kind == "plain" else [*command, "--url", url]
         self._kind, self._bars, self._records = kind, bars, records
-        self._why: BaseException | None = None  # its lines cannot be read
+        self._why: BaseException | None = None  # why its output could not be read
         self._task = bars.add_task(f"student: {kind}", total=seeds * EPOCHS)
 
     def __enter__(self) -> "_Job":
-        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would block a talkative job
+        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would block a job that logs much
         self._process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, stderr=self._errors, text=True, start_new_session=True
         )
@@ -132,7 +132,7 @@ class _Job:
         self._process.kill()
 
     def wait(self, timeout_s: float = 300.0) -> None:
-        """Return when the job is done; raises RuntimeError with its last words if it failed."""
+        """Return when the job is done; raises RuntimeError with the end of its stderr if it failed."""
         self._process.wait(timeout_s)
         self._reader.join(10)
         if self._process.returncode != 0 or self._why is not None:

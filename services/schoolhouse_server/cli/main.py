@@ -1,4 +1,4 @@
-"""The `schoolhouse` command: start, watch and stop a pool of teachers, and a demo of the whole."""
+"""The `schoolhouse` command: start, watch and stop a pool of teachers; make certificates and tokens; run the demo."""
 
 import contextlib
 import os
@@ -33,19 +33,19 @@ app = typer.Typer(
 )
 out = Console()
 if not out.is_terminal:
-    out.width = 1000  # a pipe has no edge at which to leave out columns
+    out.width = 1000  # in a pipe no columns need to be left out
 err = Console(stderr=True)
 
 Address = Annotated[
     str | None,
     typer.Option(
-        help="Ray cluster to use, as HOST:PORT of its head ('auto' for one started with `ray start` on this machine). "
-        "Without it: a local one, started by `up` and stopped by `down`."
+        help="The Ray cluster, as HOST:PORT of its head, or 'auto' for one started with `ray start` on this machine. "
+        "Default: a local cluster, which `up` starts and `down` stops."
     ),
 ]
-Ca = Annotated[Path | None, typer.Option(help="PEM file of who vouches for the server.")]
-Cert = Annotated[Path | None, typer.Option(help="PEM file of a certificate to show.")]
-Key = Annotated[Path | None, typer.Option(help="PEM file of its key.")]
+Ca = Annotated[Path | None, typer.Option(help="PEM file of the authority that signed the server's certificate.")]
+Cert = Annotated[Path | None, typer.Option(help="PEM file of this client's certificate.")]
+Key = Annotated[Path | None, typer.Option(help="PEM file of the key to --cert.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plaintext to other machines.")]
 
 
@@ -53,14 +53,17 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plaintext to o
 def up(
     pool: Annotated[Path, typer.Argument(help="The pool's YAML file.")],
     address: Address = None,
-    timeout_s: Annotated[float, typer.Option(help="How long to wait for the teachers, in seconds.")] = 900.0,
+    timeout_s: Annotated[float, typer.Option(help="How long to wait for the replicas, in seconds.")] = 900.0,
 ) -> None:
-    """Start a pool and return when every replica serves; it goes on in the background until `down`."""
+    """Start a pool, and wait until it serves.
+
+    It returns when every replica serves. The pool runs in the background until `schoolhouse down`.
+    """
     from schoolhouse_server.pool import local_cluster
     from schoolhouse_server.pool.config import load_pool
 
     config = load_pool(pool)
-    if address is None:  # else the paths are those of the cluster's nodes
+    if address is None:  # with an address, the paths are on the cluster's nodes
         config.check_files(list(config.teachers))
     started = False
     with out.status("starting Ray"):
@@ -71,7 +74,7 @@ def up(
         with _connected(address):
             from schoolhouse_server.pool.driver import launch
 
-            with out.status("starting the pool's keeper and directory, or waiting for those that are there"):
+            with out.status("starting the pool's keeper and directory, or finding those that run"):
                 launched = launch(config)
             try:
                 with _progress() as show:
@@ -92,7 +95,10 @@ def up(
 
 @app.command()
 def status(address: Address = None) -> None:
-    """Show the pool: its teachers, revisions, replicas and load."""
+    """Show the pool's replicas and their load.
+
+    It also says what failed, and where the directory and the page with charts are.
+    """
     with _pool(address) as found:
         out.print(replica_table(found.status()))
         for name, one in found.teachers().items():
@@ -109,7 +115,10 @@ def scale(
     replicas: Annotated[str, typer.Argument(help="How many replicas: N, or MIN-MAX to scale by load between them.")],
     address: Address = None,
 ) -> None:
-    """Give a teacher more or fewer replicas; those that go answer what they have first."""
+    """Change how many replicas a teacher has.
+
+    A replica that is stopped first answers the requests that it has.
+    """
     from schoolhouse_server.pool.config import Bounds
 
     bounds = Bounds.parse(replicas)
@@ -120,19 +129,20 @@ def scale(
 
 @app.command()
 def roll(
-    pool: Annotated[Path, typer.Argument(help="The pool's YAML file, read again.")],
-    teachers: Annotated[list[str] | None, typer.Argument(help="Which teachers; all of the file without it.")] = None,
+    pool: Annotated[Path, typer.Argument(help="The pool's YAML file, which is read again.")],
+    teachers: Annotated[list[str] | None, typer.Argument(help="The teachers to roll; default: all.")] = None,
     address: Address = None,
     linger_s: Annotated[
         float | None,
-        typer.Option(min=0, help="How long old revisions stay for jobs that began with them; in place of the file's."),
+        typer.Option(min=0, help="Seconds that old revisions stay for jobs that began with them; default: the file's."),
     ] = None,
     timeout_s: Annotated[float, typer.Option(help="How long to wait for the new replicas, in seconds.")] = 900.0,
 ) -> None:
-    """Replace teachers by what the file now says, one replica after the other, without stopping a student.
+    """Roll teachers to what the file now says.
 
-    Jobs that begin from now on get the new revision. Those that run keep the one that they began with: a replica of it
-    stays until they end, or `linger_s` has passed. If the new replicas cannot start, the old ones serve on.
+    One replica is replaced after the other, and no student is stopped. Jobs that begin from now on get the new
+    revision. Running jobs keep the revision that they began with: a replica of it stays until they have ended, or
+    `linger_s` has passed. If the new replicas cannot start, the old ones go on.
     """
     from dataclasses import replace
 
@@ -149,13 +159,16 @@ def roll(
             found.roll(config, names, timeout_s, show)
         for name, one in found.teachers().items():
             if name in names:
-                left = f"; {one['old']} replicas stay for jobs that began before" if one["old"] else ""
+                left = f"; {one['old']} old replicas stay for jobs that began with them" if one["old"] else ""
                 out.print(f"{name} serves revision {one['revision']}{left}", soft_wrap=True)
 
 
 @app.command()
 def jobs(address: Address = None) -> None:
-    """Show the jobs that use the pool, and what each of them got."""
+    """Show the jobs that use the pool.
+
+    There is one row for each job of each teacher, with what it asked for and was given.
+    """
     with _pool(address) as found:
         rows = found.jobs()
     out.print(job_table(rows) if rows else "no job has asked for anything yet")
@@ -163,11 +176,14 @@ def jobs(address: Address = None) -> None:
 
 @app.command()
 def logs(
-    replica: Annotated[str, typer.Argument(help="TEACHER or TEACHER/ID; all actors of the pool without it.")] = "",
-    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=2000, help="Of each actor.")] = 200,
+    replica: Annotated[str, typer.Argument(help="TEACHER or TEACHER/ID; default: all actors of the pool.")] = "",
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=2000, help="Log records of each actor.")] = 200,
     address: Address = None,
 ) -> None:
-    """Show the last log records of the pool's actors; Ray's dashboard need not run."""
+    """Show the last log records of the pool.
+
+    They come from the pool's actors, and do not need Ray's dashboard.
+    """
     teacher, _, replica_id = replica.partition("/")
     with _pool(address) as found:
         for name, records in found.logs(teacher, replica_id, lines).items():
@@ -179,20 +195,22 @@ def logs(
 def top(
     url: Annotated[
         str | None,
-        typer.Argument(help="A directory or replica: HOST:PORT, grpc://HOST:PORT/NAME or grpcs://. Else: the pool."),
+        typer.Argument(
+            help="A directory or replica: HOST:PORT, or grpc:// or grpcs://HOST:PORT/NAME. Default: the pool."
+        ),
     ] = None,
     address: Address = None,
-    interval_s: Annotated[float, typer.Option(min=0.1, max=3600, help="Between looks, in seconds.")] = 2.0,
+    interval_s: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two updates.")] = 2.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print one table, of the rates of one interval, and end.")
+        bool, typer.Option("--once", help="Print one table, with the rates over one interval, and exit.")
     ] = False,
     ca: Ca = None,
     cert: Cert = None,
     key: Key = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with a token; an admin's sees all jobs.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with a token; an admin's token shows all jobs.")] = None,
     insecure: Insecure = False,
 ) -> None:
-    """Watch replicas and jobs, live; 'q' ends it."""
+    """Watch replicas and jobs live; 'q' quits."""
     from schoolhouse_wire.rpc.security import ClientSecurity
 
     from schoolhouse_server.observe.top import target_of, watch
@@ -216,7 +234,10 @@ def describe(
     insecure: Insecure = False,
     timeout_s: Annotated[float, typer.Option(min=0.1, help="How long to wait for the server, in seconds.")] = 10.0,
 ) -> None:
-    """Show what a teacher is, and the modules of it that may be tapped; it needs no Ray."""
+    """Show a teacher's facts, and what can be tapped.
+
+    It prints the teacher's revision, class, dtype and the like, and the tree of its modules. It needs no Ray.
+    """
     from schoolhouse import connect
 
     token = _token_in(token_file)
@@ -252,34 +273,39 @@ def _token_in(path: Path | None) -> str | None:
 
 @app.command()
 def certs(
-    folder: Annotated[Path, typer.Argument(help="Where the files go; it is made if need be. Keep ca-key.pem safe.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder for the files; it is made if it does not exist. Keep ca-key.pem secret.")
+    ],
     host: Annotated[
         list[str] | None,
-        typer.Option(help="A name or an address that students connect to; again for each. Loopback is always one."),
+        typer.Option(help="A name or address that students connect to; may be repeated. Loopback is always included."),
     ] = None,
     add_server: Annotated[
-        str, typer.Option(metavar="NAME", help="Add a server's certificate of the authority that is in the folder.")
+        str, typer.Option(metavar="NAME", help="Add a server's certificate, signed by the authority in the folder.")
     ] = "",
     add_client: Annotated[
-        str, typer.Option(metavar="NAME", help="Add a client's certificate of the authority that is in the folder.")
+        str, typer.Option(metavar="NAME", help="Add a client's certificate, signed by the authority in the folder.")
     ] = "",
-    days: Annotated[int, typer.Option(min=1, max=3650, help="How long the certificates hold.")] = 365,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How many days the certificates are valid.")] = 365,
 ) -> None:
-    """Make a private authority, and a certificate each for the servers of a pool and for a client, as PEM files.
+    """Make certificates for a pool with TLS.
+
+    It makes a private authority, a certificate for the pool's servers, and one for a client, as PEM files. With
+    --add-server or --add-client it adds a certificate of the authority that is in the folder already.
 
     Servers get server.pem and server-key.pem (`security: {tls: {cert:, key:}}` in the pool file), and ca.pem as
-    `client_ca` if clients must have a certificate. Clients get ca.pem: connect("grpcs://HOST:PORT/NAME", ca="ca.pem"),
-    and where they must have one, client.pem as cert and client-key.pem as key.
+    `client_ca` if clients must have a certificate. Clients get ca.pem: connect("grpcs://HOST:PORT/NAME", ca="ca.pem");
+    where they must have a certificate, also client.pem as cert and client-key.pem as key.
     """
     from schoolhouse_server.security.certs import Authority, check_hosts
 
     if add_server or add_client:
         if host and not add_server:
-            raise ConfigError("--host goes with a server's certificate; add --add-server NAME, or leave it out")
+            raise ConfigError("--host is for a server's certificate; add --add-server NAME, or leave --host out")
         authority = Authority.load(folder)
     else:
         if not host:
-            raise ConfigError("give the names and addresses that students connect to: --host HOST, again for each")
+            raise ConfigError("give the names and addresses that students connect to: one --host HOST for each")
         check_hosts(host)
         authority = Authority.make(folder)
         add_server, add_client = "server", "client"
@@ -291,19 +317,25 @@ def certs(
 
 @app.command()
 def token() -> None:
-    """Make a random token for a job, and its line for the tokens file, which holds no tokens but their digests."""
+    """Make a random token for a job.
+
+    It prints the token, and its line for the tokens file, which holds only digests of tokens.
+    """
     from schoolhouse_server.security.tokens import digest_of, new_token
 
     made = new_token()
     out.print(f"token, for sh.connect(token=...): {made}", soft_wrap=True, highlight=False, markup=False)
-    out.print("It is shown only now. The tokens file gets, under `tokens:`, a line like this one:", soft_wrap=True)
+    out.print("It is shown only now. Add a line like this one to the tokens file, under `tokens:`", soft_wrap=True)
     line = f'- {{sha256: "{digest_of(made)}", job: NAME, teachers: ["*"]}}'
     out.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
 def down(address: Address = None) -> None:
-    """Stop the pool, and the local Ray cluster if `up` started it."""
+    """Stop the pool.
+
+    If `up` started a local Ray cluster for it, that is stopped too.
+    """
     from schoolhouse_server.pool import local_cluster
 
     with _connected(address):
@@ -320,10 +352,13 @@ def down(address: Address = None) -> None:
 
 @app.command()
 def demo(
-    plot: Annotated[Path, typer.Option(help="Where to write the curves, as a PNG.")] = Path("schoolhouse-demo.png"),
-    seeds: Annotated[int, typer.Option(min=1, max=20, help="Students of each kind.")] = 3,
+    plot: Annotated[Path, typer.Option(help="The PNG file to write the curves to.")] = Path("schoolhouse-demo.png"),
+    seeds: Annotated[int, typer.Option(min=1, max=20, help="How many students of each kind to train.")] = 3,
 ) -> None:
-    """Train a teacher on handwritten digits, serve it from a local pool, and distil two students from it."""
+    """Run a demo: distil a teacher of digits.
+
+    It trains a teacher on handwritten digits, serves it from a local pool, and distils two kinds of students from it.
+    """
     try:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
@@ -337,10 +372,10 @@ def demo(
         interrupted.append(number)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # cleaned up after, either way
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that either way all that was started is stopped
         signal.signal(number, interrupt)
     run(plot.resolve(), seeds, out)
-    if interrupted:  # in a destructor, or within Ray, which ignore what is raised there
+    if interrupted:  # the exception may have been raised in a destructor or inside Ray, where it is swallowed
         raise KeyboardInterrupt
 
 
@@ -352,7 +387,7 @@ def _connected(address: str | None) -> Iterator[None]:
     if found is None:
         raise ConfigError("no local pool is running; start one with `schoolhouse up pool.yaml`, or give --address")
     if address is None:
-        os.environ["RAY_AUTH_MODE"] = "token"  # Ray guards local clusters with the user's token; read when it loads
+        os.environ["RAY_AUTH_MODE"] = "token"  # our local clusters want the user's token; Ray reads this on import
     from schoolhouse_server.pool.driver import ray_cluster
 
     with ray_cluster(found):
@@ -370,20 +405,20 @@ def _pool(address: str | None) -> Iterator["Pool"]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """Gives what shows rows of replicas in the place of those before."""
+    """Yields a function that shows rows of replicas in place of the rows before."""
     with Live(console=out, refresh_per_second=4) as live:
         yield lambda rows: live.update(replica_table(rows))
     if not out.is_terminal:
-        out.line()  # a terminal's view ends its last line itself
+        out.line()  # in a terminal, Live ends its last line itself
 
 
 def main() -> None:
-    """Entry point: our errors become one sentence on stderr and exit status 1."""
+    """The entry point: our errors become one sentence on stderr and exit status 1."""
     try:
         app()
     except SchoolhouseError as error:
         err.print(f"schoolhouse: {error}", markup=False, soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        err.print("schoolhouse: interrupted; all that was started is stopped")
+        err.print("schoolhouse: interrupted; all that it started is stopped")
         raise SystemExit(130) from None

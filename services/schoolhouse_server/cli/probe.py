@@ -1,8 +1,8 @@
 """`python -m schoolhouse_server.cli.probe HOST:PORT`: exit status 0 if a directory or replica there serves, 1 if not.
 
-It asks gRPC's standard health service, as probes of containers and schedulers do. Of a server with TLS it must know who
-vouches for it, and for which name: `--ca ca.pem --name HOST`. Where the server wants certificates of its clients,
-`--cert cert.pem --key key.pem` is one to show, as the server's own.
+It asks gRPC's standard health service, as the probes of containers and schedulers do. A server with TLS needs
+`--ca ca.pem`, the authority that signed its certificate, and `--name HOST` if the certificate is for another name. A
+server that wants certificates of its clients needs `--cert cert.pem --key key.pem`, for which the server's own will do.
 """
 
 import argparse
@@ -29,19 +29,19 @@ def serves(address: str, timeout_s: float = _TIMEOUT_S, security: ClientSecurity
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status for these arguments: one address, and what TLS takes; 2 if they are wrong."""
+    """Probe the address in `arguments`; returns the exit status, which is 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m schoolhouse_server.cli.probe", description="Ask if a server serves."
     )
     parser.add_argument("address", metavar="HOST:PORT")
-    parser.add_argument("--ca", help="PEM file of who vouches for the server; with it, TLS is spoken")
-    parser.add_argument("--name", help="that the server's certificate is for; HOST without it")
-    parser.add_argument("--cert", help="PEM file of a certificate to show")
-    parser.add_argument("--key", help="PEM file of its key")
+    parser.add_argument("--ca", help="PEM file of the authority that signed the server's certificate; turns on TLS")
+    parser.add_argument("--name", help="the name in the server's certificate (default: HOST)")
+    parser.add_argument("--cert", help="PEM file of this client's certificate")
+    parser.add_argument("--key", help="PEM file of the key to --cert")
     try:
         given = parser.parse_args(arguments)
         if not given.address.rpartition(":")[0]:
-            parser.error(f"{given.address!r} is no address; give HOST:PORT")
+            parser.error(f"{given.address!r} is not an address; give HOST:PORT")
         return 0 if serves(given.address, security=_security(given)) else 1
     except ConfigError as err:
         sys.stderr.write(f"{err}\n")
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _security(given: argparse.Namespace) -> ClientSecurity:
-    """A probe asks for nothing and tells nothing, so that it may do so in plaintext."""
+    """What the arguments say of TLS; plaintext is fine, as a probe neither sends nor gets anything secret."""
     read = ClientSecurity.read(ca=given.ca, cert=given.cert, key=given.key, insecure=given.ca is None)
     return read.towards(given.name or given.address.rpartition(":")[0].strip("[]"), tls=given.ca is not None)
 

@@ -1,4 +1,4 @@
-"""Threads for gRPC's handlers that do not keep the process alive, as those of ThreadPoolExecutor do."""
+"""Threads for gRPC's handlers that, unlike those of ThreadPoolExecutor, do not keep the process alive."""
 
 import functools
 import queue
@@ -15,10 +15,10 @@ _Work = tuple["Future[Any]", Callable[[], Any]]
 
 
 class DaemonExecutor(Executor):
-    """Runs calls in up to `max_workers` daemon threads, started when none is idle.
+    """Runs calls in up to `max_workers` daemon threads, which are started when none is idle.
 
-    A session's handler runs as long as its client stays; a script that ends without `close()`, by an exception say,
-    must end all the same.
+    A session's handler runs as long as its client stays. A script that ends without `close()`, for example by an
+    exception, must end all the same.
     """
 
     def __init__(self, max_workers: int, name: str) -> None:
@@ -31,7 +31,7 @@ class DaemonExecutor(Executor):
         self._ended = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Run `fn(*args, **kwargs)` in a thread; waits for a free one beyond `max_workers`."""
+        """Run `fn(*args, **kwargs)` in a thread; beyond `max_workers`, the call waits until one is free."""
         if self._ended:
             raise RuntimeError("cannot schedule new futures after shutdown")
         future: Future[Any] = Future()
@@ -41,7 +41,7 @@ class DaemonExecutor(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the threads end after what was submitted, and wait for them, 5 s at most; nothing is cancelled."""
+        """Let the threads end after what was submitted, and wait at most 5 s for them; nothing is cancelled."""
         with self._lock:
             self._ended = True
             for _ in self._workers:
@@ -72,4 +72,4 @@ def _answer(future: "Future[Any]", call: Callable[[], Any]) -> None:
     except BaseException as err:
         future.set_exception(err)
     finally:
-        del future, call  # an error's traceback has this frame
+        del future, call  # an error's traceback refers to this frame

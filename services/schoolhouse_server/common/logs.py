@@ -1,8 +1,8 @@
-"""Logs that machines read: one JSON object a line, with the job, session and request that a record is about.
+"""Logs for machines: one JSON object a line, with the job, session and request that a record is about.
 
-A library does not configure logging, so `serve` does not; the actors of a pool do, by `set_up`. No record holds inputs,
-features or what a teacher's own code said of them: of its errors only the type and where they were raised. Tokens,
-paths and numbers of tensors in a message are left out; files of a stack are named from where Python found them on.
+A library does not configure logging, so `serve` does not; the actors of a pool do, with `set_up`. No record holds
+inputs, features or messages of a teacher's own code: of its errors only the type and where they were raised. Tokens,
+paths and numbers of tensors in a message are left out; files in a stack are named relative to Python's search path.
 """
 
 import json
@@ -21,17 +21,18 @@ from schoolhouse_wire.scrubbing import scrub
 LogFormat = Literal["text", "json"]
 FORMATS: tuple[LogFormat, ...] = ("text", "json")
 _LOGGERS = ("schoolhouse", "schoolhouse_server", "schoolhouse_wire")
-_ABOUT = ("teacher", "replica", "job", "session", "request")  # what a record may carry, by `extra`
+_ABOUT = ("teacher", "replica", "job", "session", "request")  # fields that a record may have, given as `extra`
 _MAX_TEXT = 1000  # characters of an error's text
 _MAX_FRAMES = 50
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line.
+    """Formats a record as one JSON object on a line.
 
-    `time` (ISO 8601, UTC), `level`, `logger`, `message`; of `teacher`, `replica`, `job`, `session` and `request` those
-    that are known, where `about` stands in every line; with an error its type, `error`, the types that caused it,
-    `causes`, its `error_message`, unless that is of a teacher's code, and `stack`, a list of "file:line function".
+    It has `time` (ISO 8601, UTC), `level`, `logger` and `message`, and those of `teacher`, `replica`, `job`, `session`
+    and `request` that are known; the fields `about` are in every line. With an error it also has `error`, its type;
+    `causes`, the types of the errors that caused it; `error_message`, unless it comes from a teacher's code; and
+    `stack`, a list of "file:line function".
     """
 
     def __init__(self, **about: str) -> None:
@@ -39,7 +40,7 @@ class JsonFormatter(logging.Formatter):
         self._about = about
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """The line of a record, without its end."""
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         message = scrub(record.getMessage())
         line = {"time": moment, "level": record.levelname, "logger": record.name, "message": message}
@@ -48,14 +49,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for people: a line, what it is about in brackets, and the stack of an error below."""
+    """Formats a record for people: a line, its fields in brackets, and the stack of an error below."""
 
     def __init__(self, **about: str) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._about = about
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, and those of the stack."""
+        """The line of a record, and the lines of the stack."""
         record.message, record.asctime = _printable(scrub(record.getMessage())), self.formatTime(record)
         about = " ".join(f"{name}={json.dumps(value)}" for name, value in _about(record, self._about).items())
         line = self.formatMessage(record) + (f" [{about}]" if about else "")
@@ -66,25 +67,25 @@ class TextFormatter(logging.Formatter):
         return "\n".join([line, *(f"  at {frame}" for frame in error["stack"]), f"  {text}"])
 
 
-class SessionLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic for type checkers alone before Python 3.11
+class SessionLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # at run time generic only from Python 3.11 on
     """A logger whose records carry a session and its job; `request=` adds the request."""
 
     def __init__(self, logger: logging.Logger, **about: str) -> None:
         super().__init__(logger, about)
 
     def of(self, **about: str) -> "SessionLog":
-        """The same, about more."""
+        """The same logger with more fields."""
         return SessionLog(self.logger, **{**(self.extra or {}), **about})  # type: ignore[arg-type]  # they are strings
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        """Put what the record is about where formatters find it."""
+        """Add the fields to the record, where formatters find them."""
         request = kwargs.pop("request", None)
         about = {**(self.extra or {}), **({"request": request} if request is not None else {})}
         return msg, {**kwargs, "extra": about}
 
 
 class RingHandler(logging.Handler):
-    """Keeps the last `capacity` records, as lines of its formatter's, for `schoolhouse logs`."""
+    """Keeps the last `capacity` records, as lines of text, for `schoolhouse logs`."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -99,16 +100,16 @@ class RingHandler(logging.Handler):
             self.handleError(record)
 
     def lines(self, n: int) -> list[str]:
-        """The last `n`, the oldest first."""
+        """The last `n` lines, the oldest first."""
         kept = list(self._lines)
         return kept[max(len(kept) - n, 0) :]
 
 
 def formatter(log_format: str, **about: str) -> logging.Formatter:
-    """The formatter of that name, whose lines say what process they are `about`.
+    """The formatter of that name, which adds the fields `about` to every line.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no such format.
     """
     if log_format not in FORMATS:
         raise ConfigError(f"log_format is {log_format!r}; choices: {', '.join(map(repr, FORMATS))}")
@@ -116,7 +117,7 @@ def formatter(log_format: str, **about: str) -> logging.Formatter:
 
 
 def set_up(log_format: str, *handlers: logging.Handler, **about: str) -> None:
-    """Have this process log what is ours, from INFO on, to stderr and to `handlers`, and nowhere else.
+    """Have this process log our own records, from INFO on, to stderr and to `handlers`, and nowhere else.
 
     Raises:
         ConfigError: there is no such format.
@@ -152,7 +153,7 @@ def _error_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _short(filename: str) -> str:
-    """A file's name from the folder on in which Python looks for modules, or alone."""
+    """A file's path relative to the folder in which Python found it, or only its name."""
     path = Path(filename)
     known = [Path(folder) for folder in sys.path if folder and path.is_relative_to(folder)]
     return str(path.relative_to(max(known, key=lambda one: len(one.parts)))) if known else path.name
@@ -168,5 +169,5 @@ def _causes(error: BaseException) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Without what would begin another line, or steer a terminal."""
+    """The text, with characters escaped that would begin another line, or control a terminal."""
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

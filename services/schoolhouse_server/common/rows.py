@@ -9,13 +9,13 @@ from schoolhouse_wire.values.tree import tensors_of
 
 
 def rows_of(inputs: Any) -> int:
-    """The leading size that most of the tensors have; 1 if none has a dimension."""
+    """The number of rows: the first size that most of the tensors have; 1 if none has a dimension."""
     sizes = [tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()]
     return statistics.mode(sizes) if sizes else 1
 
 
 def tokens_of(inputs: Any) -> int:
-    """The rows times their length, where inputs are ids `[rows, length]` or vectors `[rows, length, width]`."""
+    """The number of tokens: rows times the length of ids `[rows, length]` or vectors `[rows, length, width]`."""
     rows = rows_of(inputs)
     lengths = [tensor.shape[1] for tensor in tensors_of(inputs) if _has_length(tensor) and tensor.shape[0] == rows]
     return rows * max(lengths, default=1)

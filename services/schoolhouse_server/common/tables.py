@@ -1,4 +1,4 @@
-"""Tables that fit a terminal: columns without room are left out whole, and named, before a word or a number is cut."""
+"""Tables that fit a terminal: if there is no room, whole columns are left out and named, rather than cells cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,22 +14,25 @@ _ANY_WIDTH = 10_000
 
 @dataclass(frozen=True)
 class Column:
-    """A column. Those of the highest `rank` are left out first, of two of one rank the one further to the right."""
+    """A column.
+
+    Columns of the highest `rank` are left out first; of the same rank, those further to the right.
+    """
 
     title: str
-    rank: int = 0  # 0: always there; a name that has no room by itself is cut with an ellipsis
+    rank: int = 0  # 0: never left out; if it has no room, its text is cut with an ellipsis
     number: bool = False
 
 
 @dataclass
 class FittingTable:
-    """Rows of texts, with as many columns as there is room for."""
+    """A table of texts that shows as many of its columns as there is room for."""
 
     columns: Sequence[Column]
     rows: list[Sequence[str | Text]] = field(default_factory=list)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table, and below it what it left out."""
+        """The table, and below it the titles of the columns left out."""
         shown = list(range(len(self.columns)))
         last_first = sorted((i for i in shown if self.columns[i].rank), key=lambda i: (self.columns[i].rank, i))
         table, width = self._table(console, shown)
@@ -42,7 +45,7 @@ class FittingTable:
             yield Text(f"a wider terminal shows: {', '.join(left_out)}", style="dim")
 
     def _table(self, console: Console, shown: Sequence[int]) -> tuple[Table, int]:
-        """These columns, and how wide they are where nothing is cut."""
+        """The table of these columns, and its width if nothing is cut."""
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         for column in (self.columns[i] for i in shown):
             justify: JustifyMethod = "right" if column.number else "left"

@@ -1,4 +1,4 @@
-"""One thread that does things when their time has come: deadlines of requests, leases of sessions."""
+"""A timer: one thread that makes calls at given times, such as deadlines of requests and leases of sessions."""
 
 import heapq
 import itertools
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 from schoolhouse_wire import background
 
-_REST_S = 1.0  # where the timer itself failed
-_MANY = 1024  # entries that were cancelled, before they are looked for
-_LONGEST_S = 3600.0  # that it sleeps at once: a lock takes no infinite time, nor one of centuries
+_REST_S = 1.0  # pause after the timer itself failed
+_MANY = 1024  # cancelled entries that are kept before they are cleared out
+_LONGEST_S = 3600.0  # the longest single sleep, as locks take no infinite or very long timeouts
 
 
 @dataclass(eq=False)
 class Alarm:
-    """What was asked for; `ring` is None once it was cancelled, or has rung."""
+    """A call that is to be made; `ring` is None once it was cancelled, or made."""
 
     ring: Callable[[], None] | None
 
 
 class Timer:
-    """Calls back at given times, on time.monotonic's clock. Calls are short: they hold up each other."""
+    """Makes calls at given times, on time.monotonic's clock; calls must be short, as they delay each other."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -33,24 +33,24 @@ class Timer:
         self._thread: threading.Thread | None = None
 
     def at(self, when: float, ring: Callable[[], None]) -> Alarm:
-        """Call `ring` then, in the timer's thread."""
+        """Call `ring` at time `when`, in the timer's thread."""
         alarm = Alarm(ring)
         with self._changed:
             heapq.heappush(self._alarms, (when, next(self._order), alarm))
             if self._thread is None and not self._closed:
                 thread = background.thread(self._run, name="schoolhouse-timer", on_death=background.go_on)
                 thread.start()
-                self._thread = thread  # else, as no thread is left, the next alarm tries again
+                self._thread = thread  # only now: if starting it raises, the next alarm tries again
             if self._alarms[0][2] is alarm:
                 self._changed.notify()
         return alarm
 
     def cancel(self, alarm: Alarm) -> None:
-        """Do not call it; it may be ringing just now."""
+        """Cancel a call, unless it has been made, or is being made just now."""
         with self._changed:
             if alarm.ring is None:
                 return
-            alarm.ring = None  # and what it refers to is free
+            alarm.ring = None  # which also frees what it refers to
             self._cancelled += 1
             if self._cancelled > _MANY and 2 * self._cancelled > len(self._alarms):
                 self._alarms = [entry for entry in self._alarms if entry[2].ring is not None]
@@ -58,7 +58,7 @@ class Timer:
                 self._cancelled = 0
 
     def close(self) -> None:
-        """Call nothing any more."""
+        """Stop; no further calls are made."""
         with self._changed:
             self._closed = True
             self._alarms.clear()
@@ -72,7 +72,7 @@ class Timer:
             del ring
 
     def _wait(self) -> Callable[[], None] | None:
-        """The next call that is due; None at the end."""
+        """Wait for the next call that is due, and return it; None once closed."""
         with self._changed:
             while not self._closed:
                 pause = min(self._alarms[0][0] - time.monotonic(), _LONGEST_S) if self._alarms else None
@@ -88,5 +88,5 @@ class Timer:
 
 
 def _rest(_error: BaseException) -> Callable[[], None]:
-    """Waiting may fail once more."""
+    """Pause before waiting again, as that may fail once more."""
     return lambda: time.sleep(_REST_S)

@@ -1,4 +1,4 @@
-"""A YAML file -> bytes, or plain values, or one sentence that says what is wrong with it."""
+"""Reads a YAML file as bytes or plain values; an error is one sentence that says what is wrong with it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ import yaml
 from schoolhouse.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
-_MAX_VALUES = 100_000  # those that stand for an alias counted wherever they are
-_MAX_TEXT = 300  # characters of what a parser says
+_MAX_VALUES = 100_000  # values behind an alias count at each use
+_MAX_TEXT = 300  # characters quoted of a parser's message
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """What a file holds; `what` it is stands in messages, as in "pool file".
+    """The values in a file; `what` names the kind of file in messages, as in "pool file".
 
     Raises:
-        ConfigError: it cannot be read, is no YAML, or holds too much.
+        ConfigError: the file cannot be read, is not YAML, or holds too much.
     """
     value = _parsed(path, read_bytes(path, what))
     if _count(value) > _MAX_VALUES:
@@ -24,7 +24,7 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """All of a file that has no more than a settings file may have; raises `ConfigError` as `read_yaml` does."""
+    """The bytes of a file, up to the size allowed for settings; raises `ConfigError` if it is larger or unreadable."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -39,10 +39,10 @@ def _parsed(path: Path, data: bytes) -> Any:
     try:
         return yaml.safe_load(data.decode())
     except UnicodeDecodeError as err:
-        raise ConfigError(f"{path} is not YAML: byte {err.start} is no UTF-8") from err
+        raise ConfigError(f"{path} is not YAML: byte {err.start} is not UTF-8") from err
     except RecursionError as err:
         raise ConfigError(f"{path} is not YAML that can be read: it is nested too deeply") from err
-    except Exception as err:  # besides YAMLError, the parser lets through what its conversions raise
+    except Exception as err:  # a YAMLError, or whatever the parser's conversions raise
         raise ConfigError(f"{path} is not YAML: {' '.join(str(err).split())[:_MAX_TEXT]}") from err
 
 

@@ -1,1 +1,1 @@
-"""A device as stages of work, the watchdog over what calls into it, and numbers that are not finite."""
+"""A device as stages of work, the watchdog over the threads that use it, and checks for numbers that are not finite."""

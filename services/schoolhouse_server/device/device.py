@@ -1,6 +1,6 @@
-"""A device as stages of work: each has a stream of its own, and tells how long its work took there.
+"""A device as stages of work, each with its own stream, and with the time that its work took there.
 
-The same code runs on a CPU, whose streams and events torch provides too: there each stage's work is done when its call
+The same code runs on a CPU, for which torch has streams and events too; there a stage's work is done when its call
 returns.
 """
 
@@ -16,33 +16,33 @@ from schoolhouse_wire.pinned import pinned, pins, to_host
 from schoolhouse_wire.values.tree import map_tensors, tensors_of
 
 T = TypeVar("T")
-_RECENT = 0.2  # how much the last piece of work counts
+_RECENT = 0.2  # the weight of the last piece of work in the running mean of its time
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of work on a stream: events, or seconds of the host's clock."""
+    """A piece of work on a stream; its begin and end are events, or seconds of the host's clock."""
 
     stage: "Stage"
     begin: Any
     end: Any
 
     def settle(self) -> None:
-        """Count how long it took; the device has finished it."""
+        """Count how long it took; the device must have finished it."""
         self.stage.count(self.seconds_to(self))
 
     def seconds_to(self, other: "Span") -> float:
-        """From its begin to the end of another, or of its own."""
+        """Seconds from its begin to the end of `other`, which may be itself."""
         end = other.end
         return float(end - self.begin if isinstance(end, float) else self.begin.elapsed_time(end) / 1e3)
 
 
 class Stage:
-    """One kind of work on a device. Pieces of it run in order, beside those of other stages."""
+    """One kind of work on a device; its pieces run in order, and concurrently with those of other stages."""
 
     def __init__(self, device: "Device") -> None:
-        self.seconds = 0.0  # of the pieces that were settled
-        self.recent_s = 0.0  # that one took lately
+        self.seconds = 0.0  # the sum over the pieces that were settled
+        self.recent_s = 0.0  # a running mean of the time of a piece
         self._device = device
         self.stream = device.new_stream()
         self._lock = threading.Lock()
@@ -54,10 +54,10 @@ class Stage:
             self.recent_s += (took_s - self.recent_s) * (_RECENT if self.recent_s else 1.0)
 
     def run(self, after: Span | None, work: Callable[..., T], reads: Any, *args: Any) -> tuple[T, Span]:
-        """Call `work(reads, *args)` with its kernels on this stage's stream, once those of `after` are done.
+        """Call `work(reads, *args)`; its kernels run on this stage's stream, once those of `after` are done.
 
-        `reads`, a nested value, is all that they read of other stages' memory: whoever drops it, and also where `work`
-        raises half-way, it is used again only once this stream is done with it.
+        `reads`, a nested value, must hold all memory of other stages that the kernels read. Whoever drops it, and even
+        if `work` raises half-way, that memory is reused only once this stream is done with it.
         """
         device = self._device
         with device.kit.stream(self.stream):
@@ -70,22 +70,22 @@ class Stage:
 
 
 class Device:
-    """Where a teacher runs."""
+    """The device that a teacher runs on, with its four stages."""
 
     def __init__(self, name: str) -> None:
         self.name = torch.device(name)
         found = torch.get_device_module(self.name)
         self.is_host = self.name.type == "cpu"
         self._pins = pins(self.name)
-        self.kit: Any = found if self._pins else torch.cpu  # others have no streams
+        self.kit: Any = found if self._pins else torch.cpu  # other devices have no streams
         self.h2d, self.forward, self.encode, self.d2h = (Stage(self) for _ in range(4))
 
     def new_stream(self) -> Any:
-        """A stream on this device."""
+        """A new stream on this device."""
         return self.kit.Stream(device=self.name) if self._pins else self.kit.Stream()
 
     def mark(self, stream: Any) -> Any:
-        """The present end of a stream's work."""
+        """An event, or a time, that marks the end of the work that a stream has so far."""
         if not self._pins:
             return time.perf_counter()
         event = self.kit.Event(enable_timing=True)
@@ -93,54 +93,54 @@ class Device:
         return event
 
     def pin(self, value: Any) -> Any:
-        """Inputs in memory that the device copies from by itself."""
+        """Inputs in pinned host memory, from which the device copies without the CPU."""
         return map_tensors(value, pinned) if self._pins else value
 
     def load(self, value: Any) -> Any:
-        """Inputs on the device; they may be on their way still."""
+        """Inputs on the device; the copy may still be under way."""
         return value if self.is_host else map_tensors(value, self._load)
 
     def _load(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.name, non_blocking=self._pins)
 
     def lend(self, value: Any, stream: Any) -> None:
-        """Have the allocator know that `stream` is about to read memory of the device.
+        """Tell the allocator that `stream` is about to read memory of the device.
 
-        Without that it gives what is freed back to the stream that made it, at once; so, only once what `stream` had to
-        do by then is done. It costs room only where the host drops a value that the device still reads. Of pinned
-        memory of the host, torch itself keeps account with each copy.
+        Otherwise freed memory would be reused at once by the stream that made it. With this, it is reused only after
+        the work that `stream` has at the time of freeing. That costs memory only if the host drops a value that the
+        device still reads. For pinned host memory torch itself does the same with each copy.
         """
         for tensor in tensors_of(value) if self._pins else ():
             if tensor.device == self.name and tensor.layout is torch.strided and not tensor.is_nested:
                 self.record(tensor, stream)
 
     def record(self, tensor: torch.Tensor, stream: Any) -> None:
-        """The same of one tensor, which is on the device, and dense."""
+        """Do the same for one dense tensor on the device."""
         tensor.record_stream(stream)
 
     def fetch(self, value: Any) -> Any:
-        """Features in host memory; they may be on their way still."""
+        """Features in host memory; the copy may still be under way."""
         return value if self.is_host else map_tensors(value, self._fetch)
 
     def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cpu":
             return tensor
-        if tensor.device != self.name:  # a part of the teacher is elsewhere, and nothing waits for streams there
+        if tensor.device != self.name:  # of a part of the teacher on another device, whose streams nothing waits for
             return tensor.cpu()
         return to_host(tensor)
 
     def wait(self, span: Span) -> None:
-        """Return when the device has done a piece of work."""
+        """Wait until the device has done a piece of work."""
         if not isinstance(span.end, float):
             span.end.synchronize()
 
     def free(self) -> None:
-        """Give back memory that is kept for later use, so that it can be taken in other sizes."""
+        """Free memory that the allocator has cached, so that it can be allocated in other sizes."""
         if self._pins:
             self.kit.empty_cache()
 
     def is_broken(self) -> bool:
-        """Whether it does nothing any more, as after a kernel's failed assertion, until the process ends. It waits."""
+        """Whether the device is unusable in this process, as after a failed assertion in a kernel; waits for it."""
         if not self._pins:
             return False
         try:

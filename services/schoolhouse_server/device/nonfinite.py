@@ -1,6 +1,6 @@
-"""Whether numbers are finite: a cheap look at all of them, and a close one at those of which it says that some are not.
+"""Whether numbers are finite: a cheap check of all of them by their sum, and a close one if that is not finite.
 
-What is not finite may decide what becomes of the rows beside it, which no comparison of finite numbers shows.
+A number that is not finite may change the rows beside it in a batch, which no comparison of finite numbers shows.
 """
 
 import math
@@ -17,14 +17,14 @@ Kind = Literal["finite", "infinite", "nan"]
 
 
 def is_finite(value: Any) -> bool:
-    """Whether all numbers of a nested value are finite. It waits for their device."""
+    """Whether all numbers of a nested value are finite; waits for their device."""
     return all(math.isfinite(_sum(tensor).item()) for tensor in _numbers(value)) or kind(value) == "finite"
 
 
 def total(value: Any) -> torch.Tensor | None:
-    """The sum of a nested value's floating-point numbers; None if there is none.
+    """The sum of a nested value's floating-point numbers; None if it has none.
 
-    It is not finite where one of them is not; and, rarely, where it is too large itself.
+    The sum is not finite if one of them is not, or, rarely, if the sum itself is too large.
     """
     sums = [_sum(tensor) for tensor in _numbers(value)]
     if not sums:
@@ -35,12 +35,12 @@ def total(value: Any) -> torch.Tensor | None:
 
 
 def is_finite_total(found: torch.Tensor | None) -> bool:
-    """Whether a `total` is finite. It waits for its device."""
+    """Whether a sum that `total` returned is finite; waits for its device."""
     return found is None or math.isfinite(found.item())
 
 
 def kind(value: Any) -> Kind:
-    """What is among a nested value's numbers: a NaN, or else something infinite, or neither. It looks closely."""
+    """Whether a nested value has a NaN, or else an infinity, or neither; looks at each number."""
     found: Kind = "finite"
     for tensor in map(_real, _numbers(value)):
         if bool(tensor.isnan().any()):
@@ -51,7 +51,7 @@ def kind(value: Any) -> Kind:
 
 
 def _numbers(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that may hold what is not finite; of tensors side by side, as mostly, without a walk through them."""
+    """The tensors that may hold numbers that are not finite; the common case, a flat value, needs no recursive walk."""
     items: Iterable[Any] = (value,)
     if type(value) is dict:
         items = value.values()
@@ -66,7 +66,7 @@ def _counts(tensor: torch.Tensor) -> bool:
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32 for float16, whose largest number is soon exceeded."""
+    """The sum of a tensor; for float16 in float32, as float16 overflows early."""
     real = _real(tensor)
     return real.sum(dtype=torch.float32) if real.dtype is torch.float16 else real.sum()
 
@@ -74,4 +74,4 @@ def _sum(tensor: torch.Tensor) -> torch.Tensor:
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj())
-    return tensor.float() if tensor.itemsize == 1 else tensor  # of eight bits they have no sums
+    return tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats have no sums

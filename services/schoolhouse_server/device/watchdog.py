@@ -1,4 +1,4 @@
-"""A watch on threads that call into a device: it tells when one of them does not come back."""
+"""A watch over threads that call into a device, to find out when one of them does not return."""
 
 import math
 import time
@@ -14,10 +14,10 @@ MAX_FORWARD_TIMEOUT_S = 604_800.0
 
 
 def checked_timeout_s(given: float) -> float:
-    """The time that a forward may take, or 0 for any.
+    """Check the time that a forward may take, where 0 means any time.
 
     Raises:
-        ConfigError: for what is neither.
+        ConfigError: for an invalid time.
     """
     number = isinstance(given, int | float) and not isinstance(given, bool)
     if not number or not 0 <= given <= MAX_FORWARD_TIMEOUT_S:
@@ -29,7 +29,7 @@ def checked_timeout_s(given: float) -> float:
 
 
 class Pulse:
-    """Since when one thread has been at work that should end soon: that which runs within a `with` of this."""
+    """Since when one thread has been busy with work that should end soon; such work runs in a `with` of this object."""
 
     def __init__(self) -> None:
         self.since = math.inf
@@ -44,7 +44,7 @@ class Pulse:
 
 
 class Watchdog:
-    """Calls `bark` once, in the timer's thread, when a thread has been at its work for `timeout_s`; 0: never."""
+    """Calls `bark` once, in the timer's thread, when a thread has been busy for `timeout_s`; with 0, never."""
 
     def __init__(self, timer: Timer, timeout_s: float, pulses: Sequence[Pulse], bark: Callable[[], None]) -> None:
         self._timer, self._timeout_s, self._pulses, self._bark = timer, timeout_s, pulses, bark
@@ -57,7 +57,7 @@ class Watchdog:
             self._alarm = self._timer.at(time.monotonic() + self._timeout_s, self._look)
 
     def end(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._ended = True
         if self._alarm is not None:
             self._timer.cancel(self._alarm)

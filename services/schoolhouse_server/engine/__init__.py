@@ -1,6 +1,7 @@
 """One teacher on one device: from requests to features.
 
-A request's way: it is one of the `jobs`, waits in the `fair_queue`, is taken by the `runner`'s thread, alone or
-merged with others, or in parts where the device has no room (`split_on_oom`), and its features leave by the
-`reply_pipeline`. `engine` puts these together, `cache` keeps features, `unsent` bounds what clients have not taken.
+The way of a request: it is one of the `jobs`, and waits in the `fair_queue`. The `runner`'s thread takes it and runs
+its forward, alone, merged with others, or in parts if the device has no room (`split_on_oom`). Its features leave by
+the `reply_pipeline`. `engine` puts these together, `cache` keeps features, and `unsent` and `shares` bound the bytes of
+features that clients have not read yet.
 """

@@ -1,4 +1,4 @@
-"""Features kept for the same inputs: for runs of several epochs, and for sweeps."""
+"""A cache of features by their inputs, for runs of several epochs and for sweeps."""
 
 import dataclasses
 import hashlib
@@ -12,13 +12,13 @@ from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
 from schoolhouse_wire.values.tree import tensors_of
 
-_OBJECT_BYTES = 1 << 10  # that an entry takes of itself, and each of its tensors
+_OBJECT_BYTES = 1 << 10  # the overhead of an entry, and of each of its tensors
 
 
 class FeatureCache:
-    """Features of one teacher revision by inputs and wishes; the least lately used go.
+    """Features of one teacher revision, by inputs, taps and encodings; the least recently used are dropped.
 
-    They take at most `max_bytes`, with what holds them.
+    They take at most `max_bytes`, overhead included.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -29,7 +29,7 @@ class FeatureCache:
 
     @staticmethod
     def key(inputs: Any, wishes: Hashable) -> bytes:
-        """A digest that nobody can make two inputs for, unlike a checksum: jobs share these features."""
+        """A cryptographic digest, unlike a checksum: jobs share these features, and none may forge a collision."""
         digest = hashlib.blake2b(repr(wishes).encode(), digest_size=32)
         for tensor in tensors_of(inputs):
             plain = bytes_of(tensor.contiguous())  # named, since memory_of does not keep it alive
@@ -37,7 +37,7 @@ class FeatureCache:
         return digest.digest()
 
     def get(self, key: bytes) -> Declared | None:
-        """The features, or None; counted."""
+        """The features, or None; counts a hit or a miss."""
         with self._lock:
             found = self._entries.get(key)
             if found is None:
@@ -48,11 +48,11 @@ class FeatureCache:
             return found[0]
 
     def put(self, key: bytes, features: Declared) -> None:
-        """Keep features that nothing else will write into."""
+        """Keep features; nothing may write into them afterwards."""
         nbytes = _size_of(features)
         if nbytes > self._max_bytes:
             return
-        # Pinned memory is scarce, and was taken in powers of two.
+        # Pinned memory is scarce, and allocated in powers of two, so it is not kept here.
         tensors = [tensor.clone() if tensor.is_pinned() else tensor for tensor in features.tensors]
         features = dataclasses.replace(features, tensors=tensors)
         with self._lock:

@@ -1,4 +1,4 @@
-"""One teacher on one device: requests come in, wait, run by themselves or merged, and their features go out."""
+"""One teacher on one device: requests come in, wait, run alone or merged, and their features go out."""
 
 import dataclasses
 import functools
@@ -50,21 +50,21 @@ STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
 
 @dataclass(frozen=True)
 class Trouble:
-    """What keeps an engine from work for good: a forward that does not return, or a device that does nothing more."""
+    """Why an engine has failed for good: a forward that does not return, or a broken device."""
 
     stage: Literal["stuck", "broken"]
     why: str
 
 
 class Engine:
-    """Runs one LocalTeacher. `submit` refuses beyond `max_queued` requests.
+    """Runs one LocalTeacher; `submit` refuses requests beyond `max_queued`.
 
-    Two threads: one brings inputs to the device and starts forwards, one encodes features and brings them to the host.
-    Receiving and sending happen in the threads of the sessions. So the next forward follows the last one at once.
+    It has two threads: one brings inputs to the device and starts forwards, the other encodes features and brings them
+    to the host. Receiving and sending happen in the threads of the sessions. So one forward follows another at once.
 
-    Where one of the two is at one piece of work for `forward_timeout_s`, or the device is broken, all requests fail
-    with `TeacherUnavailableError`, so that others answer them, no more are taken, and `on_trouble` is called. A request
-    that was the only one on a device that broke is to blame, and fails with its own error.
+    If one of the two threads spends `forward_timeout_s` on one piece of work, or the device is broken, all requests
+    fail with `TeacherUnavailableError`, so that other replicas answer them, no more are taken, and `on_trouble` is
+    called. A request that was the only one on the device when it broke is to blame, and fails with its own error.
 
     Raises:
         ConfigError: for a module whose requests cannot be merged as `merge` says.
@@ -91,7 +91,7 @@ class Engine:
         self.served = self.joined = 0
         self.cache = FeatureCache(cache_bytes) if cache_bytes else None
         self.device = Device(self.description.device)
-        # Torch counts no changes of inference tensors. There may be thousands, and each request looks at all of them.
+        # Without inference tensors, whose changes torch does not count. Listed once, as each request checks them all.
         self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
         self._versions = [weight._version for weight in self._weights]
         self.counters = Counters()
@@ -127,7 +127,7 @@ class Engine:
             end=self._end,
         )
         self._in_flight: dict[Hashable, Job] = {}
-        self._begun: set[Job] = set()  # they have left the queue
+        self._begun: set[Job] = set()  # jobs that have left the queue
         self._lock = threading.Lock()
         self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
         self._threads = [
@@ -142,53 +142,53 @@ class Engine:
 
     @property
     def batch_limit_rows(self) -> int:
-        """Rows that a merged forward may hold; 0 if nothing is merged."""
+        """How many rows a merged forward may hold; 0 if nothing is merged."""
         return self.merger.settings.max_batch_rows if self.merger is not None else 0
 
     @property
     def running(self) -> int:
-        """Requests that have left the queue and are not answered."""
+        """How many requests have left the queue and are not answered yet."""
         return len(self._begun)
 
     @property
     def queued(self) -> int:
-        """Requests that wait for the device."""
+        """How many requests wait for the device."""
         return len(self._queue)
 
     def fill(self, load: directory_pb2.Load, in_flight: dict[str, int]) -> None:
-        """Write what is counted by job, and how long requests wait, into a message."""
+        """Write the counters of jobs, and how long requests wait, into `load`."""
         self.counters.fill(load, self._queue.queued(), in_flight)
         load.queue_delay_s = self.counters.delay_s(self._queue.oldest())
 
     def stage_s(self) -> dict[str, float]:
-        """Seconds spent so far, by stage; summed over requests, so that stages that overlap count each."""
+        """Seconds spent in each stage so far, summed over requests; stages that overlap all count."""
         on_device = {name: getattr(self.device, name).seconds for name in ("h2d", "forward", "encode", "d2h")}
         return {name: (self._outside_s | on_device)[name] for name in STAGES}
 
     def count(self, stage: str, seconds: float) -> None:
-        """Add to a stage that runs in the threads of sessions."""
+        """Add seconds to a stage that runs in the threads of sessions."""
         with self._lock:
             self._outside_s[stage] += seconds
 
     def start(self) -> None:
-        """Begin to work on what is queued."""
+        """Begin to work on queued requests."""
         for thread in self._threads:
             thread.start()
         self._watchdog.start()
 
     def check(self) -> None:
-        """Raise TeacherUnavailableError if it takes no requests any more."""
+        """Raise TeacherUnavailableError if no requests are taken any more."""
         if self.trouble is not None:
             raise TeacherUnavailableError(self.trouble.why)
         if self._closed:
             raise TeacherUnavailableError(CLOSED)
 
     def submit(self, job: Job) -> None:
-        """Queue a request, or have an identical one in flight, or the cache, answer it too.
+        """Queue a request, or have it answered by an identical one in flight or from the cache.
 
         Raises:
-            TeacherBusyError: when the queue is full.
-            TeacherUnavailableError: when it was closed.
+            TeacherBusyError: the queue is full.
+            TeacherUnavailableError: the engine is closed, or has failed.
         """
         job.rows, job.cost = rows_of(job.inputs), max(float(self._cost_of(job.inputs)), 1.0)
         if self.merger is not None and not job.alone:
@@ -202,14 +202,14 @@ class Engine:
                     self.served += 1
                 self._tell(job.tickets[0], Answer(found, self.description.revision))
                 return
-        job.inputs = self.device.pin(job.inputs)  # may fail, so before others join
+        job.inputs = self.device.pin(job.inputs)  # may fail, so it is done before others can join
         with self._lock:
             self.check()
             if not self._join(job):
                 self._enqueue(job)
 
     def _enqueue(self, job: Job) -> None:
-        """Put a job into the queue; the lock is held."""
+        """Put a job into the queue; the caller holds the lock."""
         self.check()
         job.queued_at = time.perf_counter()
         self._queue.put(job)
@@ -220,20 +220,20 @@ class Engine:
             job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
 
     def cancel(self, ticket: Ticket) -> None:
-        """Forget who waits for a job; it leaves the queue at once, if nobody else does."""
+        """Forget a ticket; its job leaves the queue at once if nobody else waits for it."""
         with self._lock:
             ticket.cancelled = True
             job, ticket.job = ticket.job, None
-            if job in self._begun:  # its features are made all the same, and it ends with them
+            if job in self._begun:  # the features are computed all the same, and the share ends with them
                 return
             if job is not None and job.cancelled and self._queue.remove(job):
                 self._forget(job)
         ticket.drop()
 
     def _expire(self, job: Job) -> None:
-        """At its deadline, a request that still waits for the device fails."""
+        """Fail a request whose deadline has come if it still waits for the device."""
         with self._lock:
-            if time.monotonic() < job.deadline:  # another one joined
+            if time.monotonic() < job.deadline:  # another one joined it and has more time
                 job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
                 return
             if not self._queue.remove(job):
@@ -242,16 +242,16 @@ class Engine:
         self._end(job, TeacherTimeoutError(_LATE))
 
     def _forget(self, job: Job) -> None:
-        """Nobody joins any more, and no deadline matters. The lock is held."""
+        """Let nobody join a job any more, and forget its deadline; the caller holds the lock."""
         if self._in_flight.get(job.key) is job:
             del self._in_flight[job.key]
         if job.alarm is not None:
             self._timer.cancel(job.alarm)
 
     def _join(self, job: Job) -> bool:
-        """Have a job in flight on the same inputs answer this one; equal digests alone are not trusted."""
+        """Let a job in flight on the same inputs answer this one; inputs are compared, as equal digests may collide."""
         other = self._in_flight.get(job.key)
-        if other is None or other.cancelled or time.monotonic() > other.deadline:  # it may be about to fail
+        if other is None or other.cancelled or time.monotonic() > other.deadline:  # late, it may be about to fail
             return False
         if not _equal(other.content, job.content) or not self._shares.joins(job.tickets[0], other):
             return False
@@ -260,11 +260,11 @@ class Engine:
             ticket.job = other
         other.deadline = max(other.deadline, job.deadline)
         self.joined += 1
-        self._queue.wake()  # there may be room for it now
+        self._queue.wake()  # the job may have room now
         return True
 
     def _queue_again(self, job: Job, tickets: list[Ticket]) -> None:
-        """Have some of those who waited for a job wait for their own job's room."""
+        """Queue a job again for those of its tickets that had no room, to wait for their own room."""
         left = dataclasses.replace(job, tickets=tickets, again=0, alarm=None)
         try:
             with self._lock:
@@ -274,11 +274,11 @@ class Engine:
                 self._tell(ticket, err)
 
     def _measured(self, job: Job, features: Any) -> None:
-        with self._lock:  # nobody joins it meanwhile
+        with self._lock:  # so that nobody joins it meanwhile
             self._shares.measured(job, features)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Stop after the present request; those that wait fail with `TeacherUnavailableError`."""
+        """Stop after the request that is running; those that wait fail with `TeacherUnavailableError`."""
         with self._lock:  # nothing is queued from here on
             self._closed = True
         self._watchdog.end()
@@ -291,7 +291,7 @@ class Engine:
             self._timer.close()
 
     def _drop(self, jobs: list[Job], why: str) -> None:
-        """Fail jobs that still waited."""
+        """Fail jobs that were not answered."""
         for job in jobs:
             if job not in self._begun:
                 self._begin(job, charged=False)
@@ -318,10 +318,10 @@ class Engine:
         self._outlet.discard()
 
     def _failed(self) -> None:
-        """Where one of the threads ends, nobody waits for it."""
+        """Fail all requests after one of the threads has died, so that nobody waits for it."""
         why = f"the engine of teacher {self.description.name!r} failed; its log says more; ask another replica"
         with self._lock:
-            self._begun |= {*self._in_flight.values()}  # also what was taken and had not begun
+            self._begun |= {*self._in_flight.values()}  # with those that were taken but not begun
         self._break_down(Trouble("broken", why))
 
     def _stuck(self, timeout_s: float) -> None:
@@ -331,7 +331,7 @@ class Engine:
         )
 
     def _break_down(self, trouble: Trouble, blamed: Job | None = None) -> None:
-        """Answer all who wait, but for one that is told of its own error, and take no more."""
+        """Fail all requests, but the one to blame, which is told its own error, and take no more."""
         with self._lock:  # nothing is queued from here on
             first = not self._closed and self.trouble is None
             if first:
@@ -343,7 +343,7 @@ class Engine:
             background.run(self._on_trouble, "telling of the trouble", background.go_on)
 
     def _told(self, job: Job, error: BaseException) -> BaseException:
-        """What those who wait for a job are told of an error."""
+        """The error that those who wait for a job are told."""
         if isinstance(error, SchoolhouseError) and not isinstance(error, TeacherForwardError):
             return error
         if lacks_memory(error):
@@ -351,14 +351,14 @@ class Engine:
         if not self.device.is_broken():
             return error
         alone = self._begun == {job}
-        why = f"the device of teacher {self.description.name!r} does nothing any more; ask another replica"
+        why = f"the device of teacher {self.description.name!r} no longer works; ask another replica"
         self._break_down(Trouble("broken", why), job if alone else None)
         if not alone:
             return TeacherUnavailableError(why)
         return TeacherForwardError(f"the forward on this input broke the teacher's device: {error}")
 
     def _begin(self, job: Job, charged: bool = True) -> None:
-        """A job has left the queue."""
+        """Note that a job has left the queue."""
         waited_s = time.perf_counter() - job.queued_at
         with self._lock:
             self._begun.add(job)
@@ -368,7 +368,7 @@ class Engine:
         self.counters.began(job.tickets[0].account, cost=job.cost if charged else 0.0, waited_s=waited_s)
 
     def _check(self, job: Job) -> None:
-        """Raise what keeps a job from the device."""
+        """Raise the error that keeps a job from running, if there is one."""
         if self.trouble is not None:
             raise TeacherUnavailableError(self.trouble.why)
         if job.cancelled:
@@ -404,7 +404,7 @@ class Engine:
             self._queue_again(job, no_room)
 
     def _tell(self, ticket: Ticket, answer: Answer | BaseException) -> None:
-        """Answer one who waits, unless that was cancelled."""
+        """Answer a ticket, unless it was cancelled."""
         if isinstance(answer, BaseException) or ticket.cancelled:
             ticket.drop()
         if not ticket.cancelled:

@@ -1,4 +1,4 @@
-"""The queue before a device: which requests run next, and together.
+"""The queue before a device: which requests run next, and which together.
 
 It is fair across jobs: deficit round robin (Shreedhar & Varghese, SIGCOMM 1995) in which a job that becomes active is
 served first, until its quantum is used, as in FQ-CoDel (RFC 8290).
@@ -14,15 +14,18 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from schoolhouse.errors import TeacherBusyError
 
-_MAX_FLOWS = 1024  # jobs that are remembered, unless more wait
+_MAX_FLOWS = 1024  # jobs that are remembered, unless more of them wait
 _MAX_OFFERED = 64  # requests that one `take` offers to `fits`
-_MAX_PASSED = 16  # of them that are of one job and do not fit
-_FADE = 0.9  # of the largest cost, with each round
-_MAX_RIDDEN = 8.0  # rounds that a job can owe for what was taken along, since the device had room for it
+_MAX_PASSED = 16  # requests of one job among these that may be passed over as they do not fit
+_FADE = 0.9  # factor on the largest recent cost with each round
+_MAX_RIDDEN = 8.0  # rounds that a job can owe for requests taken along in batches that had room for them
 
 
 class Queued(Protocol):
-    """What the queue reads of a request. `cost` is above 0; all of a job have its present `weight`."""
+    """What the queue reads of a request.
+
+    `cost` is above 0; all requests of a job have its present `weight`.
+    """
 
     @property
     def job(self) -> str: ...
@@ -35,18 +38,18 @@ class Queued(Protocol):
 
 
 T = TypeVar("T", bound=Queued)
-Room = Literal["taken", "job", "replica"]  # a request's place among those that run or are answered; or what is full
+Room = Literal["taken", "job", "replica"]  # whether room for a request's features was taken, or whose bound is full
 
 
 @dataclass(eq=False)
 class _Flow(Generic[T]):
-    """A job's requests that wait, and the cost that it may have served before others have their turn."""
+    """The waiting requests of a job, and how much cost it may be served before it is the turn of others."""
 
     weight: float
     deficit: float
     waiting: deque[T] = field(default_factory=deque)
-    listed: bool = False  # among those to be served next
-    blocked: bool = False  # its job was full, when last it was its turn
+    listed: bool = False  # whether it is in one of the lists of jobs to be served
+    blocked: bool = False  # whether its job's bound was full at its last turn
 
     @property
     def served_next(self) -> bool:
@@ -54,16 +57,18 @@ class _Flow(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Requests that wait for the device. `max_queued` is how many may.
+    """The requests that wait for the device, at most `max_queued` of them.
 
-    `reserve` takes the room for one that is about to be taken. A job that is full keeps its turn, and others go first,
-    as do those of its own that `has_room` says have some; where the replica is full, all but such wait, else a large
-    one might wait for ever. `wake` looks again.
+    `reserve` takes room for the features of a request that is about to be taken. A job whose bound is full keeps its
+    turn, and meanwhile other jobs go first, and those of its own requests that have room already, as `has_room` says.
+    If the replica's bound is full, only requests that have room already go, as a large one might wait for ever
+    otherwise. `wake` makes the queue look again.
 
-    Jobs with a deficit above 0 are served in turn, a request each, and charged; it may fall below 0. When no job that
-    waits has any left, all get as many rounds as the first of them needs, at once; a round is the job's weight times
-    the largest recent cost. So what two jobs that both wait all the time are served, by weight, differs by at most two
-    rounds and a request of each. What a job that does not wait keeps, it loses within two rounds.
+    Jobs with a deficit above 0 are served in turn, one request each, and charged its cost, with which the deficit may
+    fall below 0. When no waiting job has a deficit above 0, all jobs get as many rounds at once as the first of them
+    needs; a round is the job's weight times the largest recent cost. So the service of two jobs that both wait all the
+    time, divided by their weights, differs by at most two rounds and one request of each. A job that does not wait
+    loses what is left of its deficit within two rounds.
     """
 
     def __init__(
@@ -76,7 +81,7 @@ class FairQueue(Generic[T]):
         self._reserve, self._has_room = reserve, has_room
         self._changed = threading.Condition()
         self._flows: dict[str, _Flow[T]] = {}
-        self._new: deque[_Flow[T]] = deque()  # of jobs that became active: they go first
+        self._new: deque[_Flow[T]] = deque()  # jobs that have just become active, which go first
         self._old: deque[_Flow[T]] = deque()
         self._again: deque[list[T]] = deque()
         self._largest = 0.0
@@ -87,12 +92,12 @@ class FairQueue(Generic[T]):
         return self._count
 
     def queued(self) -> dict[str, int]:
-        """How many requests wait, by job."""
+        """How many requests of each job wait."""
         with self._changed:
             return {name: len(flow.waiting) for name, flow in self._flows.items() if flow.waiting}
 
     def oldest(self) -> float | None:
-        """When the request that waits for longest was queued, of those that do not wait for their job's room."""
+        """When the oldest waiting request was queued, without jobs that wait for room; None if none waits."""
         with self._changed:
             found = (flow.waiting[0].queued_at for flow in self._flows.values() if flow.waiting and not flow.blocked)
             return min(found, default=None)
@@ -116,7 +121,7 @@ class FairQueue(Generic[T]):
             self._changed.notify()
 
     def again(self, requests: Sequence[T]) -> bool:
-        """Have the next `take` return requests that one has returned before, these alone; False once it is closed."""
+        """Have a coming `take` return these requests, which were taken before, and no others; False once closed."""
         with self._changed:
             if not self._closed:
                 self._again.append([*requests])
@@ -124,18 +129,18 @@ class FairQueue(Generic[T]):
             return not self._closed
 
     def remove(self, request: T) -> bool:
-        """Take a request out; False if it is not there, as it runs already."""
+        """Remove a request; False if it is not there, as it was taken already."""
         with self._changed:
             flow = self._flows.get(request.job)
             if flow is None or request not in flow.waiting:
                 return False
             flow.waiting.remove(request)
             self._count -= 1
-            self._changed.notify()  # those behind it may have room
+            self._changed.notify()  # requests behind it may have room
             return True
 
     def wake(self) -> None:
-        """There is room again."""
+        """Look again, as there may be room now."""
         if self._count:
             with self._changed:
                 self._changed.notify()
@@ -145,10 +150,11 @@ class FairQueue(Generic[T]):
         fits: Callable[[list[T], T], bool] = lambda _taken, _other: False,
         linger: Callable[[list[T]], float] = lambda _taken: 0.0,
     ) -> list[T]:
-        """Wait for a request, and take it with others that `fits(taken, other)` says may run with it; [] at the end.
+        """Wait for a request, and take it with others that may run with it; returns [] once the queue is closed.
 
-        Those of the job that is owed most are offered first. Each is charged to its own job. While nothing else waits,
-        `linger(taken)` is asked how many more seconds to wait for one that fits; 0: none.
+        `fits(taken, other)` says which may; it is asked first for requests of the job that is owed most. Each request
+        is charged to its own job. While nothing else waits, `linger(taken)` says how many more seconds to wait for
+        others; 0 ends the wait.
         """
         with self._changed:
             while (found := self._next() if self._count and not self._again and not self._closed else None) is None:
@@ -159,7 +165,7 @@ class FairQueue(Generic[T]):
                 self._changed.wait()
             flow, turns, at = found
             taken = [self._charge(flow, at)]
-            if turns is None:  # what else comes free is for the one that waits for it
+            if turns is None:  # nothing is taken along, as room that becomes free is for the request that waits for it
                 return taken
             self._take_along(taken, fits)
             while not self._count and not self._closed and (pause_s := linger(taken)) > 0:
@@ -170,7 +176,7 @@ class FairQueue(Generic[T]):
             return taken
 
     def close(self) -> list[T]:
-        """End `take`; returns what still waited."""
+        """End `take`; returns the requests that still waited."""
         with self._changed:
             self._closed = True
             left = [request for flow in self._flows.values() for request in flow.waiting]
@@ -187,17 +193,18 @@ class FairQueue(Generic[T]):
             turns.append(flow)
 
     def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]] | None, int] | None":
-        """The job whose turn it is, off its list, that list, and which of its requests has room; None if none has.
+        """The job whose turn it is, the list that it was removed from, and the index of its request that has room.
 
-        Where the replica is full, whoever has room goes, alone and without a list: its job keeps its turn.
+        None if no request has room. If the replica's bound is full, a job with a request that has room already is
+        returned without a list: that request goes alone, and the job keeps its turn.
         """
-        aside: list[tuple[_Flow[T], deque[_Flow[T]]]] = []  # they keep their turns
+        aside: list[tuple[_Flow[T], deque[_Flow[T]]]] = []  # jobs that keep their turns
         try:
             while True:
                 for turns in (self._new, self._old):
                     while turns:
                         flow = turns.popleft()
-                        if not flow.served_next:  # removed, or taken along meanwhile
+                        if not flow.served_next:  # its requests were removed, or taken along, meanwhile
                             flow.listed = False
                             continue
                         room = self._reserve(flow.waiting[0])
@@ -221,9 +228,9 @@ class FairQueue(Generic[T]):
         return next((at for at, request in enumerate(flow.waiting) if self._has_room(request)), None)
 
     def _give_rounds(self) -> bool:
-        """Give all jobs what the first that waits for it needs; forget those that did not wait in the last round.
+        """Give all jobs as many rounds as the first waiting job needs; forget jobs that do not wait and owe nothing.
 
-        False if none waits for that, but those that wait have no room.
+        False if no job waits for a round, because those that wait only lack room.
         """
         quantum = self._largest
         waiting = [flow for flow in self._flows.values() if flow.waiting]
@@ -243,7 +250,7 @@ class FairQueue(Generic[T]):
         return True
 
     def _forget_idle(self) -> None:
-        """Where many jobs came and went without a round: one that comes again is as a new one."""
+        """Forget jobs that do not wait, if many came and went without a round; they count as new when they return."""
         if len(self._flows) >= _MAX_FLOWS:
             self._flows = {name: flow for name, flow in self._flows.items() if flow.waiting}
 

@@ -1,4 +1,4 @@
-"""What an engine is asked for: one forward, and who waits for it."""
+"""What an engine is asked for: a job is one forward, and its tickets are the clients that wait for it."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ _REPLY_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Answer:
-    """A list of features, one of each tap that was wanted, in host memory and declared as they will be sent."""
+    """A list of features, one for each wanted tap, in host memory and declared as they will be sent."""
 
     features: Declared
     revision: str
@@ -28,17 +28,17 @@ class Answer:
 
 @dataclass(eq=False)
 class Ticket:
-    """One client's share in a job; `done` is called once, from a thread of the engine's, unless it was cancelled."""
+    """One client's wait for a job; `done` is called once, from one of the engine's threads, unless it was cancelled."""
 
     done: Callable[[Answer | BaseException], None]
-    account: JobCounters = field(default_factory=lambda: JobCounters(""))  # of whom it is
+    account: JobCounters = field(default_factory=lambda: JobCounters(""))  # the counters of the client's job
     cancelled: bool = False
     trace: AnswerSpan | None = None
-    job: "Job | None" = None  # while that is in flight
-    share: Share | None = None  # of the bytes that may wait to be sent; it goes to who is told of the features
+    job: "Job | None" = None  # the job in flight that answers it
+    share: Share | None = None  # of the bytes that may be unsent; passed on with the features
 
     def drop(self) -> None:
-        """Nothing will be sent."""
+        """Give the share back, as nothing will be sent."""
         share, self.share = self.share, None
         if share is not None:
             share.end()
@@ -46,46 +46,46 @@ class Ticket:
 
 @dataclass(eq=False)
 class Job:
-    """One forward, and who waits for it: several, if they asked for the same while it was in flight."""
+    """One forward, and the tickets that wait for it: several, if the same was asked for while it was in flight."""
 
     inputs: Arguments
     wanted: Wanted
-    key: Hashable  # equal for requests of equal structure, digest and wishes
+    key: Hashable  # equal for requests of equal structure, digest of the inputs, taps and encodings
     deadline: float
     tickets: list[Ticket] = field(default_factory=list)
     queued_at: float = 0.0
     cache_key: bytes | None = None
     source: Hashable = None  # the session that sent it
-    form: Form | None = None  # what it may be merged with; None: nothing
-    cost: float = 1.0  # in the unit that the engine charges
+    form: Form | None = None  # jobs of one form may be merged; None if it may not be merged
+    cost: float = 1.0  # in rows or tokens, whichever the engine charges
     rows: int = 1
-    kind: Hashable = None  # of the same, features take as many bytes for each element of the inputs
+    kind: Hashable = None  # for jobs of one kind, features take as many bytes for each element of the inputs
     elements: int = 1
-    alarm: Alarm | None = None  # at its deadline
-    alone: bool = False  # computed anew and by itself: its client compares the bits
-    again: int = 0  # times that it has run and was not answered with what came of it
+    alarm: Alarm | None = None  # rings at the deadline
+    alone: bool = False  # whether it is computed anew and by itself, as its client compares the bits
+    again: int = 0  # how many times it has run without being answered
 
     @property
     def job(self) -> str:
-        """Whose turn it takes."""
+        """The name of the client's job whose turn it takes in the queue."""
         return self.tickets[0].account.job
 
     @property
     def weight(self) -> float:
-        """Of that job."""
+        """The weight of that job."""
         return self.tickets[0].account.weight
 
     @property
     def has_room(self) -> bool:
-        """Whether there is room to send its features to one who waits for them."""
+        """Whether at least one of its tickets has room for its features among those that are not sent yet."""
         return any(ticket.share is not None for ticket in self.tickets)
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """What the key has only a digest of."""
+        """What the key holds only as a digest."""
         return (self.inputs, self.wanted.mask)
 
     @property
     def cancelled(self) -> bool:
-        """Nobody waits for it any more."""
+        """Whether nobody waits for it any more."""
         return all(ticket.cancelled for ticket in self.tickets)

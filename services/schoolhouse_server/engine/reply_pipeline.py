@@ -1,4 +1,4 @@
-"""The way out of a device: features are encoded, brought to the host, declared and handed to those who wait."""
+"""The way out of a device: features are encoded, brought to the host, declared, and handed to those who wait."""
 
 import dataclasses
 import logging
@@ -27,13 +27,13 @@ from schoolhouse_server.observe.spans import tell_stages
 _log = logging.getLogger(__name__)
 CLOSED = "the teacher is shutting down"
 _MAX_AGAIN = 2
-_WAITING = 2  # forwards whose features are on the way out while the device goes on
-SENDING_S = 1e-3  # about what it takes to send small features off
+_WAITING = 2  # forwards whose features may wait to be sent off while the device goes on
+SENDING_S = 1e-3  # roughly the time that it takes to send small features off
 
 
 @dataclass(eq=False)
 class Part:
-    """One job's features: as the forward returned them, and then in host memory."""
+    """One job's features, as the forward returned them and, once fetched, in host memory."""
 
     job: "Job"
     values: dict[Tap, Any]
@@ -43,28 +43,28 @@ class Part:
 
 @dataclass(eq=False)
 class Landing:
-    """A forward that was started, and for whom. The inputs are kept until the device is done with them."""
+    """A forward that was started, and its jobs; the inputs are kept until the device is done with them."""
 
     parts: list[Part]
     inputs: Any
     spans: list[Span]
-    settled: bool = False  # the spans are counted
-    joint: Joint[Job] | None = None  # of a merged forward
-    total: torch.Tensor | None = None  # of its numbers; see `finite`
+    settled: bool = False  # whether the spans are counted
+    joint: Joint[Job] | None = None  # the batch, of a merged forward
+    total: torch.Tensor | None = None  # the sum of a merged forward's numbers; see `nonfinite.total`
 
     @property
     def is_small(self) -> bool:
-        """Whether sending it off takes less time than handing it to another thread."""
+        """Whether sending its features off takes less time than handing them to another thread."""
         tensors = (tensor for part in self.parts for tensor in tensors_of(part.values))
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors) <= INLINE_BYTES
 
 
 class Outlet:
-    """Sends off what forwards made; `end` is told each job's features, or the error.
+    """Sends off the features of forwards; `end` gets each job's features, or its error.
 
-    `again` takes jobs that are to be run again, and tells whether somebody will: those whose features had no room, and
-    merged ones of which `is_doubtful` says that their numbers may be none of theirs. `measured` is told what a job's
-    features will take, before memory of the host is taken for them, and raises if that is too much.
+    `again` takes jobs that are to run again, and returns False if nothing runs any more. These are jobs whose features
+    had no room, and merged jobs of which `is_doubtful` says that their numbers may stem from other requests. `measured`
+    gets a job's encoded features before host memory is taken for them, and raises if they are too large.
     """
 
     def __init__(
@@ -84,19 +84,19 @@ class Outlet:
         self.pulse = Pulse()
 
     def put(self, work: Landing) -> None:
-        """Hand over a forward; waits while enough others are on their way."""
+        """Hand over a forward; blocks while as many as may wait do so."""
         self._waiting.put(work)
 
     def settle(self) -> None:
-        """Wait until all that was put is sent off. For the thread that puts."""
+        """Wait until all that was put is sent off; for the thread that puts."""
         self._waiting.join()
 
     def finish(self) -> None:
-        """End `run` when what was put before is on its way."""
+        """End `run`, once all that was put before is sent off."""
         self._waiting.put(None)
 
     def run(self) -> None:
-        """Send off what comes, until the end."""
+        """Send off each forward that is put, until `finish`."""
         while (work := self._waiting.get()) is not None:
             try:
                 with self.pulse:
@@ -106,12 +106,12 @@ class Outlet:
                 self._waiting.task_done()
 
     def discard(self) -> None:
-        """Send off nothing more of what comes, until the end: who puts is not kept waiting."""
+        """Drop each forward that is put, until `finish`, so that the thread that puts never blocks."""
         while self._waiting.get() is not None:
             self._waiting.task_done()
 
     def land(self, work: Landing) -> None:
-        """Encode and fetch the features of all jobs, and then answer one after another."""
+        """Encode and fetch the features of all jobs of a forward, then answer one job after another."""
         sent = [part for part in work.parts if self._send_off(part, work.spans[-1])]
         if sent and work.joint is not None and work.total is not None and self._is_strange(work.joint, work):
             self._run_again([part.job for part in sent])
@@ -120,13 +120,13 @@ class Outlet:
             self._deliver(part, work)
 
     def _is_strange(self, joint: Joint[Job], work: Landing) -> bool:
-        """Whether a merged forward has to be held against single ones before anybody gets its features."""
+        """Whether a merged forward must be compared with single ones before anybody gets its features."""
         try:
             self._device.wait(work.spans[-1])
             if nonfinite.is_finite_total(work.total):
                 return False
             return self._is_doubtful(joint, [nonfinite.kind(part.values) for part in work.parts])
-        except BaseException:  # of the device: who waits for it is told so
+        except BaseException:  # the device failed, which is told to those who wait when the features are fetched
             return False
 
     def _run_again(self, jobs: Sequence[Job]) -> None:
@@ -137,7 +137,7 @@ class Outlet:
                 self._end(job, TeacherUnavailableError(CLOSED))
 
     def _failed(self, job: Job, error: BaseException) -> None:
-        """Fail a job; run it again, twice at most, if there was no room for its features."""
+        """Fail a job; if there was no room for its features, run it again first, at most twice."""
         if lacks_memory(error) and job.again < _MAX_AGAIN:
             self._run_again([job])
         else:
@@ -172,7 +172,7 @@ class Outlet:
         self._end(job, features)
 
     def _keep(self, job: Job, features: Declared) -> None:
-        """Put features into the cache, unless there is no memory for that."""
+        """Put features into the cache, unless there is no memory for them."""
         if self._cache is None or job.cache_key is None:
             return
         try:
@@ -184,7 +184,7 @@ class Outlet:
 
 
 def declare(features: list[Any]) -> Declared:
-    """Features of taps, ready to travel, and how many bytes each takes."""
+    """The features of all taps as they travel, with the bytes that each takes."""
     declared = pack(features, opaque=True)
     sizes = tuple(sum(tensor.nbytes for tensor in tensors_of(value)) for value in features)
     return dataclasses.replace(declared, item_bytes=sizes)

@@ -1,4 +1,4 @@
-"""The thread that runs forwards: of one request, of several merged, or again where the first try did not do."""
+"""The thread that runs forwards: of one request, of several merged, or again if the first try failed."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ from schoolhouse_server.merge.splitting import UnmergeableError
 from schoolhouse_server.observe.counters import Counters
 
 _AHEAD = 4
-_ON_DEVICE_TRIES = 2  # of a request whose features had no room on their way out; then they are encoded on the host
+_ON_DEVICE_TRIES = 2  # for a request whose features had no room on the device; then they are encoded on the host
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 class Runner:
     """Takes requests from the queue and starts their forwards.
 
-    `admit` tells whether a request that has left the queue is still to run, and `end` is told of those that failed.
+    `admit` says whether a request that has left the queue is still to run, and `end` is called for those that failed.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class Runner:
         self._teacher, self._device, self._merger = teacher, device, merger
         self._queue, self._outlet, self._counters = queue, outlet, counters
         self._admit, self._end = admit, end
-        self._ahead: deque[Span] = deque(maxlen=_AHEAD)  # forwards that the device may be at still
+        self._ahead: deque[Span] = deque(maxlen=_AHEAD)  # forwards that the device may not have finished
         knows = merger.knows if merger is not None else None
         self._parts = RowParts(teacher, device, self._by_way_of_host, knows)
 
     def run(self) -> None:
-        """Work on what is queued, until the queue is closed."""
-        # Torch tells a thread how many threads its kernels may use as it is asked, or first runs one of its own in
-        # parallel. MKL's do not wait for that: with another number they add in another order, and so to other bits.
+        """Run queued requests, until the queue is closed."""
+        # Torch applies its number of threads to a new thread only when that is asked for, or with the first parallel
+        # kernel of its own. MKL's kernels may run before that, and sum in another order: the bits would differ.
         torch.get_num_threads()
         while jobs := self._take():
             self.compute(jobs)
@@ -72,8 +72,8 @@ class Runner:
     def _take(self) -> list[Job]:
         if self._merger is None:
             return self._queue.take()
-        with contextlib.suppress(Exception), self.pulse:  # a forward that failed on its device tells its own jobs
-            while len(self._ahead) > 1:  # the longer others may come, the fewer forwards there are
+        with contextlib.suppress(Exception), self.pulse:  # the jobs of a forward that failed on the device are told so
+            while len(self._ahead) > 1:  # the longer requests can gather, the fewer forwards are needed
                 self._device.wait(self._ahead.popleft())
         ask = functools.partial
         jobs = self._queue.take(ask(_else, False, self._merger.fits), ask(_else, 0.0, self._merger.linger))
@@ -100,21 +100,21 @@ class Runner:
         self._apart(ready)
 
     def _alone(self, job: Job) -> bool:
-        """Run a job by itself; False if it failed, and was told so."""
+        """Run a job alone; False if it failed, and was told so."""
         try:
             work = self._forward(job, job.wanted)
             at_once = self._at_once(work)
-        except BaseException as err:  # a module may raise anything, and others wait for this thread
+        except BaseException as err:  # a module may raise anything, and this thread must go on
             if not lacks_memory(err):
                 self._end(job, _as_forward_error(err))
                 return False
         else:
             self._hand_over(work, at_once)
             return True
-        return self._in_need(job)  # out here, nothing keeps what the forward had made
+        return self._in_need(job)  # outside of `except`, so that nothing keeps the memory of the failed forward
 
     def _in_need(self, job: Job) -> bool:
-        """Run a job that had no room once the device has nothing else to do, and then in parts of its rows."""
+        """Run a job that had no room when the device is otherwise idle; if that fails too, in parts of its rows."""
         self._make_room()
         work = None
         try:
@@ -143,15 +143,15 @@ class Runner:
         return Landing([Part(job, values)], None, [loaded, computed])
 
     def _make_room(self) -> None:
-        """Wait for what is on its way out, and give back what the device holds for nobody."""
+        """Wait until all features are sent off, and free what memory the device keeps without need."""
         with self.pulse:
             self._outlet.settle()
         self._ahead.clear()
-        gc.collect()  # what a failed forward left in cycles
+        gc.collect()  # frees what a failed forward left in reference cycles
         self._device.free()
 
     def _by_way_of_host(self, inputs: Arguments, wanted: Wanted) -> dict[Tap, Any]:
-        """What a forward returns, in host memory."""
+        """Run a forward, and return its features in host memory."""
         device = self._device
         with self.pulse:
             loaded, arrived = device.h2d.run(None, device.load, inputs)
@@ -173,7 +173,10 @@ class Runner:
         self._ahead.append(computed)
 
     def _at_once(self, work: Landing) -> bool:
-        """Whether this thread sends it off, as that is faster, unless others wait for a device that is slower."""
+        """Whether this thread sends off a forward's features itself, which is faster for small ones on a CPU.
+
+        Not if others wait and a forward takes longer than sending, which the other thread then does meanwhile.
+        """
         others_wait = len(self._queue) > 0 and self._device.forward.recent_s > SENDING_S
         return self._device.is_host and work.is_small and not others_wait
 
@@ -184,12 +187,12 @@ class Runner:
             self._outlet.put(work)
 
     def _together(self, merger: Merger[Job], joint: Joint[Job]) -> None:
-        """Run jobs as one forward; by themselves if it fails, so that only those fail that are to blame."""
+        """Run jobs as one forward; if it fails, run them alone, so that only those that are to blame fail."""
         work: Landing | None = None
         raised, short, at_once = True, False, False
         try:
             inputs, values, total, spans = self._merged(joint)
-            with self.pulse:  # it may wait for the device, and look at what the forward made
+            with self.pulse:  # splitting may wait for the device, to look at the features
                 parts, _ = self._device.forward.run(None, lambda made: merger.split(joint, made), values)
             pairs = zip(joint.jobs, parts, strict=True)
             work = Landing([Part(job, part) for job, part in pairs], inputs, spans, joint=joint, total=total)
@@ -197,9 +200,9 @@ class Runner:
         except UnmergeableError as err:
             raised = False
             _log.info("a merged forward was run again as single ones: %s", err)
-        except BaseException as err:  # nothing of it is kept: it holds all of the forward
+        except BaseException as err:  # not kept, as its traceback holds all of the forward
             short = lacks_memory(err)
-            _log.info("a merged forward raised %s; its requests are run by themselves", type(err).__name__)
+            _log.info("a merged forward raised %s; its requests are run alone", type(err).__name__)
         if work is not None:
             self._hand_over(work, at_once)
         elif short:
@@ -208,12 +211,12 @@ class Runner:
             merger.too_large(joint)
 
     def _apart(self, jobs: Sequence[Job]) -> bool:
-        """Run jobs one by one; whether none failed."""
+        """Run jobs one by one; returns whether none failed."""
         answered = [self._alone(job) for job in jobs]
         return all(answered)
 
     def _halved(self, merger: Merger[Job], joint: Joint[Job]) -> None:
-        """Run a batch that the device had no room for as two."""
+        """Run a batch that did not fit into the device's memory in two halves."""
         merger.too_large(joint)
         self._make_room()
         middle = len(joint.jobs) // 2
@@ -221,18 +224,18 @@ class Runner:
             self._run_ready([*half])
 
     def _compared(self, merger: Merger[Job], joint: Joint[Job]) -> None:
-        """Answer jobs from single forwards, and see whether a merged one is the same."""
+        """Answer jobs from single forwards, and check whether a merged forward gives the same."""
         before = self_check.traces(self._teacher.module, self._device)
 
         def run(job: Job) -> tuple[Landing, tuple[bool, bool]]:
-            return self._forward(job, joint.wanted), before.changes()  # all taps, also those that only others want
+            return self._forward(job, joint.wanted), before.changes()  # with the taps of all of them
 
         works: tuple[Landing, ...] = ()
         try:
             made, changes = zip(*map(run, joint.jobs), strict=True)
             why = self_check.why_not(changes, lambda: run(joint.jobs[0])[1])
             works = made
-        except BaseException as err:  # nothing of it is kept: it holds all of a forward
+        except BaseException as err:  # not kept, as its traceback holds all of a forward
             _log.info("a forward raised %s while merging was checked", type(err).__name__)
         if not works:
             self._apart(joint.jobs)
@@ -249,7 +252,7 @@ class Runner:
     def _learn(self, merger: Merger[Job], joint: Joint[Job], singles: list[dict[Tap, Any]]) -> None:
         try:
             _, merged, _, _ = self._merged(joint)
-            with self.pulse:  # it waits for the device
+            with self.pulse:  # comparing waits for the device
                 self._device.forward.run(None, lambda made: merger.learn(joint, *made), (merged, singles))
         except BaseException as err:
             _log.info("a merged forward raised %s, and single ones did not", type(err).__name__)
@@ -273,16 +276,16 @@ class Runner:
 
 
 def _as_forward_error(error: BaseException) -> BaseException:
-    """What is told of an error: no module's `SystemExit` or the like is the server's own failure."""
+    """The error to answer with: a `SystemExit` or the like that a module raised becomes a `TeacherForwardError`."""
     if isinstance(error, Exception):
         return error
     return TeacherForwardError(f"the teacher's forward raised {type(error).__name__}: {error}")
 
 
 def _else(default: T, ask: Callable[..., T], *args: Any) -> T:
-    """What is asked, or, if that fails, the default: requests that were taken already must not end with the thread."""
+    """The result of `ask`, or the default if it raises: the thread must not die with requests that it has taken."""
     try:
         return ask(*args)
     except Exception:
-        _log.exception("whether requests may be merged could not be told; they run by themselves")
+        _log.exception("it could not be found out whether requests may be merged; they run alone")
         return default

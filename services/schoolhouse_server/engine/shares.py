@@ -1,7 +1,7 @@
 """The shares of one teacher's requests in the bytes of features that are not sent yet.
 
-A request has its share from before its forward until its reply is sent, or nobody wants it. Its size is estimated from
-the last request of its kind.
+A request holds its share from before its forward until its reply is sent or no longer wanted. The share's size is
+estimated from the last request of its kind.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ _MAX_KINDS = 4096
 
 
 class Sizes:
-    """What replies take, by the kind of request: by what is wanted, and how many dimensions the inputs have.
+    """How many bytes replies take, by the kind of request: its taps and encodings, and the dimensions of its inputs.
 
-    They are taken to grow with the inputs, as they do with the rows, and the tokens.
+    Replies are assumed to grow in proportion to the inputs, as they do with rows and tokens.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Sizes:
 
     @staticmethod
     def kind_of(inputs: Any, wanted: Wanted) -> tuple[Hashable, int]:
-        """A request's kind, and the elements of its inputs."""
+        """A request's kind, and the number of elements of its inputs."""
         encodings: tuple[Any, ...] = wanted.encodings
         if any(encodings):
             encodings = tuple(dataclasses.replace(e, seed=None) if isinstance(e, Sampled) else e for e in encodings)
@@ -41,25 +41,25 @@ class Sizes:
         return (wanted.taps, encodings, *dims), max(elements, 1)
 
     def of(self, kind: Hashable, elements: int) -> int | None:
-        """Bytes of the features of such a request; None if that is not known."""
+        """The bytes that the features of such a request take; None if not known."""
         found = self._known.get(kind)
         return None if found is None else round(found * elements)
 
     def learn(self, kind: Hashable, elements: int, nbytes: int) -> None:
-        """The features of such a request took so many bytes."""
+        """Note that the features of such a request took `nbytes`."""
         self._known[kind] = nbytes / elements
         if len(self._known) > _MAX_KINDS:
-            self._known.pop(next(iter(self._known)), None)  # the one that was seen first
+            self._known.pop(next(iter(self._known)), None)  # the kind that was seen first
 
 
 class Shares:
-    """Gives tickets their shares. Without `unsent` there is no bound."""
+    """Gives tickets their shares in `unsent`; if that is None, there is no bound."""
 
     def __init__(self, unsent: Unsent | None, teacher: str) -> None:
         self._unsent, self._teacher, self._sizes = unsent, teacher, Sizes()
 
     def take(self, ticket: Ticket, nbytes: int | None) -> Room:
-        """Take the room for a reply, None for one of unknown size; each job has its bound with each teacher."""
+        """Take room for a reply of `nbytes`, None if unknown; each job has its bound with each teacher."""
         if self._unsent is not None:
             found = self._unsent.take(f"{self._teacher}/{ticket.account.job}", nbytes)
             if not isinstance(found, Share):
@@ -68,27 +68,27 @@ class Shares:
         return "taken"
 
     def sized(self, job: Job) -> None:
-        """Note a new request's kind, by which the size of its reply is known later."""
+        """Note a new request's kind, from which the size of its reply is estimated."""
         if self._unsent is not None:
             job.kind, job.elements = self._sizes.kind_of(job.inputs, job.wanted)
 
     def reserve(self, job: Job) -> Room:
-        """Take the room for a request whose turn it is. Where others joined it, theirs will do."""
+        """Take room for a request whose turn it is; if others have joined it, the room of one of them will do."""
         if job.tickets[0].share is not None:
             return "taken"
         room = self.take(job.tickets[0], self._sizes.of(job.kind, job.elements))
         return "taken" if job.has_room else room
 
     def joins(self, ticket: Ticket, other: Job) -> bool:
-        """Whether there is room for features that another request is for; its own job has them once."""
+        """Whether a ticket may join a request: its job waits for that already, or there is room for its reply."""
         of_its_own = any(one.account.job == ticket.account.job for one in other.tickets)
         return of_its_own or self.take(ticket, self._sizes.of(other.kind, other.elements)) == "taken"
 
     def measured(self, job: Job, features: Any) -> None:
-        """A request's features are there, and are to go to the host. The caller sees that nobody joins it meanwhile.
+        """Set the shares to the size of a request's features, before they go to the host; nobody may join meanwhile.
 
         Raises:
-            MessageTooLargeError: they may not.
+            MessageTooLargeError: the features are larger than a bound.
         """
         if self._unsent is None:
             return
@@ -102,9 +102,9 @@ class Shares:
                 ticket.share.resize(nbytes)
 
     def lacking(self, job: Job) -> list[Ticket]:
-        """Those who wait for a request and cannot be sent its features: there was room for others only.
+        """The tickets of a request that cannot be answered, as there was room only for others.
 
-        One whose job has a share already gets another beside it.
+        A ticket whose job has a share already gets another one.
         """
         lack = [ticket for ticket in job.tickets if ticket.share is None] if self._unsent is not None else []
         shares = {ticket.account.job: ticket.share for ticket in job.tickets if lack and ticket.share is not None}

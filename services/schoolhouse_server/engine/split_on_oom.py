@@ -1,4 +1,4 @@
-"""One request in parts of its rows, where the device has no room for its forward at once."""
+"""Runs one request in parts of its rows, if the device has no room for its forward at once."""
 
 import logging
 from collections import OrderedDict
@@ -29,24 +29,25 @@ Knows = Callable[[Job], dict[Tap, Rules] | None]
 
 
 class RowParts:
-    """Runs a request as the forwards of its halves, or of theirs, and puts what they return together.
+    """Runs a request as several forwards of fewer rows, halved until they have room, and joins their features.
 
-    That is done where it makes no difference, which is seen on the request itself: what some of its rows give must be
-    what the halves of those rows give. Where nothing is merged, as `knows` is None, to the bit; otherwise up to
-    rounding. There rows that have room only one by one are trusted if `knows` has the rules of merging such requests.
+    That is done only if it makes no difference, which is checked on the request itself: the features of some of its
+    rows must be those that the halves of these rows give. If nothing is merged (`knows` is None), they must be equal to
+    the bit; otherwise up to rounding. In the latter case rows that have room only one by one, which cannot be halved,
+    are trusted if `knows` returns the rules learned from merging such requests.
     """
 
     def __init__(self, teacher: LocalTeacher, device: Device, forward: Forward, knows: Knows | None) -> None:
         """`forward` returns features in host memory."""
         self._teacher, self._device, self._forward, self._knows = teacher, device, forward, knows
         self._former = Former(teacher.describe().parameters, None)
-        self._room: OrderedDict[Hashable, int] = OrderedDict()  # rows that had some, by form and taps
+        self._room: OrderedDict[Hashable, int] = OrderedDict()  # how many rows had room, by form and taps
 
     def run(self, job: Job, whole: bool) -> Features:
-        """The features of a job, in host memory; `whole`: all rows are tried at once, too.
+        """The features of a job, in host memory; with `whole`, all rows are tried at once first.
 
         Raises:
-            TeacherMemoryError: for a row that has no room, or rows that cannot be told apart.
+            TeacherMemoryError: a single row has no room, or the rows cannot be run apart.
         """
         if whole and (values := self._fitting(job.inputs, job.wanted)) is not None:
             return values
@@ -59,13 +60,13 @@ class RowParts:
         return _Run(self, job, inputs, form).features()
 
     def _fitting(self, inputs: Arguments, wanted: Wanted) -> Features | None:
-        """What a forward returns; None if there is no room for it."""
+        """The features of a forward; None if it has no room."""
         try:
             return self._forward(inputs, wanted)
         except BaseException as err:
             if not lacks_memory(err):
                 raise
-        self._device.free()  # out here nothing keeps what it had made
+        self._device.free()  # outside of `except`, where nothing keeps the memory of the failed forward
         return None
 
 
@@ -76,7 +77,7 @@ class _Run:
         self._parts, self._job, self._wanted, self._inputs = parts, job, job.wanted, inputs
         self._rows, self._length = form.rows, (job.form or form).length
         self._rules: dict[Tap, Rules] = {}
-        self._proven: set[int] = set()  # rows of a forward that are known to give what fewer do
+        self._proven: set[int] = set()  # sizes, in rows, whose forwards are known to give what smaller ones give
         self._key = (form.key, *places_of(job.wanted))
 
     def features(self) -> Features:
@@ -112,7 +113,7 @@ class _Run:
         return part
 
     def _check(self, values: Features, start: int, size: int) -> None:
-        """Raise TeacherMemoryError if a part is not what its rows would have been of the whole, as far as is known."""
+        """Raise TeacherMemoryError unless a part's features are, as far as can be known, those of the whole forward."""
         why = ""
         try:
             if size not in self._proven:
@@ -128,7 +129,7 @@ class _Run:
             )
 
     def _prove(self, values: Features, start: int, size: int) -> None:
-        """See that the forward of these rows is those of their halves."""
+        """Check that the forward of these rows gives what the forwards of their halves give."""
         if size == 1:
             self._trust()
             return
@@ -142,7 +143,7 @@ class _Run:
         for tap, value in values.items():
             rules = learn(value, [half[tap] for half in halves], layout)
             if self._rules.setdefault(tap, rules) != rules:
-                raise UnmergeableError("a feature has not the sizes, by rows, that it had before, or is another one")
+                raise UnmergeableError("a feature does not have the sizes, by rows, that it had before, or has changed")
             if self._parts._knows is None:
                 _check_bits(rules, value, [half[tap] for half in halves], layout)
         self._proven |= {size, *sizes}
@@ -154,12 +155,12 @@ class _Run:
         knows = self._parts._knows
         known = knows(self._job) if knows is not None else None
         if known is None:
-            raise UnmergeableError("they have room only one by one, so that nothing shows whether they are independent")
+            raise UnmergeableError("they have room only one by one, so nothing shows whether they are independent")
         self._rules.update(known)
         self._proven.add(1)
 
     def _joined(self, made: Sequence[Features]) -> Features:
-        """The parts as one; a tensor that stands twice in them stands twice in it."""
+        """The parts joined; a tensor that occurs twice in each of them is joined once, and occurs twice."""
         layout = Layout((self._rows,), (self._length,))
         joined: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -188,8 +189,8 @@ def _check_bits(rules: Rules, values: Any, halves: Sequence[Any], layout: Layout
         pairs = zip(tensors_of(part), tensors_of(half), strict=True)
         if not all(is_same(a, b) for a, b in pairs):
             raise UnmergeableError(
-                "forwards of fewer rows round in another way, and merge='never' promises features to the bit; serve "
-                "the teacher with merge='same-shape' to allow that"
+                "forwards of fewer rows round differently, and merge='never' promises features to the bit; serve the "
+                "teacher with merge='same-shape' to allow that"
             )
 
 

@@ -1,4 +1,4 @@
-"""Features that are not sent yet: how many bytes of them a replica, and each of its jobs, may have at once."""
+"""Bounds on features that are not sent yet: how many bytes a replica, and each of its jobs, may have at once."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Full: TypeAlias = Literal["job", "replica"]
 
 @dataclass(eq=False)
 class Share:
-    """One reply's part of the bounds: its bytes, 0 as long as nobody knows them."""
+    """The bytes of one reply, which count against the bounds; 0 as long as they are not known."""
 
     among: "Unsent"
     job: str
@@ -21,21 +21,21 @@ class Share:
     ended: bool = False
 
     def resize(self, nbytes: int) -> None:
-        """By now it is known how large the reply is."""
+        """Set the reply's size, once it is known."""
         if nbytes != self.nbytes or not self.known:
             self.among.change(self, nbytes)
 
     def beside(self) -> "Share":
-        """One more, for another reply of the job with the same features."""
+        """Another share, for another reply to the same job with the same features; it needs no room."""
         return self.among.add(self.job, self.nbytes)
 
     def end(self) -> None:
-        """The reply is sent, or nobody wants it. Any number of times."""
+        """Give the bytes back, as the reply is sent or not wanted; may be called more than once."""
         self.among.change(self, 0, ended=True)
 
 
 class Unsent:
-    """The bytes of a replica, of all its teachers. `freed()` is called, of those who follow, where some become free."""
+    """Counts the unsent bytes of a replica, over all its teachers; followers are called when some become free."""
 
     def __init__(self, max_bytes: int, max_job_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -48,15 +48,15 @@ class Unsent:
         self.nbytes = 0
 
     def follow(self, freed: Callable[[], None]) -> None:
-        """Call `freed` from here on."""
+        """Call `freed` whenever bytes become free."""
         self._followers.append(freed)
 
     def take(self, job: str, nbytes: int | None) -> Share | Full:
-        """A share for a reply, None for one of unknown size; or whose bytes there are too few of.
+        """A share for a reply of `nbytes` (None if unknown), or whose bound is full.
 
-        A job has one of unknown size at a time, as soon as there is any room: it may exceed the bounds by that one, but
-        does not wait for a client that does not read. One that is likely to be larger than a job's bound counts as the
-        bound: only its features tell, in `check`.
+        A job may have one reply of unknown size at a time, for which any room at all is enough: so it may exceed the
+        bounds by that one, but does not wait for other clients that do not read. A reply that is estimated to be larger
+        than a job's bound counts as the bound: whether it is too large is decided by its features, in `check`.
         """
         least = 1 if nbytes is None else min(nbytes, self.max_job_bytes)
         with self._lock:
@@ -71,22 +71,22 @@ class Unsent:
         return Share(self, job, least)
 
     def add(self, job: str, nbytes: int) -> Share:
-        """A share whether or not there is room."""
+        """A share, whether or not there is room."""
         with self._lock:
             self._count(job, nbytes)
         return Share(self, job, nbytes)
 
     def check(self, nbytes: int) -> None:
-        """Raises `MessageTooLargeError` for features that no job may have."""
+        """Raises `MessageTooLargeError` for features that are larger than a job's bound."""
         if nbytes > self.max_job_bytes:
             raise MessageTooLargeError(
                 f"the features of this request take {nbytes} bytes, and {self._bound} of the teacher is "
-                f"{self.max_job_bytes}; ask for fewer rows or taps at once or for an encoding that is smaller, or have "
-                "the teacher served with more"
+                f"{self.max_job_bytes}; ask for fewer rows or taps at once or for a smaller encoding, or have the "
+                "teacher served with a larger bound"
             )
 
     def change(self, share: Share, nbytes: int, *, ended: bool = False) -> None:
-        """What `Share` does."""
+        """Change a share's size, or end it; `Share` calls this."""
         with self._lock:
             if share.ended:
                 return

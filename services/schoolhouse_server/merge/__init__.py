@@ -1,5 +1,5 @@
-"""Forwards of several requests at once.
+"""Running several requests as one forward.
 
-`batching` says which requests may run together, `merging` when they do, `splitting` whose features are whose, and
-`self_check` which modules may not be merged at all.
+`batching` says which requests are alike and puts their inputs together, `merging` decides when they run together,
+`splitting` gives each request its own features, and `self_check` finds modules that must not be merged at all.
 """

@@ -1,4 +1,4 @@
-"""Requests that may run as one forward: what makes them alike, and their inputs put together."""
+"""Which requests may run as one forward, and the merged inputs of those that do."""
 
 import hashlib
 import itertools
@@ -20,9 +20,9 @@ MODES = ("never", "same-shape", "pad")
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """What a teacher allows to be padded along dimension 1: arguments by name and the value; and its mask's name.
+    """The arguments that may be padded along dimension 1, each with its padding value, and the name of the mask.
 
-    The mask `[rows, length]` is 1 where a token counts. A request without one gets it where others are padded.
+    The mask `[rows, length]` is 1 where a token counts. A request without a mask gets one if others are padded.
     """
 
     values: Mapping[str, float]
@@ -30,7 +30,7 @@ class Padding:
 
     @classmethod
     def of(cls, given: Any) -> "Padding":
-        """From what stands in a pool file.
+        """The padding that a mapping describes, in the form that a pool file has.
 
         Raises:
             ConfigError: for anything else than `{values: {name: value}, mask: name}`.
@@ -45,15 +45,15 @@ class Padding:
                 "{'values': {'input_ids': 0}, 'mask': 'attention_mask'}"
             )
         if given["mask"] in values:
-            raise ConfigError(f"pad: the mask {given['mask']!r} stands among the values too; it is padded with 0")
+            raise ConfigError(f"pad: the mask {given['mask']!r} is among the values; leave it out, it is padded with 0")
         return cls(values=dict(values), mask=given["mask"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """How requests are merged. A request beyond `max_batch_rows` or `max_batch_tokens` runs alone.
+    """How requests are merged; a request beyond `max_batch_rows` or `max_batch_tokens` runs alone.
 
-    `max_wait_ms` bounds how long a device that has nothing else to do waits for more requests.
+    `max_wait_ms` bounds how long an idle device waits for more requests.
     """
 
     mode: str = "never"
@@ -71,7 +71,7 @@ class MergeSettings:
         if not _is_number(self.max_wait_ms) or not 0 <= self.max_wait_ms <= 1000:
             raise ConfigError(f"max_wait_ms is {self.max_wait_ms!r}; it must be from 0, which never waits, to 1000")
         if (self.mode == "pad") != (self.pad is not None):
-            raise ConfigError("merge='pad' and pad={'values': ..., 'mask': ...} go together; one is given alone")
+            raise ConfigError("merge='pad' and pad={'values': ..., 'mask': ...} go together; only one of them is given")
 
 
 def _is_number(value: Any) -> bool:
@@ -80,29 +80,29 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """What decides which requests may run with one: those whose key is equal."""
+    """The form of a request's inputs; requests with equal keys may run together."""
 
     key: Hashable
     rows: int
     length: int  # of a row, in tokens
-    padded: bool = False  # whether its length may differ from that of others
-    mask: torch.dtype | None = None  # of the mask that came, where it may
+    padded: bool = False  # whether the length may differ from that of others
+    mask: torch.dtype | None = None  # the dtype of the request's mask, if it may be padded and has one
 
     @property
     def tokens(self) -> int:
-        """What the device is charged for."""
+        """How many tokens the inputs have."""
         return self.rows * self.length
 
 
 class Former:
-    """Tells the form of requests to a module whose forward takes `parameters`."""
+    """Finds the form of requests to a module whose forward takes `parameters`."""
 
     def __init__(self, parameters: Sequence[str], pad: Padding | None) -> None:
         self._parameters = parameters
         self._pad = pad
 
     def form(self, inputs: Arguments) -> Form | None:
-        """The form of inputs, their keywords in order; None for those that nothing can be merged with."""
+        """The form of inputs, whose keywords are in order; None if they cannot be merged with anything."""
         rows = rows_of(inputs)
         tensors = [*tensors_of(inputs)]
         if rows < 1 or not any(tensor.dim() for tensor in tensors):
@@ -117,12 +117,12 @@ class Former:
         return Form(key, rows, length, True, mask.dtype if mask is not None else None)
 
     def mask_of(self, inputs: Arguments) -> Any:
-        """What came as the mask; None for nothing."""
+        """The request's mask; None if it has none."""
         assert self._pad is not None
         return dict(self._named(inputs)).get(self._pad.mask)
 
     def with_mask(self, inputs: Arguments, form: Form, dtype: torch.dtype) -> Arguments:
-        """The inputs with a mask of ones, if they came without."""
+        """The inputs, with a mask of ones if they have none."""
         assert self._pad is not None
         if form.mask is not None:
             return inputs
@@ -131,13 +131,13 @@ class Former:
         return in_order(Arguments(inputs, {**inputs.kwargs, self._pad.mask: ones}))
 
     def without_empty_mask(self, inputs: Arguments) -> Arguments:
-        """The inputs without a keyword mask that is None."""
+        """The inputs, without the mask if it is a keyword that is None."""
         assert self._pad is not None
         left = {name: v for name, v in inputs.kwargs.items() if name != self._pad.mask or v is not None}
         return Arguments(inputs, left)
 
     def leaves(self, inputs: Arguments) -> Iterator[tuple[torch.Tensor, float | None]]:
-        """Its tensors, in the order of `map_tensors`, and the value to pad each with, if it is padded."""
+        """The tensors of inputs, in the order of `map_tensors`, each with its padding value, or None if not padded."""
         fills = {**self._pad.values, self._pad.mask: 0} if self._pad is not None else {}
         for name, item in self._named(inputs):
             for tensor in tensors_of(item):
@@ -149,7 +149,7 @@ class Former:
         yield from inputs.kwargs.items()
 
     def _padded_length(self, inputs: Arguments, rows: int) -> int | None:
-        """The length of what may be padded; None where something does not fit, so that only equal lengths merge."""
+        """The length of the arguments that may be padded; None if they do not fit, so that only equal lengths merge."""
         if self._pad is None:
             return None
         named = dict(self._named(inputs))
@@ -167,7 +167,7 @@ class Former:
         return length if isinstance(mask, torch.Tensor) and mask.shape == (rows, length) else None
 
     def _structure_without_length(self, inputs: Arguments, rows: int) -> Hashable:
-        """As `_structure`, with neither the lengths of what may be padded nor a mask that is a keyword."""
+        """As `_structure`, without the lengths of what may be padded, and without a mask that is a keyword."""
         assert self._pad is not None
         rest = {name: item for name, item in inputs.kwargs.items() if name != self._pad.mask}
         padded = {id(tensor) for tensor, fill in self.leaves(inputs) if fill is not None}
@@ -175,12 +175,12 @@ class Former:
 
 
 def in_order(inputs: Arguments) -> Arguments:
-    """The same, with the keywords in the order of their names."""
+    """The same inputs, with the keywords in the order of their names."""
     return Arguments(inputs, dict(sorted(inputs.kwargs.items())))
 
 
 def _structure(inputs: Arguments, rows: int, padded: Iterable[int] = ()) -> Hashable:
-    """Equal for inputs that differ in nothing but their rows, and in the lengths of those whose ids are in `padded`."""
+    """Equal for inputs that differ only in their rows, and in the lengths of the tensors whose ids are in `padded`."""
 
     def plain(tensor: torch.Tensor) -> Hashable:
         kept = (tensor.dtype, dim_order(tensor))
@@ -190,18 +190,18 @@ def _structure(inputs: Arguments, rows: int, padded: Iterable[int] = ()) -> Hash
             return ("rows", *kept, tensor.shape[1:])
         return ("table", *kept, tensor.shape, _digest(tensor))
 
-    return structure_of(inputs, plain, lambda _value: object())  # what may hold anything is equal to nothing
+    return structure_of(inputs, plain, lambda _value: object())  # an unknown value equals no other
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    """That nobody can make two tensors for: one job's table must not stand for another's."""
+    """A cryptographic digest of a tensor, so that no job can forge a table that stands for another job's."""
     plain = bytes_of(tensor.contiguous())
     return hashlib.blake2b(memory_of(plain), digest_size=32).digest()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each request stands in a merged batch."""
+    """Where the rows of each request are in a merged batch."""
 
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -212,12 +212,12 @@ class Layout:
 
     @property
     def total(self) -> int:
-        """Rows of the batch."""
+        """How many rows the batch has."""
         return sum(self.rows)
 
     @property
     def length(self) -> int:
-        """Tokens of each of its rows."""
+        """How many tokens each of its rows has."""
         return max(self.lengths)
 
     @property
@@ -227,7 +227,7 @@ class Layout:
 
 
 class Batch:
-    """Inputs of several requests, of one key, as those of one forward."""
+    """The inputs of several requests with equal keys, as the inputs of one forward."""
 
     def __init__(self, former: Former, inputs: Sequence[Arguments], forms: Sequence[Form]) -> None:
         self.layout = Layout(tuple(form.rows for form in forms), tuple(form.length for form in forms))
@@ -238,14 +238,16 @@ class Batch:
         self._mask = next((dtype for dtype in given if dtype is not None), torch.int64)
         self._needs_mask = self._padded and (self.layout.ragged or given != {None})
         self.ragged = self._padded and self.layout.ragged
-        # Where all are of one length, which sizes of a feature are the length's cannot be told.
-        # A table that is taken for rows does no harm while it is the same in all requests, nor does one row that stands
-        # for all while these are the same: those are told apart. So are masks that were made from those that came.
+        # Batches are alike, so that what was learned from one holds for another, if their variants are equal. Where all
+        # requests have one length, it is part of the variant, as it cannot be told which sizes of a feature depend on
+        # it. A table that is taken for rows does no harm while it is the same in all requests, nor does one row that
+        # is used for all while all rows are the same: so `_alike` is part of it too. And so is whether
+        # masks were made or given.
         length = -1 if self.ragged else self.layout.length
         self.variant: Hashable = (length, self._needs_mask, None in given, _alike(inputs))
 
     def inputs(self, loaded: Sequence[Arguments]) -> Arguments:
-        """One forward's inputs, of those that were loaded to the device; in memory of their own."""
+        """The merged inputs, in memory of their own, from the requests' inputs on the device."""
         if self._needs_mask:
             pairs = zip(map(self._former.without_empty_mask, loaded), self._forms, strict=True)
             loaded = [self._former.with_mask(one, form, self._mask) for one, form in pairs]
@@ -255,7 +257,7 @@ class Batch:
 
     def _together(self, tensors: Sequence[torch.Tensor], fill: float | None) -> torch.Tensor:
         if tuple(t.shape[0] if t.dim() else -1 for t in tensors) != self.layout.rows:
-            return tensors[0].clone()  # a table
+            return tensors[0].clone()  # a table, which is the same in all requests
         if fill is None or not self.ragged:
             return torch.cat(list(tensors))
         shape = (self.layout.total, self.layout.length, *tensors[0].shape[2:])
@@ -266,8 +268,8 @@ class Batch:
 
 
 def _alike(inputs: Sequence[Arguments]) -> tuple[tuple[int, str], ...]:
-    """Which tensors hold the same in all requests, and which the same in all rows."""
-    if len({sum(1 for _ in tensors_of(one)) for one in inputs}) > 1:  # some have a mask
+    """Which tensors are the same in all requests, and which have the same rows throughout."""
+    if len({sum(1 for _ in tensors_of(one)) for one in inputs}) > 1:  # only some have a mask
         return ()
     found = enumerate(map(_likeness, zip(*map(tensors_of, inputs), strict=True)))
     return tuple((i, likeness) for i, likeness in found if likeness)
@@ -277,14 +279,14 @@ def _likeness(leaf: Sequence[torch.Tensor]) -> str:
     first = leaf[0]
     if first.dim() and all(t.shape[1:] == first.shape[1:] and len(t) for t in leaf):
         if not all(_same_bytes(first[0], t[0]) for t in leaf[1:]):
-            return ""  # mostly
+            return ""  # the common case
         if all(_same_bytes(t[1:], t[:1].expand(len(t) - 1, *t.shape[1:])) for t in leaf):
             return "rows"
     return "requests" if all(is_same(first, other) for other in leaf[1:]) else ""
 
 
 def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether tensors of one dtype are equal to the bit, NaNs too."""
+    """Whether tensors of one dtype are equal to the bit, NaNs included."""
     return a.shape == b.shape and _same_bytes(a, b)
 
 

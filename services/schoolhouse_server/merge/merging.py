@@ -1,4 +1,4 @@
-"""Which requests run together, how long to wait for them, and what is known of merging them."""
+"""Which requests run together, how long to wait for more, and what has been learned about merging them."""
 
 import logging
 import threading
@@ -19,21 +19,21 @@ from schoolhouse_server.device import nonfinite
 from schoolhouse_server.merge.batching import Batch, Form, Former, MergeSettings, in_order
 from schoolhouse_server.merge.splitting import Rules, UnmergeableError, VaryingError, learn
 
-_MAX_KNOWN = 4096  # of each kind of thing that is remembered
-_MAX_PADDED = 2.0  # tokens of a merged batch for each that was asked for
+_MAX_KNOWN = 4096  # entries in each table of what is remembered
+_MAX_PADDED = 2.0  # tokens of a merged batch, padding included, for each token without padding
 _MAX_DOUBTS = 3
 _CHECK_AT_LEAST_EVERY = 1024
 _MAX_CHECKED = 16
-_MIN_SINGLES = 16  # requests, where one has the expected number of rows by chance
+_MIN_SINGLES = 16  # single forwards to compare with if a size may equal the number of rows by chance
 _MAX_WARNINGS = 20
-_MAX_SPOILT = 3  # requests of a session that gave NaN before its requests run by themselves
-_WINDOW_FORWARDS, _WINDOW_S = 10, 0.1  # a session is active for so long after a request, whichever is longer
+_MAX_SPOILT = 3  # requests of a session that may give NaN before all its requests run alone
+_WINDOW_FORWARDS, _WINDOW_S = 10, 0.1  # how long a session is active after a request, whichever is longer
 _LEAST_PATIENCE, _PROBE_EVERY = 1 / 16, 32
 _log = logging.getLogger(__name__)
 
 
 class Request(Protocol):
-    """What is asked of a job."""
+    """What merging reads of a request."""
 
     inputs: Arguments
     wanted: Wanted
@@ -43,22 +43,22 @@ class Request(Protocol):
 
     @property
     def cancelled(self) -> bool:
-        """Nobody waits for it."""
+        """Whether nobody waits for it any more."""
 
 
 R = TypeVar("R", bound=Request)
-Place = tuple[Tap, str | None]  # a tap, and the head whose input stands for it
+Place = tuple[Tap, str | None]  # a tap, and the head whose input is sent in place of it, if any
 
 
 def places_of(wanted: Wanted) -> list[Place]:
-    """What a forward is asked for."""
+    """The taps that a forward is asked for, each with the head whose input is sent in place of it."""
     heads = wanted.heads()
     return [(tap, heads.get(tap)) for tap in wanted.taps]
 
 
 @dataclass(eq=False)
 class Joint(Generic[R]):
-    """Requests that run together: with `wanted`, the union of their taps."""
+    """Requests that run as one forward; `wanted` is the union of their taps."""
 
     jobs: Sequence[R]
     batch: Batch
@@ -77,17 +77,17 @@ class Joint(Generic[R]):
 
 @dataclass
 class _Record:
-    """What is known of one tap in batches that are alike."""
+    """What has been learned of one tap in batches that are alike."""
 
     rules: Rules | None = None
     runs: int = 0
-    singles: int = 0  # forwards that it was held against
+    singles: int = 0  # single forwards that it was compared with
 
     @property
     def due(self) -> bool:
-        """Whether the next run is to be held against single ones: the 1st, 2nd, 4th, 8th, ..., and each 1024th.
+        """Whether the next run is to be compared with single forwards: the 1st, 2nd, 4th, 8th, ..., and each 1024th.
 
-        And the first ones, until so many requests had the rows that they may have by chance that it is none.
+        If a size may equal the number of rows by chance, all runs until it was compared with 16 single forwards.
         """
         if self.rules is None or (self.rules.doubtful and self.singles < _MIN_SINGLES):
             return True
@@ -97,7 +97,7 @@ class _Record:
 class Merger(Generic[R]):
     """The policy of merging for one teacher.
 
-    `prepare` and `is_doubtful` may be called from any thread, the others from the one that takes requests.
+    `prepare` and `is_doubtful` may be called from any thread, the other methods only from the one that takes requests.
     """
 
     def __init__(
@@ -105,20 +105,20 @@ class Merger(Generic[R]):
     ) -> None:
         self.settings = settings
         self.former = Former(description.parameters, settings.pad)
-        self.refusals = 0  # pairs of a form of inputs and a tap that are not merged any more
+        self.refusals = 0  # how many pairs of a form of inputs and a tap are not merged any more
         self._name = description.name
         self._modules = frozenset(description.modules)
         self._records: OrderedDict[tuple[tuple[Hashable, Hashable], Place], _Record] = OrderedDict()
         self._refused: OrderedDict[tuple[Hashable, Place], str] = OrderedDict()
         self._doubts: OrderedDict[tuple[Hashable, Place], int] = OrderedDict()
         self._max_rows: OrderedDict[Hashable, int] = OrderedDict()
-        self._infinite: OrderedDict[Hashable, int] = OrderedDict()  # forwards that gave infinities, by form
-        self._spoilt: OrderedDict[Hashable, int] = OrderedDict()  # requests that gave NaN, by session
-        self._lock = threading.Lock()  # of these two
+        self._infinite: OrderedDict[Hashable, int] = OrderedDict()  # how many forwards gave infinities, by form
+        self._spoilt: OrderedDict[Hashable, int] = OrderedDict()  # how many requests gave NaN, by session
+        self._lock = threading.Lock()  # guards `_infinite` and `_spoilt`
         self.waiting = Waiting(settings.max_wait_ms / 1e3, forward_s)
 
     def prepare(self, job: R) -> None:
-        """Tell the form of a request, and that its session is active."""
+        """Set the form of a request, and note that its session is active."""
         job.inputs = in_order(job.inputs)
         asked = {name for tap, head in places_of(job.wanted) for name in (tap.module, head)} - {None}
         alone = not asked <= self._modules or self._spoilt.get(job.source, 0) >= _MAX_SPOILT
@@ -126,7 +126,7 @@ class Merger(Generic[R]):
         self.waiting.seen(job.source)
 
     def fits(self, taken: list[R], other: R) -> bool:
-        """Whether `other` may run with those taken."""
+        """Whether `other` may run together with the requests in `taken`."""
         first, now = taken[0], time.monotonic()
         if first.form is None or other.form is None or first.form.key != other.form.key:
             return False
@@ -138,38 +138,39 @@ class Merger(Generic[R]):
         return self._agree([*taken, other])
 
     def is_full(self, taken: list[R]) -> bool:
-        """Whether not even one more row has room."""
+        """Whether not even one more row fits."""
         forms = [form for job in taken if (form := job.form) is not None]
         return len(forms) < len(taken) or not self._has_room([*forms, Form(forms[0].key, 1, 1)])
 
     def linger(self, taken: list[R]) -> float:
-        """How many more seconds to wait for others that fit."""
+        """How many more seconds to wait for other requests that fit."""
         if taken[0].form is None or self._is_refused(taken[0]) or self.is_full(taken):
             return 0.0
         return self.waiting.pause_s(taken)
 
     def join(self, jobs: Sequence[R]) -> Joint[R]:
-        """Requests that fit, as one."""
+        """Join requests that fit into one batch."""
         forms = [form for job in jobs if (form := job.form) is not None]
         places = dict.fromkeys(place for job in jobs for place in places_of(job.wanted))
         batch = Batch(self.former, [job.inputs for job in jobs], forms)
         return Joint(jobs, batch, sorted(places, key=str))
 
     def fit(self, jobs: Sequence[R]) -> bool:
-        """Whether several jobs that were taken together still may be merged."""
+        """Whether jobs that were taken together may still be merged."""
         return len(jobs) > 1 and not any(self._is_refused(job) for job in jobs)
 
     def plan(self, jobs: Sequence[R]) -> tuple[Joint[R], Joint[R] | None] | None:
-        """Requests that were taken together as one, and what of them has to be checked first; None: run them singly."""
+        """Requests that were taken together, as one batch, and those to check first; None if they must run singly."""
         if not self.fit(jobs):
             return None
         joint = self.join(jobs)
         return joint, self.to_check(joint)
 
     def to_check(self, joint: Joint[R]) -> Joint[R] | None:
-        """What of the batch has to be held against single forwards; None for nothing.
+        """The requests of a batch that must be compared with single forwards; None if no check is due.
 
-        Some of its jobs do, if they are alike to it: many small ones would take long one by one.
+        The first 16 of them are enough if they make a batch alike to the whole one: many small requests would take long
+        one by one.
         """
         if not any(self._record(joint, place).due for place in joint.places):
             return None
@@ -177,7 +178,7 @@ class Merger(Generic[R]):
         return some if some.like == joint.like and some.places == joint.places else joint
 
     def learn(self, joint: Joint[R], merged: dict[Tap, Any], singles: Sequence[dict[Tap, Any]]) -> None:
-        """Compare a merged forward with single ones; taps in which they differ are not merged from here on."""
+        """Compare a merged forward with single ones; taps in which they differ are not merged any more."""
         for place in joint.places:
             record, tap = self._record(joint, place), place[0]
             try:
@@ -191,10 +192,10 @@ class Merger(Generic[R]):
                 self._refuse(joint, place, str(err))
 
     def is_doubtful(self, joint: Joint[R], kinds: Sequence[nonfinite.Kind]) -> bool:
-        """Whether features, of these kinds by request, are to be held against single ones before anybody gets them.
+        """Whether merged features must be compared with single ones before anybody gets them.
 
-        Always if there is a NaN, which may have come from another request; where there are infinities, which logits
-        have, too, the 1st, 2nd, 4th, 8th, ..., and each 1024th time.
+        `kinds` has the kind of each request's numbers. Always if there is a NaN, which may have come from another
+        request. If there are infinities, which logits may have, the 1st, 2nd, 4th, 8th, ..., and each 1024th time.
         """
         with self._lock:
             for job, kind in zip(joint.jobs, kinds, strict=True):
@@ -207,7 +208,7 @@ class Merger(Generic[R]):
         return before & (before + 1) == 0 or before % _CHECK_AT_LEAST_EVERY == 0
 
     def knows(self, job: R) -> dict[Tap, Rules] | None:
-        """How features of such a request are split by its rows; None if that is not known."""
+        """How the features of such a request are split by rows; None if not known."""
         if job.form is None or self._is_refused(job):
             return None
         found: dict[Place, Rules] = {}
@@ -223,10 +224,10 @@ class Merger(Generic[R]):
             self._refuse(joint, place, why)
 
     def split(self, joint: Joint[R], values: dict[Tap, Any]) -> list[dict[Tap, Any]]:
-        """The features of each request, in views of those of the batch.
+        """The features of each request, as views of the features of the batch.
 
         Raises:
-            UnmergeableError: if a feature is not of the kind that was learned.
+            UnmergeableError: if a feature differs in kind from what was learned.
         """
         rules: dict[Tap, Rules] = {}
         for place in joint.places:
@@ -242,13 +243,13 @@ class Merger(Generic[R]):
         return parts
 
     def too_large(self, joint: Joint[R]) -> None:
-        """A batch failed and smaller ones did not, or had no room: such are at most half as large from here on."""
+        """Halve the largest size of such batches, as this one had no room, or failed where single forwards did not."""
         rows = joint.batch.layout.total
         _log.warning("teacher %r: a merged forward of %d rows failed; later ones are smaller", self._name, rows)
         _remember(self._max_rows, joint.batch.key, rows // 2)
 
     def _hold(self, joint: Joint[R], place: Place, record: _Record, value: Any) -> None:
-        """Raise if a value is not as learned: it is learned anew, and the third time refused; sizes at once."""
+        """Raise if a value is not as learned; it is learned anew, but refused the third time, or if its sizes vary."""
         try:
             assert record.rules is not None
             record.rules.check(value, joint.batch.layout)
@@ -287,14 +288,14 @@ class Merger(Generic[R]):
 
     @staticmethod
     def _agree(jobs: Sequence[R]) -> bool:
-        """Whether a tap that several want is made in one way, and their masks are of one dtype."""
+        """Whether each tap is wanted in one way only, as it is or by a head, and all given masks have one dtype."""
         places = {place for job in jobs for place in places_of(job.wanted)}
         masks = {job.form.mask for job in jobs if job.form is not None} - {None}
         return len({tap for tap, _ in places}) == len(places) and len(masks) <= 1
 
 
 def _remember(known: "OrderedDict[Any, Any]", key: Hashable, value: Any) -> None:
-    """Keep the latest of what is known."""
+    """Add or renew an entry, and drop the oldest one beyond the limit."""
     known[key] = value
     known.move_to_end(key)
     if len(known) > _MAX_KNOWN:
@@ -302,10 +303,11 @@ def _remember(known: "OrderedDict[Any, Any]", key: Hashable, value: Any) -> None
 
 
 class Waiting:
-    """How long a free device waits for requests that would fit.
+    """How long an idle device waits for more requests that would fit.
 
-    Not at all while one session is active, or once each active one has a request in the batch; else at most `max_s`, or
-    half of what a forward takes. It halves where waiting gained nothing, down to a try now and then.
+    Not at all while only one session is active, or once each active session has a request in the batch; otherwise for
+    at most `max_s`, and half the time of a forward. That is halved each time that waiting gained nothing, down to a
+    try now and then.
     """
 
     def __init__(self, max_s: float, forward_s: Callable[[], float]) -> None:
@@ -315,15 +317,15 @@ class Waiting:
         self._patience = 1.0
         self._skipped = 0
         self._until = 0.0
-        self._first = 0  # requests that were there when the present wait began; 0: none is on
+        self._first = 0  # how many requests were there when the present wait began; 0 if there is no wait
         self._paused = False
 
     def seen(self, source: Hashable) -> None:
-        """A session sent a request."""
+        """Note that a session sent a request."""
         self._seen[source] = time.monotonic()
 
     def pause_s(self, taken: Sequence[Request]) -> float:
-        """Seconds to wait on; 0 when the wait is over, or not worth it."""
+        """How many more seconds to wait; 0 when the wait is over, or not worth it."""
         now = time.monotonic()
         if not self._first:
             self._first, self._until = len(taken), now + self._budget_s(taken, now)
@@ -333,7 +335,7 @@ class Waiting:
         return pause_s
 
     def ended(self, taken: Sequence[Request]) -> None:
-        """The batch is complete: learn whether waiting for it was worth it."""
+        """Learn whether the wait for a batch, which is now complete, was worth it."""
         if self._paused:
             gained = len(taken) > self._first
             self._patience = min(1.0, 2 * self._patience) if gained else max(_LEAST_PATIENCE, self._patience / 2)
@@ -347,11 +349,11 @@ class Waiting:
         return max(min(self._max_s, self._forward_s() / 2, self._spare_s(taken, now)) * self._patience, 0.0)
 
     def _spare_s(self, taken: Sequence[Request], now: float) -> float:
-        """That all of them can wait, also those that came during the wait, so that the forward is in time."""
+        """How long all requests taken can still wait so that the forward ends before their deadlines."""
         return min(job.deadline for job in taken) - now - self._forward_s()
 
     def _active(self, now: float) -> set[Hashable]:
-        """The sessions that sent requests lately."""
+        """The sessions that have sent requests lately."""
         since = now - max(_WINDOW_FORWARDS * self._forward_s(), _WINDOW_S)
         for source, at in list(self._seen.items()):
             if at < since:

@@ -1,4 +1,4 @@
-"""Whether a module's requests may be merged at all: what its modules and an example tell before it is served."""
+"""Whether a teacher's requests may be merged at all: its modules and an example are checked before it is served."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +27,12 @@ _INSTEAD = "serve it with merge='never'"
 
 
 def check_modules(module: nn.Module, description: TeacherDescription, settings: MergeSettings) -> None:
-    """Raise ConfigError for modules that mix rows in eval mode, and for padding of arguments that there are not."""
+    """Raise ConfigError for modules that mix rows even in eval mode, and for padding of arguments that do not exist."""
     mixing = [name for name, inner in module.named_modules() if isinstance(inner, _BatchNorm) and _mixes(inner)]
     if mixing:
         raise ConfigError(
             f"teacher {description.name!r} cannot be merged: {', '.join(map(repr, mixing[:5]))} normalise by the "
-            f"statistics of the batch, also in eval mode (track_running_stats=False); {_INSTEAD}"
+            f"statistics of the batch, even in eval mode (track_running_stats=False); {_INSTEAD}"
         )
     named = [*settings.pad.values, settings.pad.mask] if settings.pad is not None else []
     wrong = [name for name in named if name not in description.parameters]
@@ -48,14 +48,14 @@ def _mixes(module: _BatchNorm) -> bool:
 
 
 class Traces(NamedTuple):
-    """What a forward may leave: random numbers drawn, and buffers written into."""
+    """The traces that a forward may leave: random numbers drawn, and buffers written into."""
 
     random: Callable[[], list[bytes]]
     buffers: Callable[[], list[tuple[int, int]]]
     state: list[Any]
 
     def changes(self) -> tuple[bool, bool]:
-        """Whether random numbers were drawn, and buffers written into, since this was asked before."""
+        """Whether random numbers were drawn, and whether buffers were written into, since the last call."""
         now = [self.random(), self.buffers()]
         changed = now[0] != self.state[0], now[1] != self.state[1]
         self.state[:] = now
@@ -63,7 +63,7 @@ class Traces(NamedTuple):
 
 
 def traces(module: nn.Module, device: Device) -> Traces:
-    """What forwards of a module leave from here on."""
+    """The traces that forwards of a module leave from here on."""
 
     def random() -> list[bytes]:
         states = [torch.get_rng_state()]
@@ -71,16 +71,18 @@ def traces(module: nn.Module, device: Device) -> Traces:
             states.append(torch.cuda.get_rng_state(device.name))
         return [state.numpy().tobytes() for state in states]
 
-    def buffers() -> list[tuple[int, int]]:  # one may also be replaced, by one that is made while the old one lives
+    def buffers() -> list[tuple[int, int]]:  # a replaced buffer has another id, as both live for a moment
         return [(id(buffer), version_of(buffer)) for buffer in module.buffers()]
 
     return Traces(random, buffers, [random(), buffers()])
 
 
 def why_not(changes: Sequence[tuple[bool, bool]], again: Callable[[], tuple[bool, bool]]) -> str:
-    """Why forwards that left these changes cannot be merged; "" if they can. `again` runs one more.
+    """Why forwards that left these changes cannot be merged; "" if they can.
 
-    Other threads draw random numbers too, so a forward draws some only if each one seems to.
+    `again` runs one more forward.
+
+    Other threads draw random numbers too, so the forward counts as drawing some only if every run seems to.
     """
     if any(buffers for _, buffers in changes):
         return "the forward writes into the module's buffers, or replaces them"
@@ -90,10 +92,10 @@ def why_not(changes: Sequence[tuple[bool, bool]], again: Callable[[], tuple[bool
 
 
 def check_example(teacher: LocalTeacher, device: Device, former: Former, example: Callable[[], Any] | None) -> None:
-    """Hold a merged forward of an example's rows against single ones; transformers' models bring one of their own.
+    """Compare a merged forward of an example's rows with single ones; models of transformers bring an example.
 
     Raises:
-        ConfigError: if they differ, or if the example is none.
+        ConfigError: if they differ, or if the example is invalid.
     """
     name = teacher.describe().name
     given = example() if example is not None else _dummy_inputs(teacher.module)
@@ -105,8 +107,8 @@ def check_example(teacher: LocalTeacher, device: Device, former: Former, example
         raise ConfigError(f"teacher {name!r} cannot be merged, as its example shows: {err}; {_INSTEAD}") from err
     except (SchoolhouseError, ValueError) as err:
         if example is not None:
-            raise ConfigError(f"the example of teacher {name!r} does not do: {err}") from err
-        _log.info("teacher %r: its dummy inputs do not do as an example of merging: %s", name, err)
+            raise ConfigError(f"the example of teacher {name!r} cannot be used: {err}") from err
+        _log.info("teacher %r: its dummy inputs cannot be used as an example for merging: %s", name, err)
 
 
 def _dummy_inputs(module: nn.Module) -> Any:
@@ -126,7 +128,7 @@ def _check(teacher: LocalTeacher, device: Device, former: Former, example: Argum
     inputs = map_tensors(in_order(example), lambda tensor: tensor.to(device.name))
     rows = rows_of(inputs)
     if rows < 2:
-        raise ValueError(f"it has {rows} rows; give at least 2, better 5, that differ")
+        raise ValueError(f"it has {rows} rows; give at least 2 different ones, better 5")
     first = -(-rows // 3)
     parts = [_shorter(former, _some(inputs, rows, 0, first)), _some(inputs, rows, first, rows)]
     forms = [form for part in parts if (form := former.form(part)) is not None]
@@ -155,7 +157,7 @@ def _some(inputs: Arguments, rows: int, start: int, stop: int) -> Arguments:
 
 
 def _shorter(former: Former, inputs: Arguments) -> Arguments:
-    """The inputs with about two thirds of their length, where that may be padded."""
+    """The inputs, cut to about two thirds of their length where they may be padded."""
     padded = {id(tensor): tensor for tensor, fill in former.leaves(inputs) if fill is not None and tensor.dim() > 1}
     shorter = {key: tensor[:, : -(-2 * tensor.shape[1] // 3)] for key, tensor in padded.items()}
     cut: Arguments = map_tensors(inputs, lambda tensor: shorter.get(id(tensor), tensor))

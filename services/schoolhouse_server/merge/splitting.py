@@ -1,4 +1,4 @@
-"""The features of a merged forward, request by request: what is learned from single forwards, and held to."""
+"""Splits the features of a merged forward by request, by rules that are learned from single forwards and checked."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +12,10 @@ from schoolhouse_wire.values.tree import is_plain, map_tensors, structure_of, te
 
 from schoolhouse_server.merge.batching import Layout
 
-# How far a merged number may be from a single one, of the number itself or of what is usual beside it: other shapes use
-# other kernels, which add in another order. What differs by more was mixed, or drawn, or decided by what else is in the
-# batch. That is looked at number by number, as LLMs have a few that are a thousand times the others.
+# How far a merged number may be from that of a single forward, relative to the number itself or to what is usual beside
+# it: other shapes use other kernels, which sum in another order. A larger difference means that rows were mixed, that
+# numbers were drawn at random, or that the rest of the batch had a say. Numbers are compared one by one, as LLMs have a
+# few that are a thousand times the others.
 TOLERANCES = {torch.float64: 6e-9, torch.float32: 6e-4, torch.bfloat16: 0.12, torch.float16: 3e-2}
 TOLERANCES |= {torch.complex128: 6e-9, torch.complex64: 6e-4}
 _TF32_TOLERANCE = 3e-2
@@ -22,30 +23,33 @@ _CUT = -1
 
 
 class UnmergeableError(Exception):
-    """Why requests cannot be answered from one forward; seen by nobody outside."""
+    """Requests cannot be answered from one forward; the message says why.
+
+    Never leaves the server.
+    """
 
 
 class VaryingError(UnmergeableError):
-    """Sizes depend on the values of the inputs, so that equal sizes are luck."""
+    """Sizes of a feature depend on the values of the inputs, so that equal sizes are a coincidence."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor with `times` rows for each row of the inputs, and sizes of which some are the inputs' length."""
+    """The rule for a tensor with `times` rows for each row of the inputs; other sizes may be the inputs' length."""
 
     times: int
-    sizes: tuple[int, ...]  # after the first; _CUT for the length
+    sizes: tuple[int, ...]  # of the dimensions after the first; _CUT for the inputs' length
     dtype: torch.dtype
-    doubtful: bool = field(default=False, compare=False)  # as many by chance, as an expert's tokens
+    doubtful: bool = field(default=False, compare=False)  # whether its rows may be as many by chance
 
     def check(self, tensor: torch.Tensor, layout: Layout) -> None:
         """Raise VaryingError for a tensor of other sizes."""
         sizes = tuple(layout.length if size == _CUT else size for size in self.sizes)
         if tensor.shape != (self.times * layout.total, *sizes) or tensor.dtype != self.dtype:
-            raise VaryingError(f"a feature of the shape {tuple(tensor.shape)} is not of the sizes that it was of")
+            raise VaryingError(f"a feature has the shape {tuple(tensor.shape)}, and other sizes than it had before")
 
     def part(self, tensor: torch.Tensor, layout: Layout, i: int) -> torch.Tensor:
-        """The view of request `i`."""
+        """The part of request `i`, as a view."""
         found = tensor.narrow(0, self.times * layout.starts[i], self.times * layout.rows[i])
         for dim, size in enumerate(self.sizes, 1):
             if size == _CUT:
@@ -53,28 +57,28 @@ class Rows:
         return found
 
     def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The tensor of all rows, of those of some rows each."""
+        """The tensor of all rows, from the tensors of some rows each."""
         return torch.cat([*parts])
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that is the same for any rows."""
+    """The rule for a tensor that is the same for all inputs."""
 
     digest: bytes
     doubtful = False
 
     def check(self, tensor: torch.Tensor, _layout: Layout) -> None:
-        """Raise UnmergeableError for another one."""
+        """Raise UnmergeableError for another tensor."""
         if _digest(tensor) != self.digest:
             raise UnmergeableError("a feature that did not depend on the inputs has changed")
 
     def part(self, tensor: torch.Tensor, _layout: Layout, _i: int) -> torch.Tensor:
-        """Itself."""
+        """The tensor itself."""
         return tensor
 
     def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Any of them."""
+        """The first of the equal parts."""
         return parts[0]
 
 
@@ -83,32 +87,32 @@ Rule: TypeAlias = Rows | Constant
 
 @dataclass(frozen=True)
 class Rules:
-    """How one tap's features are split."""
+    """How the features of one tap are split."""
 
     structure: Hashable
     leaves: tuple[Rule, ...]
 
     @property
     def doubtful(self) -> bool:
-        """Whether one or two batches are too few to tell sizes from chance."""
+        """Whether one or two batches are too few to tell whether sizes are equal by chance."""
         return any(rule.doubtful for rule in self.leaves)
 
     def agree(self, before: "Rules") -> None:
-        """Raise VaryingError where tensors are of other sizes than the same batches gave before."""
+        """Raise VaryingError if tensors have other sizes than such batches gave before."""
         pairs = zip(self.leaves, before.leaves, strict=True) if self.structure == before.structure else ()
         for rule, old in pairs:
             if rule != old and not (isinstance(rule, Constant) and isinstance(old, Constant)):
-                raise VaryingError("a feature has not the sizes, by rows, that it had before")
+                raise VaryingError("a feature does not have the sizes, by rows, that it had before")
 
     def check(self, value: Any, layout: Layout) -> None:
-        """Raise UnmergeableError where a merged feature is not what it was when this was learned."""
+        """Raise UnmergeableError if a merged feature differs in kind from when these rules were learned."""
         if _structure(value) != self.structure:
-            raise UnmergeableError("a feature has another structure than it had")
+            raise UnmergeableError("a feature has another structure than before")
         for rule, tensor in zip(self.leaves, tensors_of(value), strict=True):
             rule.check(tensor, layout)
 
     def part(self, value: Any, layout: Layout, i: int, seen: dict[int, torch.Tensor]) -> Any:
-        """The feature of request `i`, in views; `seen` has those of the same request, by the tensor's id."""
+        """The feature of request `i`, as views; `seen` holds the request's views so far, by the id of the tensor."""
         rules = iter(self.leaves)
 
         def cut(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,10 +123,10 @@ class Rules:
 
 
 def learn(merged: Any, singles: Sequence[Any], layout: Layout) -> Rules:
-    """How a merged feature is split so that each request gets what it gets by itself.
+    """Learn how to split a merged feature so that each request gets what a single forward gives it.
 
     Raises:
-        UnmergeableError: if it cannot be, or if the numbers differ.
+        UnmergeableError: if it cannot be split, or the numbers differ.
     """
     structure = _structure(merged)
     if any(_structure(single) != structure for single in singles):
@@ -152,7 +156,7 @@ def _rule(merged: torch.Tensor, singles: Sequence[torch.Tensor], layout: Layout)
 
 
 def _is_doubtful(merged: torch.Tensor, times: int, layout: Layout) -> bool:
-    """Rows may be those of the requests; or tokens, or boxes, of which there were as many by chance."""
+    """Whether what are taken for rows of the requests may be tokens or boxes, of which there are as many by chance."""
     return times > 1 or max(layout.rows) == 1 or (merged.dim() < 3 and layout.length > 1)
 
 
@@ -162,17 +166,17 @@ def _size(merged: torch.Tensor, singles: Sequence[torch.Tensor], dim: int, layou
         return merged.shape[dim]
     if layout.ragged and sizes == layout.lengths and merged.shape[dim] == layout.length:
         return _CUT
-    raise UnmergeableError(f"dimension {dim} has {merged.shape[dim]} places where single forwards have {sizes}")
+    raise UnmergeableError(f"dimension {dim} has the size {merged.shape[dim]}, and in single forwards {sizes}")
 
 
 def _compare(rule: Rows, merged: torch.Tensor, singles: Sequence[torch.Tensor], layout: Layout) -> None:
-    """Raise UnmergeableError where a request's part is not the same up to rounding."""
+    """Raise UnmergeableError if a request's part differs from its single forward by more than rounding."""
     for i, single in enumerate(singles):
         _check_close(rule.part(merged, layout, i), single, _tolerance(merged))
 
 
 def _tolerance(tensor: torch.Tensor) -> float:
-    """Of the largest number; what is no floating-point number must be equal."""
+    """The relative difference that rounding may cause; 0 for what is not floating point, which must be equal."""
     tf32 = tensor.is_cuda and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
     if tensor.dtype in (torch.float32, torch.complex64) and tf32:
         return _TF32_TOLERANCE
@@ -184,7 +188,7 @@ def _check_close(part: torch.Tensor, single: torch.Tensor, tolerance: float) -> 
         part, single = torch.view_as_real(part.resolve_conj()), torch.view_as_real(single.resolve_conj())
     if not single.is_floating_point():
         if not torch.equal(part, single):
-            raise UnmergeableError("a merged feature differs from the single one, and is of whole numbers")
+            raise UnmergeableError("a merged feature differs from the single one, although it holds whole numbers")
         return
     if not single.numel():
         return
@@ -200,21 +204,23 @@ def _check_close(part: torch.Tensor, single: torch.Tensor, tolerance: float) -> 
     if excess.flatten()[worst] > 0:
         by, number, usual = (tensor.flatten()[worst].item() for tensor in (difference, own, size))
         raise UnmergeableError(
-            f"a merged feature differs from the single one by {by:.3g}, in a number of {number:.3g} where {usual:.3g} "
-            f"is usual, and {tolerance:g} of that is allowed for rounding"
+            f"a merged feature differs from the single one by {by:.3g}, at a number of {number:.3g} where {usual:.3g} "
+            f"is usual; rounding may explain {tolerance:g} of that"
         )
 
 
 def _usual(own: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    """The usual size of numbers over these dimensions, of those that are not 0: a mean in which a few large ones weigh
-    little, as of 64 numbers of which one is a thousand times the others it is not twice what these are."""
+    """The usual size of numbers other than 0 over these dimensions, by a mean in which a few large ones weigh little.
+
+    For example, of 64 numbers of which one is a thousand times the others, it is less than twice that of the others.
+    """
     size = own.abs().nan_to_num_(nan=0.0, posinf=0.0)
     count = (size > 0).sum(dims, keepdim=True).clamp_(min=1)
     return size.sqrt_().sum(dims, keepdim=True).div_(count).square_()
 
 
 def _structure(value: Any) -> Hashable:
-    """Equal for values that differ in nothing but their tensors, and in objects of one type that cannot travel."""
+    """Equal for values that differ only in their tensors, and in other objects of one type."""
     return structure_of(value, lambda _tensor: "tensor", type)
 
 
@@ -228,7 +234,7 @@ def _digest(tensor: torch.Tensor) -> bytes:
 
 def unshared(value: Any) -> Any:
     """A nested value whose tensors own their memory, so that one request keeps no other's features alive."""
-    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # and the originals, so that their ids stay theirs
+    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the originals, so that ids stay unique
     return map_tensors(value, lambda tensor: copies.setdefault(id(tensor), (tensor, _own(tensor)))[1])
 
 

@@ -1,1 +1,1 @@
-"""What can be seen of a replica: counters, Prometheus metrics, spans, the JSON of its state, the web page and `top`."""
+"""Watching a replica: counters, Prometheus metrics, spans, its state as JSON, the web page, and `schoolhouse top`."""

@@ -1,4 +1,4 @@
-"""What a replica counts, by job: requests, rows, waits, bytes and errors."""
+"""The counters of a replica, for each job and in all: requests, rows, waits, bytes and errors."""
 
 import bisect
 import itertools
@@ -12,17 +12,17 @@ from dataclasses import dataclass, fields
 from schoolhouse.errors import SchoolhouseError, TeacherInternalError
 from schoolhouse_wire.v1 import directory_pb2
 
-# Upper bounds of the buckets that Load.queue_delay_counts has, in seconds; one more is for what waited longer.
+# The upper bounds of the buckets of Load.queue_delay_counts, in seconds; one more bucket has what waited longer.
 QUEUE_DELAY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 ENDED = "(ended)"  # stands for the jobs that ended longest ago
 _MAX_ENDED = 256
-_RECENT = 0.1  # weight of the latest request's wait in the mean
+_RECENT = 0.1  # the weight of the latest request's wait in the running mean
 _DECAY_S = 2.0  # while nothing runs, the mean falls to 1/e in this time
 
 
 @dataclass(eq=False)
 class JobCounters:
-    """Sums of one job since the replica's start. `weight` is what its latest session said."""
+    """Sums of one job since the replica's start; `weight` is that of its latest session."""
 
     job: str
     weight: float = 1.0
@@ -37,13 +37,13 @@ class JobCounters:
     sent_bytes: int = 0
 
     def add(self, other: "JobCounters") -> None:
-        """Take over what another job has counted."""
+        """Add the counts of another job."""
         for one in fields(self)[3:]:
             setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 class Counters:
-    """Counts of one teacher on one replica. Any thread may call."""
+    """The counters of one teacher on one replica; any thread may use them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -59,7 +59,7 @@ class Counters:
         self._feature_bytes: Counter[str] = Counter()
 
     def enter(self, job: str, weight: float) -> JobCounters:
-        """A session of a job begins. One without a name is a job of its own."""
+        """Note that a session of a job begins; one without a job's name counts as a job of its own."""
         with self._lock:
             if not job:
                 job = next(name for name in self._unnamed if name not in self._live and name not in self._ended)
@@ -70,7 +70,7 @@ class Counters:
             return found
 
     def leave(self, job: JobCounters) -> None:
-        """A session ends. Of jobs that have ended, the last ones are kept."""
+        """Note that a session ends; the jobs that ended last are kept, and older ones summed up as one."""
         with self._lock:
             job.sessions -= 1
             if job.sessions:
@@ -80,7 +80,7 @@ class Counters:
                 self._oldest.add(self._ended.popitem(last=False)[1])
 
     def began(self, job: JobCounters, *, cost: float, waited_s: float) -> None:
-        """A request leaves the queue for the device."""
+        """Count a request that leaves the queue for the device."""
         with self._lock:
             job.cost += cost
             job.queue_s += waited_s
@@ -91,29 +91,29 @@ class Counters:
             self._delay_at = now
 
     def forward(self, rows: int) -> None:
-        """A forward on so many rows was started."""
+        """Count a forward that was started, on so many rows."""
         with self._lock:
             self.forwards += 1
             self.rows += rows
 
     def received(self, job: JobCounters, nbytes: int) -> None:
-        """A request is here."""
+        """Count the bytes of a request that has been let in."""
         with self._lock:
             job.received_bytes += nbytes
 
     def waits(self, job: JobCounters) -> None:
-        """A session was told to wait."""
+        """Count a session that was told to wait."""
         with self._lock:
             job.waits += 1
 
     def answered(self, job: JobCounters, *, rows: int) -> None:
-        """A request has its features."""
+        """Count a request that has its features."""
         with self._lock:
             job.requests += 1
             job.rows += rows
 
     def sent(self, job: JobCounters, header_bytes: int, by_encoding: Iterable[tuple[str, int]]) -> None:
-        """Features go to the client, so many bytes in each encoding."""
+        """Count features that go to the client, by the bytes in each encoding."""
         with self._lock:
             job.sent_bytes += header_bytes
             for name, nbytes in by_encoding:
@@ -121,7 +121,7 @@ class Counters:
                 self._feature_bytes[name] += nbytes
 
     def failed(self, job: JobCounters | None, error: BaseException) -> None:
-        """A request is answered with an error."""
+        """Count a request that is answered with an error."""
         kind = type(error) if isinstance(error, SchoolhouseError) else TeacherInternalError
         with self._lock:
             self._errors[kind.__name__] += 1
@@ -129,9 +129,9 @@ class Counters:
                 job.errors += 1
 
     def delay_s(self, oldest: float | None) -> float:
-        """How long requests wait for the device at present; `oldest` is when the first that waits was queued.
+        """How long requests wait for the device at present; `oldest` is when the oldest waiting one was queued.
 
-        That is the mean of the latest ones, which falls to 0 while none comes, or the age of the oldest, if longer.
+        It is the running mean of waits, which falls to 0 while no request comes, or the age of the oldest, if longer.
         """
         with self._lock:
             idle_s = time.monotonic() - self._delay_at
@@ -140,7 +140,7 @@ class Counters:
         return max(mean, age)
 
     def fill(self, load: directory_pb2.Load, queued: dict[str, int], in_flight: dict[str, int]) -> None:
-        """Write all counts into a message, beside the requests of each job that wait and that are in flight."""
+        """Write all counts into `load`, with how many requests of each job are queued and in flight."""
         with self._lock:
             load.forwards, load.rows = self.forwards, self.rows
             load.queue_delay_counts.extend(self._delays)

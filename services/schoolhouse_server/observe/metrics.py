@@ -1,7 +1,10 @@
-"""Replica sets as Prometheus metrics. Sums are since a replica's start; rates are for PromQL to take.
+"""Replica sets as Prometheus metrics.
 
-Labels are bounded: teachers and replicas are the pool's own, stages, encodings and errors have fixed names, and a
-replica keeps a bounded number of jobs. Nothing of a request is a label. A job is `job_name`: `job` is Prometheus's own.
+Counters are sums since a replica's start; PromQL computes rates.
+
+The number of label values is bounded: teachers and replicas are the pool's own; stages, encodings and errors have fixed
+names; and a replica keeps a bounded number of jobs. Nothing of a request is a label. A job has the label `job_name`, as
+`job` is Prometheus's own.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +19,7 @@ from schoolhouse_server.observe.counters import QUEUE_DELAY_BUCKETS_S
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "schoolhouse_"
-_MAX_LABEL = 128  # characters of a label's value; a job's name is whatever its client said
+_MAX_LABEL = 128  # characters of a label's value, as clients choose the names of jobs
 _REPLICA = ("teacher", "replica")
 _JOB = (*_REPLICA, "job_name")
 
@@ -32,7 +35,7 @@ class _Of:
 
 @dataclass(frozen=True)
 class _Each:
-    """A counter with a further label, whose values are the keys of a map."""
+    """A counter with one more label, whose values are the keys of a map."""
 
     name: str
     help: str
@@ -46,29 +49,29 @@ _REPLICAS = (
     _Of("joined_requests_total", "Requests answered by an identical one in flight.", lambda load: load.joined),
     _Of("rows_total", "Rows that went through forwards.", lambda load: load.rows),
     _Of(
-        "forwards_total", "Forwards of the teacher; rows by forwards is how full they are.", lambda load: load.forwards
+        "forwards_total", "Forwards of the teacher; rows per forward is how full they are.", lambda load: load.forwards
     ),
     _Of("batch_limit_rows", "Rows that a merged forward may hold; 0: no merging.", lambda load: load.batch_limit_rows),
     _Of("cache_hits_total", "Requests that were answered from the cache.", lambda load: load.cached),
-    _Of("cache_misses_total", "Requests that the cache did not have.", lambda load: load.missed),
+    _Of("cache_misses_total", "Requests that were not in the cache.", lambda load: load.missed),
     _Of("cache_bytes", "Host memory that the cache of features takes.", lambda load: load.cache_bytes),
     _Of("queued_requests", "Requests that wait for the device.", lambda load: load.queued),
-    _Of("in_flight_requests", "Requests that the device works on.", lambda load: load.in_flight),
+    _Of("in_flight_requests", "Requests that have left the queue and are not answered.", lambda load: load.in_flight),
     _Of("sessions", "Open sessions of clients.", lambda load: load.sessions),
-    _Of("present_queue_delay_seconds", "Time that requests wait for the device now.", lambda load: load.queue_delay_s),
+    _Of("present_queue_delay_seconds", "Present wait of requests for the device.", lambda load: load.queue_delay_s),
 )
 _BY_KEY = (
     _Each(
         "stage_seconds_total",
-        "Time spent by stage; forward is the device's.",
+        "Time spent, by stage; forward is the time that the device ran forwards.",
         "stage",
         lambda load: load.stage_s.items(),
     ),
-    _Each("feature_bytes_total", "Features sent, by encoding.", "encoding", lambda load: load.feature_bytes.items()),
+    _Each("feature_bytes_total", "Features sent, in bytes.", "encoding", lambda load: load.feature_bytes.items()),
     _Each("errors_total", "Failed requests, by the name of the error.", "error", lambda load: load.errors.items()),
 )
 _JOBS = (
-    _Of("job_weight", "The job's share beside other jobs.", lambda job: job.weight),
+    _Of("job_weight", "The job's weight in sharing the teacher.", lambda job: job.weight),
     _Of("job_sessions", "Open sessions of the job; 0: it has ended.", lambda job: job.sessions),
     _Of("job_queued_requests", "Requests of the job that wait for the device.", lambda job: job.queued),
     _Of("job_in_flight_requests", "Requests without an answer, queued ones included.", lambda job: job.in_flight),
@@ -78,19 +81,19 @@ _JOBS = (
     _Of("job_queue_seconds_total", "Time that requests of the job waited for the device.", lambda job: job.queue_s),
     _Of("job_errors_total", "Requests of the job that failed.", lambda job: job.errors),
     _Of("job_waits_total", "Times that the job was told to wait.", lambda job: job.waits),
-    _Of("job_received_bytes_total", "Inputs that came from the job.", lambda job: job.received_bytes),
-    _Of("job_sent_bytes_total", "Features that went to the job.", lambda job: job.sent_bytes),
+    _Of("job_received_bytes_total", "Bytes of inputs that came from the job.", lambda job: job.received_bytes),
+    _Of("job_sent_bytes_total", "Bytes of features that went to the job.", lambda job: job.sent_bytes),
 )
 
 
 class ReplicaCollector(Collector):
-    """Metrics of the replica sets that `source()` gives at each scrape."""
+    """The metrics of the replica sets that `source()` returns at each scrape."""
 
     def __init__(self, source: Callable[[], Iterable[ReplicaSet]]) -> None:
         self._source = source
 
     def collect(self) -> Iterator[Metric]:
-        """All families, each with a sample for each replica or job."""
+        """All metric families, each with a sample for each replica or job."""
         sets = list(self._source())
         replicas = [((found.teacher, replica.id), replica) for found in sets for replica in found.replicas]
         loads = [(labels, replica.load) for labels, replica in replicas]
@@ -103,7 +106,7 @@ class ReplicaCollector(Collector):
 
 
 def exposition(source: Callable[[], Iterable[ReplicaSet]]) -> bytes:
-    """The metrics in Prometheus's text format, of `CONTENT_TYPE`."""
+    """The metrics in Prometheus's text format, which has the content type `CONTENT_TYPE`."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(ReplicaCollector(source))
     return generate_latest(registry)
@@ -139,20 +142,20 @@ def _keyed(spec: _Each, loads: Iterable[tuple[tuple[str, str], Load]]) -> Metric
 
 
 def _queue_delay(loads: Iterable[tuple[tuple[str, str], Load]]) -> Metric:
-    """The histogram of waits. Prometheus wants each bucket to count those below it too."""
+    """The histogram of waits; in Prometheus each bucket also counts all smaller values."""
     text = "Time that requests waited for the device."
     family = HistogramMetricFamily(f"{_PREFIX}queue_delay_seconds", text, labels=_REPLICA)
     bounds = (*map(str, QUEUE_DELAY_BUCKETS_S), "+Inf")
     for labels, load in loads:
         if len(load.queue_delay_counts) != len(bounds):
-            continue  # it has counted none yet
+            continue  # a replica that has reported no load yet
         counts = [float(sum(load.queue_delay_counts[: i + 1])) for i in range(len(bounds))]
         family.add_metric(labels, list(zip(bounds, counts, strict=True)), sum_value=load.stage_s.get("queue", 0.0))
     return family
 
 
 def _by_name(jobs: Iterable[JobLoad]) -> Iterable[JobLoad]:
-    """One for each label: names that are equal once they were cut would be two samples of one name."""
+    """One job for each label: long names may be equal once they are cut, and a label may have only one sample."""
     return {_bounded(job.job): job for job in jobs}.values()
 
 

@@ -1,4 +1,4 @@
-"""Spans of what a replica does for a request: queue, forward, encode and send, in the trace of the client's."""
+"""OpenTelemetry spans of what a replica does for a request, from queue to send, within the client's trace."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ class _Ticket(Protocol):
 
 
 class AnswerSpan:
-    """The span of an answer, within the client's; its stages are spans within it."""
+    """The span of an answer, a child of the client's span; the answer's stages are its children."""
 
     def __init__(self, tracer: Tracer, parent: Any, attributes: dict[str, Any]) -> None:
         self._tracer, self._clock = tracer, Clock()
@@ -27,7 +27,7 @@ class AnswerSpan:
         self._context = tracer.api.set_span_in_context(self._span)
 
     def stage(self, name: str, began: float, ended: float) -> None:
-        """Tell of a stage, on time.perf_counter's clock; what was before this request came is another's."""
+        """Add the span of a stage, on time.perf_counter's clock; the part before this request came is cut off."""
         began = max(began, self._began)
         if ended >= began:
             kind = self._tracer.api.SpanKind.INTERNAL
@@ -35,21 +35,21 @@ class AnswerSpan:
             span.end(self._clock.ns(ended))
 
     def end(self, error: BaseException | None = None, *, cancelled: bool = False) -> None:
-        """End it."""
+        """End the span."""
         if cancelled:
             self._span.set_attribute("schoolhouse.cancelled", True)
         self._tracer.end(self._span, error, self._clock.ns(time.perf_counter()))
 
 
 class SessionSpans:
-    """The open spans of one session, by request. Without a tracer it does nothing."""
+    """The open spans of one session, by request; without a tracer it does nothing."""
 
     def __init__(self, tracer: Tracer | None) -> None:
         self._tracer = tracer
         self._open: dict[int, AnswerSpan] = {}
 
     def begin(self, call: teacher_pb2.Call, teacher: str, job: str) -> None:
-        """A call has come."""
+        """Begin the span of a call that has come."""
         if self._tracer is not None:
             attributes = {"teacher": teacher, "job": job, "request": call.request_id}
             self._open[call.request_id] = AnswerSpan(self._tracer, self._tracer.extract(call.traceparent), attributes)
@@ -59,20 +59,20 @@ class SessionSpans:
         return self._open.get(request_id)
 
     def sent(self, request_id: int, began: float) -> None:
-        """An answer is on the wire; `began` is when its first message was made."""
+        """End the span of an answer that is sent; `began` is when its first message was made."""
         span = self._open.pop(request_id, None)
         if span is not None:
             span.stage("send", began, time.perf_counter())
             span.end()
 
     def failed(self, request_id: int, error: BaseException) -> None:
-        """An error was the answer."""
+        """End the span of a request that was answered with an error."""
         span = self._open.pop(request_id, None)
         if span is not None:
             span.end(error)
 
     def dropped(self, request_id: int | None = None) -> None:
-        """The client cancelled a request, or, without one, is gone."""
+        """End the span of a cancelled request; without `request_id` all spans, as the client is gone."""
         for one in list(self._open) if request_id is None else [request_id]:
             span = self._open.pop(one, None)
             if span is not None:
@@ -80,9 +80,9 @@ class SessionSpans:
 
 
 def tell_stages(tickets: Iterable[_Ticket], queued_at: float, spans: Sequence[Span]) -> None:
-    """Tell those who are traced when a forward waited and ran. `spans` are h2d, forward, encode and d2h, just ended.
+    """Add the spans of a forward's stages to the traces of its tickets; `spans` are h2d, forward, encode and d2h.
 
-    A device's clock is not the host's: its stages are placed backwards from now, when the last one ended.
+    A device's clock is not the host's, so its stages are placed backwards from now, as the last one has just ended.
     """
     traces = [ticket.trace for ticket in tickets if ticket.trace is not None]
     if not traces:

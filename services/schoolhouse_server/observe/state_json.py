@@ -1,4 +1,4 @@
-"""Replica sets as JSON: what the web page shows, and whoever else asks for /api/state."""
+"""Replica sets as JSON: /api/state, which the web page shows."""
 
 import json
 import math
@@ -15,14 +15,15 @@ VERSION = 1
 
 
 def state_json(sets: Iterable[ReplicaSet]) -> bytes:
-    """One object:
+    """The replica sets as one JSON object, with these keys.
 
-    - `version`: 1; it changes when a field goes or means something else, not when one is added.
-    - `time_s`: this server's clock, seconds since 1970.
-    - `queue_delay_buckets_s`: upper bounds of `load.queue_delay_counts`; one more count is for what waited longer.
+    - `version`: 1; it changes when a field is removed or changes its meaning, not when one is added.
+    - `time_s`: this server's clock, in seconds since 1970.
+    - `queue_delay_buckets_s`: the upper bounds of the buckets of `load.queue_delay_counts`; one more bucket has what
+      waited longer.
     - `teachers`: a list of `{teacher, wanted, revision, replicas}`. A replica has `id`, `address` (empty: this server),
-      `revision`, `state` ("serving", "draining"), `host`, `zone` and `load`, whose fields are those of `Load` and
-      `JobLoad` in directory.proto, all of them, under the same names. What is no finite number is null.
+      `revision`, `state` ("serving", "draining"), `host`, `zone` and `load`, which has all fields of `Load` and
+      `JobLoad` in directory.proto under the same names. Numbers that are not finite are null.
     """
     teachers = [_as_json(found) for found in sets]
     state = {
@@ -35,7 +36,7 @@ def state_json(sets: Iterable[ReplicaSet]) -> bytes:
 
 
 def _as_json(value: Any) -> Any:
-    """A message as a mapping of all its fields, those that are empty too."""
+    """A message as a mapping of all its fields, empty ones included."""
     if isinstance(value, Message):
         found = {field.name: _as_json(getattr(value, field.name)) for field in value.DESCRIPTOR.fields}
         return found | {"state": Replica.State.Name(value.state).lower()} if isinstance(value, Replica) else found

@@ -1,4 +1,4 @@
-"""`schoolhouse top`: a live table of replicas and jobs in the terminal, from a directory or a replica."""
+"""`schoolhouse top`: live tables of replicas and jobs in the terminal, from a directory or a replica."""
 
 import contextlib
 import select
@@ -21,7 +21,7 @@ from schoolhouse_wire.v1.directory_pb2 import JobLoad, ListTeachersRequest, Load
 from schoolhouse_server.common.tables import Column, FittingTable
 
 _TIMEOUT_S = 5.0
-_SILENT_S = 10.0  # a replica whose clock stands this long has not been heard of
+_SILENT_S = 10.0  # a replica whose clock has stood still for this long counts as silent
 _MAX_JOBS = 40
 _MAX_NAME = 80
 _REPLICA_COLUMNS = (
@@ -55,32 +55,32 @@ _JOB_COLUMNS = (
 
 
 def target_of(url: str) -> str:
-    """HOST:PORT of `HOST:PORT`, or of `grpc://HOST:PORT` or `grpcs://`, with a teacher's name or without.
+    """The HOST:PORT in `HOST:PORT`, or in a `grpc://` or `grpcs://` URL with or without a teacher's name.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: for any other text.
     """
     rest = url.removeprefix("grpc://").removeprefix("grpcs://")
     target = rest.split("/")[0]
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "://" in rest:
-        raise ConfigError(f"{url!r} is no address of a server; expected HOST:PORT, grpc://HOST:PORT/NAME or grpcs://")
+        raise ConfigError(f"{url!r} is not a server's address; expected HOST:PORT, grpc://HOST:PORT/NAME or grpcs://")
     return target
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a replica did between two reports of its own, by its own clock."""
+    """What a replica did between two of its reports, by its own clock."""
 
     seconds: float
     rows_per_s: float
     busy: float  # the share of time that its device ran forwards
-    rows_per_forward: float | None  # None: there was no forward
+    rows_per_forward: float | None  # None if there was no forward
     job_rows: dict[str, int]
 
     @classmethod
     def between(cls, before: Load, after: Load) -> "Rates | None":
-        """None if nothing was reported meanwhile, or the replica has started anew."""
+        """The rates between two reports; None if they are the same, or the replica has restarted."""
         seconds = after.uptime_s - before.uptime_s
         if seconds <= 0:
             return None
@@ -98,7 +98,7 @@ class Rates:
 
 @dataclass
 class _Known:
-    """A replica as it was last heard of."""
+    """The last report of a replica."""
 
     load: Load
     heard_at: float
@@ -106,7 +106,7 @@ class _Known:
 
 
 class Screen:
-    """What is shown: the last answer, and the rates since the one before it."""
+    """What is shown: the server's last answer, and the rates since the one before it."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -116,7 +116,7 @@ class Screen:
         self._error = ""
 
     def heard(self, sets: Sequence[ReplicaSet], now: float) -> None:
-        """Take an answer."""
+        """Take an answer of the server."""
         self._sets, self._answered_at, self._error = list(sets), now, ""
         before, self._known = self._known, {}
         for found in sets:
@@ -125,7 +125,7 @@ class Screen:
                 self._known[key] = _after(before.get(key), replica.load, now)
 
     def failed(self, error: SchoolhouseError) -> None:
-        """Note that there was none."""
+        """Note that the server gave no answer."""
         self._error = str(error)
 
     def render(self, now: float) -> RenderableType:
@@ -153,7 +153,7 @@ class Screen:
         return FittingTable(_JOB_COLUMNS, [row for found in self._sets for row in self._job_rows(found)[:_MAX_JOBS]])
 
     def _job_rows(self, found: ReplicaSet) -> list[list[str | Text]]:
-        """One for each job of a teacher, its replicas together; those that work most come first."""
+        """One row for each job of a teacher, summed over its replicas; the busiest jobs come first."""
         rates = [rates for r in found.replicas if (rates := self._known[found.teacher, r.id].rates) is not None]
         rows: dict[str, float] = {}
         for one in rates:
@@ -183,7 +183,7 @@ def _after(known: _Known | None, load: Load, now: float) -> _Known:
     if known is None:
         return _Known(load, now)
     if known.load.uptime_s == load.uptime_s:
-        return known  # the same report again
+        return known  # it is the same report
     return _Known(load, now, Rates.between(known.load, load))
 
 
@@ -225,7 +225,7 @@ def _replica_cells(teacher: str, replica: Replica, known: _Known, target: str, n
 
 
 def _plain(text: str) -> Text:
-    """A name that came from a client: it cannot steer the terminal."""
+    """A name that may come from a client, without characters that control the terminal."""
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:_MAX_NAME]))
 
 
@@ -250,11 +250,11 @@ def watch(
     once: bool,
     security: ClientSecurity = ClientSecurity(),
 ) -> None:
-    """Show what the server at `target` says, every `interval_s` seconds, until 'q' or Ctrl-C; or `once`.
+    """Show the tables of the server at `target` every `interval_s` seconds, until 'q' or Ctrl-C, or only `once`.
 
     Raises:
-        ConfigError: without `once`, the output is no terminal.
-        SchoolhouseError: with `once`, the server does not answer.
+        ConfigError: the output is not a terminal, without `once`.
+        SchoolhouseError: the server does not answer, with `once`.
     """
     if not once and not console.is_terminal:
         raise ConfigError("a live view needs a terminal; print one table with --once")
@@ -273,7 +273,7 @@ def watch(
 
 
 def _ask_twice(ask: Callable[[], None], interval_s: float) -> None:
-    """Rates are differences."""
+    """Ask twice, as rates are differences between two answers."""
     ask()
     time.sleep(interval_s)
     ask()
@@ -305,7 +305,7 @@ def _listed(
 
 @contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """Gives a function that waits some seconds for a key; without a terminal it only waits."""
+    """Yields a function that waits for a key, for so many seconds; without a terminal it only waits."""
     if not sys.stdin.isatty():
         yield lambda seconds: time.sleep(seconds) or ""  # type: ignore[func-returns-value]
         return

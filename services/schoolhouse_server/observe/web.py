@@ -1,7 +1,7 @@
 """A small HTTP server that shows replica sets: /metrics for Prometheus, /api/state as JSON, and the page at /.
 
-It only reads, answers GET and HEAD of the paths that it knows, and takes no more of the process than a few threads.
-With a gate it answers only those who have an admin's token: as a bearer token, or as the password of a browser's login.
+It only reads, answers only GET and HEAD of the paths that it knows, and uses only a few threads. With a gate it answers
+only clients with an admin's token, given as a bearer token or as the password of a browser's login.
 """
 
 import base64
@@ -40,8 +40,8 @@ from schoolhouse_server.security.ports import joined, own_address
 Source = Callable[[], Iterable[ReplicaSet]]
 
 _MAX_CONNECTIONS = 16
-_REST_S = 1.0  # until it is served again, where that failed
-_TIMEOUT_S = 10.0  # for a request to come in, and for its answer to be taken
+_REST_S = 1.0  # pause before serving again after a failure
+_TIMEOUT_S = 10.0  # for a request to come in, and for its answer to be read
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -58,7 +58,7 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "Connection": "close",
 }
-_MORE = {  # by status
+_MORE = {  # further headers by status
     401: {"WWW-Authenticate": 'Basic realm="schoolhouse: the password is an admin\'s token", charset="UTF-8"'},
     405: {"Allow": "GET, HEAD"},
 }
@@ -66,12 +66,15 @@ _log = logging.getLogger(__name__)
 
 
 def gate_of(gate: Gate, host: str) -> Gate | None:
-    """Whom an HTTP port on `host` asks for a token: nobody where no port asks, nor on loopback."""
+    """The gate for an HTTP port on `host`; None, which lets everybody in, without tokens or on loopback."""
     return None if gate.tokens is None or is_loopback(host) else gate
 
 
 class WebServer:
-    """Serves what `source()` gives at each request. `start()` listens; `close()` ends it."""
+    """Serves the replica sets that `source()` returns at each request.
+
+    `start()` listens; `close()` ends it.
+    """
 
     def __init__(
         self,
@@ -82,12 +85,12 @@ class WebServer:
         gate: Gate | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Without listening yet. Of a range of ports it takes the first that is free.
+        """Make the server, which does not listen yet; of a range of ports it takes the first that is free.
 
-        With a `gate` who asks needs an admin's token; without one, everybody is answered. With `tls` it speaks HTTPS.
+        With a `gate`, clients need an admin's token; without one, everybody is answered. With `tls` it speaks HTTPS.
 
         Raises:
-            ConfigError: for what is no port.
+            ConfigError: for an invalid port.
         """
         self._ports = port if isinstance(port, range) else (port,)
         if not all(isinstance(one, int) and 0 <= one <= 65535 for one in self._ports):
@@ -105,15 +108,15 @@ class WebServer:
 
     @property
     def url(self) -> str:
-        """`http://HOST:PORT`, where the page is; `https` with TLS."""
+        """The URL of the page: `http://HOST:PORT`, or `https` with TLS."""
         return f"{'https' if self._tls is not None else 'http'}://{joined(self._host, self._port)}"
 
     def start(self) -> "WebServer":
         """Listen.
 
         Raises:
-            ConfigError: the host is not of this node.
-            TeacherUnavailableError: the port is taken, or all of them.
+            ConfigError: the host is not an address of this node.
+            TeacherUnavailableError: the port, or each port of the range, is taken.
         """
         self._server = self._listen()
         self._port = self._server.server_port
@@ -142,7 +145,7 @@ class WebServer:
         ) from failed
 
     def close(self) -> None:
-        """Stop listening. Answers that are on their way end with their threads."""
+        """Stop listening; answers that are being sent end with their threads."""
         server, self._server = self._server, None
         if server is not None:
             self._closing.set()
@@ -158,7 +161,7 @@ class WebServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread for each connection, of which there are few at once."""
+    """An HTTP server with a thread for each connection, and a small bound on connections."""
 
     daemon_threads = True
     block_on_close = False
@@ -173,18 +176,18 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        """Bind; without asking a name server who we are, as HTTPServer does."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was restarted is found again
+        """Bind, without asking a name server for this host's name, as HTTPServer does."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a restarted server can bind it
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = "", self.socket.getsockname()[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread of its own, or turn away at once."""
+        """Answer a connection in a thread of its own; if there are too many, refuse it at once."""
         if self._slots.acquire(blocking=False):
             try:
                 super().process_request(request, client_address)
-            except BaseException:  # there was no thread to be had
+            except BaseException:  # no thread could be started
                 self._slots.release()
                 raise
             return
@@ -202,7 +205,7 @@ class _Server(ThreadingHTTPServer):
             self._slots.release()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Answer over TLS, if so; its handshake is made here, in the connection's own thread."""
+        """Answer, with TLS if configured; the handshake is made here, in the connection's own thread."""
         if self._tls is None:
             super().finish_request(request, client_address)
             return
@@ -211,31 +214,31 @@ class _Server(ThreadingHTTPServer):
             super().finish_request(wrapped, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away, or was too slow, is no error of ours."""
+        """Log only for debugging, as a client that went away, or was too slow, is no error of this server."""
         _log.debug("an HTTP connection ended early", exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
     """One connection with one request."""
 
-    timeout = _TIMEOUT_S  # of sending, which Python's sendall keeps as a whole
+    timeout = _TIMEOUT_S  # for sending the whole answer, as Python's sendall counts it
 
     def __init__(self, source: Source, gate: Gate | None, *args: Any) -> None:
         self._source, self._gate = source, gate
         super().__init__(*args)
 
     def setup(self) -> None:
-        """Hold the whole request to one deadline: a client that sends a byte now and then stays no longer."""
+        """Give the whole request one deadline, so that a client that sends a byte now and then cannot stay longer."""
         super().setup()
         self.rfile.close()
         self.rfile = io.BufferedReader(_UntilDeadline(self.connection, time.monotonic() + _TIMEOUT_S))
 
     def version_string(self) -> str:
-        """Whom the answer is from."""
+        """The name of the server in the answer."""
         return "schoolhouse"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: scrapes come every few seconds."""
+        """Log nothing, as scrapes come every few seconds."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer with a line of text."""
@@ -243,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(int(code), f"{text}\n".encode(), "text/plain; charset=utf-8")
 
     def do_GET(self) -> None:
-        """Answer one of the paths."""
+        """Answer a GET request for one of the paths."""
         if not self._is_local_name():
             self.send_error(403, "this server answers to localhost alone; open it as http://127.0.0.1")
             return
@@ -256,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
         except PermissionDeniedError as err:
             self.send_error(403, err.message)
             return
-        except SchoolhouseError as err:  # a directory that has just started, say
+        except SchoolhouseError as err:  # for example of a directory that has just started
             self.send_error(503, scrub(err.message))
             return
         if found is None:
@@ -272,20 +275,21 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
 
     def _check_admin(self) -> None:
-        """Raises `AuthenticationError` or `PermissionDeniedError` for who has no admin's token, where one is wanted."""
+        """Raises `AuthenticationError` or `PermissionDeniedError` if an admin's token is needed and was not given."""
         if self._gate is None:
             return
         given = self.headers.get_all("Authorization", [])
         if len(given) != 1:
-            raise AuthenticationError("an admin's token is wanted, as a bearer token or as the password of a login")
+            raise AuthenticationError("an admin's token is needed, as a bearer token or as the password of a login")
         if not self._gate.known(_token_of(given[0])).admin:
             raise PermissionDeniedError(
-                "this token is no admin's; the tokens file says `admin: true` for those that are"
+                "this token is not an admin's; the tokens file says `admin: true` for those that are"
             )
 
     def _is_local_name(self) -> bool:
-        """Whether a server of this machine alone was asked by a name of it: else a foreign page could read it, by a
-        name of its own that it lets point here.
+        """Whether the request's Host is a name of loopback, if this server listens only there.
+
+        Otherwise a foreign web page could read it, with a name of its own that it lets resolve to this machine.
         """
         if not is_loopback(self.connection.getsockname()[0]):
             return True
@@ -316,28 +320,28 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _token_of(authorization: str) -> str:
-    """The token in `Bearer TOKEN`, or in `Basic` with any name and it as the password."""
+    """The token in `Bearer TOKEN`, or the password in `Basic` with any user name."""
     scheme, _, value = authorization.partition(" ")
     if scheme.lower() != "basic":
         return bearer_of(authorization)
     try:
         return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-    except ValueError as err:  # also of what is no base64, or not even ASCII
-        raise AuthenticationError("the authorization that came is no login") from err
+    except ValueError as err:  # also for invalid base64 or text
+        raise AuthenticationError("the Authorization header is not a valid login") from err
 
 
 class _UntilDeadline(io.RawIOBase):
-    """What comes from a socket until a deadline on time.monotonic's clock."""
+    """Reads from a socket until a deadline on time.monotonic's clock."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         self._connection, self._deadline = connection, deadline
 
     def readable(self) -> bool:
-        """It is."""
+        """True, as it can be read from."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for bytes no longer than there is time; raises `TimeoutError` then."""
+        """Wait for bytes until the deadline; raises `TimeoutError` then."""
         self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))
         try:
             return self._connection.recv_into(buffer)

@@ -1,4 +1,4 @@
-"""The Ray actors that serve: a teacher's replica on its device, and the directory."""
+"""The Ray actors that serve students: a teacher's replica on its device, and the directory."""
 
 import logging
 import socket
@@ -31,7 +31,7 @@ from schoolhouse_server.security.tokens import Tokens
 
 NAMESPACE = "schoolhouse"
 KEEPER, DIRECTORY = "keeper", "directory"
-_HEAD_NODE = {"node:__internal_head__": 0.001}  # where students find the directory again when it was restarted
+_HEAD_NODE = {"node:__internal_head__": 0.001}  # keeps the directory at its address when it is restarted
 _LOG_LINES = 2000
 _DIRECTORY_RPCS = MAX_WATCHERS + 64
 
@@ -44,41 +44,41 @@ class Where:
 
     node_id: str
     host: str
-    zone: str  # empty: not known
-    since_s: float = 0.0  # for how long it has been there
+    zone: str  # empty if not known
+    since_s: float = 0.0  # how long the actor has been there
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a replica says of itself."""
+    """A replica's report on itself."""
 
     stage: str
     version: int
     address: str = ""
     revision: str = ""
-    load: bytes = b""  # a serialized message
+    load: bytes = b""  # a serialized `directory_pb2.Load`
     draining: bool = False
-    drained: bool = False  # it may be stopped
-    trouble: str = ""  # why it has to be replaced at once
+    drained: bool = False  # whether it may be stopped
+    trouble: str = ""  # why it must be replaced at once; empty if it need not be
 
 
 class PoolActor:
-    """What every actor of a pool has: its last log records, and the desired state, so that no one alone holds it."""
+    """What every actor of a pool keeps: its last log records, and a copy of the desired state, so that it survives."""
 
     def __init__(self, log_format: str, **about: str) -> None:
-        """Log in that format, each line with what this actor is `about`."""
+        """Log in that format, with the fields `about` in each record."""
         self._desired: Desired | None = None
         self._ring = RingHandler(_LOG_LINES)
         set_up(log_format, self._ring, **about)
-        logging.getLogger().addHandler(self._ring)  # of a teacher's code, too
+        logging.getLogger().addHandler(self._ring)  # so that it keeps the log records of a teacher's code too
 
     def hold(self, desired: Desired) -> None:
-        """Keep the desired state, if it is newer than the one that is held."""
+        """Keep the desired state, if it is newer than the one kept so far."""
         if self._desired is None or desired.generation > self._desired.generation:
             self._desired = desired
 
     def held(self) -> Desired | None:
-        """The newest desired state that was given to `hold`."""
+        """The newest desired state that `hold` was given."""
         return self._desired
 
     def logs(self, lines: int) -> list[str]:
@@ -87,7 +87,7 @@ class PoolActor:
 
 
 class TeacherActor(PoolActor):
-    """One replica: builds its teacher, serves it, reports its load. It owns the device that Ray gave it."""
+    """One replica: builds its teacher, serves it, and reports its load; it owns the device that Ray gave it."""
 
     def __init__(self, name: str, spec: TeacherSpec, pool: PoolConfig, version: int = 0) -> None:
         self._began = time.monotonic()
@@ -106,14 +106,14 @@ class TeacherActor(PoolActor):
         return Where(context.get_node_id(), socket.gethostname(), zone, time.monotonic() - self._began)
 
     def start(self) -> Report:
-        """Build and serve. Raises what keeps it from that."""
-        with self._starting:  # a keeper that was restarted calls it again
+        """Build the teacher and serve it; raises whatever prevents that."""
+        with self._starting:  # a restarted keeper calls it again
             if self._replica is None:
                 self._serve()
         return self.report()
 
     def _serve(self) -> None:
-        host = advertised(self._pool)  # before what takes long
+        host = advertised(self._pool)  # first, as it may raise, and loading takes long
         self._stage = "loading weights"
         _log.info("%s: %s", self._name, self._stage)
         module = load_teacher(self._spec, self._pool.folder)
@@ -125,7 +125,7 @@ class TeacherActor(PoolActor):
         _log.info("%s: serving at %s", self._name, self._address)
 
     def report(self) -> Report:
-        """What it does at present."""
+        """What this replica is doing at present."""
         if self._replica is None:
             return Report(self._stage, self._version)
         trouble = self._replica.trouble
@@ -182,7 +182,7 @@ class TeacherActor(PoolActor):
 
 
 class DirectoryActor(PoolActor):
-    """The gRPC server that tells students where the replicas are. Its table is published by the keeper."""
+    """The gRPC server that tells students where the replicas are; its table is published by the keeper."""
 
     def __init__(self, pool: PoolConfig) -> None:
         super().__init__(pool.log_format)
@@ -190,7 +190,7 @@ class DirectoryActor(PoolActor):
         self._directory = Directory(ready=False, gate=self._gate)
         forks.before_grpc()
         server = grpc.server(
-            DaemonExecutor(_DIRECTORY_RPCS, "schoolhouse-directory"),  # type: ignore[arg-type]  # it uses what every Executor has
+            DaemonExecutor(_DIRECTORY_RPCS, "schoolhouse-directory"),  # type: ignore[arg-type]  # it has what gRPC uses
             interceptors=[Doorkeeper(self._gate, Timer())],
             options=channel.SERVER_OPTIONS,
             maximum_concurrent_rpcs=_DIRECTORY_RPCS,
@@ -212,15 +212,15 @@ class DirectoryActor(PoolActor):
             self._page = f"{'http' if tls is None else 'https'}://{joined(host, web.port)}"
 
     def address(self) -> str:
-        """host:port that students connect to."""
+        """The HOST:PORT that students connect to."""
         return self._address
 
     def url(self) -> str:
-        """The same as a URL, without a teacher's name."""
+        """The address as a URL, without a teacher's name."""
         return self._url
 
     def page(self) -> str:
-        """URL of the page with charts; empty without one."""
+        """The URL of the page with charts; empty if there is none."""
         return self._page
 
     def publish(self, table: list[bytes]) -> None:
@@ -229,10 +229,10 @@ class DirectoryActor(PoolActor):
 
 
 def on_the_head(kind: type, name: str, *args: Any, max_concurrency: int, get_if_exists: bool) -> Any:
-    """An actor of the pool on the head node, which Ray starts again whenever its process ends.
+    """Make an actor of the pool on the head node; Ray restarts it whenever its process ends.
 
     Raises:
-        ValueError: there is one of that name, and not `get_if_exists`.
+        ValueError: an actor of that name exists, and `get_if_exists` is False.
     """
     options = {"lifetime": "detached", "max_restarts": -1, "num_cpus": 0, "resources": _HEAD_NODE}
     made = ray.remote(kind).options(
@@ -242,10 +242,10 @@ def on_the_head(kind: type, name: str, *args: Any, max_concurrency: int, get_if_
 
 
 def advertised(pool: PoolConfig) -> str:
-    """The host that students reach a server of this node at.
+    """The host under which students reach a server on this node.
 
     Raises:
-        ConfigError: `host` is not of this node, or `advertise` is a mapping without it.
+        ConfigError: `host` is no address of this node, or `advertise` is a mapping without this node's address.
     """
     own = own_address(pool.host)
     if own in EVERYWHERE:

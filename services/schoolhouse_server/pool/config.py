@@ -1,4 +1,4 @@
-"""pool.yaml -> frozen dataclasses, validated once."""
+"""The pool file (pool.yaml) as frozen dataclasses, validated once as it is read."""
 
 import ipaddress
 from collections.abc import Collection, Iterator
@@ -29,7 +29,7 @@ from schoolhouse_server.session.quotas import (
 )
 
 _MAX_REPLICAS = 1024
-_MAX_WRONG = 10  # things that a message lists
+_MAX_WRONG = 10  # mistakes listed in one message
 _NODE_ID = "ray.io/node-id"
 Placement = Literal["DEFAULT", "SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"]
 _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -37,7 +37,7 @@ _STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Resources:
-    """What one replica takes of its node. `custom` are Ray's own resource names."""
+    """What one replica takes of its node; `custom` holds amounts of Ray's custom resources, by their names."""
 
     num_cpus: Annotated[float, Field(ge=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
@@ -46,7 +46,7 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PadSpec:
-    """Arguments that may be padded along dimension 1, with the value for each, and the name of their mask."""
+    """The arguments that may be padded along dimension 1, each with its padding value, and the name of the mask."""
 
     values: Annotated[dict[str, float], Field(min_length=1)]
     mask: str
@@ -54,7 +54,7 @@ class PadSpec:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Bounds:
-    """How many replicas a teacher may have at once: between `min` and `max`, whichever its load asks for."""
+    """How many replicas a teacher may have at once: at least `min` and at most `max`, as its load asks for."""
 
     min: Annotated[int, Field(ge=1, le=_MAX_REPLICAS)] = 1
     max: Annotated[int, Field(ge=1, le=_MAX_REPLICAS)] = 1
@@ -70,28 +70,28 @@ class Bounds:
         """`3`, or `2-5` for min and max.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: for any other text.
         """
         low, dash, high = text.partition("-")
         try:
             return cls(min=int(low), max=int(high) if dash else int(low))
         except ValueError as err:
             raise ConfigError(
-                f"{text!r} is no number of replicas; give one from 1 to {_MAX_REPLICAS}, or MIN-MAX, as in 2-5"
+                f"{text!r} is not a number of replicas; give one from 1 to {_MAX_REPLICAS}, or MIN-MAX, as in 2-5"
             ) from err
 
     def clamp(self, count: int) -> int:
-        """The nearest number that is allowed."""
+        """The number within the bounds that is nearest to `count`."""
         return min(max(count, self.min), self.max)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Autoscale:
-    """When a teacher gets more replicas, and when fewer; `scaling.Scaler` follows it.
+    """When a teacher gets more replicas, and when fewer; `scaling.Scaler` applies it.
 
-    More, at most twice as many, as requests have waited longer than `target_delay_s` for `up_after_s` on end. One
-    fewer, as they have waited less than a quarter of that for `down_after_s`, and the replicas that stay would be busy
-    for no more than `max_busy` of the time.
+    It gets more, up to twice as many, once requests have waited longer than `target_delay_s` for `up_after_s` on end.
+    It gets one fewer once requests have waited less than a quarter of `target_delay_s` for `down_after_s`, if the
+    remaining replicas would be busy for at most `max_busy` of the time.
     """
 
     target_delay_s: Annotated[float, Field(gt=0, le=600)] = 0.1
@@ -104,17 +104,16 @@ class Autoscale:
 class TeacherSpec:
     """How to build one teacher, how many replicas of it to keep alive, and where.
 
-    Exactly one of `build` (`module:callable`, called with `kwargs`) and `transformers` (a checkpoint folder) is given.
-    `weights` is a safetensors file loaded into the model afterwards. `threads` are torch's intra-op threads.
-    A replica that takes longer than `load_timeout_s` to load counts as failed; waiting for a node is no part of that.
-    `early_stop` is that of `schoolhouse.LocalTeacher`, and `shared_memory_bytes` that of `serve`; `cache_bytes` of host
-    memory keep features of each replica. `cost` to `pad` are those of `serve` too; so is `example`, as
-    `module:callable`.
+    Give exactly one of `build` (`module:callable`, called with `kwargs`) and `transformers` (a checkpoint folder).
+    `weights` is a safetensors file that is loaded into the model afterwards. `threads` is the number of torch's
+    intra-op threads. A replica that takes longer than `load_timeout_s` to load counts as failed; time spent waiting for
+    a node does not count. `early_stop` and the settings from `cache_bytes` to `pad` are those of `serve`, for each
+    replica; so is `example`, written as `module:callable`.
 
-    `replicas` is a number, or bounds, `{min: 1, max: 4}`, between which `autoscale` chooses. `placement` says on which
-    nodes they run: Ray's own choice (DEFAULT); spread where possible (SPREAD) or no two on a node (STRICT_SPREAD); on
-    as few nodes as possible (PACK) or all on one (STRICT_PACK). `labels` are those that a node must have, in the form
-    of Ray's label selectors, as in `{accelerator-type: "in(H100,H200)"}`.
+    `replicas` is a number, or bounds such as `{min: 1, max: 4}`, between which `autoscale` chooses. `placement` says on
+    which nodes they run: Ray's own choice (DEFAULT), spread where possible (SPREAD), no two on a node (STRICT_SPREAD),
+    on as few nodes as possible (PACK), or all on one node (STRICT_PACK). A node must have all `labels`, which are
+    written as Ray's label selectors, as in `{accelerator-type: "in(H100,H200)"}`.
     """
 
     build: str | None = None
@@ -152,24 +151,24 @@ class TeacherSpec:
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherSpec":
         if (self.build is None) == (self.transformers is None):
-            raise ValueError("give either 'build: module:callable' or 'transformers: folder'")
+            raise ValueError("give exactly one of 'build: module:callable' and 'transformers: folder'")
         if self.build is not None and self.build.count(":") != 1:
             raise ValueError(f"build is {self.build!r}; expected 'module:callable'")
         if self.example is not None and self.example.count(":") != 1:
             raise ValueError(f"example is {self.example!r}; expected 'module:callable'")
         if (self.merge == "pad") != (self.pad is not None):
-            raise ValueError("merge: pad goes together with pad: {values: {argument: number}, mask: argument}")
+            raise ValueError("merge: pad needs pad: {values: {argument: number}, mask: argument}, and only it does")
         if self.transformers is not None and self.kwargs:
             raise ValueError("kwargs go with build, not with transformers")
         if self.device.startswith("cuda") and self.resources.num_gpus <= 0:
             raise ValueError("device is cuda, so resources.num_gpus must be above 0")
         if _NODE_ID in self.labels:
-            raise ValueError(f"labels: {_NODE_ID} is what placement works with; give a label of your own")
+            raise ValueError(f"labels: {_NODE_ID} is reserved for placement; give a label of your own")
         return self
 
     @property
     def merging(self) -> MergeSettings:
-        """How its requests are merged."""
+        """How requests to this teacher are merged."""
         return MergeSettings(
             mode=self.merge,
             max_batch_rows=self.max_batch_rows,
@@ -188,7 +187,7 @@ class TeacherSpec:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TlsSpec:
-    """The PEM files of `ServerTls`, which every node has at these paths."""
+    """The PEM files of `ServerTls`; every node must have them at these paths."""
 
     cert: Path
     key: Path
@@ -197,10 +196,10 @@ class TlsSpec:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class SecuritySpec:
-    """Who can read and write along the way: nobody, with `tls`; `insecure` says that others may, in plaintext.
+    """TLS, tokens, and what clients may fetch; with `insecure` traffic beyond loopback is allowed in plaintext.
 
-    With `tokens`, a file that every node has at this path, only who has one of its tokens is answered; see
-    `tokens.Grant`. `allow_head` gives the weights of teachers' heads to who asks, as `encodings.hidden` does.
+    With `tokens`, a file that every node must have at this path, only clients with one of its tokens are answered; see
+    `tokens.Grant`. `allow_head` lets clients fetch the weights of teachers' heads, which `encodings.hidden` needs.
     """
 
     tls: TlsSpec | None = None
@@ -211,33 +210,34 @@ class SecuritySpec:
     @model_validator(mode="after")
     def _one_of_them(self) -> "SecuritySpec":
         if self.tls is not None and self.insecure:
-            raise ValueError("tls and insecure are given; insecure: true says that there is no TLS, so leave it out")
+            raise ValueError("tls and insecure: true are both given; insecure means plaintext, so leave it out")
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PoolConfig:
-    """A pool: its teachers by name, and where its directory listens (port 0: any free one).
+    """A pool: its teachers by name, and the port that its directory listens on (0: any free one).
 
-    Replicas listen on a free port of the range `ports` (`"7100-7199"`; without it, on any). `host` is where all servers
-    of the pool listen, those of HTTP included: 127.0.0.1 serves this machine alone; an address, or a name of one, is
-    for a pool whose nodes all have it, as a pool on one node; of a network, as 10.0.0.0/24, each node listens on its
-    own address; 0.0.0.0 and :: are all interfaces, and then a server is known by the address that Ray gives its node.
-    Behind NAT or a load balancer `advertise` says what students connect to in place of these: one name for all, or a
-    mapping from a node's address to the one outside. A replica's zone is its node's label `zone_label`.
+    Each replica listens on a free port of the range `ports`, such as `"7100-7199"`; without it, on any free port.
+    `host` is where all servers of the pool listen, HTTP included. 127.0.0.1 serves this machine only. An address, or a
+    name that resolves to one, suits a pool on one node, as every node must have it. With a network, such as
+    10.0.0.0/24, each node listens on its own address in it. 0.0.0.0 and :: mean all interfaces, and students are then
+    given the address that Ray has for the node. Behind NAT or a load balancer, `advertise` says what students connect
+    to instead: one name for all nodes, or a mapping from a node's address to its address outside. A replica's zone is
+    the value of the label `zone_label` of its node.
 
-    Beyond loopback the pool needs `security: {tls: {cert: server.pem, key: server.key}}`, or
-    `insecure: true` there: then what goes to and fro is plaintext. With `client_ca` beside them students need a
-    certificate of it. Of each server the certificate must hold the name, or the address, that students connect to.
+    Beyond loopback the pool needs `security: {tls: {cert: server.pem, key: server.key}}`, or `security: {insecure:
+    true}`, which allows plaintext. With `client_ca` in `tls`, students need a certificate of that authority. Each
+    server's certificate must hold the name or address that students connect to.
 
-    A replica that must go answers what it has for up to `drain_timeout_s`. Replicas of a revision that was rolled over
-    stay until the jobs that began with it have ended, `linger_s` at most.
+    A replica that is stopped first answers what it has, for up to `drain_timeout_s`. After a roll, replicas of the old
+    revision stay until the jobs that began with it have ended, for at most `linger_s`.
 
-    With an `http_port` (0: any free one) the directory has a page with charts of the whole pool, and Prometheus metrics
-    at `/metrics`; with `metrics_ports`, a range, each replica has its own, for a Prometheus that asks each by itself.
-    With `security: {tokens: FILE}` they want an admin's token, unless `host` is loopback.
-    `log_format` is that of the actors, on stderr and in `schoolhouse logs`: "text", or "json", one object a line.
-    `tracing` makes OpenTelemetry spans, for the tracer provider that the teacher's module sets as it is imported.
+    With an `http_port` (0: any free one) the directory serves a page with charts of the whole pool, and Prometheus
+    metrics at `/metrics`. With `metrics_ports`, a range, each replica serves its own, for a Prometheus that scrapes
+    each replica. With `security: {tokens: FILE}` they want an admin's token, unless `host` is loopback. `log_format` is
+    the format of the actors' logs, on stderr and in `schoolhouse logs`: "text", or "json" with one object a line.
+    `tracing` makes OpenTelemetry spans, for the tracer provider that the teacher's module sets when it is imported.
     """
 
     teachers: Annotated[dict[Annotated[str, Field(pattern=r"^[^/\s]+$")], TeacherSpec], Field(min_length=1)]
@@ -265,7 +265,7 @@ class PoolConfig:
     @model_validator(mode="after")
     def _host(self) -> "PoolConfig":
         if not self.host or any(c.isspace() for c in self.host):
-            raise ValueError(f"host is {self.host!r}; expected an address, a name or a network, as in 10.0.0.0/24")
+            raise ValueError(f"host is {self.host!r}; expected an address, a name or a network such as 10.0.0.0/24")
         if "/" in self.host:
             ipaddress.ip_network(self.host, strict=False)  # raises ValueError
         return self
@@ -275,22 +275,22 @@ class PoolConfig:
         if not self.only_here and self.security.tls is None and not self.security.insecure:
             raise ValueError(
                 f"host is {self.host!r}, so other machines can connect, and traffic would be plaintext: give security: "
-                "{tls: {cert: FILE, key: FILE}}, for which `schoolhouse certs` makes the files, or say security: "
-                "{insecure: true}"
+                "{tls: {cert: FILE, key: FILE}}, for which `schoolhouse certs` makes the files, or allow plaintext: "
+                "security: {insecure: true}"
             )
         return self
 
     @property
     def only_here(self) -> bool:
-        """Whether its servers listen on loopback alone."""
+        """Whether all servers of the pool listen on loopback only."""
         return is_loopback(self.host)
 
     @property
     def tls(self) -> ServerTls | None:
-        """The certificate of its servers, from this node's files; None without one.
+        """The certificate of the pool's servers, from this node's files; None without TLS.
 
         Raises:
-            ConfigError: a file is not what it should be.
+            ConfigError: for a file that is missing or invalid.
         """
         given = self.security.tls
         if given is None:
@@ -300,14 +300,14 @@ class PoolConfig:
 
     @property
     def tokens(self) -> Path | None:
-        """The tokens file, on this node; None without one."""
+        """The path of the tokens file on this node; None without one."""
         return self.folder / self.security.tokens if self.security.tokens is not None else None
 
     def check_files(self, names: Collection[str]) -> None:
-        """Look for the checkpoints and the weights of these teachers on this machine.
+        """Check that the checkpoints and weights of these teachers are on this machine.
 
         Raises:
-            ConfigError: there are some that are not there; names them.
+            ConfigError: names the files that are missing.
         """
         missing = [
             f"teachers.{n}.{text}" for n in names if n in self.teachers for text in self._missing(self.teachers[n])
@@ -323,12 +323,12 @@ class PoolConfig:
 
     @property
     def replica_ports(self) -> range:
-        """Where replicas may listen; just 0, for any free port, without `ports`."""
+        """The ports that replicas may listen on; only 0, which means any free port, without `ports`."""
         return range(1) if self.ports is None else parse_ports(str(self.ports))
 
     @property
     def metrics_port_range(self) -> range | None:
-        """Where replicas may serve their metrics; None: they don't."""
+        """The ports on which replicas may serve metrics; None if they serve none."""
         return None if self.metrics_ports is None else parse_ports(str(self.metrics_ports))
 
 
@@ -345,16 +345,16 @@ def parse_ports(text: str) -> range:
 
 
 def load_pool(path: Path) -> PoolConfig:
-    """Read a pool file. Relative paths in it, and modules beside it, are found from its own folder.
+    """Read a pool file; relative paths start at the file's own folder, and modules there can be imported.
 
     Raises:
-        ConfigError: one sentence for each thing that is wrong, with its place in the file.
+        ConfigError: has one sentence for each mistake, with its place in the file.
     """
     given = read_yaml(path, "pool file")
     if not isinstance(given, dict):
         raise ConfigError(f"{path} must hold a mapping with the key 'teachers'")
     if "folder" in given:
-        raise ConfigError(f"{path} is wrong: folder: it is the file's own folder and cannot be set")
+        raise ConfigError(f"{path} is wrong: folder: it is always the file's own folder, and cannot be set")
     try:
         config = TypeAdapter(PoolConfig).validate_python({**given, "folder": path.resolve().parent})
     except ValidationError as err:
@@ -371,7 +371,7 @@ def load_pool(path: Path) -> PoolConfig:
 
 
 def _wrong(error: ValidationError) -> str:
-    """What is wrong and where, in one line."""
+    """The mistakes and their places, in one line."""
     found = error.errors()
     lines = [f"{'.'.join(str(key)[:80] for key in e['loc']) or 'pool'}: {e['msg'][:300]}" for e in found]
     more = f"; and {len(found) - _MAX_WRONG} more" if len(found) > _MAX_WRONG else ""

@@ -19,7 +19,7 @@ from schoolhouse_server.pool.config import Bounds, PoolConfig
 from schoolhouse_server.pool.keeper import Entrance, KeeperActor
 
 _CALL_TIMEOUT_S = 30.0
-_START_TIMEOUT_S = 240.0  # of the keeper and the directory, which do little more than import
+_START_TIMEOUT_S = 240.0  # for the keeper and the directory to start, which is little more than their imports
 _LOGS_TIMEOUT_S = 5.0
 _STARTS = 3
 _STOP_TIMEOUT_S = 10.0
@@ -31,44 +31,44 @@ class PoolFailedError(SchoolhouseError):
 
 
 class Pool:
-    """A running pool, seen from a driver that is connected to its Ray cluster."""
+    """A running pool, as seen by a driver process that is connected to its Ray cluster."""
 
     def __init__(self, keeper: Any, timeout_s: float = _CALL_TIMEOUT_S, *, made: bool = False) -> None:
         self._keeper = keeper
-        self.made = made  # by this process; else it was there
+        self.made = made  # whether this process made the pool, rather than found it
         entrance: Entrance = _asked(keeper, "entrance", timeout_s=timeout_s)
         self.address = entrance.address
         self.directory_url = entrance.url
-        self.page = entrance.page  # empty: it has none
+        self.page = entrance.page  # empty without a page
 
     def url(self, teacher: str) -> str:
-        """What a student connects to."""
+        """The URL that students of this teacher connect to."""
         return f"{self.directory_url}/{teacher}"
 
     def status(self) -> list[dict[str, Any]]:
-        """A row for each replica: teacher, wanted, id, stage, address, revision, host and load."""
+        """One row for each replica: teacher, wanted, id, stage, address, revision, host and load."""
         rows: list[dict[str, Any]] = self._ask("status")
         return rows
 
     def jobs(self) -> list[dict[str, Any]]:
-        """A row for each job of each teacher and revision: weight, sessions, and what it asked for."""
+        """One row for each job of each teacher and revision: weight, sessions, and what it asked for."""
         rows: list[dict[str, Any]] = self._ask("jobs")
         return rows
 
     def teachers(self) -> dict[str, dict[str, Any]]:
-        """By teacher: min, max, wanted and serving replicas, revision, whether it is ready, and what failed."""
+        """For each teacher: min, max, wanted and serving replicas, revision, whether it is ready, and what failed."""
         found: dict[str, dict[str, Any]] = self._ask("teachers")
         return found
 
     def logs(self, teacher: str = "", replica: str = "", lines: int = 200) -> dict[str, list[str]]:
-        """The last log records by TEACHER/ID; without a teacher also those of the keeper and the directory.
+        """The last log records of each replica by TEACHER/ID; without a teacher also of the keeper and the directory.
 
         Raises:
             ConfigError: there is no such replica.
         """
         actors = replica_handle.actors(teacher, replica)
         if not teacher:
-            with contextlib.suppress(ValueError):  # it is being made
+            with contextlib.suppress(ValueError):  # the directory is still being made
                 actors = {DIRECTORY: ray.get_actor(DIRECTORY, namespace=NAMESPACE), **actors}
             actors = {KEEPER: self._keeper, **actors}
         if not actors:
@@ -79,10 +79,10 @@ class Pool:
         return {name: _lines(call) for name, call in calls.items()}
 
     def scale(self, teacher: str, bounds: Bounds) -> None:
-        """Give a teacher other bounds; returns at once.
+        """Change how many replicas a teacher may have; returns at once.
 
         Raises:
-            UnknownTeacherError: there is no such teacher; lists those there are.
+            UnknownTeacherError: there is no such teacher; the message lists those that there are.
         """
         self._ask("scale", teacher, bounds)
 
@@ -93,13 +93,13 @@ class Pool:
         timeout_s: float,
         on_progress: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     ) -> None:
-        """Replace the replicas of these teachers by those of `config`, while the others serve.
+        """Replace the replicas of these teachers by those of `config`, while the old ones go on serving.
 
-        Returns when all new ones serve. Old ones may stay longer, for the jobs that began with them.
+        Returns when all new replicas serve. Old ones may stay longer, for the jobs that began with them.
 
         Raises:
-            ConfigError: `config` takes a new pool, or has no such teacher.
-            PoolFailedError: new replicas cannot start; the old ones serve on.
+            ConfigError: a change in `config` needs a new pool, or it has no such teacher.
+            PoolFailedError: the new replicas cannot start; the old ones go on.
             TeacherTimeoutError: it took longer than `timeout_s`.
         """
         self._ask("roll", config, names)
@@ -108,7 +108,7 @@ class Pool:
         except TeacherTimeoutError as err:
             back = [name for name in names if self._ask("take_back", name, "it took too long")]
             if back:
-                text = f"{err.message} The roll of {', '.join(back)} is taken back; the old revision serves on"
+                text = f"{err.message} The roll of {', '.join(back)} is taken back; the old revision goes on serving"
                 raise TeacherTimeoutError(text) from err
             raise
 
@@ -118,7 +118,7 @@ class Pool:
         on_progress: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
         names: Collection[str] = (),
     ) -> None:
-        """Return when every replica of these teachers, or of all, serves.
+        """Return when every replica of these teachers serves; without `names`, of all teachers.
 
         Raises:
             PoolFailedError: a teacher could not be started, or a roll of it was taken back.
@@ -138,12 +138,12 @@ class Pool:
             if time.monotonic() > deadline:
                 doing = ", ".join(f"{row['teacher']}/{row['id']}: {row['stage']}" for row in rows)
                 raise TeacherTimeoutError(
-                    f"the pool is not ready after {timeout_s:g} s ({doing}); has Ray the resources?"
+                    f"the pool is not ready after {timeout_s:g} s ({doing}); does the Ray cluster have the resources?"
                 )
             time.sleep(0.2)
 
     def is_of(self, config: PoolConfig) -> bool:
-        """Whether it is the pool of this file."""
+        """Whether the pool was started from this configuration."""
         return bool(self._ask("is_of", config))
 
     def _ask(self, method: str, *args: Any) -> Any:
@@ -155,10 +155,10 @@ class Pool:
 
 
 def _asked(keeper: Any, method: str, *args: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
-    """What a method of the keeper returns.
+    """Call a method of the keeper and return its result.
 
     Raises:
-        SchoolhouseError: that the method raised.
+        SchoolhouseError: the error of ours that the method raised.
         TeacherTimeoutError: the keeper does not answer in time.
     """
     try:
@@ -169,21 +169,21 @@ def _asked(keeper: Any, method: str, *args: Any, timeout_s: float = _CALL_TIMEOU
         raise
     except GetTimeoutError as err:
         raise TeacherTimeoutError(
-            f"the pool's keeper did not answer within {timeout_s:g} s; if it does not later, `schoolhouse down` clears "
-            "what is there of the pool"
+            f"the pool's keeper did not answer within {timeout_s:g} s; try again, and if it still does not, clear the "
+            "pool with `schoolhouse down`"
         ) from err
 
 
 def launch(config: PoolConfig) -> Pool:
-    """Create the pool's actors on the Ray cluster that this process is connected to; `wait` for it afterwards.
+    """Create the pool's actors on the Ray cluster that this process is connected to; call `wait` afterwards.
 
-    A pool of the same file that is there already, as of a launcher that was killed, is taken over as it is; what is
-    left of one without its keeper is cleared.
+    A pool with the same configuration that runs already, such as that of a launcher that was killed, is returned as it
+    is. What is left of a pool whose keeper is gone is cleared first.
 
     Raises:
-        ConfigError: this cluster has another pool already.
+        ConfigError: this cluster already has another pool.
         TeacherUnavailableError: the directory's port is taken.
-        TeacherTimeoutError: the directory does not start, or a keeper that is there does not answer, in 240 s.
+        TeacherTimeoutError: the directory does not start, or a running keeper does not answer, within 240 s.
     """
     running = _running()
     if running is not None:
@@ -192,7 +192,7 @@ def launch(config: PoolConfig) -> Pool:
         return running
     clear()
     if config.port == 0:
-        config = replace(config, port=_free_port())  # fixed, so that a restarted directory is found again
+        config = replace(config, port=_free_port())  # chosen now, so that a restarted directory has the same port
     if config.http_port == 0:
         config = replace(config, http_port=_free_port())
     keeper = on_the_head(KeeperActor, KEEPER, config, max_concurrency=16, get_if_exists=False)
@@ -204,13 +204,13 @@ def launch(config: PoolConfig) -> Pool:
 
 
 def _running() -> Pool | None:
-    """The pool that is there, also if it has just begun to start. One that cannot start has no replicas: it is None."""
+    """The pool of this cluster, even if it has just begun to start; None if there is none, or it cannot start."""
     try:
         return Pool(ray.get_actor(KEEPER, namespace=NAMESPACE), _START_TIMEOUT_S)
     except ValueError:
         return None
     except (SchoolhouseError, RayError):
-        if replica_handle.actors():
+        if replica_handle.actors():  # with replicas it is a pool that did start
             raise
         return None
 
@@ -219,15 +219,15 @@ def find() -> Pool:
     """The pool of the Ray cluster that this process is connected to.
 
     Raises:
-        ConfigError: there is none, or only what is left of one.
-        SchoolhouseError: its keeper or directory does not come up; says why.
+        ConfigError: there is no pool, or only what is left of one.
+        SchoolhouseError: its keeper or directory does not come up; the message says why.
     """
     try:
         return Pool(ray.get_actor(KEEPER, namespace=NAMESPACE))
     except ValueError as err:
         left = ", ".join(_left())
         raise ConfigError(
-            f"there is no pool on this Ray cluster, but parts of one whose keeper is gone: {left}; `schoolhouse down` "
+            f"there is no pool on this Ray cluster, only parts of one whose keeper is gone: {left}; `schoolhouse down` "
             "clears them, and so does `schoolhouse up pool.yaml`"
             if left
             else "there is no pool on this Ray cluster; start one with `schoolhouse up pool.yaml`"
@@ -235,16 +235,16 @@ def find() -> Pool:
 
 
 def clear() -> bool:
-    """Stop whatever is there of a pool, be it whole or not; False if there was nothing.
+    """Stop all actors of a pool, whether or not it is whole; False if there were none.
 
-    A keeper that hangs has 30 s to stop the others in order; then all are ended, which has 30 s again.
+    The keeper has 30 s to stop the others in order; then whatever is left is killed, for which Ray has another 30 s.
 
     Raises:
-        TeacherTimeoutError: Ray has not ended it in time.
+        TeacherTimeoutError: Ray has not ended all actors in time.
     """
     found = _left()
     if KEEPER in found:
-        with contextlib.suppress(RayError, GetTimeoutError, ValueError):  # it may hang, or be about to end
+        with contextlib.suppress(RayError, GetTimeoutError, ValueError):  # the keeper may hang, or be about to end
             keeper = ray.get_actor(KEEPER, namespace=NAMESPACE)
             ray.get(keeper.stop.remote(), timeout=_CALL_TIMEOUT_S)
     deadline = time.monotonic() + _CALL_TIMEOUT_S
@@ -259,7 +259,7 @@ def clear() -> bool:
 
 
 def _left() -> list[str]:
-    """Names of the pool's actors; the keeper's comes first, as it would start the others again."""
+    """Names of the pool's actors; the keeper comes first: as long as it lives, it restarts the others."""
     names = [
         name for name in ray.util.list_named_actors() if replica_handle.is_replica(name) or name in (KEEPER, DIRECTORY)
     ]
@@ -285,9 +285,9 @@ def _free_port() -> int:
 def ray_cluster(address: str | None = None, num_cpus: int | None = None) -> Iterator[str]:
     """Connect this process to the Ray cluster at `address`, or to a local one that it starts; yields its address.
 
-    A local one ends with the context. Its actors have the priority of any other process, where Ray would have them be
-    nice by 15: students that train on the same machine would take the teacher's time. Ray gives its processes 30 s to
-    come up, which a busy machine may need more than once: a local start is tried three times.
+    A local cluster ends with the context. Its actors run at normal priority: with Ray's default, a niceness of 15,
+    students on the same machine would take the teacher's CPU time. A local start is tried three times, as the 30 s that
+    Ray gives its processes to come up may be too short on a busy machine.
 
     Raises:
         TeacherUnavailableError: no cluster answers at `address`, or a local one did not come up.
@@ -320,7 +320,7 @@ def _start(num_cpus: int | None) -> Any:
                 logging_level="ERROR",
                 _system_config={"worker_niceness": 0},
             )
-        except Exception as err:  # Ray raises a bare Exception where its processes are late
+        except Exception as err:  # Ray raises a bare Exception if its processes are late
             started = set(here.children(recursive=True)) - others
             for process in started:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -328,5 +328,5 @@ def _start(num_cpus: int | None) -> Any:
             psutil.wait_procs(started, timeout=_STOP_TIMEOUT_S)
             if not left:
                 raise TeacherUnavailableError(f"a local Ray cluster did not start: {err}") from err
-            _log.warning("a local Ray cluster did not start, tried again: %s", err)
+            _log.warning("a local Ray cluster did not start; trying again: %s", err)
     raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""The keeper: holds every teacher of a pool at its replicas, scales and rolls it, and tells the directory."""
+"""The keeper: keeps the wanted replicas of each teacher running, scales and rolls them, and tells the directory."""
 
 import contextlib
 import logging
@@ -27,7 +27,7 @@ from schoolhouse_server.pool.scaling import Meter, Scaler
 _LOOP_S = 0.5
 _NODES_S = 1.0  # between two looks at what Ray knows of its nodes
 _PUBLISH_TIMEOUT_S = 10.0
-_DIRECTORY_TIMEOUT_S = 120.0  # until it has started, which is little more than its imports
+_DIRECTORY_TIMEOUT_S = 120.0  # for the directory to start, which is little more than its imports
 _SCALE_S = 2.0  # between two looks at how long requests wait
 _ADOPT_TIMEOUT_S = 10.0
 _HOLD_TIMEOUT_S = 5.0
@@ -39,14 +39,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Teacher:
-    """What the keeper knows of one teacher's replicas, beside what they should be."""
+    """What the keeper knows of one teacher's replicas; what they should be is in `TeacherState`."""
 
     members: list[Member] = field(default_factory=list)
-    failures: int = 0  # starts in a row
-    error: str = ""
-    lost: str = ""  # which replica was gone last, when and why
-    not_before: float = 0.0  # of the next start, after failures
-    used_at: dict[int, float] = field(default_factory=dict)  # by version, on time.time()'s clock
+    failures: int = 0  # starts in a row that failed
+    error: str = ""  # why it cannot be started
+    lost: str = ""  # which replica was lost last, when and why
+    not_before: float = 0.0  # when the next start may be tried, after failures
+    used_at: dict[int, float] = field(default_factory=dict)  # when each version last had a session, by time.time()
     scaler: Scaler = field(default_factory=Scaler)
     meter: Meter = field(default_factory=Meter)
     measured_at: float = 0.0
@@ -54,7 +54,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Entrance:
-    """Where people come in: the directory as HOST:PORT and as a URL, and the page with charts, if there is one."""
+    """What people connect to: the directory as HOST:PORT and as a URL, and the page with charts, if there is one."""
 
     address: str
     url: str
@@ -62,13 +62,14 @@ class Entrance:
 
 
 class KeeperActor(PoolActor):
-    """Keeps a pool as it should be. Restarted, it takes over the replicas and the newest desired state that is held.
+    """Keeps a pool as it should be; after a restart it takes over the replicas and the newest desired state.
 
-    It is the one actor that `up` makes, and makes the others: there is no pool, or one that becomes whole by itself.
+    It is the only actor that `up` makes, and it makes the others: so either there is no pool, or one that completes
+    itself.
 
-    What must survive is held by all the pool's actors, which are named and detached: keeper, directory and replicas may
-    die in any order, as long as one lives on. The cluster's own memory of which actors there are is that of Ray's GCS;
-    where the head node may be lost, give Ray an external Redis (GCS fault tolerance).
+    All actors of the pool hold the desired state, and all are named and detached: keeper, directory and replicas may
+    die in any order, as long as one of them lives on. Which actors exist is known by Ray's GCS; where the head node may
+    be lost, give Ray an external Redis (GCS fault tolerance).
     """
 
     def __init__(self, pool: PoolConfig) -> None:
@@ -77,17 +78,16 @@ class KeeperActor(PoolActor):
         self._directory: Any = None
         self._now = Desired.of(pool)
         self._teachers: dict[str, Teacher] = {name: Teacher() for name in self._now.teachers}
-        self._seen_at = 0.0  # when the nodes were looked at
+        self._seen_at = 0.0  # when Ray was last asked about its nodes
         self._lock = threading.RLock()
         self._stopping = threading.Event()
         self._adopted = threading.Event()
-        # If the thread ends by an error, so does the process: Ray restarts a keeper whose process has ended, and would
-        # take this one for well.
+        # If an error ends the thread, it ends the process too: Ray restarts a keeper only when its process has ended.
         self._thread = background.thread(self._keep, name="schoolhouse-keeper", on_death=lambda _error: os._exit(1))
         self._thread.start()
 
     def is_of(self, config: PoolConfig) -> bool:
-        """Whether it is the pool of this file; of a port 0 any port."""
+        """Whether the pool has this configuration; a port 0 in it matches any port."""
         with self._locked():
             now = self._now.config
         ports = {name: getattr(now, name) for name in ("port", "http_port") if getattr(config, name) == 0}
@@ -97,8 +97,8 @@ class KeeperActor(PoolActor):
         """Where students and operators find the pool; waits until the directory has started.
 
         Raises:
-            TeacherTimeoutError: it does not start in time.
-            TeacherUnavailableError: it cannot listen there.
+            TeacherTimeoutError: the directory does not start in time.
+            TeacherUnavailableError: the directory cannot start, for example because its port is taken.
         """
         with self._locked():
             directory = self._directory
@@ -107,24 +107,24 @@ class KeeperActor(PoolActor):
             return Entrance(*ray.get(calls, timeout=_DIRECTORY_TIMEOUT_S))
         except GetTimeoutError as err:
             raise TeacherTimeoutError(
-                f"the directory's actor did not start within {_DIRECTORY_TIMEOUT_S:g} s; has the head node room?"
+                f"the directory's actor did not start within {_DIRECTORY_TIMEOUT_S:g} s; does the head node have room?"
             ) from err
         except RayError as err:
             raise TeacherUnavailableError(f"the directory cannot start: {members.why(err)}") from err
 
     def status(self) -> list[dict[str, Any]]:
-        """A row for each replica."""
+        """One row for each replica."""
         with self._locked():
             found = [(name, list(teacher.members)) for name, teacher in self._teachers.items()]
         return [status_rows.replica(name, self._now.teachers[name], member) for name, ones in found for member in ones]
 
     def jobs(self) -> list[dict[str, Any]]:
-        """A row for each job of each teacher and revision."""
+        """One row for each job of each teacher and revision."""
         with self._locked():
             return status_rows.jobs({name: teacher.members for name, teacher in self._teachers.items()})
 
     def teachers(self) -> dict[str, dict[str, Any]]:
-        """By teacher: its bounds, wanted and serving replicas, revision, whether it is all there, and what failed."""
+        """For each teacher: bounds, wanted and serving replicas, revision, whether it is ready, and what failed."""
         with self._locked():
             return {
                 name: status_rows.teacher(self._now.teachers[name], teacher.members, teacher.error, teacher.lost)
@@ -132,13 +132,13 @@ class KeeperActor(PoolActor):
             }
 
     def scale(self, name: str, bounds: Bounds) -> None:
-        """Give a teacher other bounds."""
+        """Change how many replicas a teacher may have."""
         with self._locked():
             self._change(self._now.scaled(name, bounds))
             self._teachers[name].not_before = 0.0
 
     def roll(self, config: PoolConfig, names: list[str]) -> None:
-        """Begin to replace these teachers' replicas by those of new specs."""
+        """Begin to replace the replicas of these teachers by replicas of their specs in `config`."""
         with self._locked():
             self._change(self._now.rolled(config, names))
             for name in names:
@@ -146,7 +146,7 @@ class KeeperActor(PoolActor):
                 teacher.failures, teacher.error, teacher.not_before = 0, "", 0.0
 
     def take_back(self, name: str, why: str) -> bool:
-        """End a roll of which no replica serves yet; False if one does."""
+        """End a roll while none of its replicas serves yet; False if one does."""
         with self._locked():
             state = self._now.teacher(name)
             if state.current.revision or not state.old:
@@ -166,17 +166,17 @@ class KeeperActor(PoolActor):
             member.kill()
 
     def _locked(self) -> threading.RLock:
-        """The lock, once what another keeper left has been taken over.
+        """The lock, once this keeper has taken over what an earlier one left.
 
         Raises:
-            TeacherUnavailableError: that is not so yet.
+            TeacherUnavailableError: it has not done so in time.
         """
         if not self._adopted.wait(2 * _ADOPT_TIMEOUT_S):
-            raise TeacherUnavailableError("the pool's keeper has not found out yet what is there; ask again")
+            raise TeacherUnavailableError("the pool's keeper has just started and is still looking for replicas; retry")
         return self._lock
 
     def _change(self, desired: Desired) -> None:
-        """What should be from now on. Returns once someone else holds it, too."""
+        """Make this the desired state; returns once another actor holds it too, or after a few seconds."""
         self._now = desired
         self.hold(desired)
         holders = [self._directory, *(m.actor for t in self._teachers.values() for m in t.members)]
@@ -189,7 +189,7 @@ class KeeperActor(PoolActor):
         """Take over the directory, the replicas and the desired state of a keeper that died."""
         found = members.adopt()
         holders = [member.actor for ones in found.values() for member in ones]
-        with contextlib.suppress(ValueError):  # one that is made now holds nothing, and is not waited for
+        with contextlib.suppress(ValueError):  # a directory that is made only now holds no state
             holders.append(ray.get_actor(DIRECTORY, namespace=NAMESPACE))
         self._directory = self._find_directory()
         calls = [holder.held.remote() for holder in holders]
@@ -206,7 +206,7 @@ class KeeperActor(PoolActor):
         self._adopted.set()
 
     def _find_directory(self) -> Any:
-        """The directory's actor, made where there is none."""
+        """The directory's actor, which is made if there is none."""
         return on_the_head(DirectoryActor, DIRECTORY, self._pool, max_concurrency=4, get_if_exists=True)
 
     def _keep(self) -> None:
@@ -221,21 +221,21 @@ class KeeperActor(PoolActor):
                     serving, table = self._table()
                 self._publish(serving, table)
             except Exception:
-                _log.exception("the keeper goes on")
+                _log.exception("a round of the keeper failed; it goes on")
             self._stopping.wait(_LOOP_S)
 
     def _publish(self, serving: list[Member], table: list[bytes]) -> None:
         try:
             ray.get(self._directory.publish.remote(table), timeout=_PUBLISH_TIMEOUT_S)
         except (RayError, GetTimeoutError):
-            _log.warning("the directory is away", exc_info=True)
-            self._directory = self._find_directory()  # another one only where it was killed for good
+            _log.warning("the directory does not answer", exc_info=True)
+            self._directory = self._find_directory()  # a new one only if the old one was killed for good
             return
         for member in serving:
             member.listed = True
 
     def _see_nodes(self) -> None:
-        """Hear from Ray which nodes are about to go, and why replicas have none."""
+        """Ask Ray which nodes are about to go, and why replicas without a node have none."""
         if time.monotonic() - self._seen_at < _NODES_S:
             return
         self._seen_at = time.monotonic()
@@ -259,11 +259,11 @@ class KeeperActor(PoolActor):
                 self._look_at(name, teacher, member)
             self._scale_by_load(name, teacher)
             self._follow_plan(name, teacher)
-        except Exception:  # the other teachers are kept all the same
-            _log.exception("%s: the keeper goes on", name)
+        except Exception:  # so that the other teachers are kept all the same
+            _log.exception("%s: a round of the keeper failed; it goes on", name)
 
     def _look_at(self, name: str, teacher: Teacher, member: Member) -> None:
-        """Hear what a replica says, and take those out that are at their end."""
+        """Take a replica's report, and remove the replica if it has failed or stopped."""
         was = member.phase
         try:
             member.poll()
@@ -273,7 +273,7 @@ class KeeperActor(PoolActor):
             self._remove(teacher, member)
             if not member.stopping:
                 _log.warning("%s/%s is gone: %s", name, member.id, err)
-                teacher.lost = f"{member.id} was gone at {time.strftime('%H:%M:%S')}: {err}"
+                teacher.lost = f"{member.id} was lost at {time.strftime('%H:%M:%S')}: {err}"
                 if err.starting:
                     self._start_failed(name, teacher, member, str(err))
             return
@@ -290,7 +290,7 @@ class KeeperActor(PoolActor):
         teacher.members.remove(member)
 
     def _has_started(self, name: str, teacher: Teacher, member: Member) -> None:
-        """Check that it is what the others of its version are, and note that it serves."""
+        """Check that a new replica has the revision of the others of its version, and note that it serves."""
         state, found = self._now.teachers[name], member.report.revision
         version = state.version(member.version)
         if version is None:
@@ -336,7 +336,7 @@ class KeeperActor(PoolActor):
             return
         teacher.measured_at = now
         pressure = teacher.meter.read([(member.id, member.load) for member in serving], now)
-        whole = len(serving) == len(current) == state.count  # else there are no more before all of these serve
+        whole = len(serving) == len(current) == state.count  # if not, it does not grow before all of these serve
         bounds = state.bounds if whole else Bounds(min=state.bounds.min, max=state.count)
         count = teacher.scaler.decide(state.current.spec.autoscale, bounds, state.count, pressure, now)
         if count != state.count:
@@ -362,14 +362,14 @@ class KeeperActor(PoolActor):
         others = [m for m in teacher.members if m.version == version.number and not m.going]
         unplaced = [m for m in others if m.where is None]
         if members.one_at_a_time(version.spec) and unplaced:
-            for member in unplaced:  # the next turn knows where they went, or what they wait for instead
+            for member in unplaced:  # those that wait for a node that no longer suits are started again next round
                 if member.waits and member.labels != members.placement(version.spec, others).get("label_selector", {}):
                     self._remove(teacher, member)
             return
         teacher.members.append(members.start(name, version, others, self._now))
 
     def _table(self) -> tuple[list[Member], list[bytes]]:
-        """The members that the directory is told of, and what it is told."""
+        """The members that the directory lists, and its whole table, as serialized replica sets."""
         listed, table = [], []
         for name, state in self._now.teachers.items():
             serving = [m for m in self._teachers[name].members if m.phase != "starting" and not m.stopping]
@@ -387,13 +387,13 @@ def _superseded(version: Version) -> Version:
 
 
 def _revision_of(state: TeacherState, replicas: list[directory_pb2.Replica]) -> str:
-    """What a job that begins now gets: the newest that serves; that of a roll as soon as one of its replicas does."""
+    """The revision for jobs that begin now: the newest of which a replica serves."""
     serving = {r.revision for r in replicas if r.state == directory_pb2.Replica.SERVING}
     return next((v.revision for v in reversed(state.versions) if v.revision in serving), "")
 
 
 def _answers(calls: list[Any]) -> Iterator[Any]:
-    """What the calls that have ended by now returned; those that failed are left out."""
+    """The results of the calls that have returned by now; failed and pending ones are left out."""
     for call in calls:
         try:
             yield ray.get(call, timeout=0)

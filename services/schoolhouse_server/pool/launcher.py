@@ -1,8 +1,8 @@
-"""`python -m schoolhouse_server.pool.launcher`: starts a pool as a job of a Ray cluster, and again where it was lost.
+"""`python -m schoolhouse_server.pool.launcher`: starts a pool by a job of a Ray cluster, and again if it is lost.
 
-Each state of the pool's files is one job, whose id says which. Ray's job server knows a job as long as the cluster has
-its state, and answers without a driver: a pool that was launched is left alone, until its files change or the head
-comes back without it.
+Each state of the pool's files has one job, whose id names that state. Ray's job server remembers a job as long as the
+cluster keeps its state, and can be asked without a driver. So a pool that was launched is left alone, until its files
+change or the head node comes back without it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _TIMEOUT_S = 30.0
-_MAX_BYTES = 64 << 20  # of an answer
+_MAX_BYTES = 64 << 20  # read of one answer
 _MAX_WHY = 2000
 _LOOK_S = 15.0
 _MAX_BACKOFF_S = 300.0
@@ -29,14 +29,14 @@ _log = logging.getLogger(__name__)
 
 
 class JobServer:
-    """Ray's job server, over its REST interface; every call raises `OSError` where it does not answer as it should."""
+    """Ray's job server, over its REST interface; every call raises `OSError` if the answer is missing or an error."""
 
     def __init__(self, address: str, token: str = "") -> None:
         self._address = address.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     def states(self, prefix: str) -> dict[str, str]:
-        """What the jobs whose ids begin so are doing."""
+        """The state of each job whose id begins with `prefix`."""
         found = self._ask("GET", "/api/jobs/")
         ids = {str(job.get("submission_id") or ""): str(job["status"]) for job in found}
         return {job: state for job, state in ids.items() if job.startswith(prefix)}
@@ -64,11 +64,11 @@ class JobServer:
             why = err.read(_MAX_WHY).decode(errors="replace").strip()
             raise OSError(f"{method} {path}: {err.code} {err.reason}: {why}") from err
         except ValueError as err:
-            raise OSError(f"{method} {path}: the answer is no JSON") from err
+            raise OSError(f"{method} {path}: the answer is not JSON") from err
 
 
 class Launcher:
-    """Has one job done, and says whether it is. Of a job that fails, `attempts` are made, further and further apart."""
+    """Gets one job done, and says whether it is; a job that fails is tried up to `attempts` times, ever more rarely."""
 
     def __init__(self, server: JobServer, prefix: str, job: str, command: Sequence[str], attempts: int) -> None:
         self._server, self._prefix, self._job, self._command = server, prefix, job, command
@@ -78,7 +78,7 @@ class Launcher:
         self._printed = 0
 
     def look(self, now: float) -> bool:
-        """Do what is to be done at this time of time.monotonic()'s clock; whether the pool is launched."""
+        """Do what is due at `now`, on time.monotonic()'s clock; returns whether the pool is launched."""
         states = self._server.states(self._prefix)
         state = states.pop(self._job, "")
         if state:
@@ -90,7 +90,7 @@ class Launcher:
         return state == "SUCCEEDED"
 
     def _submit(self, others: Mapping[str, str]) -> None:
-        """Begin, once an earlier change has ended. Its job is forgotten: going back to it is a change again."""
+        """Submit the job, once jobs of other states have ended; those are forgotten, so that going back works."""
         if any(state not in _ENDED for state in others.values()):
             return
         for other in others:
@@ -107,10 +107,10 @@ class Launcher:
         wait_s = min(10.0 * 2 ** (self._failures - 1), _MAX_BACKOFF_S)
         self._not_before = now + wait_s
         self._server.forget(self._job)
-        _log.error("%s: %s; tried again in %g s, %d times more", self._job, state, wait_s, self._left)
+        _log.error("%s: %s; next try in %g s, %d tries left", self._job, state, wait_s, self._left)
 
     def _show(self) -> None:
-        """Print what the job has written since."""
+        """Print what the job has written since the last look."""
         text = self._server.logs(self._job)
         sys.stdout.write(text[self._printed :])
         sys.stdout.flush()
@@ -118,16 +118,16 @@ class Launcher:
 
 
 def main(arguments: list[str]) -> None:
-    """Look for ever, as these arguments say."""
+    """Keep the pool of these arguments launched, for ever."""
     parser = argparse.ArgumentParser(
         prog="python -m schoolhouse_server.pool.launcher", description="Keep a pool launched."
     )
-    parser.add_argument("--address", required=True, help="of Ray's job server, as http://HOST:8265")
-    parser.add_argument("--prefix", required=True, help="that the ids of all jobs of this pool have")
-    parser.add_argument("--state", required=True, help="of the pool's files: it completes the id")
-    parser.add_argument("--attempts", type=int, default=12)
-    parser.add_argument("--ready-file", type=Path, required=True, help="it is there while the pool is launched")
-    parser.add_argument("command", nargs="+", help="what the job runs, after --")
+    parser.add_argument("--address", required=True, help="address of Ray's job server, as http://HOST:8265")
+    parser.add_argument("--prefix", required=True, help="prefix of the ids of all jobs of this pool")
+    parser.add_argument("--state", required=True, help="state of the pool's files, such as a digest; ends the id")
+    parser.add_argument("--attempts", type=int, default=12, help="how often a job that fails is tried")
+    parser.add_argument("--ready-file", type=Path, required=True, help="file that exists while the pool is launched")
+    parser.add_argument("command", nargs="+", help="the command that the job runs, after --")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     server = JobServer(given.address, os.environ.get("RAY_AUTH_TOKEN", ""))
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> None:
     while True:
         try:
             launched = launcher.look(time.monotonic())
-        except OSError as err:  # the head is away, or not there yet
+        except OSError as err:  # the head node is gone, or not there yet
             launched = False
             _log.warning("Ray's job server at %s: %s", given.address, err)
         if launched:

@@ -1,4 +1,4 @@
-"""A teacher spec -> nn.Module: a Python import path, a transformers checkpoint folder, safetensors weights."""
+"""Builds a teacher's module from its spec: an import path or a transformers checkpoint, and safetensors weights."""
 
 import importlib
 import sys
@@ -13,14 +13,14 @@ from torch import nn
 
 from schoolhouse_server.pool.config import TeacherSpec
 
-_MAX_TEXT = 500  # characters of what others say
+_MAX_TEXT = 500  # characters quoted of an error of other code
 
 
 def load_teacher(spec: TeacherSpec, folder: Path) -> nn.Module:
     """Build the model that `spec` describes, on its device and in its dtype; paths are relative to `folder`.
 
     Raises:
-        ConfigError: the spec names something that is not there, or that is no model.
+        ConfigError: the spec names something that does not exist, or is not a model.
     """
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
@@ -31,7 +31,7 @@ def load_teacher(spec: TeacherSpec, folder: Path) -> nn.Module:
 
 
 def load_example(spec: TeacherSpec, folder: Path) -> Callable[[], Any] | None:
-    """What makes the example that `spec` names, if it names one; raises ConfigError if it is not there."""
+    """The callable that `spec` names as `example`, or None; raises ConfigError if it cannot be imported."""
     return _import(spec.example, folder, "example") if spec.example is not None else None
 
 
@@ -68,9 +68,9 @@ def _from_checkpoint(spec: TeacherSpec, folder: Path) -> nn.Module:
         named = (config.architectures or ["AutoModel"])[0]
         kind = getattr(transformers, named, transformers.AutoModel)
         model: nn.Module = kind.from_pretrained(path, local_files_only=True)
-    except Exception as err:  # a damaged checkpoint may make any of this raise anything
+    except Exception as err:  # for a damaged checkpoint, transformers may raise anything
         raise ConfigError(f"transformers: {spec.transformers} cannot be loaded: {_told(err)}") from err
-    model.config.use_cache = False  # type: ignore[union-attr]  # a cache cannot travel
+    model.config.use_cache = False  # type: ignore[union-attr]  # caches cannot be sent as features
     return model
 
 
@@ -81,10 +81,10 @@ def _load_weights(module: nn.Module, path: Path) -> None:
         raise ConfigError(f"weights: there is no file {path.name} beside the pool file") from err
     except RuntimeError as err:
         raise ConfigError(f"weights: {path.name} does not fit the model: {_told(err)}") from err
-    except Exception as err:  # of safetensors, or of the system
+    except Exception as err:  # from safetensors, or the file system
         raise ConfigError(f"weights: {path.name} cannot be read as safetensors: {_told(err)}") from err
 
 
 def _told(err: Exception) -> str:
-    """What an error says, in a line."""
+    """An error's type and text, in one line."""
     return " ".join(f"{type(err).__name__}: {err}".split())[:_MAX_TEXT]

@@ -1,7 +1,7 @@
 """A Ray cluster on this machine that outlives the command that started it.
 
-`python -m schoolhouse_server.pool.local_cluster` prints the cluster's address, holds it, and ends it on SIGTERM.
-Where it runs is noted in a small file, so that `schoolhouse status` and `schoolhouse down` find it.
+`python -m schoolhouse_server.pool.local_cluster` starts the cluster, prints its address, and ends it on SIGTERM. A
+small file says where it runs, so that `schoolhouse status` and `schoolhouse down` find it.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ def _holder() -> psutil.Process | None:
     try:
         found = json.loads(note().read_text())
         process = psutil.Process(found["pid"])
-        return process if abs(process.create_time() - found["created"]) < 1 else None  # else the id was given anew
+        return process if abs(process.create_time() - found["created"]) < 1 else None  # or the id was reused
     except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
         return None
 

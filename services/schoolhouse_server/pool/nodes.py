@@ -1,8 +1,8 @@
-"""What Ray knows of its nodes: which of them are about to go, and what a replica that has none waits for.
+"""What Ray knows of its nodes: which of them are about to go, and what a replica without a node waits for.
 
-Ray publishes neither in its public API: Ray Serve asks the GCS for the first as is done here, and the second is what
-`ray status` prints. `tests/pool/test_nodes.py` holds both on the installed version; one that does not answer so is
-logged, and the pool goes on without.
+Ray's public API offers neither. The first is asked of the GCS as Ray Serve does, and the second is what `ray status`
+prints. `tests/pool/test_nodes.py` checks both with the installed version of Ray; if another version does not answer,
+that is logged, and the pool works without.
 """
 
 import functools
@@ -15,44 +15,47 @@ from typing import Any
 import ray
 
 _TIMEOUT_S = 5
-_ROUNDED = 1e-3  # Ray counts ten thousandths
+_ROUNDED = 1e-3  # Ray rounds amounts to ten thousandths
 
 _log = logging.getLogger(__name__)
 
 
 def leaving() -> dict[str, float]:
-    """By id, the nodes that Ray drains, as after a preemption notice: until when each is there.
+    """The nodes that Ray drains, as after a preemption notice: when each will be gone, by its id.
 
-    Ray places nothing on them any more. The time is on time.time()'s clock; `math.inf`: it is not known.
+    Ray places nothing on them any more. Times are on time.time()'s clock; `math.inf` stands for an unknown time.
     """
     try:
         found = _gcs(ray.get_runtime_context().gcs_address).get_draining_nodes(timeout=_TIMEOUT_S)
         return {node: deadline_ms / 1000 if deadline_ms else math.inf for node, deadline_ms in found.items()}
-    except Exception as err:  # of Ray's inside, it may be any
-        _warn("which nodes are about to go, so that replicas are replaced only once their node is gone", repr(err))
+    except Exception as err:  # Ray's internals may raise anything
+        _warn("which nodes are about to go, so replicas are replaced only once their node is gone", repr(err))
         return {}
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What Ray has been asked for and has no node for, and what its nodes have."""
+    """The requests for resources that Ray has no node for, and what its nodes have."""
 
     asked: tuple[Mapping[str, float], ...]
-    totals: tuple[Mapping[str, float], ...]  # of the nodes that stay
-    autoscaler: str = ""  # what it does about it
+    totals: tuple[Mapping[str, float], ...]  # the resources of each node that stays
+    autoscaler: str = ""  # what the autoscaler does about it
 
     @classmethod
     def now(cls, going: Mapping[str, float]) -> "Demand | None":
-        """At present; `going` are the nodes that `leaving` found. None: Ray does not say."""
+        """The present demand; `going` are the nodes that `leaving` found.
+
+        None if Ray does not say.
+        """
         try:
             return cls._now(going)
-        except Exception as err:  # of Ray's inside, it may be any
+        except Exception as err:  # Ray's internals may raise anything
             _warn("what replicas without a node wait for", repr(err))
             return None
 
     @classmethod
     def _now(cls, going: Mapping[str, float]) -> "Demand":
-        from ray.autoscaler.v2.sdk import get_cluster_status  # only here: another version may not have it
+        from ray.autoscaler.v2.sdk import get_cluster_status  # imported here, as another version may not have it
 
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=_TIMEOUT_S)
         demands = status.resource_demands.ray_task_actor_demand
@@ -64,7 +67,10 @@ class Demand:
         )
 
     def why(self, needs: Mapping[str, float], where: str = "") -> str:
-        """Why an actor that takes `needs` of a node, `where` there is a rule for it, has none; empty if Ray has one."""
+        """Why Ray has no node for an actor that takes `needs`; empty if it has one.
+
+        `where` says which nodes may do.
+        """
         needs = {name: amount for name, amount in needs.items() if amount}
         if not any(_same(needs, bundle) for bundle in self.asked):
             return ""
@@ -80,19 +86,19 @@ def _same(needs: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
 
 @functools.cache
 def _gcs(address: str) -> Any:
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # only here: another version may not have it
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # here, as another version may not have it
 
     return GcsClient(address=address)
 
 
 @functools.lru_cache(64)
 def _warn(what: str, why: str) -> None:
-    """Log it once, and not at every look."""
+    """Log it once, not each time Ray is asked."""
     _log.warning("Ray %s does not say %s: %s", ray.__version__, what, why)
 
 
 def _autoscaler(status: Any) -> str:
-    """What Ray's autoscaler does, to be added to a sentence; it may not run."""
+    """What Ray's autoscaler is doing, to be appended to a sentence; empty if it does nothing or does not run."""
     coming = sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes)
     failed = [launch.details for launch in status.failed_launches if launch.details]
     said = f"; Ray's autoscaler starts {coming} nodes" if coming else ""

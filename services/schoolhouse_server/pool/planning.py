@@ -1,4 +1,4 @@
-"""What must be done to bring a teacher's replicas to what they should be: a pure function of what is seen."""
+"""Which replicas of a teacher to start and which to drain: a pure function of its desired state and its replicas."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,8 +7,8 @@ from typing import Literal
 
 from schoolhouse_server.pool.pool_state import TeacherState, Version
 
-ROOM_S = 10.0  # a replica that has no node after so long finds no room
-QUIET_S = 5.0  # a revision without a session for so long has no job any more
+ROOM_S = 10.0  # a replica without a node for this long counts as finding no room
+QUIET_S = 5.0  # a revision without a session for this long counts as used by no job
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,17 @@ class Seen:
     id: str
     version: int
     phase: Literal["starting", "serving", "draining"]
-    revision: str = ""  # once it serves
-    placed: bool = True  # it has a node, or Ray has one for it
+    revision: str = ""  # empty until it serves
+    placed: bool = True  # whether it has a node, or Ray has one for it
     age_s: float = 0.0
     sessions: int = 0
-    leaving: bool = False  # its node is about to go
-    due: bool = False  # and so soon that it cannot stay until another one serves
+    leaving: bool = False  # whether its node is about to go
+    due: bool = False  # whether its node goes so soon that it must drain before another replica serves
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do: versions to start a replica of, one for each time that it stands there, and replicas to drain."""
+    """What to do: one replica to start for each entry of `start`, and the ids of replicas to drain."""
 
     start: tuple[Version, ...] = ()
     drain: tuple[str, ...] = ()
@@ -37,15 +37,14 @@ class Plan:
 def plan(state: TeacherState, replicas: Sequence[Seen], used_at: dict[int, float], now: float) -> Plan:
     """What to do next.
 
-    `used_at` says by version when it was last seen with a session, on the clock of `now`, which is that of
-    `Version.superseded_at`.
+    `used_at` says when each version was last seen with a session, on the clock of `now` and `Version.superseded_at`.
 
-    A roll goes on one replica at a time beyond the wanted number, and drains an old one for each new one that serves.
-    Where there is no room for one more, an old one goes first, if it is not the last that serves. One replica of each
-    old revision stays as long as a job has sessions with it and its time to linger has not passed.
+    A roll starts one replica at a time beyond the wanted number, and drains an old one for each new one that serves.
+    Where there is no room for one more, an old one is drained first, unless it is the last that serves. One replica of
+    each old revision stays as long as a job has sessions with it, for at most `linger_s`.
 
-    Those whose node is about to go are replaced at once, all of them, and serve on until another one of their version
-    serves for each, or until they are due.
+    All replicas whose node is about to go are replaced at once. Each goes on serving until another one of its version
+    serves in its place, or until it is due.
     """
     staying = [r for r in replicas if r.phase != "draining" and not r.leaving]
     current = [r for r in staying if r.version == state.current.number]
@@ -64,11 +63,11 @@ def plan(state: TeacherState, replicas: Sequence[Seen], used_at: dict[int, float
 def _kept(
     state: TeacherState, old: Sequence[Seen], ready: Sequence[Seen], used_at: dict[int, float], now: float
 ) -> set[int]:
-    """The old versions of which one replica must stay."""
+    """The old versions of which one replica must stay, by their numbers."""
     kept = set()
     for version in state.old:
         if any(r.revision == version.revision for r in ready):
-            continue  # the new ones can take their jobs
+            continue  # a new replica with the same revision can take its jobs
         expired = version.superseded_at and now >= version.superseded_at + state.current.pool.linger_s
         restarting = any(r.version == version.number and r.phase == "starting" for r in old)
         used = now - used_at.get(version.number, 0.0) < QUIET_S
@@ -78,14 +77,14 @@ def _kept(
 
 
 def _surplus(replicas: Sequence[Seen], count: int) -> list[Seen]:
-    """The ones that are missed least: those that do not serve yet, then those with the fewest sessions."""
+    """The `count` replicas that are missed least: those that do not serve yet, then those with the fewest sessions."""
     return sorted(replicas, key=lambda r: (r.phase == "serving", r.sessions))[: max(count, 0)]
 
 
 def _retired(
     state: TeacherState, current: Sequence[Seen], old: Sequence[Seen], kept: set[int], replicas: Sequence[Seen]
 ) -> list[Seen]:
-    """Old ones that may go, as enough of the others serve; those that do not serve yet are not needed any more."""
+    """The replicas of old versions that may go: surplus ones that serve, and unneeded ones that do not serve yet."""
     serving = [r for r in old if r.phase == "serving"]
     needed = kept - {r.version for r in serving}
     late = [r for r in old if r.phase == "starting" and r.version not in needed]
@@ -112,7 +111,7 @@ def _spare(serving: Sequence[Seen], kept: set[int], count: int) -> list[Seen]:
 
 
 def _replaced(state: TeacherState, leaving: Sequence[Seen], staying: Sequence[Seen], kept: set[int]) -> list[Seen]:
-    """Those of nodes about to go that may drain: enough of the others serve, or there is no time to wait for it."""
+    """The replicas on leaving nodes that may drain: enough others serve, or there is no time left to wait for that."""
     current, gone = state.current.number, []
     serving = Counter(r.version for r in staying if r.phase == "serving")
     for r in leaving:
@@ -120,7 +119,7 @@ def _replaced(state: TeacherState, leaving: Sequence[Seen], staying: Sequence[Se
         if r.due or r.phase == "starting" or serving[r.version] >= needed:
             gone.append(r)
         else:
-            serving[r.version] += 1  # it stays for now
+            serving[r.version] += 1  # it stays, and serves, for now
     return gone
 
 

@@ -1,4 +1,4 @@
-"""A replica as the keeper sees it: starts its actor, asks it how it is, and ends it. Never waits for an answer."""
+"""A replica as the keeper sees it: starts its actor, polls its reports, and ends it, without waiting for answers."""
 
 import contextlib
 import itertools
@@ -20,19 +20,19 @@ from schoolhouse_server.pool.config import TeacherSpec
 from schoolhouse_server.pool.planning import Seen
 from schoolhouse_server.pool.pool_state import Desired, Version
 
-_HUNG_S = 60.0  # a replica that answers nothing for this long is replaced
-_PROCESS_TIMEOUT_S = 1800.0  # until a process that Ray has room for has started, and imported what it needs
+_HUNG_S = 60.0  # a replica that does not answer for this long is replaced
+_PROCESS_TIMEOUT_S = 1800.0  # for a process that Ray has room for to start, and import what it needs
 _STOP_TIMEOUT_S = 10.0
-_LEAVE_S = 15.0  # before its node goes a replica drains, whether or not another one serves
-_LAST_S = 2.0  # before that it is to have stopped
+_LEAVE_S = 15.0  # how long before its node goes a replica begins to drain, whether or not another one serves
+_LAST_S = 2.0  # how long before its node goes a replica must have drained
 _MAX_WHY = 600  # characters of what Ray says
 _PREFIX = "teacher"
 _NODE_ID = "ray.io/node-id"
-_UNHEARD = "waits for a node"  # until Ray says more, which it may not
+_UNHEARD = "waits for a node"  # until Ray says what for, which it may never do
 
 
 class ReplicaFailedError(Exception):
-    """A replica is gone. `starting`: it never served."""
+    """A replica is lost; `starting` says that it had not served yet."""
 
     def __init__(self, why: str, *, starting: bool) -> None:
         super().__init__(why)
@@ -41,22 +41,22 @@ class ReplicaFailedError(Exception):
 
 @dataclass(eq=False)
 class Member:
-    """One replica's actor, and what it last said."""
+    """One replica's actor, and its last report."""
 
     id: str
     version: int
     actor: Any
-    pending: Any  # the call whose answer shows that it lives: a Report
+    pending: Any  # the call that is under way; its answer, a Report, shows that the replica lives
     pending_where: Any
     load_timeout_s: float = math.inf
-    labels: dict[str, str] | None = None  # of the nodes that Ray may choose among; None: not known any more
+    labels: dict[str, str] | None = None  # the label selector given to Ray; None if a former keeper started it
     began: float = field(default_factory=time.monotonic)
-    placed_at: float = field(default_factory=time.monotonic)  # Ray has had room for it, or it has loaded, since then
-    waits: str = ""  # why it has no room on any
-    goes_at: float | None = None  # until when its node is there, on time.time()'s clock, if that is about to go
+    placed_at: float = field(default_factory=time.monotonic)  # since when Ray has room for it, or its process runs
+    waits: str = ""  # why no node has room for it
+    goes_at: float | None = None  # when its node goes, on time.time()'s clock; None if it stays
     asked_at: float = field(default_factory=time.monotonic)
     phase: Literal["starting", "serving", "draining"] = "starting"
-    listed: bool = False  # in the directory
+    listed: bool = False  # whether the directory lists it
     where: Where | None = None
     report: Report = field(default_factory=lambda: Report("starting", 0))
     load: directory_pb2.Load = field(default_factory=directory_pb2.Load)
@@ -74,7 +74,7 @@ class Member:
         return self.phase == "draining" or self.goes_at is not None
 
     def seen(self) -> Seen:
-        """What a plan is made from."""
+        """The facts of this replica that planning uses."""
         return Seen(
             id=self.id,
             version=self.version,
@@ -88,7 +88,7 @@ class Member:
         )
 
     def described(self) -> directory_pb2.Replica:
-        """What the directory says of it."""
+        """The directory's entry for this replica."""
         state = directory_pb2.Replica.DRAINING if self.phase == "draining" else directory_pb2.Replica.SERVING
         where = self.where or Where("", "", "")
         return directory_pb2.Replica(
@@ -102,7 +102,7 @@ class Member:
         )
 
     def poll(self) -> None:
-        """Take its answer if there is one, and ask again; raises `ReplicaFailedError` if it is gone or hangs."""
+        """Take its report if there is one, and ask again; raises `ReplicaFailedError` if it is lost or hangs."""
         try:
             self._take_where()
             ready, _ = ray.wait([self.pending], timeout=0)
@@ -112,12 +112,12 @@ class Member:
                 self._check_time()
         except ActorUnavailableError:
             self._check_time()
-            self._ask(again=True)  # the network may return, and `asked_at` holds on
-        except RayError as err:  # start() raised, its process or its node died, it was killed for its memory
+            self._ask(again=True)  # the network may come back; `asked_at` is not reset
+        except RayError as err:  # start() raised, its process or node died, or it was killed for its memory use
             raise ReplicaFailedError(why(err), starting=self.phase == "starting") from err
 
     def _check_time(self) -> None:
-        """Raises `ReplicaFailedError` for one that loads, or says nothing, for too long."""
+        """Raises `ReplicaFailedError` if it has been starting, or has not answered, for too long."""
         now, starting = time.monotonic(), self.phase == "starting"
         if not starting and now - self.asked_at > _HUNG_S:
             raise ReplicaFailedError(f"it did not answer for {_HUNG_S:g} s", starting=False)
@@ -128,13 +128,13 @@ class Member:
             raise ReplicaFailedError(text, starting=True)
 
     def hears(self, waits: str) -> None:
-        """Learn why it has no room on a node; empty if it has."""
+        """Note why no node has room for it; empty if one has."""
         self.waits = waits if self.where is None else ""
         if self.waits:
             self.placed_at = time.monotonic()
 
     def stage(self) -> str:
-        """What it is doing, for an operator to read."""
+        """What it is doing, in words for an operator."""
         if self.phase != "starting":
             stage = self.phase if self.listed else "registering"
             return f"{stage}, its node is about to go" if self.goes_at is not None else stage
@@ -146,7 +146,7 @@ class Member:
             return self.report.stage
 
     def drain(self, timeout_s: float) -> None:
-        """Let it end what it has, as long as its node is there; one that does not serve yet has nothing."""
+        """Have it finish its requests, as long as its node is there; if it does not serve yet, stop it."""
         if self.phase == "starting":
             self.stop()
         else:
@@ -161,13 +161,13 @@ class Member:
             self._stop_by = time.monotonic() + (_STOP_TIMEOUT_S if self.phase != "starting" else 0.0)
 
     def ended(self) -> bool:
-        """Whether it has stopped, or has had the time to."""
+        """Whether it has stopped, or its time to stop is over."""
         return self._stopping is not None and (
             time.monotonic() >= self._stop_by or bool(ray.wait([self._stopping], timeout=0)[0])
         )
 
     def kill(self) -> None:
-        """End its process, also if it is on a node that cannot be reached at present."""
+        """End its process, even on a node that cannot be reached at present."""
         with contextlib.suppress(RayError, ValueError):
             ray.kill(self.actor)
 
@@ -191,12 +191,12 @@ class Member:
     def _ask(self, *, again: bool) -> None:
         if not again:
             self.asked_at = time.monotonic()
-        starting = self.phase == "starting"  # start() waits for one that is under way
+        starting = self.phase == "starting"  # another start() just waits for the one that is under way
         self.pending = self.actor.start.remote() if starting else self.actor.report.remote()
 
 
 def start(teacher: str, version: Version, others: Iterable[Member], desired: Desired) -> Member:
-    """A new replica of a version, placed as its spec says beside the `others` of that version."""
+    """Start a replica of a version, placed as its spec says with respect to the `others` of that version."""
     member_id = uuid.uuid4().hex[:8]
     spec, options = version.spec, placement(version.spec, others)
     actor = (
@@ -227,25 +227,25 @@ def start(teacher: str, version: Version, others: Iterable[Member], desired: Des
 
 
 def needs(spec: TeacherSpec) -> dict[str, float]:
-    """What a replica takes of its node, by Ray's names."""
+    """What a replica takes of its node, by the names of Ray's resources."""
     return {"CPU": spec.resources.num_cpus, "GPU": spec.resources.num_gpus, **spec.resources.custom}
 
 
 def rule(spec: TeacherSpec) -> str:
-    """Which nodes a replica may be on, in words that follow what it needs; empty: any."""
+    """Which nodes a replica may run on, as the end of a sentence about what it needs; empty for any node."""
     labels = ", ".join(f"{name}: {value}" for name, value in spec.labels.items())
     strict = f" with placement {spec.placement}" if spec.placement.startswith("STRICT") else ""
     return (f" on a node of {{{labels}}}" if labels else "") + strict
 
 
 def why(err: RayError) -> str:
-    """What Ray, or the teacher's own code, says of an error: a line without particulars of processes and stacks."""
+    """What Ray, or the teacher's own code, says of an error, in one line without details of processes and stacks."""
     cause, lines = getattr(err, "cause", None), str(err).splitlines()
     if isinstance(cause, Exception) and not isinstance(cause, RayError):
         return _line(str(cause) if isinstance(cause, SchoolhouseError) else f"{type(cause).__name__}: {cause}")
-    if isinstance(err, RayActorError) and not err.actor_init_failed:  # particulars, and what happened below them
+    if isinstance(err, RayActorError) and not err.actor_init_failed:  # details of the actor, then what happened
         rest = list(itertools.dropwhile(lambda line: line.startswith("\t"), lines[1:]))
-    else:  # there may be a stack, and what was raised below it
+    else:  # a stack perhaps, then what was raised
         rest = lines[max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1) + 1 :]
     said = _line(" ".join(rest or lines[:1]))
     return f"its node was preempted: {said}" if getattr(err, "preempted", False) else said
@@ -256,7 +256,7 @@ def _line(text: str) -> str:
 
 
 def one_at_a_time(spec: TeacherSpec) -> bool:
-    """Whether the next replica's place depends on where the one before it went."""
+    """Whether where the next replica may go depends on where the one before it went."""
     return spec.placement in ("STRICT_SPREAD", "PACK", "STRICT_PACK")
 
 
@@ -266,14 +266,14 @@ def is_replica(name: str) -> bool:
 
 
 def adopt() -> dict[str, list[Member]]:
-    """The replicas that a keeper which died has left, by teacher."""
+    """The replicas that an earlier keeper has started and left behind, by teacher."""
     found: dict[str, list[Member]] = {}
     for name in ray.util.list_named_actors():
         kind, _, rest = name.partition("/")
         teacher, _, numbers = rest.partition("/")
         version, _, member_id = numbers.partition("/")
         if kind == _PREFIX and member_id:
-            with contextlib.suppress(ValueError):  # it has died meanwhile
+            with contextlib.suppress(ValueError):  # the actor has died meanwhile
                 actor = ray.get_actor(name, namespace=NAMESPACE)
                 member = Member(member_id, int(version), actor, actor.report.remote(), actor.where.remote())
                 found.setdefault(teacher, []).append(member)
@@ -281,7 +281,7 @@ def adopt() -> dict[str, list[Member]]:
 
 
 def actors(teacher: str = "", member_id: str = "") -> dict[str, Any]:
-    """The actors of replicas by TEACHER/ID: all, those of a teacher, or one."""
+    """The actors of replicas by TEACHER/ID: all of them, those of one teacher, or one replica's."""
     found = {}
     for name in ray.util.list_named_actors():
         kind, *rest = name.split("/")
@@ -292,7 +292,7 @@ def actors(teacher: str = "", member_id: str = "") -> dict[str, Any]:
 
 
 def placement(spec: TeacherSpec, others: Iterable[Member]) -> dict[str, Any]:
-    """Ray's options for a replica beside the others. With a selector Ray itself waits for a node that fits."""
+    """Ray's scheduling options for a replica, given the others; with a label selector Ray waits for a fitting node."""
     nodes = [member.where.node_id for member in others if member.where is not None]
     labels = dict(spec.labels)
     options: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""How many replicas a teacher should have: a policy over queueing delay, with hysteresis. Neither Ray nor clocks."""
+"""How many replicas a teacher should have: a policy over queueing delay, with hysteresis; it needs no Ray or clock."""
 
 import math
 from collections.abc import Sequence
@@ -8,25 +8,25 @@ from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server.pool.config import Autoscale, Bounds
 
-_QUIET_PART = 0.25  # of the target: only below it is there a replica too many
+_QUIET_PART = 0.25  # of the target delay; only below that may there be a replica too many
 _MAX_PATIENCE = 16
 _BUSY_STAGE = "forward"
 
 
 @dataclass(frozen=True)
 class Pressure:
-    """What the replicas of a teacher have to do: how long requests wait, and the sum of the replicas' busy shares."""
+    """The load on a teacher's replicas: how long requests wait, and the sum of the replicas' busy shares of time."""
 
     delay_s: float
     busy: float
 
 
 class Scaler:
-    """Decides when to grow and when to shrink; told of the pressure again and again.
+    """Decides when to grow and when to shrink, from the pressure at each of many moments.
 
-    Grows fast: by what the delay asks for, at most to twice as many, and then waits until those serve. Shrinks slowly:
-    one at a time. Having grown soon after it shrank, it takes twice as long to shrink again, up to 16 times as long:
-    at a load that one replica fewer cannot carry, it tries ever more rarely.
+    It grows fast, in proportion to the delay, at most to twice as many replicas, and then waits until those serve. It
+    shrinks slowly, by one replica at a time. If it has to grow soon after it shrank, it waits twice as long before it
+    shrinks again, and up to 16 times as long: so with a load that needs all replicas, it tries ever more rarely.
     """
 
     def __init__(self) -> None:
@@ -36,8 +36,10 @@ class Scaler:
         self._patience = 1
 
     def decide(self, settings: Autoscale, bounds: Bounds, count: int, pressure: Pressure, now_s: float) -> int:
-        """How many replicas there should be in place of `count`. Where some of those do not serve yet, `bounds.max`
-        is `count`: there are no more before they serve, and fewer if there is no need for them any more.
+        """How many replicas there should be instead of `count`.
+
+        While some of those do not serve yet, the caller gives `count` as `bounds.max`: no more are started before they
+        serve, but there may be fewer.
         """
         over = pressure.delay_s > settings.target_delay_s
         under = pressure.delay_s < _QUIET_PART * settings.target_delay_s and (
@@ -63,13 +65,13 @@ class Scaler:
 
 
 class Meter:
-    """Makes pressure of the loads that replicas report, which hold sums since their start."""
+    """Computes the pressure from the loads that replicas report, which hold sums since their start."""
 
     def __init__(self) -> None:
         self._before: dict[str, tuple[float, float]] = {}  # busy seconds by replica, and when they were read
 
     def read(self, loads: Sequence[tuple[str, directory_pb2.Load]], now_s: float) -> Pressure:
-        """The pressure since the last reading; the delay is the mean of the replicas'."""
+        """The pressure since the last reading; its delay is the mean over the replicas."""
         busy, read = 0.0, {}
         for replica, load in loads:
             spent_s = load.stage_s.get(_BUSY_STAGE, 0.0)
@@ -83,5 +85,5 @@ class Meter:
 
 
 def _estimated_delay_s(load: directory_pb2.Load) -> float:
-    """What the last request in the queue will have waited, if all take as long as those before it on average."""
+    """How long the last request in the queue will wait, if each takes as long as requests did on average."""
     return load.queued * load.stage_s.get(_BUSY_STAGE, 0.0) / load.served if load.served else 0.0

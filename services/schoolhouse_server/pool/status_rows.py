@@ -1,11 +1,11 @@
-"""What an operator is shown of a pool: rows of plain values, and the tables of them that the command line prints."""
+"""What an operator sees of a pool: rows of plain values, and the tables of them that the command line prints."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from schoolhouse_server.common.tables import Column, FittingTable
 
-if TYPE_CHECKING:  # they know Ray, and torch, which take seconds
+if TYPE_CHECKING:  # these import Ray and torch, which takes seconds
     from schoolhouse_server.pool.pool_state import TeacherState
     from schoolhouse_server.pool.replica_handle import Member
 
@@ -37,7 +37,7 @@ _SUMMED = ("sessions", "queued", "in_flight", "requests", "rows", "waits", "erro
 
 
 def replica(name: str, state: "TeacherState", member: "Member") -> dict[str, Any]:
-    """A row of `schoolhouse status`."""
+    """The row of one replica in `schoolhouse status`."""
     load = member.load
     return {
         "teacher": name,
@@ -58,7 +58,7 @@ def replica(name: str, state: "TeacherState", member: "Member") -> dict[str, Any
 
 
 def teacher(state: "TeacherState", members: Sequence["Member"], error: str, lost: str) -> dict[str, Any]:
-    """Whether a teacher is all there, and what failed."""
+    """Whether all replicas of a teacher serve, and what failed."""
     current = [m for m in members if m.version == state.current.number and m.phase == "serving" and m.listed]
     return {
         "min": state.bounds.min,
@@ -76,7 +76,7 @@ def teacher(state: "TeacherState", members: Sequence["Member"], error: str, lost
 
 
 def jobs(teachers: Mapping[str, Sequence["Member"]]) -> list[dict[str, Any]]:
-    """Rows of `schoolhouse jobs`: each job's parts on the replicas of one revision, summed."""
+    """The rows of `schoolhouse jobs`: what each job has on the replicas of one revision, summed."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for name, members in teachers.items():
         for member in members:
@@ -90,7 +90,7 @@ def jobs(teachers: Mapping[str, Sequence["Member"]]) -> list[dict[str, Any]]:
 
 
 def replica_table(rows: Sequence[Mapping[str, Any]]) -> FittingTable:
-    """`schoolhouse status`, of rows of `replica`."""
+    """The table of `schoolhouse status`, from rows that `replica` made."""
     table = FittingTable(tuple(_REPLICA_COLUMNS.values()))
     for row in rows:
         asked = row["cached"] + row["missed"]
@@ -101,6 +101,6 @@ def replica_table(rows: Sequence[Mapping[str, Any]]) -> FittingTable:
 
 
 def job_table(rows: Sequence[Mapping[str, Any]]) -> FittingTable:
-    """`schoolhouse jobs`, of rows of `jobs`."""
+    """The table of `schoolhouse jobs`, from rows that `jobs` made."""
     rows = [{**row, "weight": f"{row['weight']:g}"} for row in rows]
     return FittingTable(tuple(_JOB_COLUMNS.values()), [[str(row[name]) for name in _JOB_COLUMNS] for row in rows])

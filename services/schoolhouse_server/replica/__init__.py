@@ -1,1 +1,1 @@
-"""A teacher server in one object (`replica`), which `serving` starts from any process; its directory and health."""
+"""A teacher server in one object (`replica`), started from any process by `serving`; its directory and health."""

@@ -1,4 +1,4 @@
-"""Which teachers there are and where their replicas listen: a table, and the DirectoryService over it."""
+"""The directory: a table of the teachers and where their replicas listen, and the DirectoryService that serves it."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from schoolhouse_server.security.tokens import Grant
 MAX_WATCHERS = 1024
 _NOT_READY = "the directory has just started and does not know the replicas yet"
 _LOADS_S = 2.0  # how often a watcher hears of loads that have changed
-_UNBALANCED = ("jobs", "stage_s", "queue_delay_counts", "errors", "feature_bytes")  # not for a choice among replicas
+_UNBALANCED = ("jobs", "stage_s", "queue_delay_counts", "errors", "feature_bytes")  # no use in choosing a replica
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class _Entry:
 
 
 class Directory(directory_pb2_grpc.DirectoryServiceServicer):
-    """Replica sets by teacher. `load` reads the present load of a replica as it is asked for, if given.
+    """Replica sets by teacher; if `load` is given, it reads the present load of a replica whenever somebody asks.
 
-    One that is not `ready` says that it is unavailable until its whole table has been published: one that has just
-    been restarted must not tell students that their teacher is gone. Of teachers that a token is not for nothing is
-    told, and of other jobs only to an admin.
+    A directory that is not `ready` answers that it is unavailable until its whole table has been published: after a
+    restart it must not tell students that their teacher is gone. A client hears only of the teachers that its token is
+    for, and, unless it is an admin, only of its own job.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         self._closed = False
 
     def publish(self, replicas: directory_pb2.ReplicaSet) -> None:
-        """Replace a teacher's replica set; watchers hear of it at once when more than loads has changed."""
+        """Replace a teacher's replica set; watchers hear of it at once if anything but loads has changed."""
         with self._changed:
             before = self._entries.get(replicas.teacher)
             changed = before is None or _identity(before.replicas) != _identity(replicas)
@@ -59,16 +59,16 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
                 self._changed.notify_all()
 
     def publish_all(self, table: Iterable[directory_pb2.ReplicaSet]) -> None:
-        """Replace the replica sets of these teachers, which are all that there are; it is ready afterwards."""
+        """Publish the replica sets of all teachers that there are; the directory is ready afterwards."""
         for replicas in table:
             self.publish(replicas)
         self._ready = True
 
     def sets(self) -> list[directory_pb2.ReplicaSet]:
-        """All replica sets with their present loads; they are the caller's.
+        """All replica sets with their present loads, as copies that the caller may change.
 
         Raises:
-            TeacherUnavailableError: it is not ready.
+            TeacherUnavailableError: the directory is not ready.
         """
         if not self._ready:
             raise TeacherUnavailableError(_NOT_READY)
@@ -103,7 +103,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         self._join(context)
         version, sent = 0, directory_pb2.ReplicaSet()
         while self._wait(request.teacher, version, context):
-            self._grant(context, request.teacher)  # again: the token may have been revoked
+            self._grant(context, request.teacher)  # checked again: the token may have been revoked
             entry = self._entries[request.teacher]
             found = directory_pb2.ReplicaSet()
             found.CopyFrom(entry.replicas)
@@ -113,7 +113,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
                 yield found
 
     def _wait(self, teacher: str, version: int, context: grpc.ServicerContext) -> bool:
-        """Until there may be news; False when the watch has ended."""
+        """Wait until there may be news; False when the watch has ended."""
 
         def news() -> bool:
             return self._closed or not context.is_active() or self._entries[teacher].version != version
@@ -127,7 +127,8 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
             full = self._watchers >= MAX_WATCHERS
             self._watchers += not full
         if full:
-            status.abort(context, TeacherBusyError(f"{MAX_WATCHERS} clients watch this directory, as many as it takes"))
+            text = f"{MAX_WATCHERS} clients watch this directory, which is as many as it takes"
+            status.abort(context, TeacherBusyError(text))
         if not context.add_callback(background.called(self._leave, "the end of a watch", background.go_on)):
             self._leave()
 
@@ -167,7 +168,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
 
 
 def _seen(replicas: directory_pb2.ReplicaSet, grant: Grant) -> directory_pb2.ReplicaSet:
-    """What a token shows of a teacher: of jobs only its own, unless it is an admin's."""
+    """What a token's holder may see of a teacher's load: only its own job, unless it is an admin."""
     if not grant.admin:
         for replica in replicas.replicas:
             own = [job for job in replica.load.jobs if grant.job is not None and job.job == grant.job]

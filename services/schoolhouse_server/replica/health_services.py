@@ -1,4 +1,4 @@
-"""gRPC's standard services, which every server of ours offers beside its own: health and reflection."""
+"""gRPC's standard services, health and reflection, which every server of ours offers beside its own."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,9 +10,9 @@ _PREFIX = "schoolhouse.v1."
 
 
 def add_standard_services(server: grpc.Server, names: Iterable[str]) -> Callable[[str], None]:
-    """Report the server and each of `names` (services, teachers) as serving, and describe its services.
+    """Report the server and each of `names` (services and teachers) as serving, and offer reflection of the services.
 
-    Returns what reports one of them, and with it the server, as not serving any more.
+    Returns a function that reports one of these names, and with it the whole server, as no longer serving.
     """
     names = tuple(names)
     checks = health.HealthServicer()
@@ -23,7 +23,7 @@ def add_standard_services(server: grpc.Server, names: Iterable[str]) -> Callable
     reflection.enable_server_reflection((*ours, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
     def fail(name: str) -> None:
-        for one in {"", name}.intersection(("", *names)):  # it tells no others
+        for one in {"", name}.intersection(("", *names)):  # names that are kept secret are not reported either
             checks.set(one, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     return fail

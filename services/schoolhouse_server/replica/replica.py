@@ -1,4 +1,4 @@
-"""A whole teacher server in one object: engines, gRPC services, health and reflection. Needs no Ray."""
+"""A whole teacher server in one object: engines, gRPC services, health and reflection; it needs no Ray."""
 
 import atexit
 import functools
@@ -41,9 +41,11 @@ Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
 
 
 class Replica:
-    """Serves frozen modules by name. Start it with `start()` or `with`; `close()` ends it.
+    """Serves frozen modules by name.
 
-    `port` is one, 0 for any free one, or a range of which it takes a free one.
+    Start it with `start()` or `with`; `close()` ends it.
+
+    `port` is a port, 0 for any free one, or a range from which a free one is taken.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Replica:
         forward_timeout_s: float = FORWARD_TIMEOUT_S,
         **sharing: Any,
     ) -> None:
-        """The settings are those of `serve`; `sharing` are those of `Sharing`."""
+        """The settings are those of `serve`; `sharing` holds those of `Sharing`."""
         if not modules:
             raise ConfigError("there is no teacher to serve; give a module, or a dict of names and modules")
         for name in modules:
@@ -118,14 +120,14 @@ class Replica:
 
     @property
     def url(self) -> str:
-        """What clients connect to, of its only teacher; with several, use `urls`."""
+        """The address that clients connect to, if there is one teacher; with several, use `urls`."""
         if len(self._modules) != 1:
-            raise ConfigError(f"this server has several teachers, take one of .urls: {sorted(self._modules)}")
+            raise ConfigError(f"this server has several teachers; take one of .urls: {sorted(self._modules)}")
         return next(iter(self.urls.values()))
 
     @property
     def urls(self) -> dict[str, str]:
-        """`grpc://HOST:PORT/NAME`, or `grpcs://` with TLS, by the names of its teachers."""
+        """The address of each teacher by its name: `grpc://HOST:PORT/NAME`, or `grpcs://` with TLS."""
         scheme = "grpc" if self._tls is None else "grpcs"
         return {name: f"{scheme}://{joined(self._host, self._port)}/{name}" for name in self._modules}
 
@@ -152,10 +154,10 @@ class Replica:
             )
             for name, module in self._modules.items()
         }
-        max_rpcs = 2 * self._sharing.max_sessions + 16  # a client has a session, and watches the directory
+        max_rpcs = 2 * self._sharing.max_sessions + 16  # each client has a session, and a watch of the directory
         self._workers = DaemonExecutor(max_rpcs, "schoolhouse-rpc")
         server = grpc.server(
-            self._workers,  # type: ignore[arg-type]  # it uses what every Executor has
+            self._workers,  # type: ignore[arg-type]  # gRPC uses only what every Executor has
             interceptors=[Doorkeeper(self._gate, self._timer)],
             options=channel.SERVER_OPTIONS,
             maximum_concurrent_rpcs=max_rpcs,
@@ -172,11 +174,11 @@ class Replica:
         self._gate.start()
         server.start()
         self._server = server
-        atexit.register(self.close, 0.0)  # a thread that is within torch when the interpreter ends aborts the process
+        atexit.register(self.close, 0.0)  # a thread still inside torch when the interpreter ends aborts the process
         return self
 
     def load(self, name: str) -> directory_pb2.Load:
-        """What the teacher `name` has to do at present."""
+        """The present load of the teacher `name`."""
         engine = self.engines[name]
         load = directory_pb2.Load(
             queued=engine.queued,
@@ -194,10 +196,10 @@ class Replica:
         return load
 
     def drain(self, timeout_s: float) -> None:
-        """Take no new session, tell those there are that it is about to stop, and answer what they have asked for.
+        """Take no new sessions, tell the clients of open ones to go elsewhere, and answer what they have asked for.
 
-        Returns at once. Poll `drained`, which is true when no session is left or has had anything in flight for a
-        while, and after `timeout_s` at the latest; then `close()`.
+        Returns at once. Poll `drained`, which becomes true when no session is left or none has had anything in flight
+        for a while, and after `timeout_s` at the latest; then call `close()`.
         """
         for name in self.engines:
             self._publish_draining(name)
@@ -205,21 +207,21 @@ class Replica:
 
     @property
     def draining(self) -> bool:
-        """Whether it takes no new sessions."""
+        """Whether `drain` was called, so that new sessions are refused."""
         return self._context.drain.began
 
     @property
     def drained(self) -> bool:
-        """Whether it may be closed after `drain`."""
+        """Whether it may be closed: `drain` was called, and no session is busy any more or the time is up."""
         return self._context.drain.over()
 
     @property
     def trouble(self) -> Trouble | None:
-        """What keeps one of its teachers from work for good; None: nothing. Who has it replaces the replica."""
+        """Why one of its teachers has failed for good, so that the replica must be replaced; None while all work."""
         return next((engine.trouble for engine in self.engines.values() if engine.trouble is not None), None)
 
     def _fail(self, name: str) -> None:
-        """A teacher is at its end: say so to probes, to those who watch and to its sessions."""
+        """Tell health probes, watchers of the directory and the teacher's sessions that it has failed for good."""
         self._report_failed(name)
         self._publish_draining(name)
         self._context.drain.tell(name)
@@ -235,7 +237,10 @@ class Replica:
         return directory_pb2.Replica(id=self._id or name, revision=engine.description.revision, state=state, host=host)
 
     def close(self, grace_s: float = 0.5) -> None:
-        """Stop listening and end all sessions. A process that ends does it by itself; in a fork it does nothing."""
+        """Stop listening and end all sessions; runs at the process's exit too.
+
+        In a forked child it does nothing.
+        """
         atexit.unregister(self.close)
         if self._pid != os.getpid():
             return
@@ -284,14 +289,14 @@ class Replica:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {"Session": session, "Describe": describe}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(names[0], methods),))
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
-        known = self._modules if self._gate.tokens is None else ()  # health is for all to ask: it tells no names then
+        known = self._modules if self._gate.tokens is None else ()  # health needs no token, so it must tell no names
         self._report_failed = add_standard_services(server, (*names, *known))
 
 
 def _examples(
     example: Example, merging: MergeSettings, modules: Mapping[str, nn.Module]
 ) -> Mapping[str, Callable[[], Any]]:
-    """What makes the example of each teacher that has one."""
+    """The callable that makes a teacher's example inputs, for each teacher that has one."""
     if example is None:
         return {}
     if merging.mode == "never":
@@ -300,6 +305,6 @@ def _examples(
     if not isinstance(given, Mapping) or not given.keys() <= modules.keys() or not all(map(callable, given.values())):
         raise ConfigError(
             f"example is {example!r:.80}; expected a callable that returns what forward takes, or, with several "
-            f"teachers, a dict of such by their names: {sorted(modules)}"
+            f"teachers, a dict of such callables by the teachers' names: {sorted(modules)}"
         )
     return given

@@ -1,4 +1,4 @@
-"""serve(): a module, or several, from this process."""
+"""`serve()`: one or several modules as teachers, from this process."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,87 +57,91 @@ def serve(
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
 
-    Use it in a `with`, or call `close()`. It listens on `host` alone, an address of this machine or a name of one;
-    0.0.0.0 and :: are all interfaces. `early_stop` is that of `schoolhouse.LocalTeacher`; in a merged forward the
-    last tap is that of all requests in it. `cache_bytes` of host
-    memory keep the features of each teacher, so that inputs that come again, in the next epoch or in another job, are
-    not computed again; they are kept as they were computed, merged or not.
+    Use the result in a `with` statement, or call its `close()`. It listens on `host` only, which is an address of this
+    machine or a name that resolves to one; 0.0.0.0 and :: mean all interfaces. `early_stop` is that of
+    `schoolhouse.LocalTeacher`; a merged forward stops after the last tap that any of its requests wants. A cache of
+    `cache_bytes` of host memory keeps the features of each teacher, so that inputs that come again, in the next epoch
+    or from another job, are not computed again. It holds features as they were computed, in a merged forward or alone.
 
-    Features go to clients of the same machine and user through shared memory: up to `shared_memory_bytes` for each of
-    them at once, features that it still holds included, and beyond that over the stream; 0 switches it off. The inputs
-    that come have a quarter of it beside that. It counts as memory of this process as it is first used. The C allocator
-    of this process is told to keep up to 512 MiB of freed memory, unless `tune_allocator` is False.
+    Clients of the same machine and user get features through shared memory: each up to `shared_memory_bytes` at once,
+    including features that it has not released yet, and the rest over the stream; 0 switches shared memory off. Inputs
+    may take another quarter of that size. The memory counts as this process's once it has been used. Unless
+    `tune_allocator` is False, the C allocator of this process is told to keep up to 512 MiB of freed memory.
 
-    Jobs share each teacher fairly, by the weights that they connect with: each is charged the `cost` of its requests in
-    "rows", the first dimension of the first tensor, or in "tokens", batch times length. A job, over all its sessions,
-    has up to `max_in_flight` requests and `max_job_bytes` of inputs in flight, and all jobs together `max_queued`
-    requests; its clients wait when there is no room. Features of a job that are being made, or are made and not sent
-    yet, take up to `max_job_unsent_bytes` of host memory, and those of all jobs and teachers here `max_unsent_bytes`:
-    beyond that requests wait in the queue, before their forward, so that a client that does not read gets few features
-    made and others are served. How many bytes a request will take is known from the last one with the same taps and
-    encodings, as features grow with the inputs. The first of a kind counts once its features are made, so that each job
-    may exceed the bounds by one such request. What is larger than one of the bounds fails with `MessageTooLargeError`
-    once its size is known. A client that says nothing for `lease_s` loses its session; 0: it may be silent for ever. Up
-    to `max_sessions` clients have one at once; more wait, up to their `teacher_timeout_s`.
+    Jobs share each teacher fairly, by the weights that they connect with. A request costs its number of rows (the first
+    size that most of its tensors have) with `cost="rows"`, or its number of tokens (rows times length) with
+    `cost="tokens"`. A job may have `max_in_flight` requests and `max_job_bytes` of inputs in flight over all its
+    sessions, and all jobs together `max_queued` requests; when there is no room, clients wait. Features that are being
+    computed, or are computed and not sent yet, take up to `max_job_unsent_bytes` of host memory for each job, and up to
+    `max_unsent_bytes` for all jobs and teachers of this server. Beyond that, requests wait in the queue before their
+    forward, so that a client that does not read its replies cannot fill the memory or hold up others. The size of a
+    request's features is predicted from the last request with the same taps and encodings, as features grow with the
+    inputs. The first of a kind counts once its features are computed, so each job may exceed the bounds by one such
+    request. A request whose features are larger than one of the bounds fails with `MessageTooLargeError` once their
+    size is known. A client that is silent for `lease_s` loses its session; with 0 it may be silent for ever. Up to
+    `max_sessions` sessions are open at once; further clients wait, up to their `teacher_timeout_s`.
 
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 
-    - `"never"`: each is a forward of its own, so that remote features are bit-identical to those of the same module on
-      the same device in the student's process.
-    - `"same-shape"`: those whose inputs differ in nothing but their rows. Kernels for other shapes add in another
-      order, so features are equal up to rounding: where a number differs from a single forward's by more than 6e-4
-      (float32; 3e-2 with TF32), 3e-2 (float16), 0.12 (bfloat16) or 6e-9 (float64) of itself and of what is usual in its
-      row, in its channel and in all of the feature, such requests are not merged. The few massive numbers of LLMs hide
-      no error among the others.
-    - `"pad"`: also those of other lengths. `pad={"values": {"input_ids": 0}, "mask": "attention_mask"}` names the
-      arguments to pad on the right and with what, and the mask, which is made of ones where a request has none. The
-      features are cut back to each request's own length, and the same holds of their numbers.
+    - `"never"`: each request is a forward of its own, so that remote features are bit-identical to those of the same
+      module on the same device in the student's process.
+    - `"same-shape"`: requests whose inputs differ only in their rows. Kernels for another batch size sum in another
+      order, so features are equal up to rounding. Requests are no longer merged where a number differs from that of a
+      single forward by more than 6e-4 (float32; 3e-2 with TF32), 3e-2 (float16), 0.12 (bfloat16) or 6e-9 (float64),
+      relative to itself and to the usual size of numbers in its row, in its channel and in the whole feature. So the
+      few massive activations of an LLM cannot hide an error in the other numbers.
+    - `"pad"`: also requests of different lengths. `pad={"values": {"input_ids": 0}, "mask": "attention_mask"}` names
+      the arguments to pad on the right, the value to pad each with, and the mask, which is made of ones where a request
+      has none. Features are cut back to each request's own length, and the same tolerances hold.
 
-    A batch has at most `max_batch_rows` rows and `max_batch_tokens` tokens with padding; a request beyond that runs
-    alone. A device that has nothing else to do waits for more requests, up to `max_wait_ms` and half of a forward, and
-    not at all while one session alone is active.
+    A batch has at most `max_batch_rows` rows and `max_batch_tokens` tokens, padding included; a larger request runs
+    alone. An idle device waits for more requests, for at most `max_wait_ms` and at most half of a forward's time, and
+    not at all while only one session is active.
 
-    Merged forwards are held against single ones: at the start where `example` returns what forward takes (at least 2
-    rows that differ, better 5; transformers' models bring their own), and in traffic at the 1st, 2nd, 4th, 8th, ... and
-    each 1024th merged forward of each form of inputs, of which 16 requests, or all if those differ in kind from the
-    rest, then get what single forwards gave. Features that may have as many rows by chance, as the tokens that an
-    expert gets, are held against 16 single forwards before they are split. Where they differ, such requests are not
-    merged any more, and the log says why. That finds modules that mix rows, draw random numbers, write into buffers, or
-    use features of padded places. It can miss what happens to some values only, between two checks: experts of a
-    limited capacity that a larger batch fills up, or whose tokens were as many in all that was checked, a length that
-    is cut to the longest in the batch, or state that changes no feature so far. Such teachers need `"never"`.
+    Merged forwards are compared with single ones. At the start that is done with `example`, a callable that returns
+    what forward takes: at least 2 rows that differ, better 5 (models of transformers bring their own). In traffic it is
+    done at the 1st, 2nd, 4th, 8th, ... and every 1024th merged forward of each form of inputs: 16 of its requests, or
+    all if those differ in kind from the rest, run singly too, and get the features of these single forwards. Features
+    whose size may equal the number of rows by chance, such as the tokens routed to an expert, are compared with 16
+    single forwards before they are split. Where features differ, such requests are not merged any more, and the log
+    says why. This finds modules that mix rows, draw random numbers, write into buffers, or use the features of padded
+    positions. It can miss what happens only for some values, between two checks: experts of limited capacity that a
+    larger batch fills up, or that got equally many tokens in all checks; a length that is cut to the longest in the
+    batch; state that has changed no feature so far. Such teachers need `"never"`.
 
-    A forward that takes longer than `forward_timeout_s` (0: any time is right), compiling included, counts as one that
-    never returns. Then, and when the device is broken, the teacher is at its end: health says NOT_SERVING, its requests
-    fail with `TeacherUnavailableError`, so that clients ask another replica, and `server.trouble` says why.
+    A forward that takes longer than `forward_timeout_s`, compiling included, counts as one that never returns (0: any
+    time is allowed). After that, or when the device is broken, the teacher has failed for good: health says
+    NOT_SERVING, its requests fail with `TeacherUnavailableError`, so that clients ask another replica, and
+    `server.trouble` says why.
 
-    A device that has no room for a merged forward runs it in halves. One that has none for a request by itself runs it
-    once more when it has nothing else to do, and then in parts of its rows, if what some rows give is what the halves
-    of those give: to the bit with `merge="never"`, up to rounding otherwise. If not, or if a row alone has no room,
-    that request fails with `TeacherMemoryError`, and the others go on. Such features are encoded on the host.
+    A merged forward that does not fit into the device's memory is run in halves. A single request that does not fit is
+    tried again when the device is otherwise idle, and then in parts of its rows, provided that the features of some
+    rows are those that their halves give: to the bit with `merge="never"`, up to rounding otherwise. If they are not,
+    or if a single row does not fit, that request fails with `TeacherMemoryError`, and the others go on. Features
+    computed in parts are encoded on the host.
 
-    Requests whose inputs are not all finite run alone, as do those of a session of which three gave NaN. Merged
-    features with NaN, and now and then those with infinities, are held against single forwards before anybody gets
-    them. So what is not finite stays with its own request.
+    Requests whose inputs are not all finite run alone, and so do the requests of a session once three of them gave NaN.
+    Merged features with NaN, and now and then those with infinities, are compared with single forwards before anybody
+    gets them. So a value that is not finite stays within its own request.
 
-    With an `http_port` (0: any free one) it can be watched: a page with charts at `server.web.url`, Prometheus metrics
-    at `/metrics`, and the same as JSON at `/api/state`. Who reaches that port can read the names and loads of jobs;
-    where it is not on loopback and there are `tokens`, only with an admin's one.
-    `tracing` makes OpenTelemetry spans of each request's stages, in the client's trace if that traces too; it needs the
-    extra `otel`, and a tracer provider that the program sets.
+    With an `http_port` (0: any free one) the server can be watched: a page with charts at `server.web.url`, Prometheus
+    metrics at `/metrics`, and the same as JSON at `/api/state`. Whoever reaches that port can read the names and loads
+    of jobs; if it is not on loopback and there are `tokens`, it wants an admin's token. `tracing` makes OpenTelemetry
+    spans of the stages of each request, in the client's trace if the client traces too; it needs the extra `otel`, and
+    a tracer provider set by the program.
 
-    `tls=ServerTls(cert=..., key=...)` has all ports speak TLS, so that clients connect to `grpcs://`; with `client_ca`,
-    only those that have a certificate are answered. Without it, a `host` beyond loopback needs `insecure=True`: all
-    that goes to and fro there is plaintext.
+    With `tls=ServerTls(cert=..., key=...)` all ports speak TLS, and clients connect to `grpcs://`; with its `client_ca`
+    only clients with a certificate of that authority are answered. Without `tls`, a `host` beyond loopback needs
+    `insecure=True`, as all traffic is plaintext then.
 
-    With `tokens`, a file that `schoolhouse token` makes lines for, only who has one of its tokens is answered, as it
-    says: which teachers, which job, what quota; see `schoolhouse_server.security.tokens.Grant`. The file is read
-    again as it changes; sessions of a token that is gone are ended then. Without it nobody is asked. `allow_head`
-    gives the weights of a teacher's head to who asks, as `encodings.hidden` does; None: where it listens on loopback
-    and has no tokens.
+    With `tokens`, a file whose lines `schoolhouse token` makes, only clients with one of its tokens are answered. The
+    file says what each token allows: which teachers, which job, what quota; see
+    `schoolhouse_server.security.tokens.Grant`. It is read again when it changes, and the sessions of a removed token
+    are ended. Without it, everybody is answered. `allow_head` lets clients fetch the weights of a teacher's head, which
+    `encodings.hidden` needs; None allows it where the server listens on loopback and has no tokens.
 
     Raises:
-        ConfigError: for a setting that cannot be, or a module that cannot be merged as it says.
+        ConfigError: for an invalid setting, or a module that cannot be merged as `merge` says.
     """
     if allow_head is None:
         allow_head = tokens is None and is_loopback(host)

@@ -1,4 +1,4 @@
-"""Who asks: the token that came with an RPC, what it may do, and an end for what goes on after it was revoked."""
+"""Authentication: what the token of an RPC allows, and the end of sessions whose token is revoked or changed."""
 
 import contextlib
 import logging
@@ -16,15 +16,15 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.security.tokens import Grant, Tokens
 
-EVERYBODY = Grant(sha256="0" * 64, teachers=("*",), admin=True)  # who asks a server without tokens
+EVERYBODY = Grant(sha256="0" * 64, teachers=("*",), admin=True)  # for every client of a server without tokens
 _KEY, _SCHEME = "authorization", "bearer "
-_WEIGHT = 1.0  # at most, of who has a token that says nothing of it
+_WEIGHT = 1.0  # the largest weight that a client may ask for if its token sets none
 
 _log = logging.getLogger(__name__)
 
 
 class Gate:
-    """Who may ask a server, and for what: everybody, or those with one of these tokens."""
+    """Who may ask a server, and for what: everybody, or only clients with one of the given tokens."""
 
     def __init__(self, tokens: Tokens | None = None) -> None:
         self.tokens = tokens
@@ -34,12 +34,12 @@ class Gate:
             tokens.on_change(self._look)
 
     def start(self) -> None:
-        """Follow the changes of the tokens file."""
+        """Begin to follow changes of the tokens file."""
         if self.tokens is not None:
             self.tokens.start()
 
     def close(self) -> None:
-        """Follow them no longer."""
+        """Stop following changes of the tokens file."""
         if self.tokens is not None:
             self.tokens.close()
 
@@ -51,29 +51,29 @@ class Gate:
         """What the token in an RPC's metadata may do.
 
         Raises:
-            AuthenticationError: there is none, or it is not known.
+            AuthenticationError: there is no token, or it is not known.
         """
         if self.tokens is None:
             return EVERYBODY
         given = [value for key, value in metadata or () if key == _KEY]
         if len(given) != 1:
             raise AuthenticationError(
-                f"this server wants one token, and {len(given)} came: connect(token=...) sends it"
+                f"this server wants one token, and the call had {len(given)}: connect(token=...) sends one"
             )
         return self.known(bearer_of(given[0]))
 
     def known(self, token: str) -> Grant:
-        """What a token may do; raises `AuthenticationError` where nobody has it."""
+        """What a token may do; raises `AuthenticationError` for an unknown token."""
         found = EVERYBODY if self.tokens is None else self.tokens.grant(token)
         if found is None:
             raise AuthenticationError("this server does not know the token; was it revoked? Ask who runs the server")
         return found
 
     def opened(self, message: teacher_pb2.Open, grant: Grant) -> teacher_pb2.Open:
-        """What a client opens a session with, as its token allows it.
+        """A client's Open with the job and weight that its token allows.
 
         Raises:
-            PermissionDeniedError: the token is not for that teacher, or the job's name is another's.
+            PermissionDeniedError: the token is not for that teacher, or the job's name belongs to another token.
         """
         if self.tokens is None:
             return message
@@ -88,7 +88,7 @@ class Gate:
 
     @contextlib.contextmanager
     def held(self, grant: Grant, end: Callable[[SchoolhouseError], None]) -> Iterator[None]:
-        """Meanwhile `end` is called with the reason as soon as the token may not do any more what `grant` says."""
+        """Within the `with`, call `end` with the reason as soon as the token's grant is no longer `grant`."""
         if self.tokens is None:
             yield
             return
@@ -96,7 +96,7 @@ class Gate:
         with self._lock:
             self._held[own] = grant, end
         try:
-            self._compare(grant, end)  # it may have changed since it was looked up
+            self._compare(grant, end)  # the grant may have changed since it was looked up
             yield
         finally:
             with self._lock:
@@ -116,7 +116,7 @@ class Gate:
         now = self.tokens.now(grant)
         if now is None:
             end(AuthenticationError("the token of this session was revoked; ask who runs the server for another one"))
-        elif now != grant:  # the client opens another one, with what holds now
+        elif now != grant:  # the client then opens another session, with the new grant
             end(TeacherUnavailableError("what the token of this session may do has changed; connect again"))
 
 
@@ -124,12 +124,12 @@ def bearer_of(value: str | bytes) -> str:
     """The token in `Bearer TOKEN`; raises `AuthenticationError` for anything else."""
     text = value.decode("latin-1") if isinstance(value, bytes) else value
     if text[: len(_SCHEME)].lower() != _SCHEME:
-        raise AuthenticationError("the authorization that came is not of the form 'Bearer TOKEN'")
+        raise AuthenticationError("the call's authorization metadata is not of the form 'Bearer TOKEN'")
     return text[len(_SCHEME) :].strip()
 
 
 def check_teacher(name: str, grant: Grant) -> None:
-    """Raises `PermissionDeniedError` where the token may not use it, whether or not there is such a teacher."""
+    """Raises `PermissionDeniedError` if the token may not use the teacher, whether or not such a teacher exists."""
     if not grant.allows(name):
         names = sorted(grant.teachers)
         text = f"the token may not use the teacher {name!r}; it may use: {', '.join(names) or 'none'}"

@@ -1,4 +1,4 @@
-"""A private authority for a pool: makes its own certificate, and those of servers and clients, as PEM files."""
+"""A private certificate authority for a pool: its own certificate, and those of servers and clients, as PEM files."""
 
 import contextlib
 import datetime
@@ -15,29 +15,30 @@ from schoolhouse.errors import ConfigError
 
 _CA, _CA_KEY = "ca.pem", "ca-key.pem"
 _CA_DAYS = 3650
-_SKEW = datetime.timedelta(minutes=5)  # of the clocks of machines that look at a new certificate
-_HERE = ("localhost", "127.0.0.1", "::1")  # so that a server's own machine can ask it by these, too
+_SKEW = datetime.timedelta(minutes=5)  # how far behind the clock of a machine may be that checks a new certificate
+_HERE = ("localhost", "127.0.0.1", "::1")  # in every server's certificate, for clients on its own machine
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
 class Authority:
-    """Signs certificates; its key and certificate lie in a folder as `ca-key.pem` and `ca.pem`."""
+    """Signs certificates; its key and certificate are `ca-key.pem` and `ca.pem` in a folder."""
 
     def __init__(self, folder: Path, key: ec.EllipticCurvePrivateKey, cert: x509.Certificate) -> None:
         self._folder, self._key, self._cert = folder, key, cert
 
     @classmethod
     def make(cls, folder: Path) -> "Authority":
-        """A new one, in a folder that is made for it if need be.
+        """Make a new authority in a folder, which is created if it does not exist.
 
         Raises:
-            ConfigError: there is one, or the folder cannot be written.
+            ConfigError: the folder holds an authority already, or cannot be written.
         """
         for name in (_CA, _CA_KEY):
             if (folder / name).exists():
                 raise ConfigError(
-                    f"{folder / name} is there and is not overwritten, as its certificates would be worthless then: "
-                    "add to it with --add-server NAME --host HOST or --add-client NAME, or give another folder"
+                    f"{folder / name} exists and is not overwritten, as the certificates that it signed would become "
+                    "worthless: add to it with --add-server NAME --host HOST or --add-client NAME, or give another "
+                    "folder"
                 )
         key = ec.generate_private_key(ec.SECP256R1())
         own = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "schoolhouse pool authority")])
@@ -53,31 +54,31 @@ class Authority:
 
     @classmethod
     def load(cls, folder: Path) -> "Authority":
-        """The one that lies in a folder.
+        """Load the authority in a folder.
 
         Raises:
-            ConfigError: there is none, or it cannot be read.
+            ConfigError: the folder holds none, or it cannot be read.
         """
         try:
             key = serialization.load_pem_private_key((folder / _CA_KEY).read_bytes(), password=None)
             cert = x509.load_pem_x509_certificate((folder / _CA).read_bytes())
         except (OSError, ValueError, TypeError) as err:
-            why = err.strerror if isinstance(err, OSError) else "they must be PEM files of this command's"
+            why = err.strerror if isinstance(err, OSError) else "they must be PEM files that this command made"
             raise ConfigError(f"{folder} has no authority to add to: cannot read {_CA_KEY} and {_CA}: {why}") from err
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != cert.public_key():
             raise ConfigError(f"{_CA_KEY} in {folder} is not the key of {_CA}; restore both from one copy")
         return cls(folder, key, cert)
 
     def add_server(self, name: str, hosts: Sequence[str], days: int) -> list[Path]:
-        """Certificate and key for servers that clients know by these names and addresses, and for loopback."""
+        """Make a certificate and key for servers that clients reach by these names and addresses, or on loopback."""
         if not hosts:
-            raise ConfigError("a server's certificate is for names or addresses that clients connect to: give --host")
+            raise ConfigError("a server's certificate needs the names or addresses that clients use: give --host")
         names = check_hosts([*hosts, *_HERE])
-        usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]  # servers ask themselves, in probes
+        usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]  # as a client too, for probes
         return self._add(name, days, usage, x509.SubjectAlternativeName(names))
 
     def add_client(self, name: str, days: int) -> list[Path]:
-        """Certificate and key for a client of servers with a `client_ca`."""
+        """Make a certificate and key for a client of servers that have a `client_ca`."""
         return self._add(name, days, [ExtendedKeyUsageOID.CLIENT_AUTH], None)
 
     def _add(
@@ -106,7 +107,7 @@ class Authority:
 
 
 def check_hosts(hosts: Sequence[str]) -> list[x509.GeneralName]:
-    """The names and addresses as certificates hold them; raises `ConfigError` for what is neither."""
+    """The names and addresses as certificates hold them; raises `ConfigError` for invalid ones."""
     return [_general(host) for host in dict.fromkeys(hosts)]
 
 
@@ -147,7 +148,7 @@ def _general(host: str) -> x509.GeneralName:
         pass
     labels = host.removeprefix("*.").split(".")
     if not all(0 < len(label) < 64 and set(label) <= _NAME_CHARACTERS for label in labels) or len(host) > 253:
-        raise ConfigError(f"--host {host!r} is no name or address; give one as students type it, without a port")
+        raise ConfigError(f"--host {host!r} is not a name or address; give one as students type it, without a port")
     return x509.DNSName(host)
 
 
@@ -156,7 +157,7 @@ def _check_name(name: str, paths: Sequence[Path]) -> None:
         raise ConfigError(f"{name!r} cannot be a certificate's name; give up to 64 of a-z, A-Z, 0-9, '-', '_' and '.'")
     for path in paths:
         if path.exists():
-            raise ConfigError(f"{path} is there and is not overwritten; give another name, or move it away first")
+            raise ConfigError(f"{path} exists and is not overwritten; give another name, or move it away first")
 
 
 @contextlib.contextmanager
@@ -179,6 +180,6 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    """A new file that nobody else may read meanwhile, if `mode` says so."""
+    """Write a new file; `mode` holds from its creation, so that a private key is never readable by others."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""The interceptor of all our servers: who may call, when a request has to have come, and which errors go out."""
+"""The gRPC interceptor of all our servers: checks tokens, bounds the wait for requests, and maps errors."""
 
 import logging
 import threading
@@ -13,19 +13,20 @@ from schoolhouse_wire.rpc import status
 from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.security.auth import Gate
 
-_OPEN = ("/grpc.health.v1.Health/Check",)  # probes have no token
-_MAX_STRANGERS = 16  # calls without a token whose request is still to come
-_REQUEST_S = 10.0  # that the only request of a call may take to come
-_QUIET_S = 10.0  # between two log records of strangers
+_OPEN = ("/grpc.health.v1.Health/Check",)  # needs no token, as probes have none
+_MAX_STRANGERS = 16  # calls without a token that may wait for their request at once
+_REQUEST_S = 10.0  # how long a call with a single request may take to send it
+_QUIET_S = 10.0  # the least time between two log records about refused calls
 
 _log = logging.getLogger(__name__)
 
 
 class Doorkeeper(grpc.ServerInterceptor):
-    """Turns away RPCs without a known token, or whose request does not come, and lets no error out but ours.
+    """Refuses RPCs without a known token, cancels those that send no request in time, and lets only our errors out.
 
-    gRPC has a thread wait for the request of an RPC with just one, for as long as its client likes. So here all RPCs
-    are of streams, which on the wire is the same: who is refused is so at once, and others have `request_s`.
+    For an RPC with a single request gRPC blocks a thread until the client sends it, however long that takes. So here
+    all RPCs are handled as streams of requests, which is the same on the wire: a call without a known token is refused
+    at once, and the others have `request_s` to send their request.
     """
 
     def __init__(self, gate: Gate, timer: Timer, request_s: float = _REQUEST_S) -> None:
@@ -37,7 +38,7 @@ class Doorkeeper(grpc.ServerInterceptor):
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
     ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """The method's handler, or one that says why not."""
+        """The method's handler with these checks, or one that refuses the call."""
         handler = continuation(handler_call_details)
         if handler is None:
             return None
@@ -63,14 +64,14 @@ class Doorkeeper(grpc.ServerInterceptor):
 
     def _wait_as_stranger(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         if not self._strangers.acquire(blocking=False):
-            raise TeacherBusyError(f"{_MAX_STRANGERS} calls without a token have not said what they are for; try again")
+            raise TeacherBusyError(f"{_MAX_STRANGERS} calls without a token have not sent their request yet; try again")
         try:
             return self._wait(requests, context)
         finally:
             self._strangers.release()
 
     def _wait(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """The only request of an RPC, serialized. One that does not come in time is cancelled."""
+        """The only request of an RPC, serialized; the RPC is cancelled if it does not come in time."""
 
         def late() -> None:
             context.cancel()
@@ -88,40 +89,40 @@ def _with_behavior(handler: Any, behavior: Callable[[Any, Any], Any]) -> "grpc.R
     make: Any = grpc.stream_stream_rpc_method_handler
     if not handler.response_streaming:
         make = grpc.stream_unary_rpc_method_handler
-    # That of the only request is called in `_guarded`, where it may fail.
+    # A single request is deserialized in `_guarded`, where a failure becomes one of our errors.
     deserializer = handler.request_deserializer if handler.request_streaming else None
     made: grpc.RpcMethodHandler[Any, Any] = make(behavior, deserializer, handler.response_serializer)
     return made
 
 
 def _guarded(handler: Any, wait: Callable[[Iterator[Any], grpc.ServicerContext], Any]) -> Callable[[Any, Any], Any]:
-    """The handler's behavior; gRPC tells a client the text of what it raises, which is none of its business."""
+    """The handler's behavior, with errors mapped: gRPC would send a client the text of any exception."""
     unary, streams = handler.unary_unary or handler.stream_unary, handler.unary_stream or handler.stream_stream
 
     def given(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """What the behavior takes: all requests, or the only one."""
+        """What the behavior takes: the iterator of requests, or the only request."""
         if handler.request_streaming:
             return requests
         data = wait(requests, context)
         try:
             return handler.request_deserializer(data)
         except Exception as err:
-            raise ProtocolError("a request came that cannot be parsed") from err
+            raise ProtocolError("the request cannot be parsed") from err
 
     def fail(context: grpc.ServicerContext, err: BaseException) -> None:
         try:
-            if type(err) is Exception or isinstance(err, grpc.RpcError):  # context.abort raises it; the client is gone
+            if type(err) is Exception or isinstance(err, grpc.RpcError):  # from context.abort, or as the client is gone
                 raise err
             if not isinstance(err, SchoolhouseError):
                 _log.exception("an RPC failed")
             status.abort(context, err)
         finally:
-            del err  # which has this frame; see `status.abort`
+            del err  # its traceback refers to this frame; see `status.abort`
 
     def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
         try:
             return unary(given(requests, context), context)
-        except BaseException as err:  # gRPC ends no call by one that is no Exception
+        except BaseException as err:  # gRPC would leave the call open after one that is not an Exception
             return fail(context, err)
 
     def answers(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:

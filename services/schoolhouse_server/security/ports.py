@@ -1,4 +1,4 @@
-"""Where a server listens: an address of its node, and one port, any free one, or the first free one of a range."""
+"""Where a server listens: an address of its node, and a port: a given one, any free one, or a free one of a range."""
 
 import ipaddress
 import random
@@ -18,11 +18,11 @@ EVERYWHERE = ("0.0.0.0", "::")
 def own_address(host: str) -> str:
     """The address of this node that a server for `host` listens on.
 
-    `host` is an address of this node, a name of one, or a network (`10.0.0.0/24`), of which it is the node's own. All
-    interfaces (`0.0.0.0`, `::`) and loopback are what they are.
+    `host` is an address of this node, a name that resolves to one, or a network (`10.0.0.0/24`) in which this node has
+    an address. All interfaces (`0.0.0.0`, `::`) and loopback are returned as they are.
 
     Raises:
-        ConfigError: this node has no such address; names those it has.
+        ConfigError: this node has no such address; the message names those that it has.
     """
     host = host.strip("[]")
     if host in EVERYWHERE or is_loopback(host):
@@ -38,8 +38,8 @@ def own_address(host: str) -> str:
         has = ", ".join(one for one in own if not is_loopback(one))
         raise ConfigError(
             f"host is {host!r}{known}, and this node has: {has}. Give one of its addresses, or, for a pool "
-            "on several nodes, a network of theirs, as in 10.0.0.0/24, of which each listens on its own; 0.0.0.0 "
-            "is all interfaces"
+            "on several nodes, their network, such as 10.0.0.0/24, in which each listens on its own address; 0.0.0.0 "
+            "means all interfaces"
         )
     return found[0]
 
@@ -50,11 +50,13 @@ def joined(host: str, port: int) -> str:
 
 
 def listen(server: grpc.Server, host: str, ports: Sequence[int], tls: ServerTls | None = None) -> int:
-    """Bind to one of `ports`, from a random one on, since several servers start side by side; 0 is any free one.
+    """Bind to one of `ports`, and return it; 0 stands for any free one.
+
+    The ports are tried from a random one on, since several servers may start side by side.
 
     Raises:
-        ConfigError: `host` is not of this node.
-        TeacherUnavailableError: none is free; names them.
+        ConfigError: `host` is not an address of this node.
+        TeacherUnavailableError: none of the ports is free; the message names them.
     """
     address = own_address(host)
     credentials = tls.credentials() if tls is not None else None
@@ -74,14 +76,14 @@ def listen(server: grpc.Server, host: str, ports: Sequence[int], tls: ServerTls 
 
 
 def _addresses() -> list[str]:
-    """This node's addresses but for those of a link alone, IPv4 first."""
+    """This node's addresses, IPv4 first, without link-local ones that need a scope."""
     found = [one for ones in psutil.net_if_addrs().values() for one in ones]
     own = [one.address for family in (socket.AF_INET, socket.AF_INET6) for one in found if one.family == family]
     return [one for one in own if "%" not in one]
 
 
 def _looked_up(host: str) -> list[str]:
-    """The addresses of a name; an address is its own."""
+    """The addresses that a name resolves to; for an address, itself."""
     try:
         return [str(ipaddress.ip_address(host))]
     except ValueError:

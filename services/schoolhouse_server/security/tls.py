@@ -19,13 +19,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ServerTls:
-    """PEM files of a server: its certificate, with those between it and its authority, and its key without a password.
+    """PEM files of a server: its certificate with intermediate ones, and its key without a password.
 
-    With `client_ca`, the authorities of clients, it answers only those that have a certificate of theirs. Of a pool,
-    every server shows a certificate for the name that students connect to.
+    With `client_ca`, a file of authorities, the server answers only clients with a certificate that one of them signed.
+    In a pool, every server's certificate must hold the name that students connect to.
 
     Raises:
-        ConfigError: a file is missing, is not what it should be, has expired, or fits no other.
+        ConfigError: a file is missing, invalid or expired, or the key is not that of the certificate.
     """
 
     cert: str | Path
@@ -36,7 +36,7 @@ class ServerTls:
         _read(self)
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For a server of gRPC's."""
+        """The credentials for a gRPC server; they follow changes of the files."""
         files = _Files(self)
 
         def changed() -> Any:
@@ -44,13 +44,13 @@ class ServerTls:
             return None if found is None else _configuration(found)
 
         initial = _configuration(_read(self))
-        credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(  # asked at each handshake
+        credentials: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(  # calls `changed` at each handshake
             initial, changed, require_client_authentication=self.client_ca is not None
         )
         return credentials
 
     def context(self) -> ssl.SSLContext:
-        """For a socket of Python's, as that of the page."""
+        """The context for a Python socket, such as that of the HTTP server; it follows changes of the files."""
         context = _Context(ssl.PROTOCOL_TLS_SERVER)
         context.follow(self)
         return context
@@ -58,7 +58,7 @@ class ServerTls:
 
 @dataclass(frozen=True, repr=False)
 class _Read:
-    """What the files hold."""
+    """The contents of the files."""
 
     cert: bytes
     key: bytes
@@ -66,7 +66,7 @@ class _Read:
 
 
 class _Files:
-    """Whether the files have changed since they were read. Wrong new ones are not taken, and the log says so once."""
+    """Notices when the files have changed; invalid new files are not taken, and the log says so once."""
 
     def __init__(self, tls: ServerTls) -> None:
         self._tls = tls
@@ -74,7 +74,7 @@ class _Files:
         self._seen = self._state()
 
     def changed(self) -> _Read | None:
-        """What they hold now, if that is new."""
+        """The contents of the files if they have changed; None if not, or if they are invalid."""
         with self._lock:
             state = self._state()
             if state == self._seen:
@@ -83,7 +83,7 @@ class _Files:
         try:
             found = _read(self._tls)
         except ConfigError as err:
-            _log.error("the new certificate is not taken, the one before it stays: %s", err)
+            _log.error("the new certificate is not used, and the one before it stays: %s", err)
             return None
         _log.info("a new certificate is used from now on")
         return found
@@ -104,7 +104,7 @@ class _Context(ssl.SSLContext):
     def wrap_socket(self, *args: Any, **kwargs: Any) -> ssl.SSLSocket:
         """Begin a connection."""
         if self._files.changed() is not None:
-            self._now = _context_of(self._tls)  # another one: a context forgets no authority that it once knew
+            self._now = _context_of(self._tls)  # a new context, as one cannot forget an authority that it has loaded
         return self._now.wrap_socket(*args, **kwargs)
 
 
@@ -118,14 +118,14 @@ def _context_of(tls: ServerTls) -> ssl.SSLContext:
 
 
 def check_exposure(host: str, tls: ServerTls | None, *, insecure: bool) -> None:
-    """Raises `ConfigError` where a server would listen beyond this machine in plaintext, and nobody said so."""
+    """Raises `ConfigError` if a server would listen beyond this machine in plaintext without `insecure`."""
     if not isinstance(insecure, bool):
         raise ConfigError(f"insecure is {insecure!r}; choices: True, False")
     if tls is None and not insecure and not is_loopback(host):
         raise ConfigError(
-            f"host is {host!r}, which is not of this machine alone, and there is no TLS: who is on the way could read "
-            "and change everything. Give tls=ServerTls(cert=..., key=...), for which `schoolhouse certs` makes the "
-            "files, listen on 127.0.0.1, or say insecure=True"
+            f"host is {host!r}, which other machines can reach, and there is no TLS: anybody on the network between "
+            "could read and change everything. Give tls=ServerTls(cert=..., key=...), for which `schoolhouse certs` "
+            "makes the files, listen on 127.0.0.1, or say insecure=True"
         )
 
 
@@ -159,7 +159,7 @@ def _check_times(data: bytes, path: str | Path) -> None:
     first, now = x509.load_pem_x509_certificates(data)[0], datetime.datetime.now(datetime.timezone.utc)
     since, until = first.not_valid_before_utc, first.not_valid_after_utc
     if now >= until:
-        raise ConfigError(f"cert: {str(path)!r} has expired at {until:%Y-%m-%d %H:%M} UTC; make or ask for a new one")
+        raise ConfigError(f"cert: {str(path)!r} expired at {until:%Y-%m-%d %H:%M} UTC; make or ask for a new one")
     if now < since:
         raise ConfigError(
             f"cert: {str(path)!r} is valid from {since:%Y-%m-%d %H:%M} UTC on; is this machine's clock right?"

@@ -1,4 +1,4 @@
-"""The tokens file: who may ask for what. It holds digests of tokens alone, and is read again as it changes."""
+"""The tokens file: what each token allows; it holds only digests of tokens, and is read again when it changes."""
 
 import functools
 import hashlib
@@ -19,12 +19,12 @@ from schoolhouse_wire.limits import MAX_JOB_NAME
 
 from schoolhouse_server.common.yaml_files import read_bytes
 
-PREFIX = "sht_"  # by it a token is known in a log or a repository that it should not be in
-_BYTES = 32  # of a token, from the system's random numbers
+PREFIX = "sht_"  # lets scanners find a token that leaked into a log or a repository
+_BYTES = 32  # random bytes in a token
 _WHAT = "tokens file"
 _MAX_TOKENS = 4096
-_MAX_TOKEN_LENGTH = 4096  # characters; longer ones are not looked for
-_LOOK_S = 0.5  # between two looks at the file; it is taken when two in a row found the same
+_MAX_TOKEN_LENGTH = 4096  # characters; longer tokens are refused unseen
+_LOOK_S = 0.5  # between two looks at the file; a change is taken once two looks in a row found the same
 _WEIGHTS = (0.01, 100.0)
 _ANY = "*"
 _STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -36,10 +36,11 @@ _log = logging.getLogger(__name__)
 class Grant:
     """What the holder of one token may do.
 
-    `sha256` is the token's digest. With a `job` all that it asks for is of that job, whatever its client says, and no
-    token without that job takes its name; only then `weight` is the job's (else what its client says, 1 at most), and
-    `max_in_flight` and `max_job_bytes` bound it on each replica beside the teacher's own bounds. `teachers` are those
-    that it may use and see, `"*"` being all. An `admin` sees all teachers, all jobs' loads, and the HTTP port.
+    `sha256` is the token's digest. With a `job`, all its requests belong to that job, whatever the client says, and
+    tokens without that job cannot take its name. Only with a `job` may it have a `weight` (without one, the client's
+    own counts, up to 1), and `max_in_flight` and `max_job_bytes`, which bound the job on each replica in addition to
+    the teacher's own bounds. `teachers` are the teachers that it may use and see; `"*"` stands for all. An `admin` sees
+    all teachers, the loads of all jobs, and the HTTP port.
     """
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
@@ -54,15 +55,15 @@ class Grant:
     def _quota_of_a_job(self) -> "Grant":
         given = [name for name in ("weight", "max_in_flight", "max_job_bytes") if getattr(self, name) is not None]
         if given and self.job is None:
-            raise ValueError(f"{given[0]} goes with job: who may name any job may have the quota of many")
+            raise ValueError(f"{given[0]} needs job: a token that may name any job would get that quota for each")
         return self
 
     def allows(self, teacher: str) -> bool:
-        """Whether it may use that teacher."""
+        """Whether the token may use that teacher."""
         return _ANY in self.teachers or teacher in self.teachers
 
     def sees(self, teacher: str) -> bool:
-        """Whether it may know of that teacher."""
+        """Whether the token may know of that teacher."""
         return self.admin or self.allows(teacher)
 
 
@@ -81,23 +82,23 @@ class _File:
 
 
 def new_token() -> str:
-    """A random one."""
+    """A new random token."""
     return PREFIX + secrets.token_urlsafe(_BYTES)
 
 
 def digest_of(token: str) -> str:
-    """What a tokens file has of a token."""
+    """The digest of a token that stands in a tokens file."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 class Tokens:
-    """The grants of a tokens file. `start` follows its changes, `close` ends that."""
+    """The grants of a tokens file; it follows changes of the file from `start` to `close`."""
 
     def __init__(self, path: Path) -> None:
         """Read the file.
 
         Raises:
-            ConfigError: it cannot be read, or is wrong; one sentence says where.
+            ConfigError: the file cannot be read, or is wrong; one sentence says where.
         """
         self._path = path
         self._data = self._refused = read_bytes(path, _WHAT)
@@ -108,42 +109,48 @@ class Tokens:
 
     @classmethod
     def of(cls, path: str | Path | None) -> "Tokens | None":
-        """Those of the file, if there is one; raises as the constructor does."""
+        """The tokens of a file; None without a path.
+
+        Raises as the constructor does.
+        """
         return cls(Path(path)) if path is not None else None
 
     def grant(self, token: str) -> Grant | None:
-        """What a token may do; None: it is not known. Takes as long for any token, but for its length."""
+        """What a token may do; None for an unknown token.
+
+        The time it takes depends only on the token's length.
+        """
         if len(token) > _MAX_TOKEN_LENGTH:
             return None
         return self._find(digest_of(token))
 
     def now(self, grant: Grant) -> Grant | None:
-        """What the file says by now about the token that had this grant."""
+        """What the file now allows the token that had this grant; None if the token is gone."""
         return self._find(grant.sha256.lower())
 
     def _find(self, digest: str) -> Grant | None:
         found = None
-        for one in self._grants:  # all of them, so that time tells nothing of which one it is like
+        for one in self._grants:  # all of them, so that the time taken does not tell which one matched
             if hmac.compare_digest(one.sha256.lower(), digest):
                 found = one
         return found
 
     def is_bound(self, job: str) -> bool:
-        """Whether a token has this job's name for its own."""
+        """Whether a token is bound to this job's name."""
         return any(one.job == job for one in self._grants)
 
     def on_change(self, call: Callable[[], None]) -> None:
-        """Have `call` called, in a thread of its own, after the file has changed."""
+        """Call `call`, in the thread that follows the file, each time a changed file was taken."""
         self._changed.append(call)
 
     def start(self) -> None:
-        """Follow the file's changes."""
+        """Begin to follow changes of the file."""
         self._stop.clear()
         self._thread = background.thread(self._follow, name="schoolhouse-tokens", on_death=background.go_on)
         self._thread.start()
 
     def close(self) -> None:
-        """Follow them no longer."""
+        """Stop following changes of the file."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * _LOOK_S)
@@ -155,7 +162,7 @@ class Tokens:
             before = background.run(look, "following the tokens file", lambda _error: b"")
 
     def _look(self, before: bytes) -> bytes:
-        """What the file holds; it is taken as soon as that is new and the same as `before`: nobody is writing it."""
+        """What the file holds; new contents are taken once they equal `before`, as then nobody is writing them."""
         try:
             found = read_bytes(self._path, _WHAT)
             if found == before and found not in (self._data, self._refused):
@@ -172,27 +179,27 @@ class Tokens:
             self._refuse(data, err)
             return
         self._data = self._refused = data
-        self._grants = grants  # at once: who asks meanwhile sees the old ones or the new ones
+        self._grants = grants  # replaced as a whole, so that a request meanwhile sees the old grants or the new ones
         _log.info("the tokens file was read again; it has %d tokens", len(grants))
         for call in self._changed:
             call()
 
     def _refuse(self, data: bytes, err: ConfigError) -> None:
-        """Keep what is known, and say so once."""
+        """Keep the grants known so far, and log that once."""
         if data != self._refused:
             self._refused = data
-            _log.warning("the tokens file changed and is not taken; those known so far are kept: %s", err.message)
+            _log.warning("the changed tokens file is not used; the tokens known so far are kept: %s", err.message)
 
 
 def _parse(data: bytes, path: Path) -> tuple[Grant, ...]:
-    """The grants of a file; what is wrong is told without the file's own words, which may be a token."""
+    """The grants in a file's data; errors quote nothing from the file, as any word of it may be a token."""
     try:
         given = yaml.safe_load(data)
     except yaml.YAMLError as err:
         mark = getattr(err, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark is not None else ""
         raise ConfigError(f"the tokens file {path} is not YAML{where}") from None
-    except Exception as err:  # it knows dates and numbers, whose makers raise what they like
+    except Exception as err:  # YAML's dates and numbers raise exceptions of other kinds
         raise ConfigError(f"the tokens file {path} is not YAML: it raised {type(err).__name__}") from None
     if not isinstance(given, dict) or not isinstance(given.get("tokens"), list):
         raise ConfigError(f"the tokens file {path} must hold a mapping with the key 'tokens' and a list under it")
@@ -203,7 +210,7 @@ def _parse(data: bytes, path: Path) -> tuple[Grant, ...]:
 
 
 def _sentence(error: object) -> str:
-    """Where it is wrong, and how; names of keys that are none of ours may be a token."""
+    """Where a mistake is, and what it is; unknown keys are not quoted, as they may be a token."""
     assert isinstance(error, dict)
     known = {"tokens", *Grant.__dataclass_fields__}
     where = ".".join(str(part) if isinstance(part, int) or part in known else "?" for part in error["loc"])

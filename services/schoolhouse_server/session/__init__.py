@@ -1,7 +1,8 @@
-"""Sessions: what comes from a client, until it stands in an engine's queue, and what goes back.
+"""Sessions: from a client's stream to an engine's queue, and back.
 
-A request's way: `servicer` opens a `server_session` for each stream; `receiving` puts its frames together, `calls`
-reads and checks what they ask for, `admission` lets it in by the job's `quotas`, and the engine's answer goes out in
-any order; `notices` are the small messages beside it. `job_session` is the session's part in its job, `lease` ends it
-when the client is silent, and `draining` ends all of them.
+The way of a request: `servicer` opens a `server_session` for each stream; `calls` reads and checks what is asked for,
+`admission` lets it in by the job's `quotas`, `receiving` puts its frames together, and answers go out in any order.
+`notices` are small messages to the client, such as failures. `job_session` is a session's part in its job, `lease` ends
+a session whose client is silent, and `draining` ends all sessions of a replica. `same_host` is shared memory and pipes
+in place of the stream, and `context` what a session knows of its replica.
 """

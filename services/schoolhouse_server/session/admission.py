@@ -1,4 +1,4 @@
-"""Which requests a teacher lets in: quotas of jobs, and the bound of the whole queue. The others are told to wait."""
+"""Which requests a teacher lets in, by the quotas of jobs and the bound of the queue; the others must wait."""
 
 import threading
 import time
@@ -11,17 +11,17 @@ from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.engine.unsent import Share
 from schoolhouse_server.session.quotas import Sharing
 
-_RESERVED_S = 1.0  # how long a place is kept for a session that was told to go on
-_UNSENT = 2  # times `max_in_flight` that a session may have in flight or unsent: its client reads too slowly
+_RESERVED_S = 1.0  # how long a place is kept for a session that was told to resume
+_UNSENT = 2  # a session may have this many times `max_in_flight` requests in flight or unsent; then it must read
 
 
 class FloodError(ProtocolError):
-    """A client goes on and on although it was told to wait, or does not read what it is told. It ends the session."""
+    """A client goes on calling although it was told to wait, or does not read; this ends the session."""
 
 
 @dataclass(eq=False)
 class _Quota:
-    """What a job has in flight, over all of its sessions, reserved places included."""
+    """What a job has in flight over all of its sessions, reserved places included."""
 
     sessions: int = 0
     requests: int = 0
@@ -32,28 +32,28 @@ class _Quota:
 class _Reply:
     """An answer that is not sent yet."""
 
-    share: Share | None  # of the bytes that may wait for that
-    wanted: bool = True
+    share: Share | None  # its share of the bytes that may be unsent
+    wanted: bool = True  # whether the client has not cancelled it
 
     def end(self) -> None:
-        """It was sent, or dropped."""
+        """Give its share back, as it was sent or dropped."""
         if self.share is not None:
             self.share.end()
 
 
 @dataclass(eq=False)
 class Place:
-    """A session's part of its job's quota. `tell_wait(request_id)` and `tell_resume()` only queue a message."""
+    """A session's part of its job's quota; `tell_wait(request_id)` and `tell_resume()` only queue a message."""
 
     job: str
-    sharing: Sharing  # whose bounds of a job hold for this session
+    sharing: Sharing  # its bounds of a job hold for this session
     tell_wait: Callable[[int], None]
     tell_resume: Callable[[], None]
-    admitted: dict[int, int] = field(default_factory=dict)  # bytes, by request
-    replying: dict[int, _Reply] = field(default_factory=dict)  # answered, and not sent yet
+    admitted: dict[int, int] = field(default_factory=dict)  # the bytes of each request in flight
+    replying: dict[int, _Reply] = field(default_factory=dict)  # answers that are not sent yet, by request
     wanted: int = 0  # bytes of the first request that was refused
-    refused: set[int] = field(default_factory=set)  # since it was told to go on, and not cancelled
-    reserved: int | None = None  # bytes, kept with a place
+    refused: set[int] = field(default_factory=set)  # requests refused since it last waited, without cancelled ones
+    reserved: int | None = None  # bytes reserved with a place for its next request
     reserved_until: float = 0.0
     ended: bool = False
 
@@ -61,8 +61,9 @@ class Place:
 class Admission:
     """The requests of one teacher that are in flight: admitted, and neither answered nor cancelled.
 
-    A session that was refused waits until there is a place for its request, which is then kept for it for a second. The
-    one that has waited longest goes first, and nobody of its job, or of those that wait for the whole queue, passes it.
+    A session whose request was refused waits until there is a place for it, which is then kept for it for a second. The
+    session that has waited longest goes first; no other session of its job, and none that waits for the whole queue,
+    may pass it.
     """
 
     def __init__(self, sharing: Sharing, timer: Timer) -> None:
@@ -70,21 +71,21 @@ class Admission:
         self._timer = timer
         self._lock = threading.Lock()
         self._jobs: dict[str, _Quota] = {}
-        self._waiting: dict[Place, None] = {}  # in their order
+        self._waiting: dict[Place, None] = {}  # an ordered set, the one that has waited longest first
         self._requests = 0
 
     def in_flight(self) -> dict[str, int]:
-        """How many requests are in flight, by job."""
+        """How many requests of each job are in flight."""
         with self._lock:
             return {name: quota.requests for name, quota in self._jobs.items() if quota.requests}
 
     def enter(self, place: Place) -> None:
-        """A session begins."""
+        """Note that a session of the job begins."""
         with self._lock:
             self._jobs.setdefault(place.job, _Quota()).sessions += 1
 
     def leave(self, place: Place) -> None:
-        """A session ends, with all that it has in flight."""
+        """End a session, with all that it has in flight."""
         with self._lock:
             place.ended = True
             self._waiting.pop(place, None)
@@ -101,10 +102,10 @@ class Admission:
             self._resume()
 
     def admit(self, place: Place, request_id: int, nbytes: int) -> bool:
-        """Let a request in, or have its session wait.
+        """Let a request in; if there is no place, tell its session to wait and return False.
 
         Raises:
-            FloodError: the session goes on and on although it was told to wait.
+            FloodError: the client goes on calling although it was told to wait.
         """
         with self._lock:
             if place.ended:
@@ -118,7 +119,7 @@ class Admission:
             return False
 
     def reply(self, place: Place, request_id: int, share: Share | None = None) -> None:
-        """A request is answered, and the reply is on its way until `sent`, when `share` ends."""
+        """Note that a request is answered; its reply is being sent until `sent` is called, and then `share` ends."""
         with self._lock:
             reply = _Reply(share)
             if place.ended:
@@ -128,7 +129,7 @@ class Admission:
         self.end(place, request_id)
 
     def end(self, place: Place, request_id: int) -> None:
-        """A request is answered, or needs no answer any more. Ignores what has ended."""
+        """End a request that is answered, or needs no answer any more; does nothing if it has ended already."""
         with self._lock:
             nbytes = place.admitted.pop(request_id, None)
             if nbytes is not None:
@@ -136,7 +137,7 @@ class Admission:
                 self._resume()
 
     def cancelled(self, place: Place, request_id: int) -> None:
-        """The client wants a request no more. What there is of a reply is there until the stream comes to drop it."""
+        """End a request that the client has cancelled; a reply that waits counts until the stream comes to drop it."""
         with self._lock:
             place.refused.discard(request_id)
             if (reply := place.replying.get(request_id)) is not None:
@@ -144,7 +145,7 @@ class Admission:
         self.end(place, request_id)
 
     def sent(self, place: Place, request_id: int) -> None:
-        """All of a reply is sent, or what was left of it is dropped."""
+        """Note that all of a reply is sent, or the rest of it dropped."""
         with self._lock:
             if (reply := place.replying.pop(request_id, None)) is not None:
                 reply.end()
@@ -155,7 +156,7 @@ class Admission:
         if place.reserved is not None:
             quota = self._jobs[place.job]
             return quota.requests == 1 or quota.nbytes - place.reserved + nbytes <= place.sharing.max_job_bytes
-        # Those of other jobs wait for what is full, or it was kept for them.
+        # Sessions of other jobs wait because their own job is full, or have a place reserved: they may be passed.
         return self._has_room(place, nbytes) and not any(
             other.job == place.job and self._reads(other) for other in self._waiting
         )
@@ -165,14 +166,14 @@ class Admission:
         return free and self._reads(place) and self._has_place_in_job(place, nbytes)
 
     def _reads(self, place: Place) -> bool:
-        """Whether the client takes its replies; else they would pile up."""
+        """Whether the client reads its replies fast enough that they do not pile up."""
         return len(place.admitted) + len(place.replying) < _UNSENT * place.sharing.max_in_flight
 
     def _has_place_in_job(self, place: Place, nbytes: int) -> bool:
         quota, sharing = self._jobs[place.job], place.sharing
         if quota.requests >= sharing.max_in_flight:
             return False
-        return not quota.requests or quota.nbytes + nbytes <= sharing.max_job_bytes  # a large one is taken when alone
+        return not quota.requests or quota.nbytes + nbytes <= sharing.max_job_bytes  # a large one is taken if alone
 
     def _take(self, place: Place, nbytes: int) -> None:
         quota = self._jobs[place.job]
@@ -192,13 +193,13 @@ class Admission:
             self._waiting[place] = None
             place.wanted, place.refused = nbytes, set()
         place.refused.add(request_id)
-        if len(place.refused) > place.sharing.max_in_flight:  # more than can have been on their way
+        if len(place.refused) > place.sharing.max_in_flight:  # more than can have been sent before it was told
             raise FloodError(f"{len(place.refused)} calls came after the client was told to wait")
         place.tell_wait(request_id)
-        self._resume()  # what was reserved for it may be of use for others
+        self._resume()  # others may use what was reserved for it
 
     def _resume(self) -> None:
-        """Tell sessions to go on for which there is room, those that have waited longest first."""
+        """Tell the sessions for which there is room to resume, those that have waited longest first."""
         passed_over: set[str] = set()
         for place in list(self._waiting):
             if not self._reads(place):
@@ -218,7 +219,7 @@ class Admission:
             place.reserved = None
 
     def _expire(self, place: Place) -> None:
-        """Give a place away that was not used."""
+        """Free a reserved place that was not used in time."""
         with self._lock:
             if place.reserved is not None and time.monotonic() >= place.reserved_until:
                 self._drop_reservation(place)

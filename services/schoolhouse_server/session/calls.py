@@ -1,4 +1,4 @@
-"""What a call asks for: the inputs of a forward, or a head; what none may ask for, and what it is told."""
+"""What a call asks for, a forward or a head; which calls are refused; and what the replies say."""
 
 import logging
 from collections.abc import Callable, Sized
@@ -28,7 +28,7 @@ _HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
 
 
 def inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
-    """The arguments of a forward, and the mask of the positions; raises `ProtocolError` for what is neither."""
+    """A call's arguments for forward, and its mask of positions; raises `ProtocolError` for any other value."""
     inputs, mask = value if type(value) is tuple and len(value) == 2 else (value, None)
     if not isinstance(inputs, Arguments):
         raise ProtocolError("a call's inputs are not the arguments of a forward")
@@ -40,7 +40,7 @@ def inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
 def answer_head(
     engine: Engine, wanted: Wanted, inputs: Arguments, done: Callable[[Answer | BaseException], None], *, allowed: bool
 ) -> None:
-    """Have `done` get a head, from a thread of its own: it waits for the forward that runs, and who asks does not."""
+    """Pass a head, or the error, to `done` from a new thread, as getting it waits for the forward that runs."""
 
     def run() -> None:
         try:
@@ -53,30 +53,30 @@ def answer_head(
 
 
 def _head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:
-    """A head, or its digest, by which a client tells whether the one that it has is the same.
+    """A head, or only its digest, with which a client checks the head that it has cached.
 
     Raises:
-        PermissionDeniedError: it is not `allowed` to give heads out.
-        ProtocolError: it is no call for one head.
+        PermissionDeniedError: heads are not given out.
+        ProtocolError: the call does not name exactly one head.
     """
     if not allowed:
         raise PermissionDeniedError(
             f"the head of {engine.description.name!r} is not given out, so encodings.hidden() cannot be used; choose "
-            "another encoding, or ask who runs the server for serve(allow_head=True), in a pool's file `security: "
-            "{allow_head: true}`"
+            "another encoding, or ask whoever runs the server for serve(allow_head=True), or, in a pool file, "
+            "`security: {allow_head: true}`"
         )
     heads = wanted.heads()
     if len(wanted.taps) != 1 or len(heads) != 1:
         raise ProtocolError("a call for a head must name one, as the encoding of its only tap")
     [(tap, name)] = heads.items()
-    engine.check()  # a forward that does not return keeps the module, and a head waits for it
+    engine.check()  # raises after a forward that never returned, for which the head would wait for ever
     head = engine.teacher.head(name, tap.module)
     value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
     return Answer(pack([value]), engine.description.revision, _HEAD_LIMITS)
 
 
 def opened_by(engine: Engine, sharing: Sharing, limits: Limits) -> teacher_pb2.Opened:
-    """What a client is told as its session begins, but for shared memory."""
+    """The Opened message that begins a session, without the offer of shared memory."""
     return teacher_pb2.Opened(
         revision=engine.description.revision,
         max_in_flight=sharing.max_in_flight,
@@ -87,14 +87,14 @@ def opened_by(engine: Engine, sharing: Sharing, limits: Limits) -> teacher_pb2.O
 
 
 def reply_of(request_id: int, digest: bytes, wanted: Wanted, answer: Answer, header: bytes) -> teacher_pb2.Reply:
-    """A reply that says what it answers, so that it can be held against what was asked."""
+    """A reply that repeats what it answers, so that the client can compare that with what it asked."""
     return teacher_pb2.Reply(
         request_id=request_id, revision=answer.revision, taps=wanted.to_wire(), input_digest=digest, features=header
     )
 
 
 def as_told(error: BaseException) -> BaseException:
-    """What a client is told of an error: that the host found no memory for its request is no fault of the server's."""
+    """The error that a client is told: `TeacherMemoryError` where the host ran out of memory, else the error itself."""
     if isinstance(error, SchoolhouseError) or not lacks_memory(error):
         return error
     _log.warning("there was no memory for a request: %s", error)
@@ -102,13 +102,13 @@ def as_told(error: BaseException) -> BaseException:
 
 
 def check_open(message: teacher_pb2.Open) -> None:
-    """Raises `ProtocolError` for names longer than any; that of the job is the member's to check."""
+    """Raises `ProtocolError` for names that are too long; the job's name is checked by `Member`."""
     _check_length("Open", "teacher's name", message.teacher, MAX_NAME)
     _check_length("Open", "revision", message.revision, MAX_NAME)
 
 
 def check_describe(request: teacher_pb2.DescribeRequest | ProtocolError) -> None:
-    """Raises `ProtocolError` for a request that cannot be parsed, or a name longer than any."""
+    """Raises `ProtocolError` for a request that could not be parsed, or has too long a name."""
     if isinstance(request, ProtocolError):
         raise request
     _check_length("Describe", "teacher's name", request.teacher, MAX_NAME)
@@ -117,7 +117,7 @@ def check_describe(request: teacher_pb2.DescribeRequest | ProtocolError) -> None
 def check_call(call: teacher_pb2.Call) -> None:
     """Raises `ProtocolError` for more taps, or longer names, than a call may have."""
     if len(call.taps) > MAX_TAPS:
-        raise ProtocolError(f"a call came with {len(call.taps)} taps; {MAX_TAPS} are allowed")
+        raise ProtocolError(f"a call has {len(call.taps)} taps; {MAX_TAPS} are allowed")
     for tap in call.taps:
         _check_length("a call", "tap", tap.module, MAX_MODULE_NAME)
         if tap.HasField("encoding"):
@@ -129,18 +129,18 @@ def check_call(call: teacher_pb2.Call) -> None:
 def check_released(offsets: Sized) -> None:
     """Raises `ProtocolError` for more blocks at once than a client can hold."""
     if len(offsets) > MAX_RELEASED:
-        raise ProtocolError(f"a message came that releases {len(offsets)} blocks; {MAX_RELEASED} are allowed")
+        raise ProtocolError(f"a message releases {len(offsets)} blocks; {MAX_RELEASED} are allowed")
 
 
 def _check_length(where: str, what: str, text: str, longest: int) -> None:
     if len(text) > longest:
-        raise ProtocolError(f"{where} came with a {what} of {len(text)} characters; {longest} are allowed")
+        raise ProtocolError(f"{where} has a {what} of {len(text)} characters; {longest} are allowed")
 
 
 def check_revision(asked: str, engine: Engine) -> None:
-    """Raises `RevisionChangedError` for another one than the engine's; the empty one stands for any."""
+    """Raises `RevisionChangedError` for another revision than the engine's; an empty one stands for any."""
     if asked not in ("", engine.description.revision):
         raise RevisionChangedError(
-            f"revision {asked} was asked for; this replica has {engine.description.revision}",
+            f"revision {asked} was asked for, and this replica has {engine.description.revision}",
             choices=(engine.description.revision,),
         )

@@ -1,4 +1,4 @@
-"""What a session knows of the replica that it is on."""
+"""What a session knows of its replica."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from schoolhouse_server.session.quotas import Sharing
 
 
 class ReplicaContext:
-    """The engines of one replica, and what its sessions share."""
+    """The engines of one replica, and what all its sessions share."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class ReplicaContext:
         self._engines = engines
 
     def find(self, name: str, grant: Grant = EVERYBODY) -> Engine:
-        """The engine of a teacher that the grant is for.
+        """The engine of a teacher, for a client with this grant.
 
         Raises:
-            PermissionDeniedError: it is for others.
-            UnknownTeacherError: there is none; names those of the grant that there are.
-            TeacherUnavailableError: it serves no more.
+            PermissionDeniedError: the grant does not allow this teacher.
+            UnknownTeacherError: there is no such teacher; the message names those that the grant may see.
+            TeacherUnavailableError: the teacher has failed or is closed.
         """
         check_teacher(name, grant)
         if name not in self._engines:

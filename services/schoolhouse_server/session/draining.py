@@ -1,4 +1,4 @@
-"""The end of a replica that has sessions: no new ones, those there are told, and what is in flight is answered."""
+"""The orderly end of a replica: no new sessions, open ones are told, and what is in flight is answered."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from schoolhouse.errors import TeacherUnavailableError
 
-IDLE_S = 5.0  # a session that had nothing in flight for so long since it was told may be ended
+IDLE_S = 5.0  # sessions may be ended once none has had anything in flight for this long
 
 
 class Leaving(Protocol):
@@ -15,48 +15,48 @@ class Leaving(Protocol):
 
     @property
     def teacher(self) -> str:
-        """Whose features it asks for."""
+        """The name of its teacher."""
         ...
 
     @property
     def outstanding(self) -> int:
-        """Requests whose answers are not sent yet."""
+        """How many requests have no answer sent yet."""
         ...
 
     @property
     def calls(self) -> int:
-        """Requests that came so far."""
+        """How many requests have come so far."""
         ...
 
     def tell_draining(self) -> None:
-        """Say so to the client."""
+        """Tell the client that the replica is about to stop."""
         ...
 
 
 class Drain:
-    """The sessions of a replica, and whether it is about to stop. `clock` counts seconds."""
+    """The sessions of a replica, and whether it is about to stop; `clock` counts seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: set[Leaving] = set()
-        self._ended: set[str] = set()  # teachers that can serve no more
+        self._ended: set[str] = set()  # teachers that have failed for good
         self._deadline: float | None = None
         self._busy_at = 0.0
-        self._calls = 0  # that had come when somebody looked last
+        self._calls = 0  # how many calls had come at the last look
 
     @property
     def began(self) -> bool:
-        """Whether it takes no new sessions."""
+        """Whether new sessions are refused."""
         return self._deadline is not None
 
     def check(self) -> None:
-        """Raises `TeacherUnavailableError` once it takes no new sessions."""
+        """Raises `TeacherUnavailableError` once new sessions are refused."""
         if self._deadline is not None:
             raise TeacherUnavailableError("this replica is draining: it is about to stop; ask another one")
 
     def join(self, session: Leaving) -> None:
-        """Take a session in; raises as `check` does."""
+        """Add a session; raises as `check` does."""
         with self._lock:
             self.check()
             self._sessions.add(session)
@@ -65,12 +65,12 @@ class Drain:
             session.tell_draining()
 
     def leave(self, session: Leaving) -> None:
-        """Take a session out, if it is in."""
+        """Remove a session, if it is there."""
         with self._lock:
             self._sessions.discard(session)
 
     def begin(self, timeout_s: float) -> None:
-        """Take no more sessions and tell those there are; a second call changes nothing."""
+        """Refuse new sessions, and tell the open ones; a second call changes nothing."""
         with self._lock:
             if self._deadline is not None:
                 return
@@ -81,7 +81,7 @@ class Drain:
             session.tell_draining()
 
     def tell(self, teacher: str) -> None:
-        """Tell the sessions of one teacher, which can serve them no more, that its replica is about to stop."""
+        """Tell the sessions of a teacher that has failed for good, now and later, to go elsewhere."""
         with self._lock:
             self._ended.add(teacher)
             told = [session for session in self._sessions if session.teacher == teacher]
@@ -89,7 +89,7 @@ class Drain:
             session.tell_draining()
 
     def over(self) -> bool:
-        """Whether it may stop: no session is left, all have been idle for `IDLE_S`, or its time is up. Poll it."""
+        """Whether the replica may stop: no session is left, all were idle for `IDLE_S`, or its time is up; poll it."""
         with self._lock:
             if self._deadline is None:
                 return False

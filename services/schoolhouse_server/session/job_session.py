@@ -1,4 +1,4 @@
-"""One session's part in its job: the places that it has, how long it may be silent, and what is counted of it."""
+"""One session's part in its job: its requests in flight, its lease, and its counters."""
 
 from collections.abc import Callable, Iterable
 
@@ -22,7 +22,7 @@ _WEIGHTS = (0.01, 100.0)
 
 
 class Member:
-    """It begins with the session's Open, and ends with `leave`."""
+    """A session as a member of its job, from its Open until `leave`."""
 
     def __init__(
         self,
@@ -32,14 +32,12 @@ class Member:
         sharing: Sharing,
         tell: Callable[[Message], None],
     ) -> None:
-        """`tell` has a message sent. Raises `ProtocolError` for a weight that there is not, or a name too long."""
+        """`tell` sends a message to the client; raises `ProtocolError` for an invalid weight, or too long a name."""
         if len(opened.job) > MAX_JOB_NAME:
-            raise ProtocolError(
-                f"Open came with a job's name of {len(opened.job)} characters; {MAX_JOB_NAME} are allowed"
-            )
+            raise ProtocolError(f"Open has a job's name of {len(opened.job)} characters; {MAX_JOB_NAME} are allowed")
         weight = opened.weight or 1.0
         if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
-            raise ProtocolError(f"Open came with the weight {weight}; it must be from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
+            raise ProtocolError(f"Open has the weight {weight}; it must be from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
         self.account = counters.enter(opened.job, weight)
         self._counters = counters
         self._admission = admission
@@ -47,21 +45,21 @@ class Member:
         self._place = Place(self.account.job, sharing, self._tell_wait, self._tell_resume)
         self._lease: Lease | None = None
         self.teacher = opened.teacher
-        self.calls = 0  # that came so far
+        self.calls = 0  # how many requests have come so far
         admission.enter(self._place)
 
     def start_lease(self, timer: Timer, lease_s: float, expire: Callable[[], None]) -> None:
-        """Call `expire` when the client is silent for that long."""
+        """Call `expire` once the client has been silent for `lease_s`."""
         self._lease = Lease(timer, lease_s, expire)
         self._lease.start()
 
     def hear(self, *, listening: bool) -> None:
-        """A message came; see `Lease.hear`."""
+        """Note that a message came; see `Lease.hear`."""
         if self._lease is not None:
             self._lease.hear(listening)
 
     def leave(self) -> None:
-        """The session ends; called once."""
+        """Leave the job as the session ends; to be called once."""
         if self._lease is not None:
             self._lease.end()
         self._admission.leave(self._place)
@@ -69,24 +67,24 @@ class Member:
 
     @property
     def outstanding(self) -> int:
-        """Requests whose answers are not sent yet."""
+        """How many requests have no answer sent yet."""
         return len(self._place.admitted) + len(self._place.replying)
 
     def tell_draining(self) -> None:
-        """Tell the client to take new requests elsewhere."""
+        """Tell the client to send new requests elsewhere."""
         self._tell(teacher_pb2.ServerMessage(draining=teacher_pb2.Draining()))
 
     def has(self, request_id: int) -> bool:
-        """Whether a request is in flight, or its reply is on the way."""
+        """Whether a request is in flight, or its reply is being sent."""
         return request_id in self._place.admitted or request_id in self._place.replying
 
     def wants(self, request_id: int) -> bool:
-        """Whether a reply that is on its way was not cancelled."""
+        """Whether a reply is being sent and the client has not cancelled it."""
         reply = self._place.replying.get(request_id)
         return reply is not None and reply.wanted
 
     def admit(self, request_id: int, nbytes: int) -> bool:
-        """Whether there is a place for a request; else the client was told to wait. Errors: see `Admission.admit`."""
+        """Let a request in, or tell the client to wait and return False; raises as `Admission.admit` does."""
         self.calls += 1
         if not self._admission.admit(self._place, request_id, nbytes):
             return False
@@ -96,22 +94,22 @@ class Member:
     def answered(
         self, request_id: int, rows: int, wanted: Wanted, features: Declared, share: Share | None = None
     ) -> None:
-        """A request's features are to be sent; then its share ends."""
+        """Count a request whose features are about to be sent; its share ends once they are."""
         self._counters.answered(self.account, rows=rows)
         self._counters.sent(self.account, len(features.header), _by_encoding(wanted, features))
         self._admission.reply(self._place, request_id, share)
 
     def failed(self, request_id: int, error: BaseException) -> None:
-        """A request is answered with an error."""
+        """Count a request that is answered with an error."""
         self._counters.failed(self.account, error)
         self._admission.end(self._place, request_id)
 
     def cancelled(self, request_id: int) -> None:
-        """The client wants a request no more."""
+        """Forget a request that the client has cancelled."""
         self._admission.cancelled(self._place, request_id)
 
     def sent(self, request_id: int) -> None:
-        """A reply is sent."""
+        """Note that a reply is sent."""
         self._admission.sent(self._place, request_id)
 
     def _tell_wait(self, request_id: int) -> None:
@@ -123,7 +121,7 @@ class Member:
 
 
 def _by_encoding(wanted: Wanted, features: Declared) -> Iterable[tuple[str, int]]:
-    """Bytes of each tap's feature; of all under the first one's, if nobody counted them one by one."""
+    """The bytes of each tap's feature, with its encoding; all under the first encoding if not counted one by one."""
     pairs = zip(wanted.taps, wanted.encodings, strict=True)
     names = ["head" if tap.side == HEAD else name_of(encoding) for tap, encoding in pairs]
     return zip(names, features.item_bytes or (features.nbytes,), strict=False)

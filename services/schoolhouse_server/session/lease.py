@@ -1,4 +1,4 @@
-"""A session's lease: it ends when its client has been silent for too long."""
+"""A session's lease, which ends when its client has been silent for too long."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from schoolhouse_server.common.timer import Alarm, Timer
 
 
 class Lease:
-    """Calls `expire` once, in the timer's thread, when nothing was heard for `lease_s`; with 0, never."""
+    """Calls `expire` once, in the timer's thread, after a silence of `lease_s`; with 0, never."""
 
     def __init__(self, timer: Timer, lease_s: float, expire: Callable[[], None]) -> None:
         self._timer = timer
@@ -21,18 +21,18 @@ class Lease:
         self._alarm: Alarm | None = None
 
     def start(self) -> None:
-        """Count from now on."""
+        """Begin to count the silence."""
         self._heard = time.monotonic()
         if self._lease_s:
             self._check()
 
     def hear(self, listening: bool) -> None:
-        """A message has come; while it is not `listening`, as it works on one, the silence is not the client's."""
+        """Note a message; while the server is not `listening`, as it works on one, the silence is not the client's."""
         self._heard = time.monotonic()
         self._listening = listening
 
     def end(self) -> None:
-        """It is over: nothing is called any more."""
+        """End the lease: `expire` is not called any more."""
         with self._lock:
             self._ended = True
             if self._alarm is not None:

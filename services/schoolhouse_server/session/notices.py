@@ -1,4 +1,4 @@
-"""Small messages of a session to its client, such as failures: bounded, and known until the stream has taken them."""
+"""Small messages of a session to its client, such as failures, and a bound on how many may be unread."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -8,22 +8,22 @@ from schoolhouse_wire.outbox import Outbox
 
 from schoolhouse_server.session.admission import FloodError
 
-_MAX_UNTOLD = 1024  # that a client may leave unread
+_MAX_UNTOLD = 1024  # messages that a client may leave unread
 
 
 class Telling:
-    """Any thread may tell; `taken()` is called by the stream's thread, each time after it has taken one."""
+    """Sends small messages, from any thread; `taken()` is called by the stream's thread after it has taken each."""
 
     def __init__(self, outbox: Outbox[Message | bytes], taken: Callable[[], None]) -> None:
         self._outbox, self._taken = outbox, taken
-        self._untold: deque[Message] = deque()  # only counted: sources have their own
+        self._untold: deque[Message] = deque()  # only for counting; each source holds its own message
 
     def __bool__(self) -> bool:
-        """Whether there is something that the stream has not taken yet."""
+        """Whether there are messages that the stream has not taken yet."""
         return bool(self._untold)
 
     def tell(self, message: Message, then: Callable[[], None] = lambda: None) -> None:
-        """Say it. `then` is called first, but when it is known already that there is something to say."""
+        """Send a message; `then` is called before it is put out, but when this object already counts it."""
 
         def messages() -> Iterator[Message]:
             yield message
@@ -35,6 +35,6 @@ class Telling:
         self._outbox.put(messages())
 
     def check_read(self) -> None:
-        """Raises `FloodError` where the client does not read, but goes on to call."""
+        """Raises `FloodError` for a client that goes on calling but does not read."""
         if len(self._untold) > _MAX_UNTOLD:
             raise FloodError(f"calls went on although {len(self._untold)} messages to the client were not read")

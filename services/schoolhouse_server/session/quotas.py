@@ -1,4 +1,4 @@
-"""How jobs share a teacher: how much of each may be in flight, and how long silence is taken for life."""
+"""How jobs share a teacher: how much each may have in flight, and how long a client may be silent."""
 
 from dataclasses import dataclass, replace
 
@@ -9,15 +9,15 @@ from schoolhouse_server.common.rows import COSTS
 MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
 MAX_UNSENT_BYTES, MAX_JOB_UNSENT_BYTES = 16 << 30, 4 << 30  # a reply has 2 GiB at most
 MAX_LEASE_S = 86_400.0
-MAX_SESSIONS, MOST_SESSIONS = 128, 1024  # unless said, and at most: each has threads of its own
+MAX_SESSIONS, MOST_SESSIONS = 128, 1024  # the default, and the largest allowed, as each session has its own threads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """Settings; see `serve`.
+    """The settings of sharing; `serve` documents them.
 
     Raises:
-        ConfigError: for what is none; the message names it and the choices.
+        ConfigError: for an invalid setting; the message names it and the choices.
     """
 
     cost: str = "rows"
@@ -30,7 +30,7 @@ class Sharing:
     max_sessions: int = MAX_SESSIONS
 
     def within(self, max_in_flight: int | None, max_job_bytes: int | None) -> "Sharing":
-        """The same with these bounds of a job, where they are lower."""
+        """These settings, with a job's bounds lowered to the given ones; None leaves a bound as it is."""
         return replace(
             self,
             max_in_flight=min(self.max_in_flight, max_in_flight or self.max_in_flight),
@@ -49,5 +49,5 @@ class Sharing:
             raise ConfigError(f"max_sessions is {self.max_sessions}; it must be at most {MOST_SESSIONS}")
         if not isinstance(self.lease_s, int | float) or not 0 <= self.lease_s <= MAX_LEASE_S:
             raise ConfigError(
-                f"lease_s is {self.lease_s!r}; it must be seconds up to {MAX_LEASE_S:.0f}, or 0 for a lease without end"
+                f"lease_s is {self.lease_s!r}; it must be seconds up to {MAX_LEASE_S:.0f}, or 0 for no limit"
             )

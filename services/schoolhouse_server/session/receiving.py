@@ -1,4 +1,4 @@
-"""Calls whose payload is still coming: frames in, whole calls out, and none that comes slower than any network is."""
+"""Calls whose payload is still coming: frames go in, whole calls come out, and calls that come too slowly fail."""
 
 import threading
 import time
@@ -11,12 +11,12 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.common.timer import Alarm, Timer
 
-SLOWEST_BYTES_S = 64 << 10  # of one call, after a grace
+SLOWEST_BYTES_S = 64 << 10  # the least rate at which a call's payload must come, after a grace period
 
 
 @dataclass(frozen=True, eq=False)
 class Partial:
-    """A call whose payload is coming."""
+    """A call whose payload is still coming."""
 
     call: teacher_pb2.Call
     incoming: framing.Incoming
@@ -24,7 +24,7 @@ class Partial:
 
 
 class Receiving:
-    """The partial calls of one session. `fail(request_id, error)` is called, by the timer, for one that is too slow."""
+    """The partial calls of one session; the timer calls `fail(request_id, error)` for a call that comes too slowly."""
 
     def __init__(self, timer: Timer, grace_s: float, fail: Callable[[int, Exception], None]) -> None:
         self._timer = timer
@@ -34,16 +34,18 @@ class Receiving:
         self._partial: dict[int, tuple[Partial, Alarm]] = {}
 
     def begin(self, partial: Partial) -> None:
-        """The payload of a call is to come, in time."""
+        """Expect the payload of a call, within a time that depends on its size."""
         allowed_s = self._grace_s + partial.incoming.nbytes / SLOWEST_BYTES_S
         alarm = self._timer.at(time.monotonic() + allowed_s, lambda: self._expire(partial, allowed_s))
         with self._lock:
             self._partial[partial.call.request_id] = partial, alarm
 
     def add(self, frame: framing.Frame) -> Partial | None:
-        """Take a frame; the whole call, if it was the last one. One of a call that is not here any more is ignored.
+        """Take a frame; returns the whole call if that was its last one.
 
-        Errors: see `Incoming.add`; the call is dropped.
+        Frames of unknown calls are ignored.
+
+        Raises as `Incoming.add` does; the call is dropped then.
         """
         partial, _ = self._partial.get(frame.request_id, (None, None))
         if partial is None:
@@ -56,7 +58,7 @@ class Receiving:
         return partial if partial.incoming.complete and self.drop(frame.request_id) else None
 
     def drop(self, request_id: int) -> bool:
-        """Forget a call; whether it was here."""
+        """Forget a call; returns whether it was here."""
         with self._lock:
             partial, alarm = self._partial.pop(request_id, (None, None))
         if alarm is not None:
@@ -64,13 +66,13 @@ class Receiving:
         return partial is not None
 
     def give_up(self) -> None:
-        """Nothing more will come: those that are not whole fail."""
+        """Fail all partial calls, as nothing more will come."""
         for request_id in list(self._partial):
             if self.drop(request_id):
                 self._fail(request_id, ProtocolError("the stream of requests ended within this call's payload"))
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all partial calls."""
         for request_id in list(self._partial):
             self.drop(request_id)
 

@@ -1,4 +1,4 @@
-"""What a session has in memory with a client on its host: a segment for payloads, and pipes in place of the stream."""
+"""What a session shares with a client on the same host: a memory segment for payloads, and pipes for messages."""
 
 import contextlib
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 
 class SameHost:
-    """Both are offered with Opened, and used once the client has attached them."""
+    """The segment and the pipes: offered with Opened, and used once the client has attached them."""
 
     def __init__(self, replies_bytes: int) -> None:
-        """`replies_bytes` of memory for replies; 0: nothing is offered."""
+        """Offer `replies_bytes` of memory for replies; with 0, offer nothing."""
         self.segment: ReplicaSegment | None = None
         self.pipes: pipes.Pipes | None = None
         self._replies_bytes = replies_bytes
@@ -22,10 +22,10 @@ class SameHost:
         self._closed = False
 
     def offer(self, opened: teacher_pb2.Opened, outbox: Outbox[Message | bytes], *, checksums: bool) -> None:
-        """Write the offer into a message, if this system has what it takes."""
+        """Write the offer into Opened, if this system supports shared memory."""
         if not self._replies_bytes or shared_memory.lacks():
             return
-        with contextlib.suppress(OSError):  # there is none to be had: the stream does
+        with contextlib.suppress(OSError):  # without memory for it, all goes over the stream
             offered_pipes = pipes.Offered()
             offered = shared_memory.create(self._replies_bytes, outbox, checksums=checksums)
             opened.shared_memory.CopyFrom(offered.offer)
@@ -33,7 +33,7 @@ class SameHost:
             self._offered = offered, offered_pipes
 
     def attached(self, message: teacher_pb2.Attached) -> None:
-        """The client has attached what was offered, or could not."""
+        """Take the client's message that it has attached what was offered, or could not."""
         offered, self._offered = self._offered, None
         if offered is None:
             return
@@ -47,13 +47,13 @@ class SameHost:
             self.pipes.close()
 
     def free(self, offsets: Iterable[int]) -> None:
-        """The client is done with blocks of replies."""
+        """Free blocks of replies that the client has released."""
         if self.segment is not None:
             for offset in offsets:
                 self.segment.free(offset)
 
     def close(self) -> None:
-        """End the pipes. Any number of times."""
+        """Close the pipes; may be called more than once."""
         self._closed = True
         if self.pipes is not None:
             self.pipes.close()

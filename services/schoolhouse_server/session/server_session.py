@@ -54,7 +54,7 @@ from schoolhouse_server.session.same_host import SameHost
 
 _log = logging.getLogger(__name__)
 _FAILED = "the session failed; the server's log says why"
-_END_S = 1.0  # that a session has to end by itself; then its stream is cancelled
+_END_S = 1.0  # how long a session may take to end by itself, before its stream is cancelled
 
 
 class ServerSession:
@@ -63,7 +63,7 @@ class ServerSession:
     def __init__(self, context: ReplicaContext, messages: Iterator[Any], grant: Grant) -> None:
         self.outbox: Outbox[Message | bytes] = Outbox()
         self._telling = Telling(self.outbox, self._end_if_answered)
-        self._asked_all = False  # the client ended its half of the stream, and waits for the rest of the answers
+        self._asked_all = False  # whether the client has ended its half of the stream, and waits for the last answers
         self.error: SchoolhouseError | None = None
         self.cancel_stream: Callable[[], object] | None = None
         self._context = context
@@ -75,23 +75,23 @@ class ServerSession:
         self._receiving = Receiving(context.timer, context.sharing.lease_s or LEASE_S, self._fail)
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
-        self._member: Member | None = None  # from Open on
-        self._unopened: Alarm | None = None  # until then
+        self._member: Member | None = None  # None before Open
+        self._unopened: Alarm | None = None  # ends the session if no Open comes
         self._closing = threading.Lock()
         self._closed = False
         self._same_host = SameHost(context.shared_memory_bytes)
 
     def start(self) -> None:
-        """Begin to read; a client that says nothing, not even Open, has its time, too."""
+        """Begin to read; a client that does not even send Open is bounded by the lease too."""
         lease_s = self._context.sharing.lease_s or LEASE_S
         self._unopened = self._context.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
         background.thread(self._read, name="schoolhouse-reader", on_death=self._on_error).start()
 
     def close(self) -> None:
-        """Drop what is queued, and free its places: the client is gone."""
+        """Drop what is queued, and free its places, as the client is gone."""
         with self._closing:
             first, self._closed = not self._closed, True
-        with contextlib.ExitStack() as ending:  # each of these, whatever another one raises
+        with contextlib.ExitStack() as ending:  # so that each of these is done, whatever another one raises
             ending.callback(self._same_host.close)
             ending.callback(self.outbox.close)
             ending.callback(self._spans.dropped)
@@ -116,7 +116,7 @@ class ServerSession:
         self.end(LeaseExpiredError(f"the client said nothing for {lease_s:g} s, so its session was ended"))
 
     def end(self, error: SchoolhouseError) -> None:
-        """End it, and say why. A stream that does not take the reason is cancelled."""
+        """End the session with this error; if the client does not take the error, the stream is cancelled."""
 
         def cancel() -> None:
             if self.cancel_stream is not None:
@@ -129,7 +129,7 @@ class ServerSession:
             self._context.timer.at(time.monotonic() + _END_S, cancel)
 
     def answers(self) -> Iterator[Message | bytes]:
-        """What goes to the client over the stream. What goes through pipes is sent meanwhile."""
+        """The messages that go to the client over the stream; those that go through pipes are sent in between."""
         for message in self.outbox:
             if (pipes := self._same_host.pipes) is None:
                 yield message
@@ -161,29 +161,29 @@ class ServerSession:
         except Exception as err:
             if isinstance(err, SchoolhouseError):
                 self.error = err
-            elif type(err) is not Exception and not isinstance(err, grpc.RpcError):  # by these the client went away
+            elif type(err) is not Exception and not isinstance(err, grpc.RpcError):  # else the client is gone
                 self.log.exception("a session failed")
                 self.error = TeacherInternalError(_FAILED)
-            err.__traceback__ = None  # grpc keeps what it raised, and this frame has all of the session
-        self.close()  # and with it the pipes
+            err.__traceback__ = None  # gRPC keeps what it raised, and this frame refers to the whole session
+        self.close()
         self._clear()
 
     def _on_error(self, _error: BaseException) -> None:
         self.end(TeacherInternalError(_FAILED))
 
     def _end_if_answered(self) -> None:
-        """Have the stream end if the client will ask for nothing more, and has got all that it did ask for."""
+        """End the stream if the client will ask for nothing more, and has got all that it has asked for."""
         outstanding = self._member.outstanding if self._member is not None else 0
         if self._asked_all and not outstanding and not self._telling:
             self.outbox.close()
 
     def ended(self) -> None:
-        """The stream is at its end."""
+        """Clean up as the stream has ended."""
         self.close()
-        self._clear() if self._asked_all else self.outbox.clear()  # the rest is with the one who reads
+        self._clear() if self._asked_all else self.outbox.clear()  # the reading thread clears the rest
 
     def _clear(self) -> None:
-        """Leave nothing to the garbage collector that is large, or grpc's: calls that are there count as open ones."""
+        """Drop what is large or gRPC's: a call that waits for the garbage collector would count as open."""
         self.outbox.clear()
         self._messages = iter(())
         self._receiving.clear()
@@ -226,7 +226,7 @@ class ServerSession:
         self._telling.tell(teacher_pb2.ServerMessage(opened=opened))
         assert self._member is not None
         self._context.drain.join(self._member)
-        if self._closed:  # meanwhile, so that nobody takes it out again
+        if self._closed:  # it was closed before it joined
             self._context.drain.leave(self._member)
 
     def _enter(self, message: teacher_pb2.Open, engine: Engine, sharing: Sharing) -> None:
@@ -258,7 +258,7 @@ class ServerSession:
                 self._refuse_twin(call.request_id)
                 return
             check_call(call)
-            # Before memory is taken for it; the header is parsed once, if it is short.
+            # Admitted before memory is taken for it. The header is parsed only once, if it is short.
             nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
             if not self._member.admit(call.request_id, nbytes):
                 return
@@ -277,11 +277,11 @@ class ServerSession:
             self._fail(call.request_id, err)
         finally:
             segment = self._same_host.segment
-            if segment is not None and call.payload.HasField("shared"):  # copied by now, or refused
+            if segment is not None and call.payload.HasField("shared"):  # its inputs are copied by now, or refused
                 segment.done(call.payload.shared)
 
     def _refuse_twin(self, request_id: int) -> None:
-        error = ProtocolError(f"a call came with the id {request_id} of one that is in flight")
+        error = ProtocolError(f"a call has the id {request_id} of another one that is in flight")
         self._telling.tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
 
     def _on_frame(self, frame: framing.Frame) -> None:
@@ -313,7 +313,7 @@ class ServerSession:
         ticket = self._tickets[request_id] = Ticket(done, self._member.account)
         ticket.trace = self._spans.of(request_id)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
-        # One that is computed alone is equal to no other, so that neither joins the other.
+        # A request that is to be computed alone must equal no other, so that neither joins the other.
         own = object() if call.alone else None
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps), own)
         try:
@@ -321,11 +321,11 @@ class ServerSession:
         except Exception:
             self._tickets.pop(request_id, None)
             raise
-        if self._closed:  # meanwhile
+        if self._closed:  # it was closed before the ticket was queued
             self._drop()
 
     def _or_end(self, step: Callable[..., None], *args: Any) -> None:
-        """Do something in a thread that is none of this session's; should it fail, the session does."""
+        """Run a step in another thread than the session's; if it raises, the session fails."""
         background.run(functools.partial(step, *args), "answering a request", self._on_error)
 
     def _answer(
@@ -337,10 +337,10 @@ class ServerSession:
         rows: int = 0,
         share: Share | None = None,
     ) -> None:
-        """Have the features sent, or the error."""
+        """Send the features of a request, or its error."""
         assert self._engine is not None
         if isinstance(result, BaseException):
-            self._fail(request_id, result)  # not raised: its traceback, which holds all of a forward, would hold itself
+            self._fail(request_id, result)  # not raised: the traceback, which holds a whole forward, would hold itself
             return
         try:
             outgoing = framing.Outgoing(result.features, limits=result.limits, snapshot=False)
@@ -367,7 +367,7 @@ class ServerSession:
         began = time.perf_counter()
         try:
             yield from outgoing.messages(request_id, head, segment, lambda: member.wants(request_id))
-        except Exception as err:  # of this request alone, and the stream goes on
+        except Exception as err:  # only this request fails, and the stream goes on
             told = as_told(err)
             if not isinstance(told, SchoolhouseError):
                 self.log.exception("a reply failed", request=request_id)

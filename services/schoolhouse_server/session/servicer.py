@@ -1,4 +1,4 @@
-"""TeacherService of one replica: what its teachers are, and a session for each client."""
+"""The gRPC TeacherService of one replica: descriptions of its teachers, and a session for each client."""
 
 import threading
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from schoolhouse_server.session.server_session import ServerSession
 
 
 class TeacherServicer:
-    """The RPCs of TeacherService on one replica."""
+    """Handles the RPCs of TeacherService on one replica."""
 
     def __init__(self, context: ReplicaContext) -> None:
         self._lock = threading.Lock()
@@ -28,7 +28,7 @@ class TeacherServicer:
         self.sessions = 0
 
     def describe(self, request: teacher_pb2.DescribeRequest, rpc: grpc.ServicerContext) -> teacher_pb2.DescribeResponse:
-        """Static facts of a teacher."""
+        """The Describe RPC: static facts of a teacher."""
         try:
             check_describe(request)
             found = self._context.find(request.teacher, self._context.gate.grant(rpc)).description
@@ -49,7 +49,7 @@ class TeacherServicer:
         )
 
     def session(self, messages: Iterator[Any], rpc: grpc.ServicerContext) -> Iterator[Message | bytes]:
-        """One client's stream: a thread reads requests, this one sends answers."""
+        """The Session RPC, one client's stream: another thread reads requests, and this one sends answers."""
         grant = self._context.gate.grant(rpc)
         session = ServerSession(self._context, messages, grant)
         try:
@@ -72,7 +72,7 @@ class TeacherServicer:
             session.log.info("a session ended")
 
     def _enter(self) -> None:
-        """Take one more session, of which there are so few that other calls have room; else `TeacherBusyError`."""
+        """Count one more session; raises `TeacherBusyError` at `max_sessions`, which leaves threads for other calls."""
         with self._lock:
             if self.sessions >= self._context.sharing.max_sessions:
                 raise TeacherBusyError(

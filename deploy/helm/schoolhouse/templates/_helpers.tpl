@@ -1,4 +1,4 @@
-{{/* Names end before 40 characters: KubeRay makes longer ones of them, and 63 is the limit. */}}
+{{/* Names have fewer than 40 characters, as KubeRay makes longer names of them, up to the limit of 63. */}}
 {{- define "schoolhouse.fullname" -}}
 {{- default .Release.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
@@ -13,7 +13,7 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
 {{- end -}}
 
-{{/* The pool file: pool, and in it where the Secrets of tls and tokens are mounted. */}}
+{{/* The pool file: the values under pool, with the paths at which the Secrets of tls and tokens are mounted. */}}
 {{- define "schoolhouse.poolFile" -}}
 {{- $security := dict -}}
 {{- if .Values.tls.secretName -}}
@@ -33,19 +33,19 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 {{- end -}}
 {{- end -}}
 
-{{/* What all files of the pool are together; it changes when one of them does. */}}
+{{/* A digest of the pool's files and image; it changes when one of them does. */}}
 {{- define "schoolhouse.digest" -}}
 {{- list (include "schoolhouse.poolFile" .) (toYaml .Values.files) (include "schoolhouse.image" .) | join "\n" | sha256sum | trunc 10 -}}
 {{- end -}}
 
-{{/* First and last port that a replica may listen on: pool.ports ("7100-7199"), or else any that Linux hands out. */}}
+{{/* The first and last port that a replica may listen on: of pool.ports ("7100-7199"), or Linux's ephemeral ports. */}}
 {{- define "schoolhouse.replicaPorts" -}}
 {{- $ports := default "32768-60999" .Values.pool.ports | toString | splitList "-" -}}
 port: {{ first $ports }}
 endPort: {{ last $ports }}
 {{- end -}}
 
-{{/* Environment, mounts and security that the head and the workers have in common. */}}
+{{/* The environment, mounts and security context that the head and the workers share. */}}
 {{- define "schoolhouse.rayContainer" -}}
 image: {{ include "schoolhouse.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -108,7 +108,7 @@ volumes:
     configMap: {name: {{ include "schoolhouse.fullname" .root }}-pool}
   - name: shm
     emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.objectStore.shmSize }}}
-  - name: ray-logs  # by this name KubeRay shares it with its autoscaler
+  - name: ray-logs  # KubeRay shares the volume of this name with its autoscaler
     emptyDir: {}
   {{- with .root.Values.tls.secretName }}
   - name: tls
@@ -124,7 +124,7 @@ volumes:
   {{- end }}
 {{- end -}}
 
-{{/* The Secret with Ray's token: yours, or the one that KubeRay makes, which has the cluster's name. */}}
+{{/* The name of the Secret with Ray's token: your own, or the one that KubeRay makes, which has the cluster's name. */}}
 {{- define "schoolhouse.authentication" -}}
 {{- if .Values.authentication.enabled -}}
 - {name: RAY_AUTH_MODE, value: token}
@@ -136,7 +136,7 @@ volumes:
 {{- end -}}
 {{- end -}}
 
-{{/* The resources of a worker's container: those of its group, with memory for the checkpoint where it says its size. */}}
+{{/* The resources of a worker's container: those of its group, with memory for the checkpoint if its size is given. */}}
 {{- define "schoolhouse.workerResources" -}}
 {{- $resources := deepCopy .resources -}}
 {{- if hasKey . "checkpointGiB" -}}

@@ -1,9 +1,9 @@
-// A line chart over the last minutes, in SVG. All text goes in as text, never as markup.
+// A line chart of the last minutes, in SVG. All text is inserted as text, never as markup.
 
-const SPANS_S = [60, 120, 300]; // that the time axis may have: as much as there is news of
+const SPANS_S = [60, 120, 300]; // spans of the time axis; the smallest that holds all points is used
 const TICK_S = { 60: 15, 120: 30, 300: 60 };
 const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [400, 190, 44, 10, 12, 34];
-const GAP_S = 6; // without news for this long, the line breaks
+const GAP_S = 6; // the line breaks between points that are further apart than this
 const SVG = "http://www.w3.org/2000/svg";
 
 export function node(name, attributes = {}, ...children) {
@@ -28,7 +28,7 @@ function trimmed(value) {
   return String(Number(value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3)));
 }
 
-// The smallest of 1, 2, 5 times a power of ten that three or four of which reach `top`.
+// The distance of the grid lines: the smallest of 1, 2, 5 times a power of ten of which at most four reach `top`.
 function stepTo(top) {
   const rough = top / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -36,7 +36,7 @@ function stepTo(top) {
 }
 
 export class Chart {
-  // `least` is the smallest top of the axis, so that noise around nothing does not fill the chart.
+  // `least` is the smallest top of the axis, so that noise near zero does not fill the chart.
   constructor(title, unit, least, most = Infinity) {
     Object.assign(this, { title, unit, least, most, series: [], now: 0, spanS: SPANS_S[0], pointer: null });
     this.svg = node("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
@@ -109,7 +109,7 @@ export class Chart {
     this.draw(this.series, this.now);
   }
 
-  // The values where the pointer is.
+  // The values at the pointer.
   #cursor() {
     this.tip.hidden = true;
     if (this.pointer === null) return [];

@@ -1,4 +1,4 @@
-// Asks /api/state every second, and shows it. Names come from clients: they are put in as text alone.
+// Fetches /api/state every second and shows it. Names come from clients, so they are inserted only as text.
 
 import { Chart, node, short } from "./chart.js";
 import { History } from "./rates.js";
@@ -6,10 +6,10 @@ import { drawTables } from "./tables.js";
 
 const EVERY_MS = 1000;
 const TIMEOUT_MS = 5000;
-const AWAY_S = 4; // without an answer for this long, the server is said to be away
-const QUIET_S = 10; // without a request for this long, there is said to be no traffic
-const MAX_SERIES = 8; // beyond it, lines are of teachers in place of replicas
-const CARRY_S = 5; // a replica's last rates stand in for it this long in sums
+const AWAY_S = 4; // without an answer for this long, the page says that the server does not answer
+const QUIET_S = 10; // without a request for this long, the page says that there is no traffic
+const MAX_SERIES = 8; // with more replicas, there is one line for each teacher instead
+const CARRY_S = 5; // in sums, a replica's last rates are used for this long
 
 const CHARTS = [
   [new Chart("Throughput", "rows/s", 1), (point) => point.rowsPerS, "sum"],
@@ -23,7 +23,7 @@ const CHARTS = [
 const byId = (id) => document.getElementById(id);
 const clock = () => performance.now() / 1000;
 const history = new History();
-const colors = new Map(); // of series, by name: a line keeps its color when others come and go
+const colors = new Map(); // colors of series by name, so that a line keeps its color when others come and go
 let state = null;
 let heardAt = clock();
 let trafficAt = clock();
@@ -36,7 +36,7 @@ async function ask() {
     heardAt = clock();
     history.add(state, heardAt);
   } catch {
-    // shown as time without an answer
+    // show() says for how long there was no answer
   }
   try {
     show();
@@ -61,7 +61,7 @@ function show() {
   drawTables(teachers, history, heardAt);
 }
 
-// Offers the teachers that there are.
+// Offers the present teachers for choice.
 function choose() {
   const select = byId("teacher");
   const names = state.teachers.map((one) => one.teacher).sort();
@@ -123,7 +123,7 @@ function freeColor() {
   return [...Array(MAX_SERIES).keys()].reduce((a, b) => (times(b) < times(a) ? b : a));
 }
 
-// The points of one replica, or of several together.
+// The points of one replica, or the sum or mean over several.
 function pointsOf(replicas, value, how) {
   if (replicas.length === 1) return replicas[0].points.map((point) => [point.at, value(point)]);
   const times = [...new Set(replicas.flatMap((one) => one.points.map((point) => point.at)))].sort((a, b) => a - b);

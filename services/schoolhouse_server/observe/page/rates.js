@@ -1,8 +1,8 @@
 // Rates from the differences between reports of a replica, by the replica's own clock.
 
-const WINDOW_S = 300; // that is kept
-const SHARE_S = 30; // that shares of jobs are taken over
-export const SILENT_S = 10; // a replica whose clock stands this long has not been heard of
+const WINDOW_S = 300; // how long points are kept
+const SHARE_S = 30; // the time over which shares of jobs are computed
+export const SILENT_S = 10; // a replica whose clock has stood still for this long counts as silent
 
 const total = (values) => Object.values(values).reduce((a, b) => a + b, 0);
 const keyOf = (teacher, id) => JSON.stringify([teacher, id]);
@@ -34,13 +34,13 @@ export class History {
     return this.replicas.get(keyOf(teacher, id));
   }
 
-  // The last rates of a replica, or nothing where there is no news of it.
+  // The last rates of a replica; undefined if it is silent.
   latest(teacher, id, now) {
     const point = this.of(teacher, id)?.points.at(-1);
     return point && point.at > now - SILENT_S ? point : undefined;
   }
 
-  // Rows of each job of a teacher, and of all of them, in the last 30 s; and the seconds that they were counted over.
+  // Rows of each job of a teacher, and of all jobs, in the last 30 s, and the seconds over which they were counted.
   jobRows(teacher) {
     const rows = new Map();
     let all = 0;
@@ -62,10 +62,10 @@ export class History {
   #advance(known, load, now) {
     const before = known.load;
     const seconds = load.uptime_s - before.uptime_s;
-    if (seconds === 0) return; // the same report again
+    if (seconds === 0) return; // it is the same report
     known.load = load;
     known.heardAt = now;
-    if (seconds > 0) known.points.push(pointOf(before, load, seconds, now)); // else it has started anew
+    if (seconds > 0) known.points.push(pointOf(before, load, seconds, now)); // a smaller uptime means a restart
   }
 }
 

@@ -50,7 +50,7 @@ const JOB_HEADS = [
   ["Share", "of rows", "number"], ["Rows", "in all", "number"], ["Waits", "", "number"], ["Errors", "", "number"],
 ];
 
-// One row for each job of a teacher, its replicas together; those that work come first.
+// One row for each job of a teacher, summed over its replicas; the busiest jobs come first.
 function jobRows({ teacher, replicas }, history) {
   const { rows, all, seconds } = history.jobRows(teacher);
   const jobs = new Map();
