@@ -50,7 +50,7 @@ def test_what_is_right(load):
         ("replicas: {min: 1, most: 2}", "", "most"),
         ("placement: ANYWHERE", "", "'STRICT_SPREAD'"),
         ("autoscale: {target_delay_s: 0}", "", "target_delay_s"),
-        ("labels: {ray.io/node-id: abc}", "", "placement works with"),
+        ("labels: {ray.io/node-id: abc}", "", "is reserved for placement"),
         ("threads: 1", "ports: any", "FIRST-LAST, as in 7100-7199"),
         ("threads: 1", "ports: 7199-7100", "the smaller one first"),
         ("threads: 1", "ports: 0-99999", "from 1 to 65535"),

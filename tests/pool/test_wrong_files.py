@@ -61,7 +61,7 @@ def test_a_pool_file_is_taken_or_said_to_be_wrong(tmp_path, data):
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 WRONG_POOLS = {
-    "not text": (b"teachers: \xff", "byte 10 is no UTF-8"),
+    "not text": (b"teachers: \xff", "byte 10 is not UTF-8"),
     "deep": (b"[" * 1000, "nested too deeply"),
     "no date": (b"teachers: 2001-99-99", "is not YAML: month must be in 1..12"),
     "an empty number": (b"teachers: !!int ''", "is not YAML"),
