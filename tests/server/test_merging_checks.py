@@ -55,8 +55,8 @@ def test_examples_that_do_not_do():
         (lambda: torch.zeros(1, 8), "1 rows; give at least 2"),
         (lambda: torch.zeros(4, 9), "raised RuntimeError"),
         (lambda: 5, "1 rows; give at least 2"),
-        ({"other": example}, "by their names"),
-        (3, "by their names"),
+        ({"other": example}, "by the teachers' names"),
+        (3, "by the teachers' names"),
     ]:
         with pytest.raises(ConfigError, match=why):
             serve(Net(), merge="same-shape", example=given)
