@@ -23,7 +23,7 @@ test: $(STAMP)  ## the page's tests want a browser: as root on Debian it is inst
 	@if test "$$(id -u)" = 0 && command -v apt-get >/dev/null && ! command -v chromedriver >/dev/null; then \
 		(timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq \
 			--no-install-recommends chromium chromium-driver) >/dev/null 2>&1 || true; fi
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=10
 
 fuzz: $(STAMP)  ## a million mutated frames for the codec and a live server, in 9 minutes at most; atheris in its own environment
 	test -x .venv-fuzz/bin/python || $(PYTHON) -m venv .venv-fuzz
