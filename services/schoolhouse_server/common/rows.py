@@ -11,7 +11,9 @@ from schoolhouse_wire.values.tree import tensors_of
 def rows_of(inputs: Any) -> int:
     """The number of rows: the first size that most of the tensors have; 1 if none has a dimension."""
     sizes = [tensor.shape[0] for tensor in tensors_of(inputs) if tensor.dim()]
-    return statistics.mode(sizes) if sizes else 1
+    if not sizes:
+        return 1
+    return sizes[0] if len(sizes) == 1 else statistics.mode(sizes)
 
 
 def tokens_of(inputs: Any) -> int:

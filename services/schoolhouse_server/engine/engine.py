@@ -190,7 +190,8 @@ class Engine:
             TeacherBusyError: the queue is full.
             TeacherUnavailableError: the engine is closed, or has failed.
         """
-        job.rows, job.cost = rows_of(job.inputs), max(float(self._cost_of(job.inputs)), 1.0)
+        job.rows = rows_of(job.inputs)
+        job.cost = max(float(job.rows if self._cost_of is rows_of else self._cost_of(job.inputs)), 1.0)
         if self.merger is not None and not job.alone:
             self.merger.prepare(job)
         self._shares.sized(job)
