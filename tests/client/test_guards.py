@@ -70,7 +70,7 @@ def test_a_bit_that_changes_on_the_way_is_found(way, side, at, monkeypatch):
     original = getattr(owner, name)
 
     def flipping(self, *args):
-        segment = self._segment if side == "request" else self._same_host.segment
+        segment = self._same_host.segment
         return changed(original(self, *args), segment, at)
 
     x = torch.arange(1.0, size + 1)

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from forked import in_a_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schoolhouse import errors
@@ -303,23 +302,6 @@ def test_a_head_of_another_digest_is_fetched_again(cache):
     with pytest.raises(errors.CorruptPayloadError, match="another digest"):
         cache.fetch(*KEY, lambda: old, digest="0" * 32)
     assert cache.get(*KEY).digest == new.digest
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_a_fork_waits_for_no_thread_of_its_parent(cache):
-    started, waiting = threading.Event(), threading.Event()
-
-    def load():
-        started.set()
-        waiting.wait(30)
-        return made()
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(cache.fetch, *KEY, load)
-        started.wait(10)
-        status = in_a_fork(lambda: 7 if cache.fetch(*KEY, lambda: HEAD) is HEAD else 1)
-        waiting.set()
-    assert status == 7
 
 
 # Several processes.

@@ -15,10 +15,7 @@ from memfd import soon
 from models import Net, converted
 from schoolhouse.distill.answer import Answer
 from schoolhouse.distill.batch_identity import Inputs
-from schoolhouse.errors import (
-    FeatureMismatchError,
-    UsageError,
-)
+from schoolhouse.errors import FeatureMismatchError, UsageError
 from schoolhouse_server import serve
 
 

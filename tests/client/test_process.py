@@ -73,7 +73,7 @@ def without_proc(path, *args, **kwargs):
 os.stat = without_proc
 
 import schoolhouse as sh
-from schoolhouse_wire import shared_memory
+from schoolhouse_wire.same_host import shared_memory
 
 with sh.connect(sys.argv[1]) as teacher:
     config = {"teacher_model": teacher, "criterion": torch.nn.MSELoss()}

@@ -96,7 +96,8 @@ def test_a_checkpoint_that_is_not_there_is_found_before_ray_starts(command, give
     done = CliRunner().invoke(main.app, [command, str(path)])
     assert isinstance(done.exception, sh.errors.ConfigError), done.exception
     assert said.format(folder=tmp_path) in str(done.exception)
-    monkeypatch.setattr(main, "_connected", reached)  # the paths are those of the cluster's nodes, for them to look at
+    monkeypatch.setattr("schoolhouse_server.pool.driver.ray_cluster", reached)
+    # With an address the paths are those of the cluster's nodes, for them to look at.
     elsewhere = CliRunner().invoke(main.app, [command, str(path), "--address", "10.0.0.1:6379"])
     assert isinstance(elsewhere.exception, AssertionError), elsewhere.exception
 

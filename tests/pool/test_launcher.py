@@ -125,7 +125,9 @@ def test_a_server_that_wants_another_token_is_an_error(server):
 def test_the_command_says_when_the_pool_is_launched(server, tmp_path):
     ready = tmp_path / "ready"
     arguments = f"--address {server.url} --prefix pool- --state aa --ready-file {ready} -- sh -c up".split()
-    code = "import sys; from schoolhouse_server import launcher; launcher._LOOK_S = 0.05; launcher.main(sys.argv[1:])"
+    code = (
+        "import sys; from schoolhouse_server.pool import launcher; launcher._LOOK_S = 0.05; launcher.main(sys.argv[1:])"
+    )
     environment = os.environ | {"RAY_AUTH_TOKEN": TOKEN}
     with subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stdout=subprocess.PIPE) as process:
         try:

@@ -159,7 +159,7 @@ def test_what_the_server_did_wrong_is_logged_with_its_stack(lines, monkeypatch, 
 
 def test_set_up_is_for_programs_and_serve_configures_nothing(x):
     code = (
-        "import logging; from schoolhouse_server import logs, serve; import torch\n"
+        "import logging, torch; from schoolhouse_server import serve; from schoolhouse_server.common import logs\n"
         "with serve(torch.nn.Linear(2, 2)): pass\n"
         "assert not logging.getLogger('schoolhouse_server').handlers and not logging.getLogger().handlers\n"
         "ring = logs.RingHandler(5)\n"

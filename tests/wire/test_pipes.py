@@ -211,7 +211,8 @@ def test_after_the_end_what_has_arrived_is_read_but_no_more_than_a_pipe_holds():
 def test_after_kill_9_of_the_other_side_both_directions_end():
     made = pipes.Offered()
     code = (
-        "import sys, time; from schoolhouse_wire import pipes; from schoolhouse_wire.v1 import teacher_pb2 as pb; "
+        "import sys, time; from schoolhouse_wire.same_host import pipes; "
+        "from schoolhouse_wire.v1 import teacher_pb2 as pb; "
         "p = pipes.open_offered(pb.SharedMemory(pid=int(sys.argv[1]), to_replica_fd=int(sys.argv[2]), "
         "to_client_fd=int(sys.argv[3]), to_replica_inode=int(sys.argv[4]), to_client_inode=int(sys.argv[5]))); "
         "p.send(b'here'); time.sleep(60)"
@@ -326,7 +327,7 @@ def test_replies_written_before_the_server_ended_are_delivered():
     [member], [session] = server._context.drain._sessions, teacher.open_sessions()
     assert soon(lambda: not member.outstanding)  # they are in the pipe
     server.close()
-    assert soon(lambda: session._pipes._ended)
+    assert soon(lambda: session._same_host.pipes._ended)
     go.set()
     assert [future.result(20)[""][0].item() for future in asked] == list(range(20))
     teacher.close()

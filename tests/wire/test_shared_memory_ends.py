@@ -50,7 +50,7 @@ def test_cancelled_requests_leave_no_blocks(segments):
 
         def all_back():
             ask(teacher, 1, 1).result(20)  # tells what is done with
-            return not segments[0]._blocks._taken and not session._segment._lent._taken
+            return not segments[0]._blocks._taken and not session._same_host.segment._lent._taken
 
         assert soon(all_back)
 
@@ -192,4 +192,4 @@ def test_a_fork_gives_nothing_back():
         more = [ask(teacher, 100_000, i + 10).result(20)[""] for i in range(40)]
         assert all(feature.eq(i).all() for i, feature in enumerate(kept))
         assert all(feature.eq(i + 10).all() for i, feature in enumerate(more))
-        assert len(teacher.open_sessions()[0]._segment._lent._taken) == 44
+        assert len(teacher.open_sessions()[0]._same_host.segment._lent._taken) == 44

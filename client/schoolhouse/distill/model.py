@@ -184,8 +184,9 @@ class DistillationModel(nn.Module):
     def export(self) -> nn.Module:
         """Give the plain student back: this object, of its own class, without hooks."""
         state = self._schoolhouse
+        plain = _without_meta(type(self), state.original_cls)
         _detach(self)
-        self.__class__ = _without_meta(type(self), state.original_cls)  # type: ignore[assignment]
+        self.__class__ = plain  # type: ignore[assignment]
         object.__delattr__(self, "_schoolhouse")
         if state.own_forward is not None:
             self.forward = state.own_forward

@@ -181,13 +181,3 @@ def _read(path: Path, key: tuple[str, str, str]) -> Head:
             # Copied, since another process may write the file while it is mapped.
             operation["weights"] = {name: file.get_tensor(f"{i}.{name}").clone() for name in names}
     return Head.from_value(value)
-
-
-def _forget_locks() -> None:
-    """Replace all locks in a forked child, since threads of its parent may hold them."""
-    global _guard
-    _guard = threading.Lock()
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)

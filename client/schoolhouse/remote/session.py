@@ -1,7 +1,6 @@
 """One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -12,9 +11,6 @@ from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.rpc.forks import grpc
 from schoolhouse_wire.rpc.security import ClientSecurity
-from schoolhouse_wire.same_host import pipes
-from schoolhouse_wire.same_host import shared_memory as same_host
-from schoolhouse_wire.same_host.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse.errors import (
@@ -27,6 +23,7 @@ from schoolhouse.errors import (
 )
 from schoolhouse.remote.flow_control import Window
 from schoolhouse.remote.request import Request, Traffic, features_of
+from schoolhouse.remote.same_host import SameHost
 
 _WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # found here: the answer is not what was asked for
 _BROKEN = (TeacherInternalError, CorruptPayloadError)  # reported by a replica: another one may do better
@@ -77,20 +74,14 @@ class Session:
         self.others_queued = 0  # other clients' requests that waited for the replica's device when it last answered
         self.answered_at = float("-inf")
         self.slowest_s = 0.0  # the longest time from asking the replica to its answer
-        lacks = same_host.lacks()
-        self._transport = (  # until the replica has answered `Opened`
-            f"stream: shared memory needs {lacks}, which this system ({sys.platform}) does not have"
-            if shared_memory and lacks
-            else "stream: shared memory is switched off here"
-        )
-        self._overflowed = 0  # replies that found no room in shared memory
+        self._same_host = SameHost(wanted=shared_memory, checksums=checksums)
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
             protocol=channel.PROTOCOL,
             teacher=teacher,
             job=job,
             weight=weight,
-            shared_memory=shared_memory and not lacks,
+            shared_memory=self._same_host.wanted,
             checksums=checksums,
             revision=revision,
         )
@@ -99,8 +90,6 @@ class Session:
         self._listener = listener
         self._clock = clock
         self._outbox: Outbox[Message | bytes] = Outbox()
-        self._segment: ClientSegment | None = None
-        self._pipes: pipes.Pipes | None = None
         self._attached: Message | None = None  # the last message on the stream; later ones go through the pipes
         self._window: Window[Request] = Window()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
@@ -110,9 +99,7 @@ class Session:
     @property
     def transport(self) -> str:
         """How features travel, and the reason if it is the stream."""
-        if not self._overflowed:
-            return self._transport
-        return f"{self._transport}, and the stream for {self._overflowed} replies that found no room there"
+        return self._same_host.transport
 
     @property
     def outstanding(self) -> int:
@@ -190,8 +177,7 @@ class Session:
     def close(self) -> None:
         """End the stream; requests without an answer go to the listener's `on_loss`."""
         self._outbox.close()
-        if self._pipes is not None:
-            self._pipes.close()
+        self._same_host.close()
         self._call.cancel()
         self._channel.close()
 
@@ -233,7 +219,7 @@ class Session:
             framing.add_checksum(call)
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
-        segment = self._segment
+        segment = self._same_host.segment
         try:
             yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
         except GeneratorExit:
@@ -258,16 +244,16 @@ class Session:
             self._said_at = self._clock()
             if through is None:
                 yield message
-                through = self._pipes if message is self._attached else None
+                through = self._same_host.pipes if message is self._attached else None
             elif not through.send(framing.write_message(message)):
                 return
 
     def _arrivals(self) -> Iterator[Any]:
         for message in self._call:
             yield message
-            if self._pipes is not None:
+            if self._same_host.pipes is not None:
                 break
-        for data in self._pipes or ():
+        for data in self._same_host.pipes or ():
             yield framing.read_message(teacher_pb2.ServerMessage, data)
         yield from self._call  # raises the reason for the end
 
@@ -301,10 +287,8 @@ class Session:
 
     def _free(self) -> None:
         self._partial.clear()
-        segment, self._segment = self._segment, None
         with contextlib.ExitStack() as freeing:  # so that each of these runs even if another raises
-            if segment is not None:
-                freeing.callback(segment.close)
+            freeing.callback(self._same_host.clear)
             freeing.callback(self._outbox.clear)
             freeing.callback(self.close)
 
@@ -313,9 +297,7 @@ class Session:
         if isinstance(message, framing.Frame):
             self._on_frame(message)
             return
-        if message.released and self._segment is not None:
-            for offset in message.released:
-                self._segment.free(offset)
+        self._same_host.free(message.released)
         if message.HasField("reply"):
             self._on_reply(message.reply)
         elif message.HasField("failure"):
@@ -354,42 +336,32 @@ class Session:
             request.fail(error)
 
     def _on_opened(self, opened: teacher_pb2.Opened) -> None:
-        if self._open_message.shared_memory:
-            self._attach(opened)
+        self._attach(opened)
         self._hello = opened
         self._window.grant(opened)
         self.alive = True
         self._listener.on_opened(self)
 
     def _attach(self, opened: teacher_pb2.Opened) -> None:
-        if not opened.HasField("shared_memory"):
-            self._transport = "stream: the replica offers no shared memory"
+        attached = self._same_host.attach(opened, self._outbox)
+        if attached is None:
             return
-        try:
-            self._segment = same_host.attach(opened.shared_memory, self._outbox, checksums=self._open_message.checksums)
-            self._transport = "shared memory"
-        except OSError as err:
-            reason = err.strerror or err
-            self._transport = f"stream: the replica is on another machine or its memory cannot be opened: {reason}"
-        if self._segment is not None:
-            with contextlib.suppress(OSError):
-                self._pipes = pipes.open_offered(opened.shared_memory)
-                end = self._pipes.end
-                if not self._call.add_callback(background.called(end, "ending pipes", background.go_on)):
-                    end()  # the RPC has ended already
-        attached = teacher_pb2.Attached(attached=self._segment is not None, pipes=self._pipes is not None)
+        if (pipes := self._same_host.pipes) is not None:
+            end = pipes.end
+            if not self._call.add_callback(background.called(end, "ending pipes", background.go_on)):
+                end()  # the RPC has ended already
         self._attached = teacher_pb2.ClientMessage(attached=attached)
         self._outbox.put(iter([self._attached]))
 
     def _on_reply(self, reply: teacher_pb2.Reply) -> None:
         request = self._window.get(reply.request_id)
         if request is None:  # cancelled
-            self._refuse(reply.payload)
+            self._same_host.refuse(reply.payload)
             return
         try:
-            incoming = framing.Incoming(reply.features, reply.payload, request.limits, self._segment)
+            incoming = framing.Incoming(reply.features, reply.payload, request.limits, self._same_host.segment)
         except SchoolhouseError as err:
-            self._refuse(reply.payload)
+            self._same_host.refuse(reply.payload)
             self._on_bad_answer(reply.request_id, err)
             return
         if incoming.complete:
@@ -398,10 +370,6 @@ class Session:
             self._partial[reply.request_id] = reply, incoming
             if reply.request_id not in self._window:  # cancelled before it stood in `_partial`
                 self._partial.pop(reply.request_id, None)
-
-    def _refuse(self, payload: teacher_pb2.Payload) -> None:
-        if self._segment is not None and payload.HasField("shared"):
-            self._segment.refuse(payload.shared)
 
     def _on_frame(self, frame: framing.Frame) -> None:
         partial = self._partial.get(frame.request_id)
@@ -414,7 +382,7 @@ class Session:
             self._on_bad_answer(frame.request_id, err)
             return
         if incoming.complete:
-            self._overflowed += self._segment is not None
+            self._same_host.overflowed()
             self._finish(reply, incoming)
 
     def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> None:

@@ -1,1 +1,1 @@
-"""The `schoolhouse` command (`main`), its demo, and the probe for health checks."""
+"""The `schoolhouse` command: `main`, with the commands of `observing` and `credentials`; its demo; the health probe."""
