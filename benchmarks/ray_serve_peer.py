@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -96,6 +97,10 @@ def ray_serve_teacher(
 @contextlib.contextmanager
 def _running(servicer: type, add: str, *, max_ongoing_requests: int) -> Iterator[str]:
     """Run a Ray Serve application on a local Ray cluster."""
+    # Ray Serve's controller kills a proxy that is not ready within 5 s, as on a busy machine, and `start` fails. It
+    # inherits these settings from the cluster's processes, and they from this one.
+    for check in ("READY", "HEALTH"):
+        os.environ.setdefault(f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S", "60")
     import ray
     from ray import serve
     from ray.serve.config import gRPCOptions

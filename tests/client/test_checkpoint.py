@@ -2,11 +2,10 @@
 
 import functools
 import io
-import subprocess
-import sys
 import warnings
 from fractions import Fraction
 
+import programs
 import pytest
 import safetensors.torch
 import schoolhouse as sh
@@ -301,7 +300,7 @@ dist.destroy_process_group()
 
 
 def test_a_sharded_student_that_refuses_is_put_back(path):
-    ran = subprocess.run([sys.executable, "-c", SHARDED, str(path)], capture_output=True, text=True, timeout=150)
+    ran = programs.run("-c", SHARDED, path)
     assert ran.stdout.split() == ["refused", "restored"], ran.stderr
 
 

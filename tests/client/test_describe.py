@@ -1,11 +1,11 @@
 """What a teacher is: in a few lines for a program, and as a tree of its modules for a person."""
 
+import functools
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import schoolhouse as sh
 from authority import ours
@@ -15,8 +15,6 @@ from schoolhouse_server.security.tokens import new_token
 from torch import nn
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-
-DESCRIBE = [sys.executable, "-c", "from schoolhouse_server.cli.main import main; main()", "describe"]
 
 
 class Block(nn.Module):
@@ -128,14 +126,9 @@ def describe(tmp_path):
     environment = os.environ | {"COLUMNS": "80", "HOME": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(HELPERS), environment.get("PYTHONPATH", "")])
 
-    def call(*args):
-        command = [*DESCRIBE, *map(str, args)]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=170)
-
-    return call
+    return functools.partial(programs.command, "describe", cwd=tmp_path, env=environment)
 
 
-@pytest.mark.timeout(360)  # commands take seconds to begin, and more on a busy machine
 def test_the_command_shows_a_served_teacher(describe):
     with serve(Deep(), name="deep", merge="same-shape") as server, sh.connect(server.url) as teacher:
         found = teacher.describe()

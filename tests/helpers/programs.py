@@ -1,62 +1,156 @@
-"""Runs programs, each in a process of its own that is forked from one which has imported torch, as that takes seconds.
+"""Runs programs as `python` does, each in a process that is forked from one which has imported what they need.
 
-As a script it is that process: it reads paths of programs from stdin, and answers each with its exit status.
+Importing torch and Ray takes seconds. As a script this is the process that forks: it reads what to run from stdin, and
+answers each line with a process id or an exit status.
 """
 
+import atexit
+import contextlib
 import faulthandler
+import functools
+import importlib
+import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+IMPORTED = [
+    "torch._dynamo",  # which the first step of an optimizer imports, for longer than torch takes
+    "schoolhouse.remote.teacher",
+    "schoolhouse_server.cli.main",
+    "schoolhouse_server.replica.replica",
+    "ray",
+    "sklearn.datasets",
+]
+
+
+class Program:
+    """A program that was started; what it writes goes to files."""
+
+    def __init__(self, runner, arguments, folder, pid):
+        self._runner, self._arguments, self._folder, self.pid = runner, arguments, folder, pid
+        self._status = None
+
+    def poll(self):
+        """Its exit status; None while it runs."""
+        if self._status is None:
+            self._status = self._runner.ask(poll=self.pid)
+        return self._status
+
+    def wait(self):
+        """The program as `subprocess.run` returns it, once it has ended."""
+        if self._status is None:
+            self._status = self._runner.ask(wait=self.pid)
+        texts = [(self._folder / name).read_text() for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(self._arguments, self._status, *texts)
+
+    def kill(self):
+        """End it if it runs."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
 
 
 class Runner:
-    """Use it in a `with`. `options` are those of the Python that runs the programs."""
+    """The process that forks, from its first program on."""
 
-    def __init__(self, *options):
-        self._command = [sys.executable, *options, __file__]
+    @functools.cached_property
+    def _server(self):
+        server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(self._end, server)
+        return server
 
-    def __enter__(self):
-        self._server = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self
+    @functools.cached_property
+    def _folder(self):
+        return tempfile.TemporaryDirectory(prefix="programs-")
 
-    def __exit__(self, *_exc):
-        self._server.stdin.close()
-        self._server.wait(timeout=30)
-        self._server.stdout.close()
+    def _end(self, server):
+        server.stdin.close()
+        server.wait(timeout=30)
 
-    def run(self, path, timeout_s):
-        """The exit status of a program, which runs in its own folder, and what it wrote to stderr."""
-        self._server.stdin.write(f"{timeout_s} {path}\n")
+    def ask(self, **what):
+        self._server.stdin.write(json.dumps(what) + "\n")
         self._server.stdin.flush()
-        return int(self._server.stdout.readline()), path.with_suffix(".stderr").read_text()
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, *arguments, cwd=None, env=None, timeout_s=150):
+        """Start a program with the arguments that `python` gets; after `timeout_s` it says where it is, and ends."""
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        given = [str(one) for one in arguments]
+        start = {"arguments": given, "cwd": str(cwd or os.getcwd()), "env": dict(env or os.environ)}
+        pid = self.ask(start=start | {"folder": str(folder), "timeout_s": timeout_s})
+        return Program(self, given, folder, pid)
 
 
-def forked(path):
-    """The process id of a child that is to run the program; in the child, 0."""
+_RUNNER = Runner()
+start = _RUNNER.start
+
+
+def run(*arguments, **options):
+    """Run a program to its end; see `Runner.start`."""
+    return start(*arguments, **options).wait()
+
+
+def command(*arguments, **options):
+    """Run the command `schoolhouse`."""
+    return run("-c", "from schoolhouse_server.cli.main import main; main()", *arguments, **options)
+
+
+def _forked(folder, cwd, env, **program):
+    """The process id of a child that is to run the program; in the child, the program."""
     pid = os.fork()
-    if pid == 0:
-        os.chdir(path.parent)
-        for number, name in enumerate((os.devnull, os.devnull, path.with_suffix(".stderr"))):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
-    return pid
+    if pid:
+        return pid
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, name in enumerate((os.devnull, f"{folder}/stdout", f"{folder}/stderr")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+    return program
 
 
-def main():
+def _run(arguments, timeout_s):
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    kind, *rest = arguments
+    paths = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    first = "" if kind in ("-c", "-m") else str(Path(kind).parent.resolve())
+    sys.path[:] = [first, *(path for path in paths if path not in sys.path), *sys.path[1:]]
+    if kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        main = {"__name__": "__main__", "__builtins__": __builtins__}
+        exec(compile(rest[0], "<string>", "exec"), main)
+    elif kind == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(kind, run_name="__main__")
+
+
+def _main():
     """Serve until stdin ends. A child returns from here after its program, and ends as any script does."""
-    import schoolhouse  # noqa: F401
-    import torch._dynamo  # noqa: F401  # which the first step of an optimizer imports, for longer than torch takes
-
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    ended = {}
     for line in sys.stdin:
-        timeout_s, _, name = line.rstrip("\n").partition(" ")
-        pid = forked(Path(name))
-        if pid == 0:
-            faulthandler.dump_traceback_later(float(timeout_s), exit=True)
-            runpy.run_path(name, run_name="__main__")
-            return
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        [(what, given)] = json.loads(line).items()
+        if what == "start":
+            answer = _forked(**given)
+            if isinstance(answer, dict):
+                return _run(**answer)
+        else:
+            if given not in ended:
+                pid, status = os.waitpid(given, os.WNOHANG if what == "poll" else 0)
+                ended.update({given: os.waitstatus_to_exitcode(status)} if pid else {})
+            answer = ended.get(given)
+        print(json.dumps(answer), flush=True)
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    _main()

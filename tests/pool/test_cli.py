@@ -1,11 +1,11 @@
 """The command line, as an operator types it."""
 
+import functools
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import schoolhouse as sh
 import torch
@@ -16,7 +16,6 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 pytest.importorskip("ray")
 PATHS = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
-SCHOOLHOUSE = [sys.executable, "-c", "from schoolhouse_server.cli.main import main; main()"]
 
 
 @pytest.fixture
@@ -24,12 +23,7 @@ def run(tmp_path):
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "PYTHONPATH": PATHS}
     environment |= {"COLUMNS": "120"}
 
-    def call(*args):
-        return subprocess.run(
-            [*SCHOOLHOUSE, *args], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=170
-        )
-
-    return call
+    return functools.partial(programs.command, cwd=tmp_path, env=environment)
 
 
 def test_help_teaches(run):
@@ -38,7 +32,7 @@ def test_help_teaches(run):
     assert all(command in shown for command in ("up", "status", "down"))
 
 
-@pytest.mark.timeout(360)  # eight commands, of which each takes seconds to begin
+@pytest.mark.timeout(360)  # eight commands, each a connection to Ray
 def test_up_status_down(run, tmp_path):
     (tmp_path / "pool.yaml").write_text(
         "port: 0\nteachers: {net: {build: 'models:Net', kwargs: {width: 32, seed: 1}, threads: 1}}\n"

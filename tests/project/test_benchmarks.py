@@ -1,10 +1,9 @@
 """The benchmarks print the keys that others read. What they measure is not looked at here: machines differ."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 pytestmark = pytest.mark.timeout(300)  # a minute where nothing else runs
@@ -12,8 +11,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def figures(name, *options):
-    command = [sys.executable, FOLDER / f"{name}.py", "--json", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = programs.run(FOLDER / f"{name}.py", "--json", *options, timeout_s=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # and nothing else
 

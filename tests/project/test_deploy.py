@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import jsonschema
+import programs
 import pytest
 import yaml
 from models import Net
@@ -112,7 +113,7 @@ def test_the_health_check_asks_the_pool(capsys):
     assert command[:3] == ["python", "-m", health.__name__]
     with serve(Net(32, seed=1)) as server:
         address = f"127.0.0.1:{server.port}"
-        asked = subprocess.run([sys.executable, *command[1:3], address], capture_output=True, timeout=60)
+        asked = programs.run(*command[1:3], address)
         assert asked.returncode == 0, asked.stderr
     assert health.main([address]) == 1
     assert health.main([]) == 2
@@ -194,7 +195,7 @@ def laptop():
     return files, shell
 
 
-def programs(folder):
+def installed(folder):
     """A folder with `schoolhouse` and `python` as they are after an installation."""
     folder.mkdir()
     code = "from schoolhouse_server.cli.main import main; main()"
@@ -223,7 +224,7 @@ def test_the_laptop_of_the_walk_through(tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text.replace("7070", port))
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")}
-    environment["PATH"] = os.pathsep.join([programs(tmp_path / "bin"), os.environ["PATH"]])
+    environment["PATH"] = os.pathsep.join([installed(tmp_path / "bin"), os.environ["PATH"]])
     script = f"set -e\ntrap 'schoolhouse down' ERR\n{shell}"
     done = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=340

@@ -1,25 +1,15 @@
 """Each example, as a reader runs it: with the teacher in its process and behind gRPC, which print the same lines."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 pytest.importorskip("sklearn")
 FOLDER = Path(__file__).parents[2] / "examples"
 ALONE = ("common", "shared_teacher")  # run on its own below: it measures, and has no local form
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ALONE)
-
-
-def start(name, where):
-    return subprocess.Popen(
-        [sys.executable, FOLDER / f"{name}.py", "--teacher", where],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def number(pattern, lines):
@@ -85,23 +75,16 @@ def test_every_example_has_a_check():
 def test_example(name):
     if name == "causal_lm":
         pytest.importorskip("transformers")
-    processes = [start(name, where) for where in ("local", "remote")]
-    try:
-        (local, local_errors), (remote, remote_errors) = (process.communicate(timeout=150) for process in processes)
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], local_errors + remote_errors
-    assert local_errors + remote_errors == ""
-    same = [line for line in remote.splitlines() if not line.startswith("over the wire:")]
-    assert local.splitlines() == same
+    local, remote = (programs.run(FOLDER / f"{name}.py", "--teacher", where) for where in ("local", "remote"))
+    assert [local.returncode, remote.returncode] == [0, 0], local.stderr + remote.stderr
+    assert local.stderr + remote.stderr == ""
+    same = [line for line in remote.stdout.splitlines() if not line.startswith("over the wire:")]
+    assert local.stdout.splitlines() == same
     globals()[name](same)
 
 
 def test_shared_teacher():
-    done = subprocess.run(
-        [sys.executable, FOLDER / "shared_teacher.py", "--seconds", "1"], capture_output=True, text=True, timeout=150
-    )
+    done = programs.run(FOLDER / "shared_teacher.py", "--seconds", "1")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     rates, shares = zip(

@@ -3,10 +3,9 @@
 import io
 import json
 import logging
-import subprocess
-import sys
 from datetime import datetime, timezone
 
+import programs
 import pytest
 import schoolhouse as sh
 import torch
@@ -167,7 +166,7 @@ def test_set_up_is_for_programs_and_serve_configures_nothing(x):
         "logging.getLogger('schoolhouse_server.x').info('hello')\n"
         "print(ring.lines(9))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=True)
+    done = programs.run("-c", code)
     [line] = done.stderr.splitlines()  # once, though it was set up twice
     found = json.loads(line)
     assert (found["message"], found["teacher"], found["replica"]) == ("hello", "t", "r")

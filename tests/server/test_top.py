@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import programs
 import pytest
 import schoolhouse as sh
 from loads import Running, load, sets
@@ -103,19 +104,14 @@ def test_an_address_in_any_of_its_forms():
 def test_once_against_a_real_server(x):
     with serve(Net()) as server, sh.connect(server.url) as teacher:
         teacher.submit((x,), {}, [""]).result()
-        done = subprocess.run(
-            [*TOP, server.url, "--once", "--interval-s", "0.2"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=os.environ | {"COLUMNS": "160"},
-        )
+        environment = os.environ | {"COLUMNS": "160"}
+        done = programs.command("top", server.url, "--once", "--interval-s", "0.2", env=environment)
     assert done.returncode == 0, done.stderr
     assert row(done.stdout, "teacher", "teacher")[2] == "serving"
 
 
 def test_nobody_there_is_one_sentence():
-    done = subprocess.run([*TOP, "127.0.0.1:1", "--once"], capture_output=True, text=True, timeout=60)
+    done = programs.command("top", "127.0.0.1:1", "--once")
     assert done.returncode == 1
     assert done.stderr.startswith("schoolhouse: ")
     assert "Traceback" not in done.stderr
