@@ -11,7 +11,7 @@ from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.protocol import Features
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_server.engine.engine import Engine, Job, Ticket
-from schoolhouse_server.merge.batching import MergeSettings
+from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.values import codec
 from schoolhouse_wire.values.codec import Arguments

@@ -1,6 +1,6 @@
 """Runs programs as `python` does, each in a process that is forked from one which has imported what they need.
 
-Importing torch and Ray takes seconds. As a script this is the process that forks: it reads what to run from stdin, and
+Importing torch takes seconds. As a script this is the process that forks: it reads what to run from stdin, and
 answers each line with a process id or an exit status.
 """
 
@@ -23,7 +23,6 @@ IMPORTED = [
     "schoolhouse.remote.teacher",
     "schoolhouse_server.cli.main",
     "schoolhouse_server.replica.replica",
-    "ray",
     "sklearn.datasets",
 ]
 

@@ -1,4 +1,4 @@
-"""The committed wire code is what the .proto files say, and the student side needs no Ray."""
+"""The committed wire code is what the .proto files say; students need no Ray, and what runs no teacher no torch."""
 
 import importlib.util
 import subprocess
@@ -21,4 +21,9 @@ def test_generated_code_is_current(tmp_path):
 
 def test_the_student_side_works_where_ray_cannot_be_imported():
     code = "import sys; sys.modules['ray'] = None; import schoolhouse; print(schoolhouse.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=150)
+
+
+def test_commands_the_keeper_and_the_directory_work_where_torch_cannot_be_imported():
+    code = "import sys; sys.modules['torch'] = None; import schoolhouse_server.cli.main, schoolhouse_server.pool.keeper"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=150)

@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schoolhouse.errors import ConfigError
 from schoolhouse_server.common.rows import rows_of, tokens_of
-from schoolhouse_server.merge.batching import (
-    Batch,
-    Former,
-    Layout,
-    MergeSettings,
-    Padding,
-    in_order,
-)
+from schoolhouse_server.merge.batching import Batch, Former, Layout, in_order
+from schoolhouse_server.merge.settings import MergeSettings, Padding
 from schoolhouse_server.merge.splitting import Constant, Rows, UnmergeableError, learn, unshared
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.tree import tensors_of

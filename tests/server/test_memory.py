@@ -12,7 +12,7 @@ from schoolhouse import encodings, errors
 from schoolhouse_server import serve
 from schoolhouse_server.device.device import lacks_memory
 from schoolhouse_server.engine.engine import Engine
-from schoolhouse_server.merge.batching import MergeSettings, Padding
+from schoolhouse_server.merge.settings import MergeSettings, Padding
 from schoolhouse_server.session import server_session
 from test_engine import Wide
 from torch import nn

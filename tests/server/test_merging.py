@@ -14,7 +14,7 @@ from schoolhouse import encodings
 from schoolhouse.teachers.encoder import encode
 from schoolhouse_server import serve
 from schoolhouse_server.engine.engine import Engine
-from schoolhouse_server.merge.batching import MergeSettings, Padding
+from schoolhouse_server.merge.settings import MergeSettings, Padding
 from torch import nn
 
 

@@ -14,7 +14,7 @@ from models import Net
 from schoolhouse import errors
 from schoolhouse_server import serve
 from schoolhouse_server.engine.engine import Engine
-from schoolhouse_server.merge.batching import MergeSettings, Padding
+from schoolhouse_server.merge.settings import MergeSettings, Padding
 from torch import nn
 from torch.nn import functional as F
 

@@ -12,7 +12,7 @@ from merging import Words, at_once, engine_of, ids, pair
 from models import Net
 from schoolhouse.errors import ConfigError
 from schoolhouse_server import serve
-from schoolhouse_server.merge.batching import MergeSettings, Padding
+from schoolhouse_server.merge.settings import MergeSettings, Padding
 from schoolhouse_server.pool.config import TeacherSpec, load_pool
 from schoolhouse_server.pool.loading import load_example
 from test_merging_apart import Mixing

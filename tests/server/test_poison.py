@@ -8,7 +8,7 @@ from merging import Asked, at_once, close, engine_of, pair, randn
 from models import Net
 from schoolhouse import errors
 from schoolhouse_server.device import nonfinite
-from schoolhouse_server.merge.batching import MergeSettings, Padding
+from schoolhouse_server.merge.settings import MergeSettings, Padding
 from torch import nn
 
 NAN, INF = float("nan"), float("inf")

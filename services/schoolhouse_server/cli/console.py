@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 
 if TYPE_CHECKING:  # it imports Ray, which takes seconds
     from schoolhouse_server.pool.driver import Pool

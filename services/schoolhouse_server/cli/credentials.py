@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 
 from schoolhouse_server.cli.console import out
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.live import Live
-from schoolhouse.errors import ConfigError, SchoolhouseError
+from schoolhouse_wire.errors import ConfigError, SchoolhouseError
 
 from schoolhouse_server.cli import credentials, observing
 from schoolhouse_server.cli.console import Address, connected, err, out, pool_at

@@ -5,7 +5,7 @@ from textwrap import wrap
 from typing import Annotated
 
 import typer
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 
 from schoolhouse_server.cli.console import Address, out, pool_at
 

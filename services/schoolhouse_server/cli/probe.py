@@ -10,7 +10,7 @@ import sys
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.rpc.security import ClientSecurity
 

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from schoolhouse.errors import ConfigError, TeacherForwardError
+from schoolhouse_wire.errors import ConfigError, TeacherForwardError
 from schoolhouse_wire.scrubbing import scrub
 
 LogFormat = Literal["text", "json"]

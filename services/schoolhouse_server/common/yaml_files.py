@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 100_000  # values behind an alias count at each use

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 
 from schoolhouse_server.common.timer import Alarm, Timer
 

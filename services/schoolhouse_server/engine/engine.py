@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from schoolhouse.errors import (
+from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse_wire import background
+from schoolhouse_wire.errors import (
     RevisionChangedError,
     SchoolhouseError,
     TeacherForwardError,
@@ -19,8 +21,6 @@ from schoolhouse.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse.teachers.local import LocalTeacher
-from schoolhouse_wire import background
 from schoolhouse_wire.v1 import directory_pb2
 from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
@@ -39,8 +39,8 @@ from schoolhouse_server.engine.runner import Runner
 from schoolhouse_server.engine.shares import Shares
 from schoolhouse_server.engine.unsent import Unsent
 from schoolhouse_server.merge import self_check
-from schoolhouse_server.merge.batching import MergeSettings
 from schoolhouse_server.merge.merging import Joint, Merger
+from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_server.observe.counters import Counters
 
 _LATE = "the request's deadline passed while it waited for the teacher"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar
 
-from schoolhouse.errors import TeacherBusyError
+from schoolhouse_wire.errors import TeacherBusyError
 
 _MAX_FLOWS = 1024  # jobs that are remembered, unless more of them wait
 _MAX_OFFERED = 64  # requests that one `take` offers to `fits`

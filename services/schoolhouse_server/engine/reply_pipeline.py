@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from schoolhouse.errors import TeacherUnavailableError
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
+from schoolhouse_wire.errors import TeacherUnavailableError
 from schoolhouse_wire.limits import INLINE_BYTES
 from schoolhouse_wire.values.codec import Declared, pack
 from schoolhouse_wire.values.tree import tensors_of

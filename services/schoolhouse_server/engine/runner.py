@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from schoolhouse.errors import TeacherForwardError
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire.errors import TeacherForwardError
 from schoolhouse_wire.values.codec import Arguments, Declared
 
 from schoolhouse_server.device import nonfinite

@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
-from schoolhouse.errors import TeacherMemoryError
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire.errors import TeacherMemoryError
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.tree import map_tensors, tensors_of
 

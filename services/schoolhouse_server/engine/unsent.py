@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from schoolhouse.errors import MessageTooLargeError
+from schoolhouse_wire.errors import MessageTooLargeError
 
 Full: TypeAlias = Literal["job", "replica"]
 

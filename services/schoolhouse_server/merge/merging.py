@@ -16,7 +16,8 @@ from schoolhouse_wire.encodings import Hidden
 from schoolhouse_wire.values.codec import Arguments
 
 from schoolhouse_server.device import nonfinite
-from schoolhouse_server.merge.batching import Batch, Form, Former, MergeSettings, in_order
+from schoolhouse_server.merge.batching import Batch, Form, Former, in_order
+from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_server.merge.splitting import Rules, UnmergeableError, VaryingError, learn
 
 _MAX_KNOWN = 4096  # entries in each table of what is remembered

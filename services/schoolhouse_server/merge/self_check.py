@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from schoolhouse.errors import ConfigError, SchoolhouseError
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.protocol import TeacherDescription
 from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire.errors import ConfigError, SchoolhouseError
 from schoolhouse_wire.memory import version_of
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.tree import map_tensors
@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from schoolhouse_server.common.rows import rows_of
 from schoolhouse_server.device.device import Device
-from schoolhouse_server.merge.batching import Batch, Former, MergeSettings, in_order
+from schoolhouse_server.merge.batching import Batch, Former, in_order
+from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_server.merge.splitting import UnmergeableError, learn
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from schoolhouse.errors import SchoolhouseError, TeacherInternalError
+from schoolhouse_wire.errors import SchoolhouseError, TeacherInternalError
 from schoolhouse_wire.v1 import directory_pb2
 
 # The upper bounds of the buckets of Load.queue_delay_counts, in seconds; one more bucket has what waited longer.

@@ -11,8 +11,8 @@ import grpc
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
-from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherUnavailableError
 from schoolhouse.remote.handshake import why_not
+from schoolhouse_wire.errors import ConfigError, SchoolhouseError, TeacherUnavailableError
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.rpc.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2_grpc

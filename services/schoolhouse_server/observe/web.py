@@ -20,14 +20,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
-from schoolhouse.errors import (
+from schoolhouse_wire import background
+from schoolhouse_wire.errors import (
     AuthenticationError,
     ConfigError,
     PermissionDeniedError,
     SchoolhouseError,
     TeacherUnavailableError,
 )
-from schoolhouse_wire import background
 from schoolhouse_wire.rpc.security import is_loopback
 from schoolhouse_wire.scrubbing import scrub
 from schoolhouse_wire.v1.directory_pb2 import ReplicaSet

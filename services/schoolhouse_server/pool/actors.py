@@ -5,29 +5,29 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import ray
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.rpc import channel, forks
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
-from torch import nn
 
 from schoolhouse_server.common.executor import DaemonExecutor
 from schoolhouse_server.common.logs import RingHandler, set_up
 from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.observe.web import WebServer, gate_of
 from schoolhouse_server.pool.config import PoolConfig, TeacherSpec
-from schoolhouse_server.pool.loading import load_example, load_teacher
 from schoolhouse_server.pool.pool_state import Desired
 from schoolhouse_server.replica.directory import MAX_WATCHERS, Directory
 from schoolhouse_server.replica.health_services import add_standard_services
-from schoolhouse_server.replica.replica import Replica
 from schoolhouse_server.security.auth import Gate
 from schoolhouse_server.security.interceptor import Doorkeeper
 from schoolhouse_server.security.ports import EVERYWHERE, joined, listen, own_address
 from schoolhouse_server.security.tokens import Tokens
+
+if TYPE_CHECKING:
+    from schoolhouse_server.replica.replica import Replica
 
 NAMESPACE = "schoolhouse"
 KEEPER, DIRECTORY = "keeper", "directory"
@@ -116,9 +116,7 @@ class TeacherActor(PoolActor):
         host = advertised(self._pool)  # first, as it may raise, and loading takes long
         self._stage = "loading weights"
         _log.info("%s: %s", self._name, self._stage)
-        module = load_teacher(self._spec, self._pool.folder)
-        self._stage = "reading the revision"
-        replica = self._make(module).start()
+        replica = self._make().start()
         self._address = joined(host, replica.port)
         self._replica = replica
         self._stage = "serving"
@@ -152,7 +150,13 @@ class TeacherActor(PoolActor):
         if self._replica is not None:
             self._replica.close()
 
-    def _make(self, module: nn.Module) -> Replica:
+    def _make(self) -> "Replica":
+        # Late: those who start replicas, and the directory, need no torch, whose import takes seconds.
+        from schoolhouse_server.pool.loading import load_example, load_teacher
+        from schoolhouse_server.replica.replica import Replica
+
+        module = load_teacher(self._spec, self._pool.folder)
+        self._stage = "reading the revision"
         return Replica(
             {self._name: module},
             host=own_address(self._pool.host),

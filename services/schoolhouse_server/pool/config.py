@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.rpc.security import is_loopback
 
 from schoolhouse_server.common.logs import LogFormat
 from schoolhouse_server.common.yaml_files import read_yaml
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, MAX_FORWARD_TIMEOUT_S
-from schoolhouse_server.merge.batching import MergeSettings, Padding
+from schoolhouse_server.merge.settings import MergeSettings, Padding
 from schoolhouse_server.security.tls import ServerTls
 from schoolhouse_server.security.tokens import Tokens
 from schoolhouse_server.session.quotas import (

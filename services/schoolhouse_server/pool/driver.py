@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from schoolhouse.errors import ConfigError, SchoolhouseError, TeacherTimeoutError, TeacherUnavailableError
+from schoolhouse_wire.errors import ConfigError, SchoolhouseError, TeacherTimeoutError, TeacherUnavailableError
 
 from schoolhouse_server.pool import replica_handle
 from schoolhouse_server.pool.actors import DIRECTORY, KEEPER, NAMESPACE, on_the_head

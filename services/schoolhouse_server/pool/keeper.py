@@ -11,8 +11,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from schoolhouse.errors import TeacherTimeoutError, TeacherUnavailableError
 from schoolhouse_wire import background
+from schoolhouse_wire.errors import TeacherTimeoutError, TeacherUnavailableError
 from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server.pool import nodes, status_rows

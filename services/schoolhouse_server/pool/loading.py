@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 from torch import nn
 
 from schoolhouse_server.pool.config import TeacherSpec

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import psutil
-from schoolhouse.errors import TeacherUnavailableError
+from schoolhouse_wire.errors import TeacherUnavailableError
 
 from schoolhouse_server.common.timer import Timer
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from schoolhouse.errors import ConfigError, UnknownTeacherError
+from schoolhouse_wire.errors import ConfigError, UnknownTeacherError
 
 from schoolhouse_server.pool.config import Bounds, PoolConfig, TeacherSpec
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from schoolhouse.errors import SchoolhouseError
+from schoolhouse_wire.errors import SchoolhouseError
 from schoolhouse_wire.v1 import directory_pb2
 
 from schoolhouse_server.pool.actors import NAMESPACE, Report, TeacherActor, Where

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import grpc
-from schoolhouse.errors import SchoolhouseError, TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
 from schoolhouse_wire import background
+from schoolhouse_wire.errors import SchoolhouseError, TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
 from schoolhouse_wire.rpc import status
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 

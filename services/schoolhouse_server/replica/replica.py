@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
-from schoolhouse.errors import ConfigError
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.tracing import tracer
 from schoolhouse_wire import framing, memory
+from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.limits import MAX_NAME, Limits
 from schoolhouse_wire.rpc import channel, forks
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
@@ -23,7 +23,7 @@ from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, checked_timeout_s
 from schoolhouse_server.engine.engine import Engine, Trouble
 from schoolhouse_server.engine.unsent import Unsent
-from schoolhouse_server.merge.batching import MergeSettings
+from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_server.observe.web import WebServer, gate_of
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_server.replica.health_services import add_standard_services

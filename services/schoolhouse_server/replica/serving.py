@@ -8,7 +8,7 @@ from schoolhouse_wire.rpc.security import is_loopback
 from torch import nn
 
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S
-from schoolhouse_server.merge.batching import MergeSettings, Padding
+from schoolhouse_server.merge.settings import MergeSettings, Padding
 from schoolhouse_server.replica.replica import Example, Replica
 from schoolhouse_server.security.tls import ServerTls
 from schoolhouse_server.session.quotas import (

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import grpc
-from schoolhouse.errors import (
+from schoolhouse_wire.errors import (
     AuthenticationError,
     PermissionDeniedError,
     SchoolhouseError,

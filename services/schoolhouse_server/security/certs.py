@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 
 _CA, _CA_KEY = "ca.pem", "ca-key.pem"
 _CA_DAYS = 3650

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
-from schoolhouse.errors import AuthenticationError, ProtocolError, SchoolhouseError, TeacherBusyError
+from schoolhouse_wire.errors import AuthenticationError, ProtocolError, SchoolhouseError, TeacherBusyError
 from schoolhouse_wire.rpc import status
 
 from schoolhouse_server.common.timer import Timer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import grpc
 import psutil
-from schoolhouse.errors import ConfigError, TeacherUnavailableError
+from schoolhouse_wire.errors import ConfigError, TeacherUnavailableError
 from schoolhouse_wire.rpc.security import is_loopback
 
 from schoolhouse_server.security.tls import ServerTls

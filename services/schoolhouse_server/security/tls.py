@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 from cryptography import x509
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.rpc.security import check_authorities, check_pair, is_loopback, read_pem
 
 _log = logging.getLogger(__name__)

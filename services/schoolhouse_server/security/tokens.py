@@ -13,8 +13,8 @@ from typing import Annotated
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-from schoolhouse.errors import ConfigError
 from schoolhouse_wire import background
+from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.limits import MAX_JOB_NAME
 
 from schoolhouse_server.common.yaml_files import read_bytes

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from schoolhouse.errors import ProtocolError
+from schoolhouse_wire.errors import ProtocolError
 
 from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.engine.unsent import Share

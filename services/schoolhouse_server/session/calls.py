@@ -5,15 +5,15 @@ from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
-from schoolhouse.errors import (
+from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire import background
+from schoolhouse_wire.errors import (
     PermissionDeniedError,
     ProtocolError,
     RevisionChangedError,
     SchoolhouseError,
     TeacherMemoryError,
 )
-from schoolhouse.teachers.query import Wanted
-from schoolhouse_wire import background
 from schoolhouse_wire.limits import MAX_MODULE_NAME, MAX_NAME, MAX_RELEASED, MAX_TAPS, Limits
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Arguments, pack

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from schoolhouse.errors import UnknownTeacherError
 from schoolhouse.tracing import tracer
+from schoolhouse_wire.errors import UnknownTeacherError
 from schoolhouse_wire.limits import Limits
 
 from schoolhouse_server.common.timer import Timer

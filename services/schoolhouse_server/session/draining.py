@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from schoolhouse.errors import TeacherUnavailableError
+from schoolhouse_wire.errors import TeacherUnavailableError
 
 IDLE_S = 5.0  # sessions may be ended once none has had anything in flight for this long
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 
 from google.protobuf.message import Message
-from schoolhouse.errors import ProtocolError
 from schoolhouse.taps import HEAD
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.encodings import name_of
+from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.limits import MAX_JOB_NAME
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Declared

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from schoolhouse.errors import ConfigError
+from schoolhouse_wire.errors import ConfigError
 
-from schoolhouse_server.common.rows import COSTS
-
+COSTS = ("rows", "tokens")  # `common/rows.py` counts them
 MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
 MAX_UNSENT_BYTES, MAX_JOB_UNSENT_BYTES = 16 << 30, 4 << 30  # a reply has 2 GiB at most
 MAX_LEASE_S = 86_400.0

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from schoolhouse.errors import ProtocolError, TeacherTimeoutError
 from schoolhouse_wire import framing
+from schoolhouse_wire.errors import ProtocolError, TeacherTimeoutError
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.common.timer import Alarm, Timer

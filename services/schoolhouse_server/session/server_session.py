@@ -11,15 +11,15 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from schoolhouse.errors import (
+from schoolhouse.taps import HEAD
+from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire import background, framing
+from schoolhouse_wire.errors import (
     LeaseExpiredError,
     ProtocolError,
     SchoolhouseError,
     TeacherInternalError,
 )
-from schoolhouse.taps import HEAD
-from schoolhouse.teachers.query import Wanted
-from schoolhouse_wire import background, framing
 from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.v1 import teacher_pb2

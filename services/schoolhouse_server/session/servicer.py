@@ -6,8 +6,8 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from schoolhouse.errors import SchoolhouseError, TeacherBusyError
 from schoolhouse_wire import background
+from schoolhouse_wire.errors import SchoolhouseError, TeacherBusyError
 from schoolhouse_wire.rpc import status
 from schoolhouse_wire.v1 import teacher_pb2
 
