@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import os
@@ -16,6 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from pathlib import Path
 
 IMPORTED = [
@@ -112,6 +115,26 @@ def _forked(folder, cwd, env, **program):
     return program
 
 
+def _run_to_its_end(program):
+    """Run a program, and end as Python does, but for taking its modules apart, which takes seconds in a fork."""
+    status = 1
+    try:
+        _run(**program)
+        status = 0
+    except SystemExit as err:
+        status = err.code if isinstance(err.code, int) else int(err.code is not None)
+        if isinstance(err.code, str):
+            print(err.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _run(arguments, timeout_s):
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     kind, *rest = arguments
@@ -131,24 +154,24 @@ def _run(arguments, timeout_s):
 
 
 def _main():
-    """Serve until stdin ends. A child returns from here after its program, and ends as any script does."""
+    """Serve until stdin ends."""
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()  # so that no child copies all of this when it collects garbage
     ended = {}
     for line in sys.stdin:
         [(what, given)] = json.loads(line).items()
         if what == "start":
             answer = _forked(**given)
             if isinstance(answer, dict):
-                return _run(**answer)
+                _run_to_its_end(answer)
         else:
             if given not in ended:
                 pid, status = os.waitpid(given, os.WNOHANG if what == "poll" else 0)
                 ended.update({given: os.waitstatus_to_exitcode(status)} if pid else {})
             answer = ended.get(given)
         print(json.dumps(answer), flush=True)
-    return None
 
 
 if __name__ == "__main__":
