@@ -207,36 +207,43 @@ def measure_small_peer(waits_ms: list[float], count: int, seconds: float) -> dic
     return {"small_batches": relative, "small_batches_rows_per_s": rows_per_s, "small_batches_by_wait": by_wait}
 
 
-def measure_all(counts: list[int], small: int, waits_ms: list[float], seconds: float) -> dict[str, dict[str, Any]]:
-    """Measure both systems, one after the other."""
+def measure_ours(counts: list[int], small: int, seconds: float) -> dict[str, Any]:
+    """Measure Schoolhouse."""
     url, keep = start(RowsTeacher, 0.0, S_PER_ROW, FEATURES)
-    figures = {"schoolhouse": measure("schoolhouse", url, counts, seconds)}
+    figures = measure("schoolhouse", url, counts, seconds)
     keep.close()
     for name, merge in (("small_batches", "same-shape"), ("small_batches_unmerged", "never")):
         url, keep = start(RowsTeacher, FORWARD_S, S_PER_ROW, FEATURES, merge=merge, max_batch_rows=LARGE_ROWS)
         rows_per_s, relative = measure_small("schoolhouse", url, small, seconds)
-        figures["schoolhouse"] |= {name: relative, f"{name}_rows_per_s": rows_per_s}
+        figures |= {name: relative, f"{name}_rows_per_s": rows_per_s}
         keep.close()
-    # So that Ray Serve's proxy can import the peer's service.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with ray_serve(0.0, 0.0) as address:
-        figures["ray_serve"] = measure("ray_serve", address, counts, seconds)
-    if waits_ms:
-        figures["ray_serve"] |= measure_small_peer(waits_ms, small, seconds)
     return figures
 
 
+def measure_peer(counts: list[int], small: int, waits_ms: list[float], seconds: float) -> dict[str, Any]:
+    """Measure the peer."""
+    # So that Ray Serve's proxy can import the peer's service.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with ray_serve(0.0, 0.0) as address:
+        figures = measure("ray_serve", address, counts, seconds)
+    return figures | (measure_small_peer(waits_ms, small, seconds) if waits_ms else {})
+
+
 def main() -> None:
-    """Measure both, and print a table, or JSON with --json."""
+    """Measure both, one after the other, and print a table, or JSON with --json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seconds", type=float, default=15.0, help="length of each measurement")
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 4, 16], help="numbers of equal jobs to measure")
     parser.add_argument("--small-jobs", type=int, default=16, help="how many jobs with small batches")
     parser.add_argument("--peer-waits-ms", type=float, nargs="*", default=PEER_WAITS_MS, help="open times of batches")
+    parser.add_argument("--alone", action="store_true", help="without the peer")
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # Ray's own messages
-        figures = measure_all(options.jobs, options.small_jobs, options.peer_waits_ms, options.seconds)
+        figures = {"schoolhouse": measure_ours(options.jobs, options.small_jobs, options.seconds)}
+        if not options.alone:
+            waits_ms = options.peer_waits_ms
+            figures["ray_serve"] = measure_peer(options.jobs, options.small_jobs, waits_ms, options.seconds)
     if options.json:
         sys.stdout.write(json.dumps({**figures, "device": DEVICE}) + "\n")
         return

@@ -46,14 +46,22 @@ def test_scaling():
 
 
 @pytest.mark.ray
-def test_sharing():
-    found = figures("sharing", "--seconds", "0.5", "--jobs", "1", "2", "--small-jobs", "2", "--peer-waits-ms")
+@pytest.mark.parametrize(
+    ("option", "systems"),
+    [
+        ("--alone", ["schoolhouse"]),
+        pytest.param("--peer-waits-ms", ["schoolhouse", "ray_serve"], marks=pytest.mark.chaos),
+    ],
+)
+def test_sharing(option, systems):
+    found = figures("sharing", "--seconds", "0.5", "--jobs", "1", "2", "--small-jobs", "2", option)
     assert {"small_batches", "small_batches_unmerged_rows_per_s"} <= set(found["schoolhouse"])
-    for system in ("schoolhouse", "ray_serve"):
+    assert [*found] == [*systems, "device"]
+    for system in systems:
         keys = {"total_vs_single", "jain", "light_p99_ms", "forward_ms", "1", "2"}
         assert keys <= set(found[system])
         assert found[system]["jain"] == 0 or 0.5 <= found[system]["jain"] <= 1  # 0: the machine stood still meanwhile
-    assert any(found[system]["total_vs_single"] > 0 for system in ("schoolhouse", "ray_serve"))
+    assert any(found[system]["total_vs_single"] > 0 for system in systems)
     assert "emulated" in found["device"]
 
 
