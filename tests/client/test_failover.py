@@ -24,9 +24,9 @@ from directories import (
 )
 from memfd import soon
 from schoolhouse import errors
-from schoolhouse.remote import parking
+from schoolhouse.remote import pending
+from schoolhouse.remote.directory import Replica, ReplicaSet
 from schoolhouse.remote.replica_pool import Links
-from schoolhouse.remote.replica_set import Replica, ReplicaSet
 from schoolhouse.remote.request import Request, Traffic
 from schoolhouse.remote.session import Session
 from schoolhouse.teachers.query import Wanted
@@ -258,7 +258,7 @@ def test_of_two_that_are_slow_the_one_that_was_asked_first_is_not_left():
 
 
 def test_a_student_says_that_it_waits_and_then_what_to_do(caplog, monkeypatch):
-    monkeypatch.setattr(parking, "_SAY_AFTER_S", 0.2)
+    monkeypatch.setattr(pending, "_SAY_AFTER_S", 0.2)
     server = serve(Scale(2))
     with sh.connect(server.url, teacher_timeout_s=3.0) as teacher, caplog.at_level(logging.WARNING, "schoolhouse"):
         assert answer(teacher) == 2

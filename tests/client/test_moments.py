@@ -15,7 +15,7 @@ from memfd import soon
 from schoolhouse import errors
 from schoolhouse.remote import teacher as remote
 from schoolhouse.remote.flow_control import Window
-from schoolhouse.remote.outstanding import Outstanding
+from schoolhouse.remote.pending import Outstanding
 from schoolhouse_server import serve
 from schoolhouse_wire import framing
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2

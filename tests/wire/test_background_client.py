@@ -10,10 +10,10 @@ from directories import DRAINING, DirectoryServer, Scale, answer, ask, replicas,
 from memfd import soon
 from models import Net
 from schoolhouse import errors
-from schoolhouse.remote import at_exit, handshake, outstanding
+from schoolhouse.remote import at_exit, handshake, pending
+from schoolhouse.remote.directory import ReplicaSet
 from schoolhouse.remote.dispatcher import Dispatcher
-from schoolhouse.remote.outstanding import Outstanding
-from schoolhouse.remote.replica_set import ReplicaSet
+from schoolhouse.remote.pending import Outstanding
 from schoolhouse.remote.request import Request
 from schoolhouse.remote.session import Session
 from schoolhouse.remote.teacher import RemoteTeacher
@@ -48,7 +48,7 @@ CLIENT = {  # what is made to fail, and whether that takes the end of a session
 @pytest.mark.parametrize("what", CLIENT)
 def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error, monkeypatch, deaths):
     owner, name, at_end = CLIENT[what]
-    monkeypatch.setattr(outstanding, "_REST_S", 0.01)
+    monkeypatch.setattr(pending, "_REST_S", 0.01)
     trap, module, begun = Trap(monkeypatch, owner, name, error), Scale(2), opened(monkeypatch)
     with replicas(module) as (server,), DirectoryServer() as directory:
         directory.publish(server)

@@ -15,11 +15,9 @@ from schoolhouse.errors import (
 )
 from schoolhouse.remote import at_exit
 from schoolhouse.remote.budget import RetryBudget
-from schoolhouse.remote.directory import revision_changed
-from schoolhouse.remote.outstanding import Outstanding
-from schoolhouse.remote.parking import Parking
+from schoolhouse.remote.directory import Known, ReplicaSet, revision_changed
+from schoolhouse.remote.pending import Outstanding, Parking
 from schoolhouse.remote.replica_pool import Link, Links
-from schoolhouse.remote.replica_set import Known, ReplicaSet
 from schoolhouse.remote.request import Request, Traffic, late
 from schoolhouse.remote.session import Session
 from schoolhouse.remote.settings import Settings

@@ -15,7 +15,7 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
     UnknownTeacherError,
 )
-from schoolhouse.remote.replica_set import Replica, ReplicaSet, backoff_s, choose
+from schoolhouse.remote.directory import Replica, ReplicaSet, backoff_s, choose
 from schoolhouse.remote.request import Request
 from schoolhouse.remote.session import Session
 

@@ -24,7 +24,6 @@ from schoolhouse.remote import directory
 from schoolhouse.remote.dispatcher import Dispatcher
 from schoolhouse.remote.facts import Facts
 from schoolhouse.remote.heads import FetchedHeads
-from schoolhouse.remote.replica_set import ReplicaSet
 from schoolhouse.remote.request import Request, Traffic, traced
 from schoolhouse.remote.session import Session
 from schoolhouse.remote.settings import Settings
@@ -105,7 +104,7 @@ class RemoteTeacher:
         weakref.finalize(self, dispatcher.close).atexit = False
         return facts, dispatcher
 
-    def _first_facts(self) -> tuple[ReplicaSet, Facts]:
+    def _first_facts(self) -> tuple[directory.ReplicaSet, Facts]:
         """Ask the directory and then a replica; as long as no replica answers, repeat both until the timeout."""
         timeout_s = self._settings.connect_timeout_s
         deadline = time.monotonic() + timeout_s
@@ -120,10 +119,10 @@ class RemoteTeacher:
                     raise
             time.sleep(_ASK_AGAIN_S)
 
-    def _find(self, timeout_s: float) -> ReplicaSet:
+    def _find(self, timeout_s: float) -> directory.ReplicaSet:
         return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
 
-    def _learn(self, found: ReplicaSet, revision: str, timeout_s: float) -> Facts:
+    def _learn(self, found: directory.ReplicaSet, revision: str, timeout_s: float) -> Facts:
         addresses = [replica.address for replica in found.of(revision)]
         if not addresses and found.replicas:
             raise directory.revision_changed(self._name, self._target, revision, found.revisions())
