@@ -2,7 +2,6 @@
 
 import functools
 import heapq
-import itertools
 import logging
 import queue
 import threading
@@ -39,7 +38,6 @@ class Outstanding:
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True to have `tend` called
         self._requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
-        self._ids = itertools.count()
         self._thread = background.thread(self._run, name="schoolhouse-deadlines", on_death=self._fail_all)
         self._stirred = self._closed = False
 
@@ -53,24 +51,21 @@ class Outstanding:
         """Whether the calling thread is the one that keeps time."""
         return self._thread is threading.current_thread()
 
-    def add(self, request: Request) -> int:
-        """Add a request, to fail it at its deadline; returns its id for `remove`.
+    def add(self, request: Request) -> None:
+        """Add a request, to fail it at its deadline.
 
         Raises:
             TeacherBusyError: if there are `max_pending` requests already.
         """
-        request_id = next(self._ids)
         with self._lock:
             if len(self._requests) >= self._max_pending:
                 raise TeacherBusyError(
                     f"{len(self._requests)} requests are without an answer, as many as max_pending allows"
                 )
-            request.number = request_id
-            self._requests[request_id] = request
+            self._requests[request.number] = request
             first = self._push(request)
         if first:
             self._wake.put(False)
-        return request_id
 
     def reschedule(self, request: Request) -> None:
         """Note that the deadline of a request has changed."""
@@ -84,16 +79,16 @@ class Outstanding:
         if len(self._deadlines) > 2 * len(self._requests) + _SLACK:
             self._deadlines = [one for one in self._deadlines if self._holds(*one)]
             heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (request.deadline, request.number))
+        heapq.heappush(self._deadlines, (request.clock.deadline, request.number))
         return self._deadlines[0][1] == request.number
 
-    def _holds(self, deadline: float, request_id: int) -> bool:
-        request = self._requests.get(request_id)
-        return request is not None and request.deadline == deadline  # not if it was rescheduled
+    def _holds(self, deadline: float, number: int) -> bool:
+        request = self._requests.get(number)
+        return request is not None and request.clock.deadline == deadline  # not if it was rescheduled
 
-    def remove(self, request_id: int) -> Request | None:
-        """Forget a request; None if it was forgotten already."""
-        return self._requests.pop(request_id, None)
+    def remove(self, number: int) -> Request | None:
+        """Forget the request of that number; None if it was forgotten already."""
+        return self._requests.pop(number, None)
 
     def stir(self) -> None:
         """Have `tend` called soon. Like `close`, it takes no lock."""
@@ -144,12 +139,12 @@ class Outstanding:
         """A request that is past its deadline; or None, and the next deadline."""
         with self._lock:
             while self._deadlines:
-                deadline, request_id = self._deadlines[0]
+                deadline, number = self._deadlines[0]
                 if deadline > time.monotonic():
                     return None, deadline
                 heapq.heappop(self._deadlines)
-                request = self._requests.get(request_id)
-                if request is not None and request.deadline <= time.monotonic():
+                request = self._requests.get(number)
+                if request is not None and request.clock.deadline <= time.monotonic():
                     return request, None
             return None, None
 
@@ -174,7 +169,7 @@ class Parking:
     def put(self, request: Request, since: float) -> bool:
         """Keep a request, and stop its own time; returns whether that changed its deadline."""
         self._since[request] = since
-        return request.stop_clock(since, self._timeout_s)
+        return request.park(since, self._timeout_s)
 
     def drop(self, request: Request) -> bool:
         """Remove a request; returns whether it was here. Takes no lock."""

@@ -284,7 +284,7 @@ class Links:
                 self._open(other, now)
                 continue
             for request in moving:
-                request.moved = True
+                request.move()
             why = f"{link.replica.address}: it had requests and sent nothing for {patience_s:.3g} s"
             self.strike(link, TeacherTimeoutError(why))
             found.append(session)
