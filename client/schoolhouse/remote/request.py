@@ -113,9 +113,10 @@ class Clock:
 class Request:
     """One batch on its way to features. It may be sent again to another replica.
 
-    Whoever has the request moves it on: the dispatcher while it is new or parked, and the session that it was given to.
-    So it needs no lock of its own, and only an end can come from elsewhere at any time: the future takes the first one,
-    and whatever comes after an end changes nothing. What the table below does not have raises `AssertionError`.
+    Only who has the request moves it on: the dispatcher, under its lock while the request is parked, or the session to
+    which that gave it, under the lock of its window, until the session gives it back. So a request needs no lock of its
+    own. Only an end may come from elsewhere at any time: the future takes the first one, and whatever follows an end
+    changes nothing. What the table below does not have raises `AssertionError`.
     """
 
     _numbers = itertools.count()
