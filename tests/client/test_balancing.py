@@ -12,7 +12,7 @@ import torch
 from directories import DRAINING, DirectoryServer, Scale, addresses, answer, ask, entry, replicas
 from memfd import soon
 from schoolhouse import errors
-from schoolhouse.remote.replica_set import ELSEWHERE, SAME_HOST, SAME_ZONE, ReplicaSet, backoff_s, choose
+from schoolhouse.remote.directory import ELSEWHERE, SAME_HOST, SAME_ZONE, ReplicaSet, backoff_s, choose
 from schoolhouse_server.session.server_session import ServerSession
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 

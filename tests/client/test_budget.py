@@ -14,7 +14,7 @@ from directories import (
     sessions,
 )
 from memfd import soon
-from schoolhouse.remote import parking
+from schoolhouse.remote import pending
 from schoolhouse.remote.budget import RetryBudget
 from schoolhouse_wire.v1 import directory_pb2
 
@@ -43,7 +43,7 @@ def test_what_is_beyond_the_budget_waits_and_is_not_lost():
 
 def test_what_is_held_back_says_so(caplog):
     held_back = "replicas of the teacher 'net' lost more requests than may be sent again at once, so some are held back"
-    kept = parking.Parking("net", 5.0, lambda: "tried: everything")
+    kept = pending.Parking("net", 5.0, lambda: "tried: everything")
     kept.put(mock.Mock(), 10.0)
     assert kept.say(11.0) == 12.0
     assert not caplog.records

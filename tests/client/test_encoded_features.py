@@ -14,10 +14,13 @@ from schoolhouse.errors import (
     UnknownTapError,
     UnsupportedValueError,
 )
+from schoolhouse.remote.request import Question
 from schoolhouse.sparse import HiddenLogits, PositionedFeatures, SampledLogits, TopKLogits
 from schoolhouse.taps import HEAD, Tap
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_server import serve
+from schoolhouse_wire import framing
+from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.values.codec import Arguments
 from torch import nn
 from torch.nn import functional as F
@@ -288,9 +291,10 @@ def test_a_call_for_features_is_none_for_a_head(x):
         teacher.describe()
         wanted = Wanted((Tap("fc"), Tap("fc", HEAD)), (None, encodings.hidden("fc")))
         facts, dispatcher = teacher._connected()
-        request = teacher._request(facts, Arguments((x,)), wanted, {}, revision=facts.revision)
+        outgoing = framing.Outgoing(Arguments((x,)), limits=facts.limits, snapshot=True)
+        asked = Question(outgoing=outgoing, wanted=wanted, revision=facts.revision, heads={}, limits=Limits())
         with pytest.raises(ProtocolError, match="a call for a head must name one, as the encoding of its only tap"):
-            teacher._send(dispatcher, request).result(60)
+            teacher._send(dispatcher, teacher._request(asked)).result(60)
 
 
 def test_the_head_is_fetched_once_and_kept_on_disk(ids, tmp_path):

@@ -5,7 +5,6 @@ import logging
 import random
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 import schoolhouse as sh
@@ -24,10 +23,10 @@ from directories import (
 )
 from memfd import soon
 from schoolhouse import errors
-from schoolhouse.remote import parking
+from schoolhouse.remote import pending
+from schoolhouse.remote.directory import Replica, ReplicaSet
 from schoolhouse.remote.replica_pool import Links
-from schoolhouse.remote.replica_set import Replica, ReplicaSet
-from schoolhouse.remote.request import Request, Traffic
+from schoolhouse.remote.request import Question, Request, Traffic
 from schoolhouse.remote.session import Session
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_server import serve
@@ -159,7 +158,10 @@ def test_a_session_that_was_idle_is_not_silent_since_then_where_two_threads_ask_
 
     def request():
         outgoing = framing.Outgoing([torch.ones(2)], limits=Limits(), snapshot=True)
-        return Request(outgoing, Wanted((), ()), "r", 1e6, {}, Limits())
+        question = Question(outgoing=outgoing, wanted=Wanted((), ()), revision="r", heads={}, limits=Limits())
+        made = Request(question, 1e6)
+        made.queue(0.0)
+        return made
 
     session = Session(
         "a", "teacher", job="", weight=1.0, shared_memory=False, checksums=False, security=ClientSecurity(),
@@ -244,7 +246,7 @@ def test_a_second_computation_does_not_wait_for_a_replica_that_hangs():
 def test_of_two_that_are_slow_the_one_that_was_asked_first_is_not_left():
     links = Links(lambda link: Opened(link.replica.address), 10.0, random.Random(1))
     links.update(ReplicaSet((Replica("a", revision="r"), Replica("b", revision="r"))), 0.0)
-    request = SimpleNamespace(moved=False)
+    request = Request(None, 1e6)
     for link in links:
         links._open(link, 0.0)
         links.opened(link)
@@ -258,7 +260,7 @@ def test_of_two_that_are_slow_the_one_that_was_asked_first_is_not_left():
 
 
 def test_a_student_says_that_it_waits_and_then_what_to_do(caplog, monkeypatch):
-    monkeypatch.setattr(parking, "_SAY_AFTER_S", 0.2)
+    monkeypatch.setattr(pending, "_SAY_AFTER_S", 0.2)
     server = serve(Scale(2))
     with sh.connect(server.url, teacher_timeout_s=3.0) as teacher, caplog.at_level(logging.WARNING, "schoolhouse"):
         assert answer(teacher) == 2

@@ -15,7 +15,8 @@ from memfd import soon
 from schoolhouse import errors
 from schoolhouse.remote import teacher as remote
 from schoolhouse.remote.flow_control import Window
-from schoolhouse.remote.outstanding import Outstanding
+from schoolhouse.remote.pending import Outstanding
+from schoolhouse.remote.request import Clock
 from schoolhouse_server import serve
 from schoolhouse_wire import framing
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
@@ -27,9 +28,9 @@ class Sized:
 
     nbytes: int = 1
     done: bool = False
-    told_to_wait: bool = False
-    losses: int = 0
-    is_retry: bool = False
+
+    def send(self, now):
+        return True
 
 
 class Between:
@@ -54,11 +55,11 @@ def test_a_session_that_ends_while_another_thread_sends_loses_no_request():
     for request in asked:
         assert window.add(request)
     started = []
-    window._lock = Between(lambda: started.append(window.next()))
+    window._lock = Between(lambda: started.append(window.next(0.0)))
     lost = window.end()
     assert started == [None]
     assert lost == asked
-    assert [len(window), window.next(), window.add(Sized())] == [0, None, False]
+    assert [len(window), window.next(0.0), window.add(Sized())] == [0, None, False]
 
 
 def test_what_falls_due_while_requests_are_tried_again_is_not_forgotten(monkeypatch):
@@ -92,13 +93,10 @@ def test_what_falls_due_while_requests_are_tried_again_is_not_forgotten(monkeypa
 
 
 def test_deadlines_of_what_is_answered_take_no_memory():
-    outstanding = Outstanding(10, lambda request: None, lambda: None)
-
-    class Far:
-        deadline = time.monotonic() + 1e6
-
-    for _ in range(10_000):
-        outstanding.remove(outstanding.add(Far()))
+    outstanding, clock = Outstanding(10, lambda request: None, lambda: None), Clock(time.monotonic() + 1e6)
+    for number in range(10_000):
+        outstanding.add(types.SimpleNamespace(number=number, clock=clock))
+        outstanding.remove(number)
     assert len(outstanding._deadlines) < 500
 
 

@@ -45,7 +45,7 @@ def roll():
 
 
 def test_a_job_keeps_its_revision_while_new_ones_get_the_next(roll, monkeypatch):
-    monkeypatch.setattr("schoolhouse.remote.replica_set.DOUBT_S", 0.3)
+    monkeypatch.setattr("schoolhouse.remote.directory.DOUBT_S", 0.3)
     directory, old, new = roll
     with sh.connect(directory.url) as begun:
         assert answer(begun) == 2
@@ -65,7 +65,7 @@ def test_a_job_keeps_its_revision_while_new_ones_get_the_next(roll, monkeypatch)
 
 
 def test_requests_in_flight_at_the_last_replica_of_a_revision_are_answered(monkeypatch):
-    monkeypatch.setattr("schoolhouse.remote.replica_set.DOUBT_S", 0.2)
+    monkeypatch.setattr("schoolhouse.remote.directory.DOUBT_S", 0.2)
     module = Scale(2)
     with replicas(module, Scale(3)) as (old, new), DirectoryServer() as directory:
         directory.publish(old)
@@ -202,7 +202,7 @@ def test_a_teacher_keeps_a_bounded_number_of_heads():
 @pytest.mark.parametrize("cached", [False, True])
 def test_what_waits_for_heads_that_are_gone_gets_those_of_the_next_revision(cached, monkeypatch):
     """Hidden states travel with the revision's head: both are of the next one, never one of each."""
-    monkeypatch.setattr("schoolhouse.remote.replica_set.DOUBT_S", 0.2)
+    monkeypatch.setattr("schoolhouse.remote.directory.DOUBT_S", 0.2)
     old, new = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     x, wish = torch.randn(5, 4), {"1": encodings.hidden("1")}
     with replicas(old, new) as (one, other), DirectoryServer() as directory:

@@ -1,7 +1,6 @@
 """One request in N is computed twice and compared; where two replicas disagree, the step fails and says so."""
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import weakref
@@ -216,7 +215,13 @@ def test_features_of_another_revision_are_not_compared(caplog):
         directory.publish(*servers, revision=revision_of(servers[0]))
         with sh.connect(directory.url, follow_revisions=True, verify_every=1) as teacher:
             again = teacher._again
-            teacher._again = lambda first: dataclasses.replace(again(first), revision=revision_of(servers[1]))
+
+            def elsewhere(first):
+                second = again(first)
+                assert second.follow(revision_of(servers[1]), {})
+                return second
+
+            teacher._again = elsewhere
             assert answer(teacher, 5) == 10
             assert teacher.verification() == sh.Verification(unchecked=1)
             del teacher._again

@@ -21,7 +21,7 @@ from directories import (
 )
 from memfd import soon
 from schoolhouse import errors
-from schoolhouse.remote.replica_set import Known, Replica, ReplicaSet
+from schoolhouse.remote.directory import Known, Replica, ReplicaSet
 from schoolhouse_server import serve
 
 
@@ -54,7 +54,7 @@ def test_a_directory_that_comes_up_empty_is_not_believed_at_once(monkeypatch):
     with replicas(Scale(2)) as (server,):
         with DirectoryServer() as directory:
             directory.publish(server)
-            monkeypatch.setattr("schoolhouse.remote.replica_set.DOUBT_S", 60.0)
+            monkeypatch.setattr("schoolhouse.remote.directory.DOUBT_S", 60.0)
             teacher = sh.connect(directory.url, teacher_timeout_s=2)
             assert answer(teacher) == 2
         with DirectoryServer(directory.port) as anew:
@@ -65,7 +65,7 @@ def test_a_directory_that_comes_up_empty_is_not_believed_at_once(monkeypatch):
             anew.publish(server)
             assert soon(lambda: teacher._dispatcher._known.settles_at is None)
             assert answer(teacher, 4) == 8
-            monkeypatch.setattr("schoolhouse.remote.replica_set.DOUBT_S", 0.3)
+            monkeypatch.setattr("schoolhouse.remote.directory.DOUBT_S", 0.3)
             anew.publish()
             assert soon(lambda: sessions(teacher) == set())  # by now it is
             with pytest.raises(errors.TeacherUnavailableError, match="the directory lists none"):

@@ -225,7 +225,7 @@ def test_a_deadline_that_passes_over_quota_says_so():
             second, outstanding = ask(other, 1), other._dispatcher.outstanding
             [request] = outstanding._requests.values()
             assert soon(lambda: request.told_to_wait)
-            request.deadline = time.monotonic()
+            request.clock.deadline = time.monotonic()
             outstanding.reschedule(request)
             with pytest.raises(errors.TeacherTimeoutError, match="over its quota"):
                 second.result(20)

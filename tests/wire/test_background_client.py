@@ -10,11 +10,11 @@ from directories import DRAINING, DirectoryServer, Scale, answer, ask, replicas,
 from memfd import soon
 from models import Net
 from schoolhouse import errors
-from schoolhouse.remote import at_exit, handshake, outstanding
+from schoolhouse.remote import at_exit, handshake, pending
+from schoolhouse.remote.directory import ReplicaSet
 from schoolhouse.remote.dispatcher import Dispatcher
-from schoolhouse.remote.outstanding import Outstanding
-from schoolhouse.remote.replica_set import ReplicaSet
-from schoolhouse.remote.request import Request
+from schoolhouse.remote.pending import Outstanding
+from schoolhouse.remote.request import Question, Request
 from schoolhouse.remote.session import Session
 from schoolhouse.remote.teacher import RemoteTeacher
 from schoolhouse.remote.verification import Pair
@@ -31,7 +31,7 @@ CLIENT = {  # what is made to fail, and whether that takes the end of a session
     "the reader, as it tells of its end": (Dispatcher, "on_loss", True),
     "the reader, as it sends on what it had": (Dispatcher, "_send_again", True),
     "the reader, as another session opens": (Dispatcher, "on_opened", True),
-    "a request's messages": (Request, "sent", False),
+    "a request's messages": (Request, "traceparent", False),
     "what is sent": (Session, "_outgoing", True),
     "a copy": (shared_memory, "_copy", False),
     "the deadlines": (Outstanding, "_take_late", False),
@@ -48,7 +48,7 @@ CLIENT = {  # what is made to fail, and whether that takes the end of a session
 @pytest.mark.parametrize("what", CLIENT)
 def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error, monkeypatch, deaths):
     owner, name, at_end = CLIENT[what]
-    monkeypatch.setattr(outstanding, "_REST_S", 0.01)
+    monkeypatch.setattr(pending, "_REST_S", 0.01)
     trap, module, begun = Trap(monkeypatch, owner, name, error), Scale(2), opened(monkeypatch)
     with replicas(module) as (server,), DirectoryServer() as directory:
         directory.publish(server)
@@ -58,6 +58,7 @@ def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error
             module.entered.clear()
             first = ask(teacher, 3)
             assert module.entered.wait(20)
+            assert soon(lambda: teacher._dispatcher._watch._call is not None)
             sprung = trap.set()
             directory.publish(server, zone="a")
             teacher._dispatcher._watch._call.cancel()  # it begins again
@@ -119,10 +120,10 @@ def test_a_late_request_that_cannot_be_failed_as_usual_fails_all_the_same(monkey
 
 def test_a_request_whose_revision_is_gone_fails_where_it_cannot_follow(monkeypatch, deaths):
     trap = Trap(monkeypatch, RemoteTeacher, "_with_heads", Panic())
-    request = Request(None, None, "", 0.0, {}, None)
     with replicas(Net()) as (server,), sh.connect(server.url, follow_revisions=True) as teacher:
         assert teacher.describe().revision == revision_of(server)
-        request.follow = teacher._follow_with
+        question = Question(outgoing=None, wanted=None, revision="", heads={}, limits=None)
+        request = Request(question, 0.0, follower=teacher._follow_with)
         trap.set()
         request.refuse(errors.RevisionChangedError("gone"))
         assert isinstance(request.future.exception(20), errors.TeacherInternalError)

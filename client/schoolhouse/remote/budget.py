@@ -1,7 +1,5 @@
 """A budget of retries: a share of the requests that are made, so that many clients do not cause a storm of retries."""
 
-from schoolhouse.remote.request import Request
-
 _SHARE = 0.2  # retries allowed for each first send
 _PER_S = 10.0  # retries allowed per second in any case
 _BURST = 256.0  # most retries at once, for the requests in flight at replicas that are lost together
@@ -16,13 +14,12 @@ class RetryBudget:
     def __init__(self, now: float) -> None:
         self._tokens, self._at = _BURST, now
 
-    def allows(self, request: Request, now: float) -> bool:
-        """Whether the request may be sent now; a first send is always allowed."""
-        if not request.is_retry:
-            self.made()
-            return True
-        request.is_retry = not self.take(now)
-        return not request.is_retry
+    def allows(self, *, is_retry: bool, now: float) -> bool:
+        """Whether a request may be sent now; a first send is always allowed."""
+        if is_retry:
+            return self.take(now)
+        self.made()
+        return True
 
     def made(self) -> None:
         """Count a request that is sent for the first time."""

@@ -15,11 +15,9 @@ from schoolhouse.errors import (
 )
 from schoolhouse.remote import at_exit
 from schoolhouse.remote.budget import RetryBudget
-from schoolhouse.remote.directory import revision_changed
-from schoolhouse.remote.outstanding import Outstanding
-from schoolhouse.remote.parking import Parking
+from schoolhouse.remote.directory import Known, ReplicaSet, revision_changed
+from schoolhouse.remote.pending import Outstanding, Parking
 from schoolhouse.remote.replica_pool import Link, Links
-from schoolhouse.remote.replica_set import Known, ReplicaSet
 from schoolhouse.remote.request import Request, Traffic, late
 from schoolhouse.remote.session import Session
 from schoolhouse.remote.settings import Settings
@@ -127,6 +125,7 @@ class Dispatcher:
             with self._lock:
                 self._links.ended(session)
             self.forget(request)
+            request.take_back()
             parked_at = None  # its own time is running again
         if parked_at is None:
             self.outstanding.stir()
@@ -136,7 +135,8 @@ class Dispatcher:
         now = time.monotonic()
         self._begin()
         self._settle()
-        link = None if self.closed else self._links.pick(request.revision, now, request.apart_from, request.alone)
+        asked = request.question
+        link = None if self.closed else self._links.pick(asked.revision, now, asked.apart_from, asked.alone)
         if link is None:
             error = self._hopeless(request, now)
             if isinstance(error, RevisionChangedError) and self._follow(request):
@@ -144,13 +144,13 @@ class Dispatcher:
             self._parked.no_replica(now)
             return error or self._park(request, now if parked_at is None else parked_at)
         self._parked.found_replica(now)
-        if not self._budget.allows(request, now):
+        if not self._budget.allows(is_retry=request.is_retry, now=now):
             return self._park(request, now if parked_at is None else parked_at)
-        if request.start_clock(now):
+        if request.queue(now):
             self.outstanding.reschedule(request)
         self._links.take(link, request.nbytes)
         self._where[request] = link
-        if request.future.done():  # it ended before `forget` could find it here
+        if request.done:  # it ended before `forget` could find it here
             self.forget(request)
             return None
         return link
@@ -158,13 +158,13 @@ class Dispatcher:
     def _hopeless(self, request: Request, now: float) -> SchoolhouseError | None:
         if self.closed:
             return self._gone()
-        error = self._links.hopeless(request.revision, now)
+        error = self._links.hopeless(request.question.revision, now)
         if isinstance(error, RevisionChangedError):
-            return revision_changed(self._name, self._target, request.revision, error.choices)
+            return revision_changed(self._name, self._target, request.question.revision, error.choices)
         return error
 
     def _park(self, request: Request, since: float) -> SchoolhouseError | None:
-        if request.future.done():
+        if request.done:
             return None
         if self._parked.put(request, since):
             self.outstanding.reschedule(request)
@@ -173,11 +173,10 @@ class Dispatcher:
 
     def _follow(self, request: Request) -> bool:
         """Move the request to the current revision, if the user wants that and it has no heads, which are of one."""
-        current = self._links.current
-        if not self._settings.follow_revisions or request.wanted.heads() or current in ("", request.revision):
+        current, asked = self._links.current, request.question
+        if not self._settings.follow_revisions or asked.wanted.heads() or current in ("", asked.revision):
             return False
-        request.revision = current
-        return True
+        return request.follow(current, asked.heads)
 
     def _settle(self) -> None:
         """Subtract the requests that have ended from the load of their links."""
@@ -258,7 +257,8 @@ class Dispatcher:
         """Send the request elsewhere; a replica that refuses a request in this way is about to stop."""
         session.draining = True
         self.on_draining(session)
-        self._again(request, error)
+        request.turn_away()
+        self._send_again(request, error)
 
     def on_wrong(self, session: Session, request: Request, error: SchoolhouseError) -> None:
         """Leave a replica that gave a wrong answer, none of which is used, and send the request elsewhere."""
@@ -267,21 +267,20 @@ class Dispatcher:
             if link is not None:
                 self._links.strike(link, error)
         session.close()
-        request.losses += 1
-        self._again(request, error)
+        request.lose()
+        self._send_again(request, error)
 
     def on_broken(self, session: Session, request: Request, error: SchoolhouseError) -> None:
         """Send the request to another replica; if there is none, once more if only its bytes were damaged."""
         with self._lock:
             link = self._links.of(session)
             alone = link is None or self._links.other(link, time.monotonic()) is None
-        request.losses += 1
-        request.apart_from = session.address
+        request.lose(apart_from=session.address)
         if alone and (request.losses > 1 or isinstance(error, TeacherInternalError)):
             self.forget(request)
             request.fail(error)
         else:
-            self._again(request, error)
+            self._send_again(request, error)
 
     def on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
         """Send again what has no answer, since requests are idempotent."""
@@ -294,18 +293,15 @@ class Dispatcher:
                 self._links.lost(link, error, now)
             self._changed.notify_all()
         for request in lost:
-            self._again(request, error)
+            request.lose()
+            request.or_fail(self._send_again, request, error)
         self.outstanding.stir()
-
-    def _again(self, request: Request, error: SchoolhouseError) -> None:
-        request.or_fail(self._send_again, request, error)
 
     def _send_again(self, request: Request, error: SchoolhouseError) -> None:
         self.forget(request)
-        if self.closed or request.future.done():
+        if self.closed or request.done:
             request.fail(self._gone())  # not raised: its traceback would keep this frame and all lost requests alive
         elif request.losses < _MAX_LOSSES:
-            request.is_retry = True
             self.dispatch(request)
         elif isinstance(error, TeacherUnavailableError):
             request.fail(
@@ -352,6 +348,7 @@ class Dispatcher:
             session.close()
         for request in moving:
             self.forget(request)
+            request.take_back()
             request.or_fail(self.dispatch, request)
         self._flush()
         times = [self._next_time(now), *(session.renew() for session in self.sessions())]
@@ -388,7 +385,7 @@ class Dispatcher:
 
     def _fail_late(self, request: Request) -> None:
         with self._lock:
-            if request.deadline > time.monotonic():  # meanwhile it left the parking, with its own time again
+            if request.clock.deadline > time.monotonic():  # meanwhile it left the parking, with its own time again
                 return
             waited_in_vain = self._parked.over() if request in self._parked else None
         self.cancel(request)

@@ -10,16 +10,14 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 
 class Sized(Protocol):
-    """What a window needs of a request; it sets the three attributes when a request is sent back or lost."""
-
-    told_to_wait: bool
-    losses: int
-    is_retry: bool
+    """What a window needs of a request."""
 
     @property
     def nbytes(self) -> int: ...
     @property
     def done(self) -> bool: ...
+    def send(self, now: float) -> bool: ...
+    def wait(self) -> None: ...
 
 
 R = TypeVar("R", bound=Sized)
@@ -68,8 +66,8 @@ class Window(Generic[R]):
                 self._waiting.append(request)
             return not self._ended
 
-    def next(self) -> tuple[int, R] | None:
-        """The next request that may be sent now, with its id; it is in flight from here on. None if there is none."""
+    def next(self, now: float) -> tuple[int, R] | None:
+        """The next request that may be sent, with its id; it is in flight from `now` on. None if there is none."""
         with self._lock:
             while (self._sent_back or self._waiting) and not self._paused and not self._ended:
                 request = self._sent_back[0][1] if self._sent_back else self._waiting[0]
@@ -79,7 +77,7 @@ class Window(Generic[R]):
                     heapq.heappop(self._sent_back)
                 else:
                     self._waiting.popleft()
-                if not request.done:
+                if request.send(now):
                     return self._start(request), request
             return None
 
@@ -100,7 +98,7 @@ class Window(Generic[R]):
             self._paused = True
             request = self._stop(request_id)
             if request is not None:
-                request.told_to_wait = True
+                request.wait()
                 heapq.heappush(self._sent_back, (request_id, request))
 
     def resume(self) -> None:
@@ -140,11 +138,7 @@ class Window(Generic[R]):
             self._ended = True
             in_flight = [*self._in_flight.values()]
             self._in_flight.clear()
-            waiting = self._take_waiting()  # under the same lock, or another thread might begin to send one of them
-        for request in in_flight:
-            request.losses += 1
-            request.is_retry = True
-        return in_flight + waiting
+            return in_flight + self._take_waiting()  # under the lock, or another thread might begin to send one of them
 
     def _take_waiting(self) -> list[R]:
         left = [*(request for _, request in sorted(self._sent_back)), *self._waiting]

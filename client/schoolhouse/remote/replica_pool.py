@@ -15,7 +15,7 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
     UnknownTeacherError,
 )
-from schoolhouse.remote.replica_set import Replica, ReplicaSet, backoff_s, choose
+from schoolhouse.remote.directory import Replica, ReplicaSet, backoff_s, choose
 from schoolhouse.remote.request import Request
 from schoolhouse.remote.session import Session
 
@@ -284,7 +284,7 @@ class Links:
                 self._open(other, now)
                 continue
             for request in moving:
-                request.moved = True
+                request.move()
             why = f"{link.replica.address}: it had requests and sent nothing for {patience_s:.3g} s"
             self.strike(link, TeacherTimeoutError(why))
             found.append(session)

@@ -188,10 +188,9 @@ class Session:
     def _pump(self) -> None:
         """Send the waiting requests for which the window has room."""
         idle = not self._window.in_flight  # read first, since another thread may send meanwhile
-        while (found := self._window.next()) is not None:
-            found[1].asked_at = self._clock()
+        while (found := self._window.next(now := self._clock())) is not None:
             if idle:
-                self._busy_since, idle = found[1].asked_at, False
+                self._busy_since, idle = now, False
             self._outbox.put(self._messages(*found))
 
     def renew(self) -> float | None:
@@ -205,23 +204,25 @@ class Session:
         return now + every
 
     def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
+        question = request.question
+
         def head(payload: teacher_pb2.Payload) -> Message:
             call = teacher_pb2.Call(
                 request_id=request_id,
-                taps=request.wanted.to_wire(),
-                revision=request.revision,
-                timeout_s=max(request.deadline - self._clock(), 0.001),
-                inputs=request.outgoing.header,
+                taps=question.wanted.to_wire(),
+                revision=question.revision,
+                timeout_s=max(request.clock.deadline - self._clock(), 0.001),
+                inputs=question.outgoing.header,
                 payload=payload,
-                traceparent=request.sent(),
-                alone=request.alone,
+                traceparent=request.traceparent(),
+                alone=question.alone,
             )
             framing.add_checksum(call)
             return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
 
         segment = self._same_host.segment
         try:
-            yield from request.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
+            yield from question.outgoing.messages(request_id, head, segment, lambda: request_id in self._window)
         except GeneratorExit:
             raise
         except BaseException as err:  # it fails this request alone, and the stream goes on
@@ -359,7 +360,7 @@ class Session:
             self._same_host.refuse(reply.payload)
             return
         try:
-            incoming = framing.Incoming(reply.features, reply.payload, request.limits, self._same_host.segment)
+            incoming = framing.Incoming(reply.features, reply.payload, request.question.limits, self._same_host.segment)
         except SchoolhouseError as err:
             self._same_host.refuse(reply.payload)
             self._on_bad_answer(reply.request_id, err)
@@ -390,14 +391,13 @@ class Session:
         if request is None:
             return
         self._requests += 1
-        self._sent_bytes += request.outgoing.nbytes + len(request.outgoing.header)
+        self._sent_bytes += request.nbytes
         self._received_bytes += incoming.nbytes + len(reply.features)
         self.slowest_s = max(self.slowest_s, self._clock() - request.asked_at)
         self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
-        request.answered_by = self.address
         try:
             request.received(incoming.nbytes + len(reply.features))
-            request.resolve(features_of(request, reply, incoming))
+            request.answer(features_of(request.question, reply, incoming), self.address)
         except _WRONG as err:
             request.or_fail(self._listener.on_wrong, self, request, err)
         except Exception as err:  # such as no memory to unpack it, which fails this request alone

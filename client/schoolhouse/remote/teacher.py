@@ -7,7 +7,7 @@ import functools
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -24,8 +24,7 @@ from schoolhouse.remote import directory
 from schoolhouse.remote.dispatcher import Dispatcher
 from schoolhouse.remote.facts import Facts
 from schoolhouse.remote.heads import FetchedHeads
-from schoolhouse.remote.replica_set import ReplicaSet
-from schoolhouse.remote.request import Request, Traffic, traced
+from schoolhouse.remote.request import Question, Request, Traffic, traced
 from schoolhouse.remote.session import Session
 from schoolhouse.remote.settings import Settings
 from schoolhouse.remote.verification import Pair, Verification, Verifier
@@ -105,7 +104,7 @@ class RemoteTeacher:
         weakref.finalize(self, dispatcher.close).atexit = False
         return facts, dispatcher
 
-    def _first_facts(self) -> tuple[ReplicaSet, Facts]:
+    def _first_facts(self) -> tuple[directory.ReplicaSet, Facts]:
         """Ask the directory and then a replica; as long as no replica answers, repeat both until the timeout."""
         timeout_s = self._settings.connect_timeout_s
         deadline = time.monotonic() + timeout_s
@@ -120,10 +119,10 @@ class RemoteTeacher:
                     raise
             time.sleep(_ASK_AGAIN_S)
 
-    def _find(self, timeout_s: float) -> ReplicaSet:
+    def _find(self, timeout_s: float) -> directory.ReplicaSet:
         return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
 
-    def _learn(self, found: ReplicaSet, revision: str, timeout_s: float) -> Facts:
+    def _learn(self, found: directory.ReplicaSet, revision: str, timeout_s: float) -> Facts:
         addresses = [replica.address for replica in found.of(revision)]
         if not addresses and found.replicas:
             raise directory.revision_changed(self._name, self._target, revision, found.revisions())
@@ -170,12 +169,14 @@ class RemoteTeacher:
         facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeout_s)
         inputs = Arguments(args, kwargs)
         given = inputs if wanted.mask is None else (inputs, wanted.mask)
-        request = self._request(facts, given, wanted, heads, revision=facts.revision)
-        if heads and self._settings.follow_revisions:
-            request.follow = self._follow_with
-        if not self._verifier.is_due():
+        outgoing = framing.Outgoing(given, limits=facts.limits, snapshot=True)
+        verified = self._verifier.is_due()
+        question = Question(
+            outgoing=outgoing, wanted=wanted, revision=facts.revision, heads=heads, limits=_LIMITS, alone=verified
+        )
+        request = self._request(question, self._follow_with if heads and self._settings.follow_revisions else None)
+        if not verified:
             return self._send(dispatcher, request)
-        request.alone = True
         return Pair(self._verifier, request, functools.partial(self._send, dispatcher)).start(self._again)
 
     def _with_heads(self, facts: Facts, wanted: Wanted, deadline: float) -> tuple[Facts, dict[Tap, Head]]:
@@ -197,59 +198,40 @@ class RemoteTeacher:
         """
         try:
             facts, dispatcher = self._connected()
-            while facts.revision == request.revision and not (request.done or self._closed):
+            while facts.revision == request.question.revision and not (request.done or self._closed):
                 time.sleep(_ASK_AGAIN_S)
                 facts, dispatcher = self._connected()
-            facts, request.heads = self._with_heads(facts, request.wanted, request.deadline)
-            request.revision = facts.revision
+            facts, heads = self._with_heads(facts, request.question.wanted, request.clock.deadline)
+            request.follow(facts.revision, heads)
             dispatcher.dispatch(request)
         except Exception as err:
             request.fail(err)
 
-    def _request(
-        self,
-        facts: Facts,
-        inputs: Any,
-        wanted: Wanted,
-        heads: Mapping[Tap, Head],
-        limits: Limits = _LIMITS,
-        *,
-        revision: str,
-    ) -> Request:
-        outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
+    def _request(self, question: Question, follower: Callable[[Request], None] | None = None) -> Request:
         deadline = time.monotonic() + self._settings.timeout_s
-        span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.job)
-        return Request(outgoing, wanted, revision, deadline, heads, limits, span)
+        return Request(question, deadline, traced(self._tracer, question, self._name, self._settings.job), follower)
 
     def _again(self, request: Request) -> Request:
         """The same request once more, to be answered by another replica if possible."""
-        outgoing, deadline = copy.copy(request.outgoing), time.monotonic() + self._settings.timeout_s
-        return Request(
-            outgoing,
-            request.wanted,
-            request.revision,
-            deadline,
-            request.heads,
-            request.limits,
-            alone=True,
-            apart_from=request.answered_by,
-        )
+        asked = request.question
+        question = dataclasses.replace(asked, outgoing=copy.copy(asked.outgoing), apart_from=request.answered_by)
+        return Request(question, time.monotonic() + self._settings.timeout_s)
 
     def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
-        request_id = dispatcher.outstanding.add(request)
+        dispatcher.outstanding.add(request)
         # The future must not refer to the request: in a reference cycle, its features would outlive their use.
-        done = functools.partial(self._done, dispatcher, request_id)
+        done = functools.partial(self._done, dispatcher, request.number)
         request.future.add_done_callback(background.called(done, "forgetting a request", background.go_on))
         try:
             dispatcher.dispatch(request)
         except BaseException:  # such as no thread left: the caller gets the error and not the future
-            request.future.cancel()
+            request.cancel()
             raise
         return request.future
 
-    def _done(self, dispatcher: Dispatcher, request_id: int, future: "Future[Features]") -> None:
+    def _done(self, dispatcher: Dispatcher, number: int, future: "Future[Features]") -> None:
         """Forget the request. The future's callback refers to this method, which keeps the teacher alive until here."""
-        request = dispatcher.outstanding.remove(request_id)
+        request = dispatcher.outstanding.remove(number)
         if request is None:
             return
         if future.cancelled():
@@ -295,5 +277,6 @@ def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments
             f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
             "it, since it runs in the thread that receives answers. Submit one such request elsewhere first"
         )
-    request = found._request(facts, inputs, wanted, {}, _HEAD_LIMITS, revision=revision)
-    return found._send(dispatcher, request).result()
+    outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
+    question = Question(outgoing=outgoing, wanted=wanted, revision=revision, heads={}, limits=_HEAD_LIMITS)
+    return found._send(dispatcher, found._request(question)).result()

@@ -15,7 +15,7 @@ from schoolhouse_wire.rpc.security import ClientSecurity
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 from schoolhouse.errors import SchoolhouseError, TeacherUnavailableError, UnknownTeacherError
-from schoolhouse.remote.replica_set import ReplicaSet, backoff_s
+from schoolhouse.remote.directory import ReplicaSet, backoff_s
 
 
 class Listener(Protocol):
