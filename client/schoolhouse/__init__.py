@@ -38,6 +38,7 @@ from schoolhouse.losses.balancers import (
 )
 from schoolhouse.remote.connecting import connect
 from schoolhouse.remote.request import Traffic
+from schoolhouse.remote.settings import Security, Sharing, Timeouts, Transport
 from schoolhouse.remote.verification import Verification
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
@@ -77,12 +78,16 @@ __all__ = [
     "ReverseKLLoss",
     "ScaleBalancer",
     "ScheduledLossBalancer",
+    "Security",
+    "Sharing",
     "SkewedKLLoss",
     "StaticLossBalancer",
     "Tap",
     "Teacher",
     "TeacherDescription",
+    "Timeouts",
     "Traffic",
+    "Transport",
     "Verification",
     "connect",
     "convert",

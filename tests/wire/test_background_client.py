@@ -52,7 +52,7 @@ def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error
     trap, module, begun = Trap(monkeypatch, owner, name, error), Scale(2), opened(monkeypatch)
     with replicas(module) as (server,), DirectoryServer() as directory:
         directory.publish(server)
-        with sh.connect(directory.url, timeout_s=30) as teacher:
+        with sh.connect(directory.url, timeouts=sh.Timeouts(request_s=30)) as teacher:
             assert answer(teacher) == 2
             module.gate.clear()
             module.entered.clear()
@@ -108,7 +108,7 @@ def test_a_request_whose_bad_answer_cannot_be_dealt_with_fails_alone(name, error
 
 def test_a_late_request_that_cannot_be_failed_as_usual_fails_all_the_same(monkeypatch, deaths):
     trap, module = Trap(monkeypatch, Dispatcher, "cancel"), Scale(2)
-    with replicas(module) as (server,), sh.connect(server.url, timeout_s=1) as teacher:
+    with replicas(module) as (server,), sh.connect(server.url, timeouts=sh.Timeouts(request_s=1)) as teacher:
         module.gate.clear()
         trap.set()
         assert isinstance(ask(teacher).exception(20), errors.SchoolhouseError)

@@ -58,7 +58,8 @@ class Outstanding:
         with self._lock:
             if len(self._requests) >= self._max_pending:
                 raise TeacherBusyError(
-                    f"{len(self._requests)} requests are without an answer, as many as max_pending allows"
+                    f"{len(self._requests)} requests are without an answer, as many as "
+                    "sharing=Sharing(max_pending=...) in connect() allows"
                 )
             request.number = request_id
             self._requests[request_id] = request

@@ -27,7 +27,7 @@ from schoolhouse.remote.heads import FetchedHeads
 from schoolhouse.remote.replica_set import ReplicaSet
 from schoolhouse.remote.request import Request, Traffic, traced
 from schoolhouse.remote.session import Session
-from schoolhouse.remote.settings import Settings
+from schoolhouse.remote.settings import Settings, settings_of
 from schoolhouse.remote.verification import Pair, Verification, Verifier
 from schoolhouse.taps import Tap, TapLike
 from schoolhouse.teachers.protocol import Features, TeacherDescription
@@ -45,14 +45,13 @@ class RemoteTeacher:
     def __init__(self, url: str, **settings: Any) -> None:
         """Make a teacher without connecting to it.
 
-        The settings are those of `connect`, with two differences: without a `head_folder` heads stay in memory, and
-        `security`, a `ClientSecurity`, replaces the arguments `ca` to `insecure`.
+        The settings are those of `connect`, but without a `head_folder` heads stay in memory.
         """
         self.url = url
         self._target, self._name, host, tls = directory.parse(url)
-        given = Settings(**settings)
-        self._settings = dataclasses.replace(given, security=given.security.towards(host, tls=tls))
-        self._settings.security.allow(self._target)
+        self._settings = settings_of(settings)
+        self._security = self._settings.security.contents.towards(host, tls=tls)
+        self._security.allow(self._target)
         self._tracer = tracer(self._settings.tracing)
         self._closed = False
         self._pinned = self._settings.revision  # the revision to keep to, also in a pickled copy; "" for any
@@ -101,13 +100,13 @@ class RemoteTeacher:
         found, facts = self._first_facts()
         if not self._settings.follow_revisions:
             self._pinned = facts.revision
-        dispatcher = Dispatcher(self._target, self._name, self._pinned, self._settings, found)
+        dispatcher = Dispatcher(self._target, self._name, self._pinned, self._settings, self._security, found)
         weakref.finalize(self, dispatcher.close).atexit = False
         return facts, dispatcher
 
     def _first_facts(self) -> tuple[ReplicaSet, Facts]:
         """Ask the directory and then a replica; as long as no replica answers, repeat both until the timeout."""
-        timeout_s = self._settings.connect_timeout_s
+        timeout_s = self._settings.timeouts.connect_s
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = max(deadline - time.monotonic(), 0.001)
@@ -121,19 +120,19 @@ class RemoteTeacher:
             time.sleep(_ASK_AGAIN_S)
 
     def _find(self, timeout_s: float) -> ReplicaSet:
-        return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
+        return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._security)
 
     def _learn(self, found: ReplicaSet, revision: str, timeout_s: float) -> Facts:
         addresses = [replica.address for replica in found.of(revision)]
         if not addresses and found.replicas:
             raise directory.revision_changed(self._name, self._target, revision, found.revisions())
-        return Facts(*directory.describe(addresses, self._name, revision, timeout_s, self._settings.security))
+        return Facts(*directory.describe(addresses, self._name, revision, timeout_s, self._security))
 
     def _follow(self, dispatcher: Dispatcher) -> None:
         """Learn the facts of a new revision; without an answer, go on with the last one."""
         if time.monotonic() < self._follow_at:
             return
-        timeout_s = min(_FOLLOW_TIMEOUT_S, self._settings.connect_timeout_s)
+        timeout_s = min(_FOLLOW_TIMEOUT_S, self._settings.timeouts.connect_s)
         with contextlib.suppress(SchoolhouseError):
             self._facts = self._learn(dispatcher.known, dispatcher.current, timeout_s)
         self._follow_at = time.monotonic() + timeout_s
@@ -159,7 +158,7 @@ class RemoteTeacher:
             UsageError: after `close`; in a fork, as `connect` says; and if a callback of a future is the first to need
                 a head.
             UnsupportedValueError, MessageTooLargeError: for inputs that cannot travel.
-            TeacherBusyError: if `max_pending` requests are already without an answer.
+            TeacherBusyError: if `Sharing.max_pending` requests are already without an answer.
 
         The future of a request that is verified raises `FeatureMismatchError` if two replicas disagree.
         """
@@ -167,7 +166,7 @@ class RemoteTeacher:
             raise UsageError(f"{self!r} is closed; connect again")
         facts, dispatcher = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
-        facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeout_s)
+        facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeouts.request_s)
         inputs = Arguments(args, kwargs)
         given = inputs if wanted.mask is None else (inputs, wanted.mask)
         request = self._request(facts, given, wanted, heads, revision=facts.revision)
@@ -217,13 +216,13 @@ class RemoteTeacher:
         revision: str,
     ) -> Request:
         outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
-        deadline = time.monotonic() + self._settings.timeout_s
-        span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.job)
+        deadline = time.monotonic() + self._settings.timeouts.request_s
+        span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.sharing.job)
         return Request(outgoing, wanted, revision, deadline, heads, limits, span)
 
     def _again(self, request: Request) -> Request:
         """The same request once more, to be answered by another replica if possible."""
-        outgoing, deadline = copy.copy(request.outgoing), time.monotonic() + self._settings.timeout_s
+        outgoing, deadline = copy.copy(request.outgoing), time.monotonic() + self._settings.timeouts.request_s
         return Request(
             outgoing,
             request.wanted,
