@@ -39,7 +39,7 @@ from schoolhouse.losses.balancers import (
 from schoolhouse.remote.connecting import connect
 from schoolhouse.remote.request import Traffic
 from schoolhouse.remote.settings import Security, Sharing, Timeouts, Transport
-from schoolhouse.remote.verification import Verification
+from schoolhouse.remote.verification import Verification, VerifiedTeacher
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.protocol import Features, Teacher, TeacherDescription
@@ -89,6 +89,7 @@ __all__ = [
     "Traffic",
     "Transport",
     "Verification",
+    "VerifiedTeacher",
     "connect",
     "convert",
     "encodings",

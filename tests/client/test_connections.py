@@ -191,6 +191,11 @@ def test_what_is_no_group_is_refused_and_not_shown(name):
             "timeouts=Timeouts(teacher_s=..., attempt_s=...) and sharing=Sharing(job=...) and "
             "security=Security(token=...)",
         ),
+        (
+            {"verify_every": 1, "verify_tolerance": 0.1},
+            "connect() has no verify_every and no verify_tolerance; write "
+            "VerifiedTeacher(connect(...), every=..., tolerance=...)",
+        ),
         *(
             ({name: None}, f"connect() has no {name}; write {group.lower()}={group}({name}=...)")
             for group, names in {

@@ -132,7 +132,7 @@ def test_probes_learn_no_name_of_a_teacher_that_serves_no_more(path):
 
 def test_a_client_without_a_token_is_told_what_to_do_and_the_log_that_it_was_there(server, caplog):
     unknown = new_token()
-    for token, said in ((None, r"connect\(token=...\)"), (unknown, "does not know the token")):
+    for token, said in ((None, r"connect\(security=Security\(token=...\)\)"), (unknown, "does not know the token")):
         with pytest.raises(errors.AuthenticationError, match=said) as caught:
             connected(server, "one", token)
         assert unknown not in str(caught.value)

@@ -140,7 +140,7 @@ def test_why_a_server_is_silent_is_not_known_where_that_cannot_be_found_out(monk
 @pytest.mark.parametrize("name", ["_on_first", "_on_second"])
 def test_a_verified_request_whose_comparison_fails_is_told(name, error, monkeypatch, deaths):
     trap = Trap(monkeypatch, Pair, name, error)
-    with replicas(Scale(2)) as (server,), sh.connect(server.url, verify_every=1) as teacher:
+    with replicas(Scale(2)) as (server,), sh.VerifiedTeacher(sh.connect(server.url), every=1) as teacher:
         trap.set()
         assert isinstance(ask(teacher).exception(20), errors.TeacherInternalError)
         assert answer(teacher, 2) == 4

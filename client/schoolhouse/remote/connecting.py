@@ -22,8 +22,6 @@ def connect(
     follow_revisions: bool = False,
     head_folder: str | Path | None = default_cache_folder(),
     tracing: bool = False,
-    verify_every: int = 0,
-    verify_tolerance: float = 0.0,
     **old: Never,
 ) -> "RemoteTeacher":
     """Connect to the teacher at `grpcs://HOST:PORT/NAME`, or at `grpc://HOST:PORT/NAME` without TLS.
@@ -53,13 +51,6 @@ def connect(
             in memory.
         tracing: make an OpenTelemetry span for each request, within the current span; the replica's spans join the same
             trace, if tracing is on there too. Needs the extra `otel`, and a tracer provider that the program sets.
-        verify_every: compute one request in this many a second time, on another replica, or on the same one if there is
-            no other, and compare the features before they are used; 0 for none. Such a request takes twice as long.
-            Both run unmerged and are computed anew, so that the results are the same to the bit. If they differ, an
-            ERROR is logged, the step raises `FeatureMismatchError`, and every later request is verified.
-            `verification()` returns the counts.
-        verify_tolerance: by how much numbers may differ, as a fraction of the largest in their tensor, for replicas on
-            unlike devices, which round differently. Class indices of `topk` and `sampled` must be equal in any case.
 
     Raises:
         ConfigError: for an invalid setting, for tracing without OpenTelemetry, or for `grpc://` to another machine
@@ -83,8 +74,6 @@ def connect(
         follow_revisions=follow_revisions,
         head_folder=head_folder,
         tracing=tracing,
-        verify_every=verify_every,
-        verify_tolerance=verify_tolerance,
         **old,
     )
     teacher.facts()

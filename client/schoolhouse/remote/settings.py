@@ -22,6 +22,7 @@ _MOVED = {  # names that `connect` had, by what is written now
     "sharing=Sharing({})": {name: name for name in ("job", "weight", "max_pending")},
     "security=Security({})": {name: name for name in ("ca", "cert", "key", "token", "insecure")},
     "transport=Transport({})": {name: name for name in ("shared_memory", "checksums", "tune_allocator")},
+    "VerifiedTeacher(connect(...), {})": {"verify_every": "every", "verify_tolerance": "tolerance"},
 }
 
 
@@ -175,8 +176,6 @@ class Settings:
     follow_revisions: bool = False
     head_folder: str | Path | None = None
     tracing: bool = False
-    verify_every: int = 0
-    verify_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         for kind in (Sharing, Timeouts, Security, Transport):
@@ -190,18 +189,6 @@ class Settings:
             raise ConfigError(
                 f"revision is {self.revision!r} and follow_revisions is True; choices: give one of the two"
             )
-        self._check_verifying()
-
-    def _check_verifying(self) -> None:
-        every, tolerance = self.verify_every, self.verify_tolerance
-        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
-            raise ConfigError(
-                f"verify_every is {every!r}; it must be a whole number: one request in that many is verified, 0: none"
-            )
-        if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
-            raise ConfigError(f"verify_tolerance is {tolerance!r}; it must be a number from 0 to below 1")
-        if tolerance and not every:
-            raise ConfigError(f"verify_tolerance is {tolerance!r}, but verify_every is 0; give verify_every too")
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:

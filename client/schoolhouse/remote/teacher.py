@@ -28,7 +28,6 @@ from schoolhouse.remote.replica_set import ReplicaSet
 from schoolhouse.remote.request import Request, Traffic, traced
 from schoolhouse.remote.session import Session
 from schoolhouse.remote.settings import Settings, settings_of
-from schoolhouse.remote.verification import Pair, Verification, Verifier
 from schoolhouse.taps import Tap, TapLike
 from schoolhouse.teachers.protocol import Features, TeacherDescription
 from schoolhouse.teachers.query import Wanted
@@ -48,7 +47,7 @@ class RemoteTeacher:
         The settings are those of `connect`, but without a `head_folder` heads stay in memory.
         """
         self.url = url
-        self._target, self._name, host, tls = directory.parse(url)
+        self._target, self.name, host, tls = directory.parse(url)
         self._settings = settings_of(settings)
         self._security = self._settings.security.contents.towards(host, tls=tls)
         self._security.allow(self._target)
@@ -58,7 +57,6 @@ class RemoteTeacher:
         self._lock = threading.RLock()
         self._facts: Facts | None = None
         self._dispatcher: Dispatcher | None = None
-        self._verifier = Verifier(self._name, self._settings.verify_every, self._settings.verify_tolerance)
         self._follow_at = 0.0  # when to ask for the facts of a new revision again
         self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
 
@@ -100,7 +98,7 @@ class RemoteTeacher:
         found, facts = self._first_facts()
         if not self._settings.follow_revisions:
             self._pinned = facts.revision
-        dispatcher = Dispatcher(self._target, self._name, self._pinned, self._settings, self._security, found)
+        dispatcher = Dispatcher(self._target, self.name, self._pinned, self._settings, self._security, found)
         weakref.finalize(self, dispatcher.close).atexit = False
         return facts, dispatcher
 
@@ -120,13 +118,13 @@ class RemoteTeacher:
             time.sleep(_ASK_AGAIN_S)
 
     def _find(self, timeout_s: float) -> ReplicaSet:
-        return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._security)
+        return directory.find(self._target, self.name, self._settings.zone, timeout_s, self._security)
 
     def _learn(self, found: ReplicaSet, revision: str, timeout_s: float) -> Facts:
         addresses = [replica.address for replica in found.of(revision)]
         if not addresses and found.replicas:
-            raise directory.revision_changed(self._name, self._target, revision, found.revisions())
-        return Facts(*directory.describe(addresses, self._name, revision, timeout_s, self._security))
+            raise directory.revision_changed(self.name, self._target, revision, found.revisions())
+        return Facts(*directory.describe(addresses, self.name, revision, timeout_s, self._security))
 
     def _follow(self, dispatcher: Dispatcher) -> None:
         """Learn the facts of a new revision; without an answer, go on with the last one."""
@@ -159,9 +157,20 @@ class RemoteTeacher:
                 a head.
             UnsupportedValueError, MessageTooLargeError: for inputs that cannot travel.
             TeacherBusyError: if `Sharing.max_pending` requests are already without an answer.
-
-        The future of a request that is verified raises `FeatureMismatchError` if two replicas disagree.
         """
+        return self.ask(args, kwargs, taps, encodings, positions, alone=False).future
+
+    def ask(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        taps: Iterable[TapLike],
+        encodings: Mapping[TapLike, Encoding | None] | None,
+        positions: torch.Tensor | None,
+        *,
+        alone: bool,
+    ) -> Request:
+        """As `submit`, but returns the request. If it is to be `alone`, it is computed unmerged and anew."""
         if self._closed:
             raise UsageError(f"{self!r} is closed; connect again")
         facts, dispatcher = self._connected()
@@ -172,10 +181,25 @@ class RemoteTeacher:
         request = self._request(facts, given, wanted, heads, revision=facts.revision)
         if heads and self._settings.follow_revisions:
             request.follow = self._follow_with
-        if not self._verifier.is_due():
-            return self._send(dispatcher, request)
-        request.alone = True
-        return Pair(self._verifier, request, functools.partial(self._send, dispatcher)).start(self._again)
+        request.alone = alone
+        self._send(dispatcher, request)
+        return request
+
+    def ask_again(self, request: Request) -> Request:
+        """Send an answered request once more, to be computed alone, by another replica than before if there is one."""
+        assert self._dispatcher is not None
+        again = Request(
+            copy.copy(request.outgoing),
+            request.wanted,
+            request.revision,
+            time.monotonic() + self._settings.timeouts.request_s,
+            request.heads,
+            request.limits,
+            alone=True,
+            apart_from=request.answered_by,
+        )
+        self._send(self._dispatcher, again)
+        return again
 
     def _with_heads(self, facts: Facts, wanted: Wanted, deadline: float) -> tuple[Facts, dict[Tap, Head]]:
         """The heads that a request needs; if their revision is gone and may be followed, those of the current one."""
@@ -217,22 +241,8 @@ class RemoteTeacher:
     ) -> Request:
         outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
         deadline = time.monotonic() + self._settings.timeouts.request_s
-        span = traced(self._tracer, outgoing, wanted, self._name, revision, self._settings.sharing.job)
+        span = traced(self._tracer, outgoing, wanted, self.name, revision, self._settings.sharing.job)
         return Request(outgoing, wanted, revision, deadline, heads, limits, span)
-
-    def _again(self, request: Request) -> Request:
-        """The same request once more, to be answered by another replica if possible."""
-        outgoing, deadline = copy.copy(request.outgoing), time.monotonic() + self._settings.timeouts.request_s
-        return Request(
-            outgoing,
-            request.wanted,
-            request.revision,
-            deadline,
-            request.heads,
-            request.limits,
-            alone=True,
-            apart_from=request.answered_by,
-        )
 
     def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
         request_id = dispatcher.outstanding.add(request)
@@ -259,10 +269,6 @@ class RemoteTeacher:
     def traffic(self) -> Traffic:
         """Number of requests answered so far, and the bytes that they moved."""
         return self._dispatcher.traffic() if self._dispatcher is not None else Traffic()
-
-    def verification(self) -> Verification:
-        """How many requests were computed twice so far because of `verify_every`, by the outcome."""
-        return self._verifier.counts
 
     def open_sessions(self) -> list[Session]:
         """The open sessions with the teacher's replicas."""
