@@ -26,11 +26,12 @@ _MOVED = {  # names that `connect` had, by what is written now
 }
 
 
-def _check_positive(group: object, *names: str) -> None:
+def _check_positive(group: object, *names: str, optional: bool = False) -> None:
+    expected = f"{'None, or ' if optional else ''}a number above 0 and at most {_MAX_SETTING:.0e}"
     for name in names:
         value = getattr(group, name)
-        if not isinstance(value, int | float) or not 0 < value <= _MAX_SETTING:
-            raise ConfigError(f"{name} is {value!r}; it must be a number above 0 and at most {_MAX_SETTING:.0e}")
+        if not (optional and value is None) and not (isinstance(value, int | float) and 0 < value <= _MAX_SETTING):
+            raise ConfigError(f"{name} is {value!r}; it must be {expected}")
 
 
 def _check_switches(group: object, *names: str) -> None:
@@ -71,7 +72,7 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         _check_positive(self, "request_s", "connect_s")
-        _check_positive(self, *(name for name in ("teacher_s", "attempt_s") if getattr(self, name) is not None))
+        _check_positive(self, "teacher_s", "attempt_s", optional=True)
 
     @property
     def wait_s(self) -> float:
