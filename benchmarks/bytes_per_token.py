@@ -52,7 +52,7 @@ def _serve(ready: Connection, _: None) -> None:
 
 def ask(url: str, ids: torch.Tensor, encoding: encodings.Encoding | None, folder: Path | None) -> tuple[Any, int]:
     """The logits of a model in an encoding, and how many bytes were transferred for them."""
-    with sh.connect(url, head_folder=folder, shared_memory=False) as teacher:
+    with sh.connect(url, head_folder=folder, transport=sh.Transport(shared_memory=False)) as teacher:
         if isinstance(encoding, encodings.Hidden):  # fetches the head first, as it is transferred only once
             teacher.submit((), {"input_ids": ids[:, :1]}, [HEAD], encodings={HEAD: encoding}).result()
         before = teacher.traffic().received_bytes

@@ -167,7 +167,7 @@ class Faults:
         self._until(self._is_found)
 
     def _is_found(self) -> bool:
-        with sh.connect(self.pool.url("teacher"), connect_timeout_s=2.0) as teacher:
+        with sh.connect(self.pool.url("teacher"), timeouts=sh.Timeouts(connect_s=2.0)) as teacher:
             return bool(teacher.describe().revision)
 
     def _kill_the_keeper(self) -> None:
@@ -241,7 +241,9 @@ def pid_of(actor: Any) -> int:
 def training(faults: Faults, students: int) -> Iterator[list[dict[str, Any]]]:
     """Have students train meanwhile; the yielded list gets their results afterwards."""
     settings = [
-        {"job": f"job-{i}"} | ({"shared_memory": False, "timeout_s": 30.0} if i % 2 else {}) for i in range(students)
+        {"sharing": sh.Sharing(job=f"job-{i}")}
+        | ({"transport": sh.Transport(shared_memory=False), "timeouts": sh.Timeouts(request_s=30.0)} if i % 2 else {})
+        for i in range(students)
     ]
     urls = itertools.cycle([faults.pool.url("teacher"), faults.relay.url])
     started = [start(run_student, url, said) for url, said in zip(urls, settings, strict=False)]

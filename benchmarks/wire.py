@@ -203,8 +203,8 @@ def main() -> None:
     tcp_port, _keep_tcp = start(tcp_server)
     with (
         contextlib.redirect_stdout(sys.stderr),  # Ray's own messages
-        sh.connect(url, shared_memory=False) as streamed,
-        sh.connect(url, checksums=True) as checked,
+        sh.connect(url, transport=sh.Transport(shared_memory=False)) as streamed,
+        sh.connect(url, transport=sh.Transport(checksums=True)) as checked,
         sh.connect(url) as shared,
         ray_serve(max(SIZES.values())) as address,
     ):

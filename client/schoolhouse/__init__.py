@@ -38,7 +38,8 @@ from schoolhouse.losses.balancers import (
 )
 from schoolhouse.remote.connecting import connect
 from schoolhouse.remote.request import Traffic
-from schoolhouse.remote.verification import Verification
+from schoolhouse.remote.settings import Security, Sharing, Timeouts, Transport
+from schoolhouse.remote.verification import Verification, VerifiedTeacher
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.protocol import Features, Teacher, TeacherDescription
@@ -77,13 +78,18 @@ __all__ = [
     "ReverseKLLoss",
     "ScaleBalancer",
     "ScheduledLossBalancer",
+    "Security",
+    "Sharing",
     "SkewedKLLoss",
     "StaticLossBalancer",
     "Tap",
     "Teacher",
     "TeacherDescription",
+    "Timeouts",
     "Traffic",
+    "Transport",
     "Verification",
+    "VerifiedTeacher",
     "connect",
     "convert",
     "encodings",

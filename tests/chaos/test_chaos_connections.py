@@ -11,7 +11,10 @@ from memfd import soon
 from students import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:kd_loss_weight sums to less than 1")
-OVER_TCP = {"shared_memory": False, "timeout_s": 30.0, "connect_timeout_s": 3.0}
+OVER_TCP = {
+    "transport": sh.Transport(shared_memory=False),
+    "timeouts": sh.Timeouts(request_s=30.0, connect_s=3.0),
+}
 SILENCE_S = 5.0
 
 
@@ -70,7 +73,7 @@ def test_a_connection_goes_silent_for_longer_than_the_deadline(room, rounds):
             room.go_on()
 
     held_at = []
-    with sh.connect(room.url, **OVER_TCP | {"timeout_s": SILENCE_S}) as teacher:
+    with sh.connect(room.url, **OVER_TCP | {"timeouts": sh.Timeouts(request_s=SILENCE_S, connect_s=3.0)}) as teacher:
         run = train(teacher, rounds.steps, on_step)
     assert run.errors == []
     run.assert_undisturbed(rounds.steps)
@@ -98,7 +101,7 @@ def test_shared_memory_is_corrupted(room, rounds):
         if (number := rounds.of(step)) is not None:
             room.replicas[number % 2].commands.send(1)
 
-    with sh.connect(room.url, checksums=True) as teacher:
+    with sh.connect(room.url, transport=sh.Transport(checksums=True)) as teacher:
         assert teacher.describe().transport == "shared memory"
         run = train(teacher, rounds.steps, on_step)
     assert run.errors == []

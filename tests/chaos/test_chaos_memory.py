@@ -18,7 +18,7 @@ GROWTH_MIB = 16.0  # the allocators' own; features of 128 KiB that are kept by e
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_memory_is_flat(room, requests, every, shared_memory):
     expected = teacher_model().body(torch.ones(64, 8)).relu()  # in place, as the forward goes on
-    with sh.connect(room.url, shared_memory=shared_memory) as teacher:
+    with sh.connect(room.url, transport=sh.Transport(shared_memory=shared_memory)) as teacher:
         ask(teacher, 300, expected)
         kept = room.replicas[1].pid
         before = rss_mib(), rss_mib(kept)

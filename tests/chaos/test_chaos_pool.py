@@ -88,7 +88,7 @@ class KilledPool:
             there = {*self.pids(REPLICA)}  # the keeper may not have seen yet who is gone
             stages = [row["stage"] for row in self.pool.status()]
             if len(there - self.gone) == 2 and stages == ["serving", "serving"]:
-                with sh.connect(self.pool.url("teacher"), connect_timeout_s=2) as teacher:
+                with sh.connect(self.pool.url("teacher"), timeouts=sh.Timeouts(connect_s=2)) as teacher:
                     return bool(teacher.describe().revision)
         return False
 
@@ -103,7 +103,7 @@ def test_parts_of_a_pool_are_killed_and_all_of_it(cluster, tmp_path, faults):
     killed = KilledPool(tmp_path / "pool.yaml")
     steps = EVERY * (len(faults) + 1)
     try:
-        student = start(run_slowly, killed.pool.url("teacher"), {"teacher_timeout_s": 200.0})
+        student = start(run_slowly, killed.pool.url("teacher"), {"timeouts": sh.Timeouts(teacher_s=200.0)})
         try:
             while isinstance(step := received(student), int):
                 if 0 < step < steps and step % EVERY == 0:

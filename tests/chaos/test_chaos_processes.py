@@ -51,7 +51,7 @@ def test_everything_is_restarted(room, rounds):
         if rounds.of(step) is not None:
             room.restart()
 
-    with sh.connect(room.url, connect_timeout_s=5) as teacher:
+    with sh.connect(room.url, timeouts=sh.Timeouts(connect_s=5)) as teacher:
         run = train(teacher, rounds.steps, on_step)
     assert run.errors == []
     run.assert_undisturbed(rounds.steps)
@@ -67,7 +67,7 @@ def test_a_replica_stops_for_longer_than_the_deadline(room, rounds):
             room.replicas[number % 2].signal(signal.SIGCONT)
 
     stopped_at = []
-    with sh.connect(room.url, timeout_s=TIMEOUT_S) as teacher:
+    with sh.connect(room.url, timeouts=sh.Timeouts(request_s=TIMEOUT_S)) as teacher:
         run = train(teacher, rounds.steps, on_step)
     assert run.errors == []
     run.assert_undisturbed(rounds.steps)
@@ -83,7 +83,7 @@ def test_training_goes_on_after_all_had_stopped(room):
         for replica in room.replicas:
             replica.signal(signal.SIGCONT)
 
-    with sh.connect(room.url, timeout_s=2.0) as teacher:
+    with sh.connect(room.url, timeouts=sh.Timeouts(request_s=2.0)) as teacher:
         run = train(teacher, 20, on_step, on_error)
     assert run.errors
     assert all(isinstance(err, errors.TeacherTimeoutError | errors.TeacherUnavailableError) for err in run.errors)
@@ -93,7 +93,7 @@ def test_training_goes_on_after_all_had_stopped(room):
 def test_a_student_is_killed_in_mid_stream(room, rounds):
     replicas, here = {replica.pid: Held.now(replica.pid) for replica in room.replicas}, Held.now()
     for _ in range(min(rounds.count, 10)):
-        student = start(run_student, room.url, {"job": "killed"})
+        student = start(run_student, room.url, {"sharing": sh.Sharing(job="killed")})
         with sh.connect(room.url) as teacher:
 
             def on_step(step, student=student):

@@ -49,7 +49,7 @@ def test_what_is_held_back_says_so(caplog):
     assert not caplog.records
     assert [kept.say(now) for now in (12.0, 13.0, 41.0)] == [42.0] * 3
     [said] = [record.getMessage() for record in caplog.records]
-    assert said == f"{held_back} for 2 s; 1 requests wait, for up to 5 s each (teacher_timeout_s); tried: everything"
-    assert f"{held_back} for 5 s (teacher_timeout_s); tried: everything" in str(kept.over())
+    assert said == f"{held_back} for 2 s; 1 requests wait, for up to 5 s each (teacher_s); tried: everything"
+    assert f"{held_back} for 5 s (teacher_s); tried: everything" in str(kept.over())
     kept.no_replica(0.0)
-    assert "no replica of the teacher 'net' can be asked for 5 s (teacher_timeout_s)" in str(kept.over())
+    assert "no replica of the teacher 'net' can be asked for 5 s (teacher_s)" in str(kept.over())

@@ -149,20 +149,74 @@ def test_a_wrong_address_is_refused_at_once(url):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("group", "setting"),
     [
-        {"timeout_s": 0},
-        {"timeout_s": math.nan},
-        {"timeout_s": "1"},
-        {"connect_timeout_s": math.inf},
-        {"connect_timeout_s": None},
-        {"max_pending": -1},
-        {"job": 5},
+        (sh.Timeouts, {"request_s": 0}),
+        (sh.Timeouts, {"request_s": math.nan}),
+        (sh.Timeouts, {"request_s": "1"}),
+        (sh.Timeouts, {"connect_s": math.inf}),
+        (sh.Timeouts, {"connect_s": None}),
+        (sh.Timeouts, {"teacher_s": 0}),
+        (sh.Timeouts, {"attempt_s": "1"}),
+        (sh.Sharing, {"max_pending": -1}),
+        (sh.Sharing, {"job": 5}),
+        (sh.Sharing, {"weight": 0.001}),
+        (sh.Security, {"insecure": 1}),
+        (sh.Transport, {"shared_memory": 1}),
+        (sh.Transport, {"checksums": None}),
+        (sh.Transport, {"tune_allocator": "no"}),
     ],
 )
-def test_wrong_settings_of_a_connection(settings):
-    with pytest.raises(errors.ConfigError, match=next(iter(settings))):
-        sh.connect("grpc://127.0.0.1:1/x", **settings)
+def test_a_wrong_setting_is_refused_where_its_group_is_made(group, setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(errors.ConfigError, match=f"{name} is {value!r}; "):
+        group(**setting)
+
+
+@pytest.mark.parametrize("name", ["timeouts", "sharing", "security", "transport"])
+def test_what_is_no_group_is_refused_and_not_shown(name):
+    with pytest.raises(errors.ConfigError) as refused:
+        sh.connect("grpc://127.0.0.1:1/x", **{name: {"token": "hidden"}})
+    assert str(refused.value) == f"{name} is a dict; choices: {name.title()}(...)"
+
+
+@pytest.mark.parametrize(
+    ("flat", "says"),
+    [
+        ({"timeout_s": 1}, "connect() has no timeout_s; write timeouts=Timeouts(request_s=...)"),
+        ({"connect_timeout_s": 1}, "connect() has no connect_timeout_s; write timeouts=Timeouts(connect_s=...)"),
+        (
+            {"token": "hidden", "teacher_timeout_s": 1, "job": "a", "attempt_timeout_s": 2},
+            "connect() has no token and no teacher_timeout_s and no job and no attempt_timeout_s; write "
+            "timeouts=Timeouts(teacher_s=..., attempt_s=...) and sharing=Sharing(job=...) and "
+            "security=Security(token=...)",
+        ),
+        (
+            {"verify_every": 1, "verify_tolerance": 0.1},
+            "connect() has no verify_every and no verify_tolerance; write "
+            "VerifiedTeacher(connect(...), every=..., tolerance=...)",
+        ),
+        *(
+            ({name: None}, f"connect() has no {name}; write {group.lower()}={group}({name}=...)")
+            for group, names in {
+                "Sharing": ("job", "weight", "max_pending"),
+                "Security": ("ca", "cert", "key", "token", "insecure"),
+                "Transport": ("shared_memory", "checksums", "tune_allocator"),
+            }.items()
+            for name in names
+        ),
+    ],
+)
+def test_a_name_from_before_the_groups_is_refused_with_what_to_write(flat, says):
+    for make in (sh.connect, sh.RemoteTeacher):
+        with pytest.raises(TypeError) as refused:
+            make("grpc://127.0.0.1:1/x", **flat)
+        assert str(refused.value) == says
+
+
+def test_an_unknown_setting_is_refused_with_those_there_are():
+    with pytest.raises(TypeError, match=r"no timeout; choices: sharing, timeouts, security, .*, follow_revisions"):
+        sh.connect("grpc://127.0.0.1:1/x", timeout=1)
 
 
 def test_an_executor_runs_all_that_it_is_given_and_ends():

@@ -100,7 +100,7 @@ def test_a_replica_that_hangs_is_left_within_the_deadline(kind):
             stopped = directory_pb2.Replica(id="bad", address=found[1], revision=found[2]) if len(found) > 2 else None
             bad = stopped or found[0]
             directory.publish(bad, good)
-            with sh.connect(directory.url, attempt_timeout_s=0.5, timeout_s=20) as teacher:
+            with sh.connect(directory.url, timeouts=sh.Timeouts(attempt_s=0.5, request_s=20)) as teacher:
                 if kind == "stopped":
                     assert soon(lambda: answer(teacher) == 2 and len(sessions(teacher)) == 2)
                     found[0].send_signal(signal.SIGSTOP)
@@ -126,7 +126,7 @@ def test_where_all_are_slow_none_is_left():
             futures = [ask(teacher, i) for i in range(12)]
             assert all(module.entered.wait(20) for module in modules)
             dispatcher = teacher._dispatcher  # not patient from now on: one that has nothing to do is no slow one
-            dispatcher._settings = dataclasses.replace(dispatcher._settings, attempt_timeout_s=0.2)
+            dispatcher._timeouts = dataclasses.replace(dispatcher._timeouts, attempt_s=0.2)
             dispatcher.outstanding.stir()
             time.sleep(1)
             assert teacher.open_sessions() == before
@@ -137,7 +137,7 @@ def test_where_all_are_slow_none_is_left():
 
 def test_a_lone_replica_that_is_slow_is_not_left():
     module = Scale(2)
-    with serve(module) as server, sh.connect(server.url, attempt_timeout_s=0.2, timeout_s=20) as teacher:
+    with serve(module) as server, sh.connect(server.url, timeouts=sh.Timeouts(attempt_s=0.2, request_s=20)) as teacher:
         assert answer(teacher) == 2
         [session] = teacher.open_sessions()
         module.gate.clear()
@@ -164,8 +164,8 @@ def test_a_session_that_was_idle_is_not_silent_since_then_where_two_threads_ask_
         return made
 
     session = Session(
-        "a", "teacher", job="", weight=1.0, shared_memory=False, checksums=False, security=ClientSecurity(),
-        listener=None, tune_allocator=False, clock=clock,
+        "a", "teacher", sharing=sh.Sharing(), transport=sh.Transport(shared_memory=False, tune_allocator=False),
+        security=ClientSecurity(), listener=None, clock=clock,
     )  # fmt: skip
     session.alive = True
     session._window.grant(teacher_pb2.Opened(max_in_flight=8))
@@ -262,7 +262,10 @@ def test_of_two_that_are_slow_the_one_that_was_asked_first_is_not_left():
 def test_a_student_says_that_it_waits_and_then_what_to_do(caplog, monkeypatch):
     monkeypatch.setattr(pending, "_SAY_AFTER_S", 0.2)
     server = serve(Scale(2))
-    with sh.connect(server.url, teacher_timeout_s=3.0) as teacher, caplog.at_level(logging.WARNING, "schoolhouse"):
+    with (
+        sh.connect(server.url, timeouts=sh.Timeouts(teacher_s=3.0)) as teacher,
+        caplog.at_level(logging.WARNING, "schoolhouse"),
+    ):
         assert answer(teacher) == 2
         server.close()
         with pytest.raises(errors.TeacherUnavailableError, match=r"for 3 s .*schoolhouse status.*forward the batch"):
@@ -274,7 +277,7 @@ def test_a_student_says_that_it_waits_and_then_what_to_do(caplog, monkeypatch):
 
 def test_the_requests_own_time_stands_still_while_there_is_no_teacher(caplog):
     server = serve(Scale(2))
-    with sh.connect(server.url, timeout_s=2.5, teacher_timeout_s=30) as teacher:
+    with sh.connect(server.url, timeouts=sh.Timeouts(request_s=2.5, teacher_s=30)) as teacher:
         assert answer(teacher) == 2
         server.close()
         future = ask(teacher, 4)
@@ -287,7 +290,7 @@ def test_the_requests_own_time_stands_still_while_there_is_no_teacher(caplog):
 
 def test_its_own_time_goes_on_afterwards():
     server = serve(Scale(2))
-    with sh.connect(server.url, timeout_s=1.0, teacher_timeout_s=30) as teacher:
+    with sh.connect(server.url, timeouts=sh.Timeouts(request_s=1.0, teacher_s=30)) as teacher:
         teacher.describe()
         server.close()
         future = ask(teacher, 4)
@@ -304,7 +307,7 @@ def test_a_replica_that_refuses_all_requests_keeps_none_for_ever():
     refusing = failing(teacher_pb2.Failure.UNAVAILABLE)
     with bad_replica("r1", refusing) as (only, calls), DirectoryServer() as directory:
         directory.publish(only)
-        with sh.connect(directory.url, timeout_s=1.0, teacher_timeout_s=2.0) as teacher:
+        with sh.connect(directory.url, timeouts=sh.Timeouts(request_s=1.0, teacher_s=2.0)) as teacher:
             with pytest.raises((errors.TeacherUnavailableError, errors.TeacherTimeoutError)):
                 answer(teacher)
         assert len(calls) > 1  # it was tried again
@@ -332,7 +335,7 @@ def test_training_goes_on_from_the_batch_that_failed():
         student, seen, failed = nn.Linear(3, 2), [], []
         loader = [torch.randn(4, 3) for _ in range(6)]
         server = serve(made())
-        with sh.connect(server.url, teacher_timeout_s=0.5) as teacher:
+        with sh.connect(server.url, timeouts=sh.Timeouts(teacher_s=0.5)) as teacher:
             teacher.describe()  # has a session open
             settings = {"teacher_model": teacher, "criterion": nn.MSELoss()}
             model = sh.convert(student, mode=[("kd_loss", settings)])

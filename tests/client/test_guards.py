@@ -57,15 +57,18 @@ def changed(messages, segment, at):
             yield message
 
 
-WAYS = {"message": (SMALL, {"shared_memory": False}), "frames": (LARGE, {"shared_memory": False})}
-WAYS |= {"shared memory": (LARGE, {"checksums": True}), "small beside shared memory": (SMALL, {"checksums": True})}
+WAYS = {"message": (SMALL, sh.Transport(shared_memory=False)), "frames": (LARGE, sh.Transport(shared_memory=False))}
+WAYS |= {
+    "shared memory": (LARGE, sh.Transport(checksums=True)),
+    "small beside shared memory": (SMALL, sh.Transport(checksums=True)),
+}
 
 
 @pytest.mark.parametrize("at", [0.0, 0.37, 1.0])
 @pytest.mark.parametrize("side", ["request", "reply"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_bit_that_changes_on_the_way_is_found(way, side, at, monkeypatch):
-    size, settings = WAYS[way]
+    size, transport = WAYS[way]
     owner, name = (Session, "_messages") if side == "request" else (ServerSession, "_reply")
     original = getattr(owner, name)
 
@@ -76,14 +79,13 @@ def test_a_bit_that_changes_on_the_way_is_found(way, side, at, monkeypatch):
     x = torch.arange(1.0, size + 1)
     with serve(Negative()) as server:
         monkeypatch.setattr(owner, name, flipping)
-        with sh.connect(server.url, **settings) as teacher:
+        with sh.connect(server.url, transport=transport) as teacher:
             assert isinstance(teacher.submit((x,), {}, [""]).exception(20), errors.CorruptPayloadError)
-            transport = teacher.describe().transport
-            assert transport.startswith("shared memory" if "checksums" in settings else "stream")
+            assert teacher.describe().transport.startswith("shared memory" if transport.checksums else "stream")
         served = server.engines["teacher"].served
         assert (served == 0) == (side == "request")  # a request that was changed is not computed at all
         monkeypatch.setattr(owner, name, original)
-        with sh.connect(server.url, **settings) as teacher:
+        with sh.connect(server.url, transport=transport) as teacher:
             assert torch.equal(teacher.submit((x,), {}, [""]).result(20)[""], -x)
 
 
@@ -150,12 +152,14 @@ def test_a_step_is_not_computed_from_what_was_corrupt(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
-@pytest.mark.parametrize("settings", [{}, {"checksums": True}, {"shared_memory": False}], ids=str)
-def test_features_carry_the_digest_of_the_inputs_that_made_them(size, settings):
+@pytest.mark.parametrize(
+    "transport", [sh.Transport(), sh.Transport(checksums=True), sh.Transport(shared_memory=False)], ids=str
+)
+def test_features_carry_the_digest_of_the_inputs_that_made_them(size, transport):
     """XXH3-128 over the bundle and the bytes, computed here."""
     x = torch.arange(1.0, size + 1)
     header = codec.pack(codec.Arguments((x,), {})).header
-    with serve(Negative()) as server, sh.connect(server.url, **settings) as teacher:
+    with serve(Negative()) as server, sh.connect(server.url, transport=transport) as teacher:
         features = teacher.submit((x,), {}, [""]).result(20)
         assert features.input_digest == xxhash.xxh3_128_digest(header + x.numpy().tobytes())
         assert features.revision == teacher.describe().revision == revision_of(server.engines["teacher"].teacher.module)

@@ -65,7 +65,7 @@ def test_a_session_that_ends_while_another_thread_sends_loses_no_request():
 def test_what_falls_due_while_requests_are_tried_again_is_not_forgotten(monkeypatch):
     with DirectoryServer() as directory, replicas(Scale(2)) as (server,):
         directory.publish(server)
-        with sh.connect(directory.url, timeout_s=30, follow_revisions=True) as teacher:
+        with sh.connect(directory.url, timeouts=sh.Timeouts(request_s=30), follow_revisions=True) as teacher:
             assert answer(teacher) == 2
             server.close()
             ask(teacher)
@@ -146,7 +146,7 @@ def test_connecting_takes_no_longer_than_it_may():
         directory.publish(*(directory_pb2.Replica(id=address, address=address) for address in addresses))
         began = time.monotonic()
         with pytest.raises(errors.TeacherUnavailableError, match="within"):
-            sh.connect(directory.url, connect_timeout_s=1)
+            sh.connect(directory.url, timeouts=sh.Timeouts(connect_s=1))
         assert time.monotonic() - began < 15  # and no second for each
 
 

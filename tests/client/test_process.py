@@ -43,8 +43,8 @@ tuned = []
 from schoolhouse_wire import memory
 memory.keep_freed_memory = lambda: tuned.append(True)
 assert sh.RemoteTeacher.__name__ == "RemoteTeacher"
-for settings, expected in (({"tune_allocator": False}, []), ({}, [True])):
-    with sh.connect(sys.argv[1], **settings) as teacher:
+for transport, expected in ((sh.Transport(tune_allocator=False), []), (sh.Transport(), [True])):
+    with sh.connect(sys.argv[1], transport=transport) as teacher:
         features = teacher.submit((torch.ones(1, 2),), {}, [""]).result(30)
         assert features[""].tolist() == [[1, 1]]
     assert tuned == expected, tuned
@@ -121,7 +121,7 @@ def test_a_server_that_leaves_the_allocator_alone(monkeypatch):
     with serve(nn.Identity()):
         assert tuned == [True]
     with pytest.raises(errors.ConfigError, match="tune_allocator is 1; choices: True, False"):
-        sh.connect("grpc://127.0.0.1:1/teacher", tune_allocator=1)
+        sh.connect("grpc://127.0.0.1:1/teacher", transport=sh.Transport(tune_allocator=1))
 
 
 def test_a_client_on_a_system_without_shared_memory_takes_the_stream_and_says_why():

@@ -159,7 +159,7 @@ def test_no_server_within_the_connect_timeout():
         taken.bind(("127.0.0.1", 0))
         start = time.monotonic()
         with pytest.raises(errors.TeacherUnavailableError, match="no server"):
-            sh.connect(f"grpc://127.0.0.1:{taken.getsockname()[1]}/x", connect_timeout_s=1.0)
+            sh.connect(f"grpc://127.0.0.1:{taken.getsockname()[1]}/x", timeouts=sh.Timeouts(connect_s=1.0))
         assert time.monotonic() - start < 10
 
 
@@ -167,7 +167,7 @@ def test_server_gone_mid_call():
     module = Scale()
     module.gate.clear()
     server = serve(module)
-    with sh.connect(server.url, teacher_timeout_s=1.0) as remote:
+    with sh.connect(server.url, timeouts=sh.Timeouts(teacher_s=1.0)) as remote:
         remote.describe()  # has a session open
         future = remote.submit((torch.ones(1),), {}, [""])
         with stopped_in_mid_forward(server, module, remote), pytest.raises(errors.TeacherUnavailableError):
@@ -177,7 +177,7 @@ def test_server_gone_mid_call():
 def test_the_deadline_ends_the_wait():
     module = Scale()
     module.gate.clear()
-    with serve(module) as server, sh.connect(server.url, timeout_s=0.3, teacher_timeout_s=20) as remote:
+    with serve(module) as server, sh.connect(server.url, timeouts=sh.Timeouts(request_s=0.3, teacher_s=20)) as remote:
         with pytest.raises(errors.TeacherTimeoutError):
             remote.submit((torch.ones(1),), {}, [""]).result(30)
         module.gate.set()

@@ -67,7 +67,7 @@ def test_a_session_that_the_server_ends_is_opened_again():
 def test_requests_wait_for_a_replica():
     with DirectoryServer() as directory, replicas(Scale(2)) as (server,):
         directory.publish(server)
-        with sh.connect(directory.url, teacher_timeout_s=20) as teacher, serve(Scale(2)) as other:
+        with sh.connect(directory.url, timeouts=sh.Timeouts(teacher_s=20)) as teacher, serve(Scale(2)) as other:
             assert answer(teacher) == 2
             server.close()
             futures = [ask(teacher, i) for i in range(5)]
@@ -81,7 +81,7 @@ def test_requests_wait_for_a_replica():
 def test_what_was_tried_is_told_at_the_deadline():
     with DirectoryServer() as directory, replicas(Scale(2)) as (server,):
         directory.publish(server)
-        with sh.connect(directory.url, teacher_timeout_s=1) as teacher:
+        with sh.connect(directory.url, timeouts=sh.Timeouts(teacher_s=1)) as teacher:
             server.close()
             first = ask(teacher)
             assert soon(lambda: "efused" in teacher._dispatcher._links.tried())
@@ -90,7 +90,7 @@ def test_what_was_tried_is_told_at_the_deadline():
             assert isinstance(error, errors.TeacherUnavailableError)
             for words in (
                 "for 1 s",
-                "teacher_timeout_s",
+                "teacher_s",
                 "forward the batch again",
                 f"127.0.0.1:{server.port}: ",
                 "efused",
@@ -103,19 +103,19 @@ def test_what_was_tried_is_told_at_the_deadline():
 
 def test_how_long_a_request_waits_when_nothing_answers():
     server = serve(Scale(2))
-    with sh.connect(server.url, teacher_timeout_s=1.0) as teacher:
+    with sh.connect(server.url, timeouts=sh.Timeouts(teacher_s=1.0)) as teacher:
         assert answer(teacher) == 2
         server.close()
         assert soon(lambda: teacher._dispatcher._directory_error is not None)
         began = time.monotonic()
-        with pytest.raises(errors.TeacherUnavailableError, match="teacher_timeout_s.*tried: .*the directory.*is away"):
+        with pytest.raises(errors.TeacherUnavailableError, match="teacher_s.*tried: .*the directory.*is away"):
             answer(teacher)
         assert time.monotonic() - began >= 1
 
 
 def test_waiting_requests_are_bounded_and_end_with_the_teacher():
     server = serve(Scale(2))
-    teacher = sh.connect(server.url, max_pending=3)
+    teacher = sh.connect(server.url, sharing=sh.Sharing(max_pending=3))
     server.close()
     futures = [ask(teacher, i) for i in range(3)]
     with pytest.raises(errors.TeacherBusyError, match="max_pending"):

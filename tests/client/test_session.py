@@ -75,7 +75,7 @@ def test_what_a_client_that_leaves_had_queued_is_dropped():
 
 def test_more_than_max_pending_is_refused():
     gate = Gate()
-    with serve(gate) as server, sh.connect(server.url, max_pending=3) as teacher:
+    with serve(gate) as server, sh.connect(server.url, sharing=sh.Sharing(max_pending=3)) as teacher:
         futures = [teacher.submit((torch.ones(1),), {}, [""]) for _ in range(3)]
         with pytest.raises(errors.TeacherBusyError, match="max_pending"):
             teacher.submit((torch.ones(1),), {}, [""])
@@ -165,7 +165,7 @@ def test_a_session_that_opens_while_the_teacher_is_closed_ends(monkeypatch):
         original(session)
 
     with serve(nn.Identity()) as server, ThreadPoolExecutor(1) as pool:
-        teacher = sh.connect(server.url, timeout_s=5)
+        teacher = sh.connect(server.url, timeouts=sh.Timeouts(request_s=5))
         monkeypatch.setattr(Session, "start", slow)
         submitted = pool.submit(teacher.submit, (torch.ones(1),), {}, [""])
         assert opening.wait(10)
@@ -246,7 +246,7 @@ def test_features_of_another_request_are_refused(change, error):
 
 
 def test_a_teacher_pickles_as_its_address():
-    with serve(Net()) as server, sh.connect(server.url, timeout_s=7.0) as teacher:
+    with serve(Net()) as server, sh.connect(server.url, timeouts=sh.Timeouts(request_s=7.0)) as teacher:
         with pickle.loads(pickle.dumps(teacher)) as copy:
             assert copy.url == teacher.url
             assert copy.submit((torch.ones(1, 8),), {}, [""]).result(10)[""].shape == (1, 5)

@@ -1,7 +1,9 @@
 """One request in N is computed twice and compared; where two replicas disagree, the step fails and says so."""
 
 import contextlib
+import dataclasses
 import logging
+import pickle
 import threading
 import weakref
 
@@ -56,20 +58,21 @@ def ask(teacher, i=0, **settings):
 
 
 @contextlib.contextmanager
-def pool(*modules, serving=None, **settings):
-    """Replicas that serve the modules under one directory, and a client."""
+def pool(*modules, serving=None, every=1, tolerance=0.0):
+    """Replicas that serve the modules under one directory, and a client that verifies."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(serve(module, **serving or {})) for module in modules]
         directory = stack.enter_context(DirectoryServer())
         directory.publish(*servers)
         assert len({revision_of(server) for server in servers}) == 1
-        yield stack.enter_context(sh.connect(directory.url, **settings))
+        teacher = sh.VerifiedTeacher(sh.connect(directory.url), every=every, tolerance=tolerance)
+        yield stack.enter_context(teacher)
 
 
-@pytest.mark.parametrize(("every", "verified"), [(1, 9), (3, 3), (0, 0)])
+@pytest.mark.parametrize(("every", "verified"), [(1, 9), (3, 3), (10, 1)])
 def test_one_request_in_n_is_computed_by_two_replicas(every, verified):
     one, other = Faulty(), Faulty()
-    with pool(one, other, verify_every=every) as teacher:
+    with pool(one, other, every=every) as teacher:
         for i in range(9):
             assert torch.equal(ask(teacher, i).result(20)[""], one.fc(batch(i)))
         assert teacher.verification() == sh.Verification(compared=verified)
@@ -79,14 +82,14 @@ def test_one_request_in_n_is_computed_by_two_replicas(every, verified):
 
 def test_a_replica_that_computes_wrongly_is_found_and_its_features_are_not_used(caplog):
     broken = Faulty(good=0)
-    with pool(Faulty(), broken, verify_every=1) as teacher:
+    with pool(Faulty(), broken) as teacher:
         model = converted(nn.Sequential(nn.Linear(8, 5)), teacher, nn.MSELoss())
         model(batch())
-        with pytest.raises(errors.FeatureMismatchError, match="1 of 20 numbers differ.*verify_tolerance"):
+        with pytest.raises(errors.FeatureMismatchError, match="1 of 20 numbers differ.*VerifiedTeacher.*tolerance="):
             model.compute_kd_loss()
         [record] = [record for record in caplog.records if record.name == "schoolhouse.remote.verification"]
         assert record.levelno == logging.ERROR
-        assert all(session.address in record.getMessage() for session in teacher.open_sessions())
+        assert all(session.address in record.getMessage() for session in teacher.teacher.open_sessions())
         assert "'teacher'" in record.getMessage()
         assert teacher.verification() == sh.Verification(differed=1)
         broken.good = float("inf")  # it was replaced
@@ -95,14 +98,14 @@ def test_a_replica_that_computes_wrongly_is_found_and_its_features_are_not_used(
 
 
 def test_after_an_alarm_every_request_is_verified():
-    with pool(Faulty(), Faulty(good=0), verify_every=1000) as teacher:
+    with pool(Faulty(), Faulty(good=0), every=1000) as teacher:
         for i in range(5):
             assert isinstance(ask(teacher, i).exception(20), errors.FeatureMismatchError)
         assert teacher.verification().differed == 5
 
 
 def test_a_forward_that_fails_at_one_replica_alone_is_an_alarm():
-    with pool(Faulty(), Faulty(good=0, raises=True), verify_every=1) as teacher:
+    with pool(Faulty(), Faulty(good=0, raises=True)) as teacher:
         found = [ask(teacher, i).exception(20) for i in range(20)]
         kinds = {type(error) for error in found}
         assert kinds == {errors.FeatureMismatchError, errors.TeacherForwardError}  # by who was asked first
@@ -110,7 +113,7 @@ def test_a_forward_that_fails_at_one_replica_alone_is_an_alarm():
 
 
 def test_rounding_between_unlike_devices_may_be_allowed():
-    with pool(Faulty(), Faulty(good=0), verify_every=1, verify_tolerance=1e-6) as teacher:
+    with pool(Faulty(), Faulty(good=0), tolerance=1e-6) as teacher:
         for i in range(5):
             torch.testing.assert_close(ask(teacher, i).result(20)[""], Faulty().fc(batch(i)))
         assert teacher.verification() == sh.Verification(compared=5)
@@ -153,14 +156,13 @@ def test_numbers_that_are_no_floats_have_no_tolerance():
 
 def test_a_single_replica_computes_twice_and_says_what_that_cannot_find(caplog):
     module = Faulty()
-    with pool(module, serving={"cache_bytes": 1 << 20}, verify_every=1) as teacher:
+    with pool(module, serving={"cache_bytes": 1 << 20}) as teacher:
         for i in range(3):
             assert torch.equal(ask(teacher, i).result(20)[""], module.fc(batch(i)))
         assert len(module.rows) == 6  # the cache answered none of them
         assert teacher.verification() == sh.Verification(repeated=3)
-        said = [record.getMessage() for record in caplog.records if "verify_every" in record.getMessage()]
+        said = [record.getMessage() for record in caplog.records if "no other could answer" in record.getMessage()]
         assert len(said) == 1
-        assert "no other" in said[0]
         module.good = 7  # one forward, and the next is wrong
         with pytest.raises(errors.FeatureMismatchError, match="twice"):
             ask(teacher, 9).result(20)
@@ -175,7 +177,7 @@ def test_where_requests_are_merged_those_that_are_verified_are_not(monkeypatch):
     with (
         serve(module, merge="same-shape") as server,
         sh.connect(server.url) as plain,
-        sh.connect(server.url, verify_every=1) as teacher,
+        sh.VerifiedTeacher(sh.connect(server.url), every=1) as teacher,
     ):
         module.gate.clear()
         first = ask(plain, 20)
@@ -195,15 +197,16 @@ def test_where_requests_are_merged_those_that_are_verified_are_not(monkeypatch):
 def test_no_other_request_stands_for_one_that_is_verified():
     module = Faulty()
     with (
-        pool(module) as plain,
-        sh.connect(plain.url, verify_every=1) as one,
-        sh.connect(plain.url, verify_every=1) as two,
+        serve(module) as server,
+        sh.connect(server.url) as plain,
+        sh.VerifiedTeacher(sh.connect(server.url), every=1) as one,
+        sh.VerifiedTeacher(sh.connect(server.url), every=1) as two,
     ):
         module.gate.clear()
         futures = [ask(plain, 9)]
         assert module.entered.wait(20)
         futures += [ask(teacher) for teacher in (plain, one, two)]
-        assert soon(lambda: all(teacher._dispatcher._where for teacher in (one, two)))
+        assert soon(lambda: all(teacher.teacher._dispatcher._where for teacher in (one, two)))
         module.gate.set()
         assert all(torch.equal(future.result(20)[""], module.fc(batch())) for future in futures[1:])
         assert one.verification() == two.verification() == sh.Verification(repeated=1)
@@ -213,18 +216,17 @@ def test_no_other_request_stands_for_one_that_is_verified():
 def test_features_of_another_revision_are_not_compared(caplog):
     with replicas(Scale(2), Scale(3)) as servers, DirectoryServer() as directory:
         directory.publish(*servers, revision=revision_of(servers[0]))
-        with sh.connect(directory.url, follow_revisions=True, verify_every=1) as teacher:
-            again = teacher._again
+        with sh.connect(directory.url, follow_revisions=True) as remote:
+            teacher, again, other = sh.VerifiedTeacher(remote, every=1), remote.ask_again, revision_of(servers[1])
 
             def elsewhere(first):
-                second = again(first)
-                assert second.follow(revision_of(servers[1]), {})
-                return second
+                first.question = dataclasses.replace(first.question, revision=other)
+                return again(first)
 
-            teacher._again = elsewhere
+            remote.ask_again = elsewhere
             assert answer(teacher, 5) == 10
             assert teacher.verification() == sh.Verification(unchecked=1)
-            del teacher._again
+            del remote.ask_again
     assert f"has the revision {revision_of(servers[1])} by now" in caplog.text
 
 
@@ -232,8 +234,8 @@ def test_what_cannot_be_verified_is_used_counted_and_told(caplog, monkeypatch):
     def full(_request):
         raise errors.TeacherBusyError("as many as max_pending allows")
 
-    with pool(Faulty(), Faulty(), verify_every=1) as teacher:
-        monkeypatch.setattr(teacher, "_again", full)
+    with pool(Faulty(), Faulty()) as teacher:
+        monkeypatch.setattr(teacher.teacher, "ask_again", full)
         for i in range(3):
             assert torch.equal(ask(teacher, i).result(20)[""], Faulty().fc(batch(i)))
         assert teacher.verification() == sh.Verification(unchecked=3)
@@ -246,7 +248,7 @@ def test_a_check_goes_back_to_the_same_replica_where_the_other_is_gone():
     with serve(Faulty()) as server, DirectoryServer() as directory, serve(Faulty()) as gone:
         directory.publish(server, gone)
         gone.close()
-        with sh.connect(directory.url, verify_every=1) as teacher:
+        with sh.VerifiedTeacher(sh.connect(directory.url), every=1) as teacher:
             assert torch.equal(ask(teacher).result(20)[""], Faulty().fc(batch()))
             assert teacher.verification() == sh.Verification(repeated=1)
 
@@ -254,7 +256,7 @@ def test_a_check_goes_back_to_the_same_replica_where_the_other_is_gone():
 @pytest.mark.parametrize("computing", ["first", "second"])
 def test_cancelling_frees_whichever_is_computed(computing):
     one, other = Faulty(), Faulty()
-    with pool(one, other, verify_every=1) as teacher:
+    with pool(one, other) as teacher:
         one.gate.clear()
         other.gate.clear()
         future = ask(teacher)
@@ -264,7 +266,8 @@ def test_cancelling_frees_whichever_is_computed(computing):
             first.gate.set()
             assert second.entered.wait(20)
         assert future.cancel()
-        assert soon(lambda: not teacher._dispatcher._where and not teacher._dispatcher.outstanding._requests)
+        dispatcher = teacher.teacher._dispatcher
+        assert soon(lambda: not dispatcher._where and not dispatcher.outstanding._requests)
         first.gate.set()
         second.gate.set()
         assert torch.equal(ask(teacher, 1).result(20)[""], one.fc(batch(1)))
@@ -272,7 +275,7 @@ def test_cancelling_frees_whichever_is_computed(computing):
 
 
 def test_nothing_keeps_features_that_nobody_needs():
-    with pool(Faulty(), Faulty(), verify_every=1) as teacher, no_collector():
+    with pool(Faulty(), Faulty()) as teacher, no_collector():
         features = ask(teacher).result(20)
         gone = weakref.ref(features[""])
         del features
@@ -285,7 +288,7 @@ def test_nothing_keeps_features_that_nobody_needs():
     ids=["topk", "sampled", "int8", "bf16"],
 )
 def test_encoded_features_are_verified_too(encoding):
-    with pool(Faulty(), Faulty(), verify_every=1) as teacher:
+    with pool(Faulty(), Faulty()) as teacher:
         for i in range(3):
             teacher.submit((batch(i),), {}, ["fc"], encodings={"fc": encoding}).result(20)
         assert teacher.verification() == sh.Verification(compared=3)
@@ -315,22 +318,60 @@ def test_a_training_that_is_verified_is_the_same_to_the_bit():
             optimizer.zero_grad()
         return bits(sh.export(model))
 
-    with pool(Net(seed=3), Net(seed=3), verify_every=2) as teacher:
+    with pool(Net(seed=3), Net(seed=3), every=2) as teacher:
         assert train(teacher) == train(sh.LocalTeacher(Net(seed=3)))
         assert teacher.verification() == sh.Verification(compared=3)
+
+
+def test_a_student_uses_the_wrapper_as_it_uses_the_teacher():
+    module = Faulty()
+    with serve(module, allow_head=True) as server, sh.connect(server.url, head_folder=None) as remote:
+        teacher = sh.VerifiedTeacher(remote, every=1)
+        assert isinstance(teacher, sh.Teacher)
+        assert teacher.describe() == remote.describe()
+        x, mask = batch().unsqueeze(0), torch.tensor([[True, False, True, True]])
+        encoding = encodings.at_positions(encodings.hidden("fc"))
+        found = teacher.submit((x,), {}, ["fc"], encodings={"fc": encoding}, positions=mask).result(20)["fc"]
+        assert torch.equal(found.values.hidden, x[mask])
+        assert teacher.verification() == sh.Verification(repeated=1)
+        with pytest.raises(errors.UnknownTapError):
+            teacher.submit((x,), {}, ["nothing"])
+        with pickle.loads(pickle.dumps(teacher)) as copied:
+            assert (
+                repr(copied)
+                == repr(teacher)
+                == f"VerifiedTeacher(RemoteTeacher({server.url!r}), every=1, tolerance=0.0)"
+            )
+            assert torch.equal(ask(copied).result(20)[""], module.fc(batch()))
+            assert copied.verification() == sh.Verification(repeated=1)
+            assert copied.traffic().requests == 2
+        with pytest.raises(errors.UsageError, match="is closed"):
+            ask(copied)
+        assert not copied.teacher.open_sessions()
+
+
+def test_only_a_teacher_behind_grpc_is_verified():
+    for teacher in (
+        sh.LocalTeacher(Net()),
+        sh.VerifiedTeacher(sh.RemoteTeacher("grpc://127.0.0.1:1/x"), every=1),
+        Net(),
+    ):
+        with pytest.raises(errors.ConfigError, match=rf"a {type(teacher).__name__} cannot be verified.*connect\(...\)"):
+            sh.VerifiedTeacher(teacher, every=1)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"verify_every": -1},
-        {"verify_every": 1.5},
-        {"verify_every": True},
-        {"verify_every": 1, "verify_tolerance": 1.0},
-        {"verify_every": 1, "verify_tolerance": "0"},
-        {"verify_tolerance": 0.1},
+        {"every": 0},
+        {"every": 1.5},
+        {"every": True},
+        {"tolerance": 1.0},
+        {"tolerance": -0.1},
+        {"tolerance": "0"},
     ],
 )
 def test_wrong_settings(settings):
-    with pytest.raises(errors.ConfigError, match="verify_"):
-        sh.RemoteTeacher("grpc://127.0.0.1:1/teacher", **settings)
+    [(name, value)] = settings.items()
+    with pytest.raises(errors.ConfigError, match=f"{name} is {value!r}; it must be"):
+        sh.VerifiedTeacher(sh.RemoteTeacher("grpc://127.0.0.1:1/teacher"), **{"every": 1} | settings)

@@ -55,7 +55,7 @@ def test_a_directory_that_comes_up_empty_is_not_believed_at_once(monkeypatch):
         with DirectoryServer() as directory:
             directory.publish(server)
             monkeypatch.setattr("schoolhouse.remote.directory.DOUBT_S", 60.0)
-            teacher = sh.connect(directory.url, teacher_timeout_s=2)
+            teacher = sh.connect(directory.url, timeouts=sh.Timeouts(teacher_s=2))
             assert answer(teacher) == 2
         with DirectoryServer(directory.port) as anew:
             assert soon(lambda: teacher._dispatcher._known.settles_at is not None)  # it knows no such teacher

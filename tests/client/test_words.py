@@ -53,7 +53,7 @@ def web(request):
 def test_where_nobody_listens(unused):
     says = rf"no server answered at 127.0.0.1:{unused} within 0\.3 s: nothing listens at 127.0.0.1:{unused}"
     with pytest.raises(errors.TeacherUnavailableError, match=says):
-        sh.connect(f"grpc://127.0.0.1:{unused}/teacher", connect_timeout_s=0.3)
+        sh.connect(f"grpc://127.0.0.1:{unused}/teacher", timeouts=sh.Timeouts(connect_s=0.3))
 
 
 def test_a_name_that_does_not_resolve(unused, monkeypatch):
@@ -63,25 +63,29 @@ def test_a_name_that_does_not_resolve(unused, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", unknown)  # of the look; gRPC has a resolver of its own
     says = r"within 0\.3 s: the name 'localhost' does not resolve \(Name or service not known\); is HOST right"
     with pytest.raises(errors.TeacherUnavailableError, match=says):
-        sh.connect(f"grpc://localhost:{unused}/teacher", connect_timeout_s=0.3)
+        sh.connect(f"grpc://localhost:{unused}/teacher", timeouts=sh.Timeouts(connect_s=0.3))
 
 
 def test_a_port_that_speaks_http(web):
     with pytest.raises(errors.ConfigError, match=r"speaks HTTP/1 and not gRPC: .* http_port of a pool"):
-        sh.connect(web, connect_timeout_s=0.5, **({"ca": ours().ca} if web.startswith("grpcs") else {}))
+        sh.connect(
+            web,
+            timeouts=sh.Timeouts(connect_s=0.5),
+            security=sh.Security(ca=ours().ca if web.startswith("grpcs") else None),
+        )
 
 
 def test_the_http_port_of_a_server():
     with serve(nn.Identity(), http_port=0) as server:
         port = re.search(r":(\d+)", server.web.url.removeprefix("http"))[1]
         with pytest.raises(errors.ConfigError, match=rf"127.0.0.1:{port} speaks HTTP/1 and not gRPC"):
-            sh.connect(f"grpc://127.0.0.1:{port}/teacher", connect_timeout_s=0.5)
+            sh.connect(f"grpc://127.0.0.1:{port}/teacher", timeouts=sh.Timeouts(connect_s=0.5))
 
 
 def test_seconds_are_round(unused):
     for given, said in ((0.25, "0.25 s"), (1, "1 s")):
         with pytest.raises(errors.TeacherUnavailableError, match=rf" within {said}: "):
-            sh.connect(f"grpc://127.0.0.1:{unused}/teacher", connect_timeout_s=given)
+            sh.connect(f"grpc://127.0.0.1:{unused}/teacher", timeouts=sh.Timeouts(connect_s=given))
 
 
 class Known(TypedDict, total=False):

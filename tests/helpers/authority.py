@@ -27,7 +27,7 @@ class Certificates:
         return ServerTls(cert=self.folder / "server.pem", key=self.folder / "server-key.pem", client_ca=client_ca)
 
     def client(self):
-        """What a client connects with that has a certificate."""
+        """The files of a client that has a certificate."""
         return {"ca": self.ca, "cert": self.folder / "client.pem", "key": self.folder / "client-key.pem"}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ray
 import rooms  # as its folder is on the path only now
+import schoolhouse as sh
 import students
 import torch
 from ray._raylet import GcsClient
@@ -103,7 +104,7 @@ def pool(host):
 def training(url):
     """A student meanwhile; gives its steps so far, and a function that waits for more of them."""
     steps, ended, found = [], threading.Event(), []
-    student = rooms.start(students.run_slowly, url, {"insecure": "//127." not in url})
+    student = rooms.start(students.run_slowly, url, {"security": sh.Security(insecure="//127." not in url)})
     following = threading.Thread(target=follow, args=(student, steps, ended, found), daemon=True)
     following.start()
 

@@ -99,7 +99,7 @@ def test_the_directory_is_made_again_where_it_was_killed_for_good(net):
     ray.kill(ray.get_actor(DIRECTORY, namespace=NAMESPACE))
 
     def listed():
-        with sh.connect(net.url("net"), connect_timeout_s=2) as teacher:
+        with sh.connect(net.url("net"), timeouts=sh.Timeouts(connect_s=2)) as teacher:
             return bool(teacher.describe().revision)
 
     assert eventually(listed)

@@ -120,7 +120,7 @@ def test_a_lost_replica_while_the_directory_is_away(pool):
     from schoolhouse_server.pool.actors import DIRECTORY, NAMESPACE
 
     model, x = Net(32, seed=1).requires_grad_(False), torch.randn(4, 8)
-    with sh.connect(pool.url("net"), connect_timeout_s=5.0) as teacher:
+    with sh.connect(pool.url("net"), timeouts=sh.Timeouts(connect_s=5.0)) as teacher:
         for _ in range(20):
             teacher.submit((x,), {}, [""]).result(30)
         directory = ray.get_actor(DIRECTORY, namespace=NAMESPACE)

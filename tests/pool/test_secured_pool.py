@@ -89,6 +89,8 @@ def test_directory_and_replicas_ask_for_the_same_tokens(load, actors):
         for url in (f"{directory.url()}/net", replica.url):
             for token, kind in ((None, errors.AuthenticationError), (OTHER, errors.UnknownTeacherError)):
                 with pytest.raises(kind):
-                    sh.connect(url, token=token, timeout_s=20)
-            with sh.connect(url, token=STUDENT, timeout_s=20, head_folder=None) as teacher:
+                    sh.connect(url, security=sh.Security(token=token), timeouts=sh.Timeouts(request_s=20))
+            with sh.connect(
+                url, security=sh.Security(token=STUDENT), timeouts=sh.Timeouts(request_s=20), head_folder=None
+            ) as teacher:
                 assert teacher.describe().class_name == "models.Net"

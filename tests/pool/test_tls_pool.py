@@ -27,12 +27,12 @@ def test_a_pool_of_mutual_tls(cluster, tmp_path, monkeypatch):
         pool.wait(120)
         url, x = pool.url("net"), torch.randn(3, 8)
         assert url.startswith("grpcs://127.0.0.1:")
-        with sh.connect(url, **ours().client()) as teacher:
+        with sh.connect(url, security=sh.Security(**ours().client())) as teacher:
             assert torch.equal(teacher.submit((x,), {}, [""]).result(60)[""], Net(32, seed=1)(x))
         for name in ("_STEP_TIMEOUT_S", "_TIMEOUT_S"):  # a slow machine's handshake says why, too
             monkeypatch.setattr(f"schoolhouse.remote.handshake.{name}", 20.0)
         with pytest.raises(errors.AuthenticationError, match="requires a certificate"):
-            sh.connect(url, ca=ours().ca, connect_timeout_s=0.5)
+            sh.connect(url, security=sh.Security(ca=ours().ca), timeouts=sh.Timeouts(connect_s=0.5))
         assert pool.page.startswith("https://")
         assert fetched(pool.page, **ours().client()) == 200
     finally:

@@ -56,7 +56,9 @@ def server(path):
 
 
 def connected(server, teacher, token, **more):
-    return sh.connect(server.urls[teacher], token=token, timeout_s=20, **more)
+    return sh.connect(
+        server.urls[teacher], security=sh.Security(token=token), timeouts=sh.Timeouts(request_s=20), **more
+    )
 
 
 def result(teacher, number=1.0):
@@ -130,7 +132,7 @@ def test_probes_learn_no_name_of_a_teacher_that_serves_no_more(path):
 
 def test_a_client_without_a_token_is_told_what_to_do_and_the_log_that_it_was_there(server, caplog):
     unknown = new_token()
-    for token, said in ((None, r"connect\(token=...\)"), (unknown, "does not know the token")):
+    for token, said in ((None, r"connect\(security=Security\(token=...\)\)"), (unknown, "does not know the token")):
         with pytest.raises(errors.AuthenticationError, match=said) as caught:
             connected(server, "one", token)
         assert unknown not in str(caught.value)
@@ -145,7 +147,11 @@ def test_a_token_is_for_its_teachers_and_tells_of_no_others(server, ask):
         assert result(teacher) == [3, 3]
     for name in ("three", "nine"):  # whether there is one or not
         with pytest.raises(errors.UnknownTeacherError, match=f"'{name}' at .*; there are: one, two$") as caught:
-            sh.connect(f"grpc://127.0.0.1:{server.port}/{name}", token=STUDENT, timeout_s=20)
+            sh.connect(
+                f"grpc://127.0.0.1:{server.port}/{name}",
+                security=sh.Security(token=STUDENT),
+                timeouts=sh.Timeouts(request_s=20),
+            )
         assert caught.value.choices == ("one", "two")
     for token, names in ((STUDENT, ["one", "two"]), (OTHER, ["three"]), (ADMIN, ["one", "three", "two"])):
         listed = ask("list", f"Bearer {token}").teachers
@@ -158,18 +164,18 @@ def test_a_token_is_for_its_teachers_and_tells_of_no_others(server, ask):
 
 
 def test_a_tokens_job_is_the_job_and_no_others(server, ask):
-    with connected(server, "one", BOUND, job="mine", weight=0.5) as teacher:
+    with connected(server, "one", BOUND, sharing=sh.Sharing(job="mine", weight=0.5)) as teacher:
         result(teacher)
         [job] = server.load("one").jobs
         assert (job.job, job.weight) == ("exp", 4)
-        with connected(server, "one", STUDENT, job="sweep", weight=50.0) as second:
+        with connected(server, "one", STUDENT, sharing=sh.Sharing(job="sweep", weight=50.0)) as second:
             result(second)
             assert {job.job: job.weight for job in server.load("one").jobs} == {"exp": 4, "sweep": 1}
             for token, jobs in ((ADMIN, {"exp", "sweep"}), (BOUND, {"exp"}), (STUDENT, set())):
                 one = next(i for i in ask("list", f"Bearer {token}").teachers if i.teacher == "one") if jobs else None
                 assert {job.job for job in one.replicas[0].load.jobs} == jobs if one else True
     with (
-        connected(server, "one", STUDENT, job="exp") as teacher,
+        connected(server, "one", STUDENT, sharing=sh.Sharing(job="exp")) as teacher,
         pytest.raises(errors.PermissionDeniedError, match="'exp' is bound to another token"),
     ):
         result(teacher)
@@ -180,7 +186,7 @@ def test_the_tokens_quota_holds_beside_the_teachers(path):
     module.gate.clear()
     with serve(module, name="one", tokens=path, max_in_flight=8) as server, contextlib.ExitStack() as stack:
         bound = stack.enter_context(connected(server, "one", BOUND))
-        free = stack.enter_context(connected(server, "one", STUDENT, job="free"))
+        free = stack.enter_context(connected(server, "one", STUDENT, sharing=sh.Sharing(job="free")))
         futures = [each.submit((torch.ones(1, 10),), {}, [""]) for each in (bound, free) for _ in range(10)]
         in_flight = lambda: {job.job: job.in_flight for job in server.load("one").jobs}  # noqa: E731
         assert soon(lambda: in_flight() == {"exp": 2, "free": 8})
@@ -263,7 +269,7 @@ def test_a_head_is_given_out_only_where_that_is_allowed():
     for allowed in (False, True):
         with (
             serve(module, allow_head=allowed) as server,
-            sh.connect(server.url, head_folder=None, timeout_s=20) as teacher,
+            sh.connect(server.url, head_folder=None, timeouts=sh.Timeouts(request_s=20)) as teacher,
         ):
             ask = lambda: teacher.submit((torch.ones(4, 3),), {}, ["fc"], encodings=wish).result(20)["fc"]  # noqa: E731
             if allowed:
@@ -287,10 +293,12 @@ def test_serve_gives_no_heads_out_where_there_are_tokens(path):
 
 def test_tokens_go_over_tls(path):
     with serve(Scale(2), name="one", tls=ours().server(), tokens=path) as server:
-        with sh.connect(server.url, ca=ours().ca, token=STUDENT, timeout_s=20) as teacher:
+        with sh.connect(
+            server.url, security=sh.Security(ca=ours().ca, token=STUDENT), timeouts=sh.Timeouts(request_s=20)
+        ) as teacher:
             assert result(teacher) == [2, 2]
         with pytest.raises(errors.AuthenticationError):
-            sh.connect(server.url, ca=ours().ca, timeout_s=20)
+            sh.connect(server.url, security=sh.Security(ca=ours().ca), timeouts=sh.Timeouts(request_s=20))
 
 
 class Telling(nn.Module):

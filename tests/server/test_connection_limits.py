@@ -143,7 +143,10 @@ def test_a_client_beyond_the_sessions_of_a_replica_waits_for_one_to_end():
     with serve(nn.Identity(), max_sessions=1) as server:
         first, x = sh.connect(server.url), torch.ones(1, 8)
         first.submit((x,), {}, [""]).result(20)
-        with sh.connect(server.url, teacher_timeout_s=1) as late, pytest.raises(errors.TeacherUnavailableError) as told:
+        with (
+            sh.connect(server.url, timeouts=sh.Timeouts(teacher_s=1)) as late,
+            pytest.raises(errors.TeacherUnavailableError) as told,
+        ):
             late.submit((x,), {}, [""]).result(20)
         assert "max_sessions is 1, and as many are open at this replica" in str(told.value)
         with sh.connect(server.url) as patient:
@@ -185,7 +188,7 @@ def test_a_payload_that_comes_in_time_is_not_dropped_later(monkeypatch):
             begun.append(self._partial[partial.call.request_id])
 
     monkeypatch.setattr(server_session, "Receiving", Remembered)
-    with serve(Net()) as server, sh.connect(server.url, shared_memory=False) as teacher:
+    with serve(Net()) as server, sh.connect(server.url, transport=sh.Transport(shared_memory=False)) as teacher:
         x = torch.ones(50_000, 8)
         assert torch.equal(teacher.submit((x,), {}, [""]).result(20)[""], Net().eval()(x))
         [(partial, alarm)] = begun

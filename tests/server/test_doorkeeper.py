@@ -49,7 +49,7 @@ def test_calls_without_a_token_or_a_request_keep_nobody_out(server, call, method
     else:
         while sum(one.done() for one in calls) < 16:
             time.sleep(0.01)
-    with sh.connect(server.url, token=TOKEN):
+    with sh.connect(server.url, security=sh.Security(token=TOKEN)):
         pass
     end.set()
 

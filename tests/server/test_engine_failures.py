@@ -59,7 +59,10 @@ class Bad(nn.Module):
 @pytest.mark.parametrize("name", BAD)
 def test_whatever_a_forward_returns_or_raises_the_engine_goes_on(name, cache_bytes):
     expected = errors.TeacherForwardError if name in ("exit", "panic") else errors.UnsupportedValueError
-    with serve(Bad(BAD[name]), cache_bytes=cache_bytes) as server, sh.connect(server.url, timeout_s=10) as teacher:
+    with (
+        serve(Bad(BAD[name]), cache_bytes=cache_bytes) as server,
+        sh.connect(server.url, timeouts=sh.Timeouts(request_s=10)) as teacher,
+    ):
         for _ in range(3):
             with pytest.raises(expected):
                 teacher.submit((torch.ones(2),), {}, [""]).result()
@@ -124,7 +127,7 @@ def test_the_cache_keeps_no_objects_that_stayed_with_the_teacher():
 
 
 def test_inputs_that_cannot_be_pinned_fail_alone():
-    with serve(nn.Linear(8, 5)) as server, sh.connect(server.url, timeout_s=10) as teacher:
+    with serve(nn.Linear(8, 5)) as server, sh.connect(server.url, timeouts=sh.Timeouts(request_s=10)) as teacher:
         device = server.engines["teacher"].device
         pin, failing = device.pin, iter([True, False, True, False])
 

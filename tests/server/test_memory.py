@@ -287,7 +287,10 @@ def test_features_that_the_host_has_no_memory_to_send_or_to_keep(monkeypatch):
         return iter(())
 
     x = randn(2, 8)
-    with serve(Wide(), cache_bytes=10 << 20) as server, sh.connect(server.url, shared_memory=False) as teacher:
+    with (
+        serve(Wide(), cache_bytes=10 << 20) as server,
+        sh.connect(server.url, transport=sh.Transport(shared_memory=False)) as teacher,
+    ):
         monkeypatch.setattr(server_session.framing.Outgoing, "frames", refused)
         with pytest.raises(errors.TeacherMemoryError, match="host"):
             teacher.submit((x,), {}, [""]).result(30)

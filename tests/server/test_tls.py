@@ -61,7 +61,9 @@ def mutual():
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_features_come_over_tls(server, shared_memory):
     assert server.url.startswith("grpcs://")
-    with sh.connect(server.url, ca=ours().ca, shared_memory=shared_memory) as teacher:
+    with sh.connect(
+        server.url, security=sh.Security(ca=ours().ca), transport=sh.Transport(shared_memory=shared_memory)
+    ) as teacher:
         assert torch.equal(ask(teacher), expected())
 
 
@@ -70,8 +72,12 @@ def test_nothing_is_readable_on_the_way(server):
     with serve(Net(32, seed=1)) as open_server:
         for given, url, ca in ((server, "grpcs", ours().ca), (open_server, "grpc", None)):
             with Relay(given.port) as relay:
-                secret = {"job": "the-name-of-a-job", "token": SECRET, "ca": ca, "shared_memory": False}
-                with sh.connect(f"{url}://127.0.0.1:{relay.port}/teacher", **secret) as teacher:
+                with sh.connect(
+                    f"{url}://127.0.0.1:{relay.port}/teacher",
+                    sharing=sh.Sharing(job="the-name-of-a-job"),
+                    security=sh.Security(token=SECRET, ca=ca),
+                    transport=sh.Transport(shared_memory=False),
+                ) as teacher:
                     ask(teacher)
                 seen = bytes(relay.seen)
             assert (b"the-name-of-a-job" in seen, SECRET.encode() in seen) == ((given is open_server),) * 2
@@ -119,7 +125,7 @@ class Relay:
 def test_a_server_of_another_authority_is_not_trusted(server):
     for given in ({"ca": theirs().ca}, {}):
         with pytest.raises(errors.AuthenticationError, match=r"did not prove to be '127.0.0.1'.*unable to get local"):
-            sh.connect(server.url, **given, connect_timeout_s=0.5)
+            sh.connect(server.url, security=sh.Security(**given), timeouts=sh.Timeouts(connect_s=0.5))
 
 
 def test_a_server_of_another_name_is_not_trusted(tmp_path):
@@ -141,13 +147,13 @@ def listed(target, security):
 
 
 def test_a_client_needs_a_certificate_where_the_server_wants_one(mutual):
-    with sh.connect(mutual.url, **ours().client()) as teacher:
+    with sh.connect(mutual.url, security=sh.Security(**ours().client())) as teacher:
         assert torch.equal(ask(teacher), expected())
     with pytest.raises(errors.AuthenticationError, match="requires a certificate.*give cert and key"):
-        sh.connect(mutual.url, ca=ours().ca, connect_timeout_s=0.5)
+        sh.connect(mutual.url, security=sh.Security(ca=ours().ca), timeouts=sh.Timeouts(connect_s=0.5))
     strange = theirs().client() | {"ca": ours().ca}
     with pytest.raises(errors.AuthenticationError, match="does not accept this client's certificate"):
-        sh.connect(mutual.url, **strange, connect_timeout_s=0.5)
+        sh.connect(mutual.url, security=sh.Security(**strange), timeouts=sh.Timeouts(connect_s=0.5))
 
 
 def test_replicas_must_prove_the_name_of_the_directory(mutual):
@@ -161,9 +167,13 @@ def test_replicas_must_prove_the_name_of_the_directory(mutual):
     with serve(Net(32, seed=1), tls=theirs().server()) as impostor:
         directory.publish(replicas(impostor.port))
         with pytest.raises(errors.TeacherUnavailableError):
-            sh.connect(f"grpcs://127.0.0.1:{port}/teacher", **ours().client(), connect_timeout_s=0.5)
+            sh.connect(
+                f"grpcs://127.0.0.1:{port}/teacher",
+                security=sh.Security(**ours().client()),
+                timeouts=sh.Timeouts(connect_s=0.5),
+            )
         directory.publish(replicas(impostor.port, mutual.port))
-        with sh.connect(f"grpcs://127.0.0.1:{port}/teacher", **ours().client()) as teacher:
+        with sh.connect(f"grpcs://127.0.0.1:{port}/teacher", security=sh.Security(**ours().client())) as teacher:
             assert torch.equal(ask(teacher), expected())
             assert [session.address for session in teacher.open_sessions()] == [f"127.0.0.1:{mutual.port}"]
     directory.close()
@@ -177,10 +187,14 @@ def replicas(*ports):
 
 def test_who_speaks_tls_and_who_does_not_is_said(server):
     with pytest.raises(errors.ConfigError, match="speaks TLS: connect to grpcs://"):
-        sh.connect(server.url.replace("grpcs", "grpc"), connect_timeout_s=0.5)
+        sh.connect(server.url.replace("grpcs", "grpc"), timeouts=sh.Timeouts(connect_s=0.5))
     with serve(Net(32, seed=1)) as plain:
         with pytest.raises(errors.ConfigError, match="does not speak TLS.*connect to grpc://"):
-            sh.connect(plain.url.replace("grpc", "grpcs"), ca=ours().ca, connect_timeout_s=0.5)
+            sh.connect(
+                plain.url.replace("grpc", "grpcs"),
+                security=sh.Security(ca=ours().ca),
+                timeouts=sh.Timeouts(connect_s=0.5),
+            )
 
 
 def test_who_is_not_there_is_no_matter_of_tls(monkeypatch):
@@ -189,9 +203,9 @@ def test_who_is_not_there_is_no_matter_of_tls(monkeypatch):
         port = silent.getsockname()[1]
         for url in (f"grpcs://127.0.0.1:{port}/x", f"grpc://127.0.0.1:{port}/x"):
             with pytest.raises(errors.SchoolhouseError, match="no server answered|does not speak TLS"):
-                sh.connect(url, connect_timeout_s=0.3)
+                sh.connect(url, timeouts=sh.Timeouts(connect_s=0.3))
     with pytest.raises(errors.TeacherUnavailableError, match="no server answered"):
-        sh.connect(f"grpcs://127.0.0.1:{port}/x", connect_timeout_s=0.3)
+        sh.connect(f"grpcs://127.0.0.1:{port}/x", timeouts=sh.Timeouts(connect_s=0.3))
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.1", "::1", "[::1]"])
@@ -207,13 +221,15 @@ def test_plaintext_beyond_loopback_needs_to_be_asked_for(host):
     if host and ":" not in host:
         for token in (None, SECRET):
             with pytest.raises(errors.ConfigError, match="grpcs://.*insecure=True") as refused:
-                sh.connect(f"grpc://{host}:7070/x", token=token)
+                sh.connect(f"grpc://{host}:7070/x", security=sh.Security(token=token))
             assert SECRET not in str(refused.value)
 
 
 def test_plaintext_that_was_asked_for():
     with serve(Net(32, seed=1), host="0.0.0.0", insecure=True) as server:
-        with sh.connect(f"grpc://0.0.0.0:{server.port}/teacher", insecure=True, token=SECRET) as teacher:
+        with sh.connect(
+            f"grpc://0.0.0.0:{server.port}/teacher", security=sh.Security(insecure=True, token=SECRET)
+        ) as teacher:
             assert torch.equal(ask(teacher), expected())
 
 
@@ -254,7 +270,7 @@ def seen(monkeypatch):
 
 def test_every_rpc_carries_the_token(seen):
     with serve(Net(32, seed=1)) as server:
-        with sh.connect(server.url, token=SECRET) as teacher:
+        with sh.connect(server.url, security=sh.Security(token=SECRET)) as teacher:
             ask(teacher)
             assert soon(lambda: {"ListTeachers", "Describe", "Session", "Watch"} <= seen.keys())
         assert given_in(seen) == {f"Bearer {SECRET}"}
@@ -271,7 +287,7 @@ def given_in(seen):
 
 def test_a_copy_has_the_token_and_the_certificates(seen):
     with serve(Net(32, seed=1), tls=ours().server(client_ca=ours().ca)) as server:
-        teacher = sh.connect(server.url, token=SECRET, **ours().client())
+        teacher = sh.connect(server.url, security=sh.Security(token=SECRET, **ours().client()))
         with pickle.loads(pickle.dumps(teacher)) as copied:
             assert torch.equal(ask(copied), expected())
         teacher.close()
@@ -279,9 +295,9 @@ def test_a_copy_has_the_token_and_the_certificates(seen):
 
 
 def test_settings_do_not_show_secrets():
-    given = ClientSecurity.read(**ours().client(), token=SECRET)
+    given = sh.Security(**ours().client(), token=SECRET)
     teacher = sh.RemoteTeacher("grpcs://127.0.0.1:1/x", security=given)
-    for shown in (repr(given), str(given), repr(teacher), repr(teacher._settings)):
+    for shown in (repr(given), str(given), repr(teacher), repr(teacher._settings), repr(given.contents)):
         assert SECRET not in shown
         assert "PRIVATE KEY" not in shown
 
@@ -289,7 +305,7 @@ def test_settings_do_not_show_secrets():
 @pytest.mark.parametrize("token", ["", "two words", "näh", "x\r\ny", "x" * 5000, 5, b"bytes"])
 def test_what_cannot_be_a_token(token):
     with pytest.raises(errors.ConfigError, match="token must be a string of 1 to 4096") as refused:
-        sh.connect("grpc://127.0.0.1:1/x", token=token)
+        sh.connect("grpc://127.0.0.1:1/x", security=sh.Security(token=token))
     assert not token or str(token) not in str(refused.value)
 
 
@@ -297,14 +313,17 @@ def test_a_new_certificate_is_taken_while_it_serves(tmp_path, caplog):
     for name in ("server.pem", "server-key.pem"):
         (tmp_path / name).write_bytes((theirs().folder / name).read_bytes())
     tls = ServerTls(cert=tmp_path / "server.pem", key=tmp_path / "server-key.pem")
-    with serve(Net(32, seed=1), tls=tls, http_port=0) as server, sh.connect(server.url, ca=theirs().ca) as before:
+    with (
+        serve(Net(32, seed=1), tls=tls, http_port=0) as server,
+        sh.connect(server.url, security=sh.Security(ca=theirs().ca)) as before,
+    ):
         ask(before)
         (tmp_path / "server.pem").write_text("nonsense")
-        with sh.connect(server.url, ca=theirs().ca):
+        with sh.connect(server.url, security=sh.Security(ca=theirs().ca)):
             assert "the new certificate is not used" in caplog.text
         for name in ("server.pem", "server-key.pem"):
             (tmp_path / name).write_bytes((ours().folder / name).read_bytes())
-        with sh.connect(server.url, ca=ours().ca) as after:
+        with sh.connect(server.url, security=sh.Security(ca=ours().ca)) as after:
             assert torch.equal(ask(after), expected())
         assert fetched(server.web.url, ours().ca) == 200
         assert torch.equal(ask(before), expected())  # whose session goes on

@@ -49,7 +49,7 @@ def encrypted(path, folder):
 def test_wrong_files_of_a_client_are_one_sentence(what, tmp_path):
     make, said = WRONG[what]
     with pytest.raises(errors.ConfigError, match=said):
-        sh.connect("grpcs://127.0.0.1:1/x", **make(ours(), tmp_path))
+        sh.Security(**make(ours(), tmp_path))
 
 
 @pytest.mark.parametrize("what", [name for name in WRONG if name != "a key alone"])
@@ -67,9 +67,9 @@ def test_wrong_files_of_a_server_are_one_sentence(what, tmp_path):
 
 def test_certificates_and_schemes_that_do_not_go_together():
     with pytest.raises(errors.ConfigError, match="ca is given, but grpc:// uses no certificates"):
-        sh.connect("grpc://127.0.0.1:1/x", ca=ours().ca)
+        sh.connect("grpc://127.0.0.1:1/x", security=sh.Security(ca=ours().ca))
     with pytest.raises(errors.ConfigError, match="grpcs:// always checks"):
-        sh.connect("grpcs://127.0.0.1:1/x", insecure=True)
+        sh.connect("grpcs://127.0.0.1:1/x", security=sh.Security(insecure=True))
 
 
 def test_an_expired_certificate_is_refused(tmp_path, monkeypatch):
@@ -101,13 +101,17 @@ def test_an_expired_certificate_of_a_client_is_said(tmp_path, monkeypatch):
     with serve(Net(32, seed=1), tls=ours().server(client_ca=own / "ca.pem")) as server:
         given = {"ca": ours().ca, "cert": own / "client.pem", "key": own / "client-key.pem"}
         with pytest.raises(errors.AuthenticationError, match="has it expired"):
-            sh.connect(server.url, **given, connect_timeout_s=0.5)
+            sh.connect(server.url, security=sh.Security(**given), timeouts=sh.Timeouts(connect_s=0.5))
 
 
 def test_a_server_that_says_nothing_is_not_told_to_speak_no_tls():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(errors.TeacherUnavailableError, match="no server answered"):
-            sh.connect(f"grpcs://127.0.0.1:{silent.getsockname()[1]}/x", ca=ours().ca, connect_timeout_s=0.3)
+            sh.connect(
+                f"grpcs://127.0.0.1:{silent.getsockname()[1]}/x",
+                security=sh.Security(ca=ours().ca),
+                timeouts=sh.Timeouts(connect_s=0.3),
+            )
 
 
 @pytest.mark.usefixtures("patient")
@@ -117,14 +121,14 @@ def test_an_authority_of_clients_that_was_taken_out_is_known_no_more(tmp_path):
     old = {"cert": theirs().client()["cert"], "key": theirs().client()["key"], "ca": ours().ca}
     with serve(Net(32, seed=1), tls=ours().server(client_ca=known), http_port=0) as server:
         assert page(server, **old) == 200
-        sh.connect(server.url, **old).close()
+        sh.connect(server.url, security=sh.Security(**old)).close()
         known.write_bytes(ours().ca.read_bytes())
         assert page(server, **ours().client()) == 200
         with pytest.raises(OSError):  # noqa: PT011  # whichever of the alert and the reset comes first
             page(server, **old)
-        sh.connect(server.url, **ours().client()).close()
+        sh.connect(server.url, security=sh.Security(**ours().client())).close()
         with pytest.raises(errors.AuthenticationError):
-            sh.connect(server.url, **old, connect_timeout_s=0.5)
+            sh.connect(server.url, security=sh.Security(**old), timeouts=sh.Timeouts(connect_s=0.5))
 
 
 def page(server, ca, cert, key):

@@ -198,7 +198,7 @@ def test_a_student_goes_on_where_a_replica_hangs():
     modules[1].go.set()
     with serve(modules[0], forward_timeout_s=0.5) as first, serve(modules[1]) as second, DirectoryServer() as directory:
         directory.publish(first, second)
-        with sh.connect(directory.url, timeout_s=60) as teacher:
+        with sh.connect(directory.url, timeouts=sh.Timeouts(request_s=60)) as teacher:
             futures = [teacher.submit((torch.full((2,), float(i % 2)),), {}, [""]) for i in range(20)]
             for i, future in enumerate(futures):
                 assert torch.equal(future.result(60)[""], torch.full((2,), float(i % 2) + 1))
@@ -307,7 +307,7 @@ def test_a_pool_replaces_a_replica_that_hangs_and_the_request_is_answered(cluste
     pool = launch(load_pool(file))
     try:
         pool.wait(120)
-        with sh.connect(pool.url("net"), timeout_s=120) as teacher:
+        with sh.connect(pool.url("net"), timeouts=sh.Timeouts(request_s=120)) as teacher:
             assert torch.equal(teacher.submit((torch.ones(2),), {}, [""]).result(120)[""], torch.ones(2))
         assert not flag.exists()
     finally:

@@ -52,7 +52,7 @@ def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error
     trap, module, begun = Trap(monkeypatch, owner, name, error), Scale(2), opened(monkeypatch)
     with replicas(module) as (server,), DirectoryServer() as directory:
         directory.publish(server)
-        with sh.connect(directory.url, timeout_s=30) as teacher:
+        with sh.connect(directory.url, timeouts=sh.Timeouts(request_s=30)) as teacher:
             assert answer(teacher) == 2
             module.gate.clear()
             module.entered.clear()
@@ -109,7 +109,7 @@ def test_a_request_whose_bad_answer_cannot_be_dealt_with_fails_alone(name, error
 
 def test_a_late_request_that_cannot_be_failed_as_usual_fails_all_the_same(monkeypatch, deaths):
     trap, module = Trap(monkeypatch, Dispatcher, "cancel"), Scale(2)
-    with replicas(module) as (server,), sh.connect(server.url, timeout_s=1) as teacher:
+    with replicas(module) as (server,), sh.connect(server.url, timeouts=sh.Timeouts(request_s=1)) as teacher:
         module.gate.clear()
         trap.set()
         assert isinstance(ask(teacher).exception(20), errors.SchoolhouseError)
@@ -141,7 +141,7 @@ def test_why_a_server_is_silent_is_not_known_where_that_cannot_be_found_out(monk
 @pytest.mark.parametrize("name", ["_on_first", "_on_second"])
 def test_a_verified_request_whose_comparison_fails_is_told(name, error, monkeypatch, deaths):
     trap = Trap(monkeypatch, Pair, name, error)
-    with replicas(Scale(2)) as (server,), sh.connect(server.url, verify_every=1) as teacher:
+    with replicas(Scale(2)) as (server,), sh.VerifiedTeacher(sh.connect(server.url), every=1) as teacher:
         trap.set()
         assert isinstance(ask(teacher).exception(20), errors.TeacherInternalError)
         assert answer(teacher, 2) == 4

@@ -49,9 +49,9 @@ def test_where_a_session_fails_its_client_is_told_and_the_replica_goes_on(what, 
     owner, name, at_end = SERVER[what]
     trap, module, begun = Trap(monkeypatch, owner, name, error), Scale(2), opened(monkeypatch)
     with replicas(module) as (server,):
-        with sh.connect(server.url, timeout_s=30) as other:
+        with sh.connect(server.url, timeouts=sh.Timeouts(request_s=30)) as other:
             assert answer(other) == 2
-            with sh.connect(server.url, timeout_s=30) as teacher:
+            with sh.connect(server.url, timeouts=sh.Timeouts(request_s=30)) as teacher:
                 assert answer(teacher) == 2
                 sprung = trap.set()
                 if at_end:
@@ -76,7 +76,10 @@ def test_where_a_session_fails_its_client_is_told_and_the_replica_goes_on(what, 
 @pytest.mark.parametrize(("owner", "name"), [(calls, "_head_answer"), (ServerSession, "_answer")])
 def test_who_asks_for_a_head_is_told(owner, name, error, monkeypatch, deaths):
     trap = Trap(monkeypatch, owner, name, error)
-    with replicas(Net()) as (server,), sh.connect(server.url, head_folder=None, timeout_s=30) as teacher:
+    with (
+        replicas(Net()) as (server,),
+        sh.connect(server.url, head_folder=None, timeouts=sh.Timeouts(request_s=30)) as teacher,
+    ):
         trap.set()
         wish = {"fc": encodings.hidden("fc")}
         with contextlib.suppress(errors.SchoolhouseError):

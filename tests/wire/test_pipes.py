@@ -281,7 +281,7 @@ def test_a_client_that_hangs_up_frees_its_session_and_the_other_way_round():
         teacher.close()
         assert soon(lambda: not session_threads()), session_threads()
         assert soon(lambda: fds() <= before), (before, fds())
-        teacher = sh.connect(server.url, teacher_timeout_s=0.5)
+        teacher = sh.connect(server.url, timeouts=sh.Timeouts(teacher_s=0.5))
         teacher.describe()  # has a session open
         teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
     with pytest.raises(errors.SchoolhouseError):

@@ -48,7 +48,10 @@ def bits(value):
 @pytest.fixture
 def double():
     with serve(Double()) as server:
-        with sh.connect(server.url) as shared, sh.connect(server.url, shared_memory=False) as streamed:
+        with (
+            sh.connect(server.url) as shared,
+            sh.connect(server.url, transport=sh.Transport(shared_memory=False)) as streamed,
+        ):
             assert shared.describe().transport == "shared memory"
             yield shared, streamed
 
@@ -148,7 +151,7 @@ def test_switched_off_on_either_side():
     with serve(Sized(), shared_memory_bytes=0) as server, sh.connect(server.url) as teacher:
         assert teacher.describe().transport == "stream: the replica offers no shared memory"
         assert ask(teacher, 100_000, 3).result(20)[""].eq(3).all()
-    with serve(Sized()) as server, sh.connect(server.url, shared_memory=False) as teacher:
+    with serve(Sized()) as server, sh.connect(server.url, transport=sh.Transport(shared_memory=False)) as teacher:
         assert teacher.describe().transport == "stream: shared memory is switched off here"
         assert ask(teacher, 100_000, 3).result(20)[""].eq(3).all()
     assert sh.LocalTeacher(Sized()).describe().transport == "in process"
@@ -167,7 +170,7 @@ def test_wrong_settings():
         with pytest.raises(errors.ConfigError, match="shared_memory_bytes"):
             serve(Sized(), shared_memory_bytes=wrong)
     with pytest.raises(errors.ConfigError, match="shared_memory.*True, False"):
-        sh.connect("grpc://127.0.0.1:1/x", shared_memory=1)
+        sh.connect("grpc://127.0.0.1:1/x", transport=sh.Transport(shared_memory=1))
 
 
 def test_describe_says_of_a_closed_teacher_that_no_session_is_open():

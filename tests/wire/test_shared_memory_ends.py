@@ -156,7 +156,7 @@ def holders(inodes):
 
 def test_a_killed_replica_leaves_what_it_delivered_and_nothing_else():
     with served_elsewhere() as (process, url):
-        teacher = sh.connect(url, teacher_timeout_s=0.5)
+        teacher = sh.connect(url, timeouts=sh.Timeouts(teacher_s=0.5))
         assert teacher.describe().transport == "shared memory"
         kept = [ask(teacher, 4_000_000, i).result(20)[""] for i in range(4)]
         inodes = segments_here()

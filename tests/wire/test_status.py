@@ -73,7 +73,12 @@ def malformed(context, _error=None):
 def test_a_session_whose_end_cannot_be_read_is_opened_again(shared, monkeypatch):
     trap = Trap(monkeypatch, ServerSession, "_on_call", errors.TeacherUnavailableError("a restart"))
     monkeypatch.setattr(status, "abort", malformed)
-    with serve(Scale(2)) as server, sh.connect(server.url, shared_memory=shared, timeout_s=20) as teacher:
+    with (
+        serve(Scale(2)) as server,
+        sh.connect(
+            server.url, transport=sh.Transport(shared_memory=shared), timeouts=sh.Timeouts(request_s=20)
+        ) as teacher,
+    ):
         for i in range(3):
             trap.set()
             assert answer(teacher, i) == 2 * i

@@ -6,6 +6,8 @@ import threading
 import time
 from collections import deque
 
+from schoolhouse_wire.rpc.security import ClientSecurity
+
 from schoolhouse.errors import (
     RevisionChangedError,
     SchoolhouseError,
@@ -34,26 +36,34 @@ class Dispatcher:
     threads refers to the RemoteTeacher, so that it is freed when nothing else uses it.
     """
 
-    def __init__(self, target: str, name: str, revision: str, settings: Settings, first: ReplicaSet) -> None:
+    def __init__(
+        self,
+        target: str,
+        name: str,
+        revision: str,
+        settings: Settings,
+        security: ClientSecurity,
+        first: ReplicaSet,
+    ) -> None:
         """`revision` is that of every request, or empty if each request has its own."""
         self._target, self._name, self._revision = target, name, revision
-        self._settings = settings
+        self._settings, self._timeouts, self._security = settings, settings.timeouts, security
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         rng = random.Random()  # not the global generator: drawing from it would change the training
-        self._links = Links(self._start, settings.connect_timeout_s, rng)
+        self._links = Links(self._start, settings.timeouts.connect_s, rng)
         self._known = Known(first)
         self._links.update(first, time.monotonic())
         self._where: dict[Request, Link] = {}
         self._finished: deque[tuple[Link, int]] = deque()  # links and bytes of ended requests, not subtracted yet
-        self._parked = Parking(name, settings.wait_s, self._tried)
+        self._parked = Parking(name, settings.timeouts.wait_s, self._tried)
         self._budget = RetryBudget(time.monotonic())
         self._past = Traffic()  # traffic of sessions that have ended
-        self._watch = Watch(target, name, settings.zone, self, settings.security)
+        self._watch = Watch(target, name, settings.zone, self, security)
         self._watching = False
         self._directory_error: SchoolhouseError | None = None  # set while the directory does not answer
-        self.outstanding = Outstanding(settings.max_pending, self._fail_late, self._tend)
+        self.outstanding = Outstanding(settings.sharing.max_pending, self._fail_late, self._tend)
         self._used = False  # whether a session was ever open
         self.closed = False
 
@@ -87,7 +97,7 @@ class Dispatcher:
 
     def open_one(self, revision: str) -> None:
         """Wait until a session is open, until that is hopeless, or until the connect timeout."""
-        deadline = time.monotonic() + self._settings.connect_timeout_s
+        deadline = time.monotonic() + self._timeouts.connect_s
         with self._changed:
             while not self.closed and (now := time.monotonic()) < deadline:
                 self._begin()
@@ -212,12 +222,9 @@ class Dispatcher:
         session = Session(
             link.replica.address,
             self._name,
-            job=self._settings.job,
-            weight=self._settings.weight,
-            shared_memory=self._settings.shared_memory,
-            checksums=self._settings.checksums,
-            tune_allocator=self._settings.tune_allocator,
-            security=self._settings.security,
+            sharing=self._settings.sharing,
+            transport=self._settings.transport,
+            security=self._security,
             revision=self._revision,
             listener=self,
             clock=time.monotonic,
@@ -289,7 +296,7 @@ class Dispatcher:
             link, now = self._links.of(session), time.monotonic()
             if link is not None:
                 if not link.opened and now >= link.give_up_at:
-                    error = TeacherUnavailableError(f"no answer within {self._settings.connect_timeout_s:g} s")
+                    error = TeacherUnavailableError(f"no answer within {self._timeouts.connect_s:g} s")
                 self._links.lost(link, error, now)
             self._changed.notify_all()
         for request in lost:
@@ -342,7 +349,7 @@ class Dispatcher:
             self._settle()
             if self._known.settle(now):
                 self._links.update(self._known.set, now)
-            overdue = [*self._links.overdue(now), *self._links.silent(now, self._settings.patience_s)]
+            overdue = [*self._links.overdue(now), *self._links.silent(now, self._timeouts.patience_s)]
             moving = self._links.waiting_where_it_ends()
         for session in overdue:
             session.close()
@@ -380,7 +387,7 @@ class Dispatcher:
             if self._parked and self._budget.next_at > now:
                 times.append(self._budget.next_at)
             if self._links.count > 1:
-                times.append(now + self._settings.patience_s / 4)
+                times.append(now + self._timeouts.patience_s / 4)
         return min((at for at in times if at is not None), default=None)
 
     def _fail_late(self, request: Request) -> None:
@@ -389,7 +396,7 @@ class Dispatcher:
                 return
             waited_in_vain = self._parked.over() if request in self._parked else None
         self.cancel(request)
-        request.fail(waited_in_vain or TeacherTimeoutError(late(request, self._settings.timeout_s)))
+        request.fail(waited_in_vain or TeacherTimeoutError(late(request, self._timeouts.request_s)))
 
     def _tried(self) -> str:
         away = self._directory_error

@@ -60,7 +60,8 @@ class Outstanding:
         with self._lock:
             if len(self._requests) >= self._max_pending:
                 raise TeacherBusyError(
-                    f"{len(self._requests)} requests are without an answer, as many as max_pending allows"
+                    f"{len(self._requests)} requests are without an answer, as many as "
+                    "sharing=Sharing(max_pending=...) in connect() allows"
                 )
             self._requests[request.number] = request
             first = self._push(request)
@@ -208,8 +209,7 @@ class Parking:
             return say_at
         self._said, self._say_at = alone, now + _SAY_AGAIN_S
         _log.warning(
-            f"{_ALONE if alone else _HELD_BACK} for %.0f s; %d requests wait, for up to %g s each "
-            "(teacher_timeout_s); %s",
+            f"{_ALONE if alone else _HELD_BACK} for %.0f s; %d requests wait, for up to %g s each (teacher_s); %s",
             self._teacher,
             now - since,
             len(self._since),
@@ -222,8 +222,8 @@ class Parking:
         """The error for a request that has waited for too long."""
         state = (_ALONE if self._alone_since is not None else _HELD_BACK) % self._teacher
         return TeacherUnavailableError(
-            f"{state} for {self._timeout_s:g} s (teacher_timeout_s); "
+            f"{state} for {self._timeout_s:g} s (teacher_s); "
             f"{self._why()}. Start the teacher again, or see what `schoolhouse status` and `schoolhouse logs` say "
             "about it; then forward the batch again, and training goes on from there. To wait longer, raise "
-            "teacher_timeout_s in connect()"
+            "timeouts=Timeouts(teacher_s=...) in connect()"
         )

@@ -308,12 +308,12 @@ def late(request: Request, timeout_s: float) -> str:
     if request.told_to_wait:
         return (
             f"the teacher did not answer within {timeout_s:g} s: the job was over its quota of requests or bytes in "
-            "flight, or the teacher's queue was full. Raise timeout_s in connect(), look less far ahead, raise "
-            "max_in_flight or max_job_bytes of the teacher, or add replicas"
+            "flight, or the teacher's queue was full. Raise timeouts=Timeouts(request_s=...) in connect(), look less "
+            "far ahead, raise max_in_flight or max_job_bytes of the teacher, or add replicas"
         )
     return (
-        f"the teacher did not answer within {timeout_s:g} s and was told to stop; raise timeout_s in connect(), or add "
-        "replicas"
+        f"the teacher did not answer within {timeout_s:g} s and was told to stop; raise "
+        "timeouts=Timeouts(request_s=...) in connect(), or add replicas"
     )
 
 

@@ -24,6 +24,7 @@ from schoolhouse.errors import (
 from schoolhouse.remote.flow_control import Window
 from schoolhouse.remote.request import Request, Traffic, features_of
 from schoolhouse.remote.same_host import SameHost
+from schoolhouse.remote.settings import Sharing, Transport
 
 _WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # found here: the answer is not what was asked for
 _BROKEN = (TeacherInternalError, CorruptPayloadError)  # reported by a replica: another one may do better
@@ -59,11 +60,8 @@ class Session:
         address: str,
         teacher: str,
         *,
-        job: str,
-        weight: float,
-        shared_memory: bool,
-        checksums: bool,
-        tune_allocator: bool,
+        sharing: Sharing,
+        transport: Transport,
         security: ClientSecurity,
         revision: str = "",
         listener: SessionListener,
@@ -74,18 +72,18 @@ class Session:
         self.others_queued = 0  # other clients' requests that waited for the replica's device when it last answered
         self.answered_at = float("-inf")
         self.slowest_s = 0.0  # the longest time from asking the replica to its answer
-        self._same_host = SameHost(wanted=shared_memory, checksums=checksums)
+        self._same_host = SameHost(wanted=transport.shared_memory, checksums=transport.checksums)
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
             protocol=channel.PROTOCOL,
             teacher=teacher,
-            job=job,
-            weight=weight,
+            job=sharing.job,
+            weight=sharing.weight,
             shared_memory=self._same_host.wanted,
-            checksums=checksums,
+            checksums=transport.checksums,
             revision=revision,
         )
-        self._tune_allocator = tune_allocator
+        self._tune_allocator = transport.tune_allocator
         self._security = security
         self._listener = listener
         self._clock = clock

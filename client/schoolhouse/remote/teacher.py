@@ -26,8 +26,7 @@ from schoolhouse.remote.facts import Facts
 from schoolhouse.remote.heads import FetchedHeads
 from schoolhouse.remote.request import Question, Request, Traffic, traced
 from schoolhouse.remote.session import Session
-from schoolhouse.remote.settings import Settings
-from schoolhouse.remote.verification import Pair, Verification, Verifier
+from schoolhouse.remote.settings import Settings, settings_of
 from schoolhouse.taps import Tap, TapLike
 from schoolhouse.teachers.protocol import Features, TeacherDescription
 from schoolhouse.teachers.query import Wanted
@@ -44,21 +43,19 @@ class RemoteTeacher:
     def __init__(self, url: str, **settings: Any) -> None:
         """Make a teacher without connecting to it.
 
-        The settings are those of `connect`, with two differences: without a `head_folder` heads stay in memory, and
-        `security`, a `ClientSecurity`, replaces the arguments `ca` to `insecure`.
+        The settings are those of `connect`, but without a `head_folder` heads stay in memory.
         """
         self.url = url
-        self._target, self._name, host, tls = directory.parse(url)
-        given = Settings(**settings)
-        self._settings = dataclasses.replace(given, security=given.security.towards(host, tls=tls))
-        self._settings.security.allow(self._target)
+        self._target, self.name, host, tls = directory.parse(url)
+        self._settings = settings_of(settings)
+        self._security = self._settings.security.contents.towards(host, tls=tls)
+        self._security.allow(self._target)
         self._tracer = tracer(self._settings.tracing)
         self._closed = False
         self._pinned = self._settings.revision  # the revision to keep to, also in a pickled copy; "" for any
         self._lock = threading.RLock()
         self._facts: Facts | None = None
         self._dispatcher: Dispatcher | None = None
-        self._verifier = Verifier(self._name, self._settings.verify_every, self._settings.verify_tolerance)
         self._follow_at = 0.0  # when to ask for the facts of a new revision again
         self._heads = FetchedHeads(self._settings.head_folder, functools.partial(_ask, weakref.ref(self)))
 
@@ -100,13 +97,13 @@ class RemoteTeacher:
         found, facts = self._first_facts()
         if not self._settings.follow_revisions:
             self._pinned = facts.revision
-        dispatcher = Dispatcher(self._target, self._name, self._pinned, self._settings, found)
+        dispatcher = Dispatcher(self._target, self.name, self._pinned, self._settings, self._security, found)
         weakref.finalize(self, dispatcher.close).atexit = False
         return facts, dispatcher
 
     def _first_facts(self) -> tuple[directory.ReplicaSet, Facts]:
         """Ask the directory and then a replica; as long as no replica answers, repeat both until the timeout."""
-        timeout_s = self._settings.connect_timeout_s
+        timeout_s = self._settings.timeouts.connect_s
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = max(deadline - time.monotonic(), 0.001)
@@ -120,19 +117,19 @@ class RemoteTeacher:
             time.sleep(_ASK_AGAIN_S)
 
     def _find(self, timeout_s: float) -> directory.ReplicaSet:
-        return directory.find(self._target, self._name, self._settings.zone, timeout_s, self._settings.security)
+        return directory.find(self._target, self.name, self._settings.zone, timeout_s, self._security)
 
     def _learn(self, found: directory.ReplicaSet, revision: str, timeout_s: float) -> Facts:
         addresses = [replica.address for replica in found.of(revision)]
         if not addresses and found.replicas:
-            raise directory.revision_changed(self._name, self._target, revision, found.revisions())
-        return Facts(*directory.describe(addresses, self._name, revision, timeout_s, self._settings.security))
+            raise directory.revision_changed(self.name, self._target, revision, found.revisions())
+        return Facts(*directory.describe(addresses, self.name, revision, timeout_s, self._security))
 
     def _follow(self, dispatcher: Dispatcher) -> None:
         """Learn the facts of a new revision; without an answer, go on with the last one."""
         if time.monotonic() < self._follow_at:
             return
-        timeout_s = min(_FOLLOW_TIMEOUT_S, self._settings.connect_timeout_s)
+        timeout_s = min(_FOLLOW_TIMEOUT_S, self._settings.timeouts.connect_s)
         with contextlib.suppress(SchoolhouseError):
             self._facts = self._learn(dispatcher.known, dispatcher.current, timeout_s)
         self._follow_at = time.monotonic() + timeout_s
@@ -158,26 +155,46 @@ class RemoteTeacher:
             UsageError: after `close`; in a fork, as `connect` says; and if a callback of a future is the first to need
                 a head.
             UnsupportedValueError, MessageTooLargeError: for inputs that cannot travel.
-            TeacherBusyError: if `max_pending` requests are already without an answer.
-
-        The future of a request that is verified raises `FeatureMismatchError` if two replicas disagree.
+            TeacherBusyError: if `Sharing.max_pending` requests are already without an answer.
         """
+        return self.ask(args, kwargs, taps, encodings, positions, alone=False).future
+
+    def ask(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        taps: Iterable[TapLike],
+        encodings: Mapping[TapLike, Encoding | None] | None,
+        positions: torch.Tensor | None,
+        *,
+        alone: bool,
+    ) -> Request:
+        """As `submit`, but returns the request. If it is to be `alone`, it is computed unmerged and anew."""
         if self._closed:
             raise UsageError(f"{self!r} is closed; connect again")
         facts, dispatcher = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
-        facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeout_s)
+        facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeouts.request_s)
         inputs = Arguments(args, kwargs)
         given = inputs if wanted.mask is None else (inputs, wanted.mask)
         outgoing = framing.Outgoing(given, limits=facts.limits, snapshot=True)
-        verified = self._verifier.is_due()
         question = Question(
-            outgoing=outgoing, wanted=wanted, revision=facts.revision, heads=heads, limits=_LIMITS, alone=verified
+            outgoing=outgoing, wanted=wanted, revision=facts.revision, heads=heads, limits=_LIMITS, alone=alone
         )
         request = self._request(question, self._follow_with if heads and self._settings.follow_revisions else None)
-        if not verified:
-            return self._send(dispatcher, request)
-        return Pair(self._verifier, request, functools.partial(self._send, dispatcher)).start(self._again)
+        self._send(dispatcher, request)
+        return request
+
+    def ask_again(self, request: Request) -> Request:
+        """Send an answered request once more, to be computed alone, by another replica than before if there is one."""
+        assert self._dispatcher is not None
+        asked = request.question
+        question = dataclasses.replace(
+            asked, outgoing=copy.copy(asked.outgoing), alone=True, apart_from=request.answered_by
+        )
+        again = Request(question, time.monotonic() + self._settings.timeouts.request_s)
+        self._send(self._dispatcher, again)
+        return again
 
     def _with_heads(self, facts: Facts, wanted: Wanted, deadline: float) -> tuple[Facts, dict[Tap, Head]]:
         """The heads that a request needs; if their revision is gone and may be followed, those of the current one."""
@@ -208,14 +225,9 @@ class RemoteTeacher:
             request.fail(err)
 
     def _request(self, question: Question, follower: Callable[[Request], None] | None = None) -> Request:
-        deadline = time.monotonic() + self._settings.timeout_s
-        return Request(question, deadline, traced(self._tracer, question, self._name, self._settings.job), follower)
-
-    def _again(self, request: Request) -> Request:
-        """The same request once more, to be answered by another replica if possible."""
-        asked = request.question
-        question = dataclasses.replace(asked, outgoing=copy.copy(asked.outgoing), apart_from=request.answered_by)
-        return Request(question, time.monotonic() + self._settings.timeout_s)
+        deadline = time.monotonic() + self._settings.timeouts.request_s
+        span = traced(self._tracer, question, self.name, self._settings.sharing.job)
+        return Request(question, deadline, span, follower)
 
     def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
         dispatcher.outstanding.add(request)
@@ -242,10 +254,6 @@ class RemoteTeacher:
     def traffic(self) -> Traffic:
         """Number of requests answered so far, and the bytes that they moved."""
         return self._dispatcher.traffic() if self._dispatcher is not None else Traffic()
-
-    def verification(self) -> Verification:
-        """How many requests were computed twice so far because of `verify_every`, by the outcome."""
-        return self._verifier.counts
 
     def open_sessions(self) -> list[Session]:
         """The open sessions with the teacher's replicas."""

@@ -2,22 +2,28 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from schoolhouse_wire import background, errors
+from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.values.tensors import bytes_of
 from schoolhouse_wire.values.tree import structure_of, tensors_of
 
-from schoolhouse.errors import FeatureMismatchError, TeacherForwardError
-from schoolhouse.remote.request import Request
-from schoolhouse.teachers.protocol import Features
+from schoolhouse.errors import ConfigError, FeatureMismatchError, TeacherForwardError
+from schoolhouse.remote.request import Request, Traffic
+from schoolhouse.taps import TapLike
+from schoolhouse.teachers.protocol import Features, TeacherDescription
+
+if TYPE_CHECKING:
+    from schoolhouse.remote.teacher import RemoteTeacher
 
 _log = logging.getLogger(__name__)
 _WHAT = "verifying a request"
@@ -38,29 +44,98 @@ class Verification:
     unchecked: int = 0
 
 
-class Verifier:
-    """Decides which requests are verified, and counts the outcomes. Any thread may call."""
+class VerifiedTeacher:
+    """A teacher that verifies: one request in `every` is computed a second time, and compared before it is used.
 
-    def __init__(self, name: str, every: int, tolerance: float) -> None:
-        """Verify one request in `every`, beginning with the first, or none for 0; `name` is the teacher's."""
-        self.name, self.tolerance = name, tolerance
-        self._every = every
+    Both run unmerged and are computed anew, the second one on another replica, or on the same one if there is no other,
+    so that the results are the same to the bit. Such a request takes twice as long. If they differ, an ERROR is logged,
+    the request's future raises `FeatureMismatchError`, and every later request is verified.
+
+    It is given to `convert` in place of the teacher, which closes with it. A pickled copy begins to count anew.
+    """
+
+    def __init__(self, teacher: "RemoteTeacher", *, every: int, tolerance: float = 0.0) -> None:
+        """Wrap a teacher, as `connect` returns it. Any thread may call the methods.
+
+        Args:
+            teacher: the teacher that is asked.
+            every: verify one request in this many, beginning with the first.
+            tolerance: by how much numbers may differ, as a fraction of the largest in their tensor, for replicas on
+                unlike devices, which round differently. Class indices of `topk` and `sampled` must be equal in any
+                case.
+
+        Raises:
+            ConfigError: for an invalid value, or a teacher that is not behind gRPC.
+        """
+        from schoolhouse.remote.teacher import RemoteTeacher  # late, since it imports gRPC
+
+        if not isinstance(teacher, RemoteTeacher):
+            raise ConfigError(
+                f"a {type(teacher).__name__} cannot be verified, since it cannot be asked twice at two replicas; "
+                "choices: a RemoteTeacher, as connect(...) returns it"
+            )
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(
+                f"every is {every!r}; it must be a whole number from 1: one request in that many is verified"
+            )
+        if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
+            raise ConfigError(f"tolerance is {tolerance!r}; it must be a number from 0 to below 1")
+        self.teacher, self.every, self.tolerance = teacher, every, tolerance
         self._turns = itertools.count()
         self._lock = threading.Lock()
-        self.counts = Verification()
+        self._counts = Verification()
 
-    def is_due(self) -> bool:
-        """Whether the next request is to be verified; after an alarm every request is."""
-        if not self._every:
-            return False
-        return next(self._turns) % self._every == 0 or self.counts.differed > 0
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(VerifiedTeacher, every=self.every, tolerance=self.tolerance), (self.teacher,)
+
+    def __repr__(self) -> str:
+        return f"VerifiedTeacher({self.teacher!r}, every={self.every}, tolerance={self.tolerance})"
+
+    def __enter__(self) -> "VerifiedTeacher":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def describe(self) -> TeacherDescription:
+        """Describe the teacher, as `RemoteTeacher.describe` does."""
+        return self.teacher.describe()
+
+    def submit(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        taps: Iterable[TapLike],
+        *,
+        encodings: Mapping[TapLike, Encoding | None] | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> "Future[Features]":
+        """Send one batch as `RemoteTeacher.submit` does, which says what it takes and raises; verify it if it is due.
+
+        The future of a request that is verified raises `FeatureMismatchError` if the two results differ.
+        """
+        if next(self._turns) % self.every and not self._counts.differed:
+            return self.teacher.submit(args, kwargs, taps, encodings=encodings, positions=positions)
+        return Pair(self, self.teacher.ask(args, kwargs, taps, encodings, positions, alone=True)).start()
+
+    def traffic(self) -> Traffic:
+        """Number of requests answered so far, second ones included, and the bytes that they moved."""
+        return self.teacher.traffic()
+
+    def verification(self) -> Verification:
+        """How many requests were computed twice so far, by the outcome."""
+        return self._counts
 
     def count(self, kind: str) -> int:
         """Count one more outcome of a kind; returns how many there are of it."""
         with self._lock:
-            number: int = getattr(self.counts, kind) + 1
-            self.counts = dataclasses.replace(self.counts, **{kind: number})
+            number: int = getattr(self._counts, kind) + 1
+            self._counts = dataclasses.replace(self._counts, **{kind: number})
             return number
+
+    def close(self) -> None:
+        """Close the teacher."""
+        self.teacher.close()
 
 
 class Pair:
@@ -69,23 +144,20 @@ class Pair:
     When it is over it drops all references to requests, features and futures, which would outlive their use in a cycle.
     """
 
-    def __init__(self, verifier: Verifier, first: Request, send: Callable[[Request], object]) -> None:
-        """`send` dispatches a request."""
+    def __init__(self, by: VerifiedTeacher, first: Request) -> None:
+        """`first` was sent already."""
         self._outer: Future[Features] | None = Future()
-        self._verifier = verifier
+        self._by = by
         self._first: Request | None = first
         self._second: Request | None = None
-        self._send: Callable[[Request], object] | None = send
 
-    def start(self, again: Callable[[Request], Request]) -> "Future[Features]":
-        """Send the request, and return the future of its features; `again(request)` later makes the second request."""
-        first, send, outer = self._first, self._send, self._outer
+    def start(self) -> "Future[Features]":
+        """The future of the features, which both answers complete."""
+        first, outer = self._first, self._outer
         assert first is not None
-        assert send is not None
         assert outer is not None
         outer.add_done_callback(background.called(self._on_cancel, _WHAT, background.go_on))
-        send(first)
-        first.future.add_done_callback(background.called(lambda _future: self._on_first(again), _WHAT, self._failed))
+        first.future.add_done_callback(background.called(lambda _future: self._on_first(), _WHAT, self._failed))
         return outer
 
     def _on_cancel(self, outer: "Future[Features]") -> None:
@@ -93,16 +165,15 @@ class Pair:
             if request is not None:
                 request.future.cancel()
 
-    def _on_first(self, again: Callable[[Request], Request]) -> None:
-        first, send, outer = self._first, self._send, self._outer
-        if first is None or send is None or outer is None:
+    def _on_first(self) -> None:
+        first, outer = self._first, self._outer
+        if first is None or outer is None:
             return
         if first.future.cancelled() or first.future.exception() is not None:
             self._end(error=_error_of(first.future))
             return
         try:
-            second = self._second = again(first)
-            send(second)
+            second = self._second = self._by.teacher.ask_again(first)
         except Exception as err:  # such as max_pending, or a closed teacher, for which the features are still good
             self._unchecked(first.future.result(), err)
             return
@@ -131,7 +202,7 @@ class Pair:
             self._unchecked(features, error)
             return
         try:
-            found = difference(features, others, self._verifier.tolerance)
+            found = difference(features, others, self._by.tolerance)
         except Exception as err:  # such as no memory for the comparison
             self._unchecked(features, err)
             return
@@ -139,25 +210,25 @@ class Pair:
             self._alarm(first, second, found)
             return
         alone = first.answered_by == second.answered_by
-        if self._verifier.count("repeated" if alone else "compared") == 1 and alone:
+        if self._by.count("repeated" if alone else "compared") == 1 and alone:
             _log.warning(
-                "teacher %r: verify_every compared a replica with itself, since no other could answer; that finds "
-                "transient faults, not permanent ones",
-                self._verifier.name,
+                "teacher %r: a request was verified by the replica that had answered it, since no other could answer; "
+                "that finds transient faults, not permanent ones",
+                self._by.teacher.name,
             )
         self._end(features)
 
     def _unchecked(self, features: Features, error: BaseException) -> None:
-        number = self._verifier.count("unchecked")
+        number = self._by.count("unchecked")
         if number & (number - 1) == 0:  # the 1st, 2nd, 4th, ...
             _log.warning(
-                "teacher %r: a request could not be verified (%d so far): %s", self._verifier.name, number, error
+                "teacher %r: a request could not be verified (%d so far): %s", self._by.teacher.name, number, error
             )
         self._end(features)
 
     def _alarm(self, first: Request, second: Request, found: str) -> None:
-        self._verifier.count("differed")
-        text = _alarm(self._verifier.name, first, second, found)
+        self._by.count("differed")
+        text = _alarm(self._by.teacher.name, first, second, found)
         _log.error(text)
         self._end(error=FeatureMismatchError(text))
 
@@ -166,7 +237,7 @@ class Pair:
 
     def _end(self, features: Features | None = None, error: BaseException | None = None) -> None:
         outer, self._outer = self._outer, None
-        self._first = self._second = self._send = None
+        self._first = self._second = None
         with contextlib.suppress(InvalidStateError):  # it was cancelled
             if outer is not None and features is not None:
                 outer.set_result(features)
@@ -189,8 +260,9 @@ def _alarm(name: str, first: Request, second: Request, found: str) -> str:
         )
     return (
         f"teacher {name!r}: the replicas {one} and {other} computed the same inputs, and {found}. One of them is "
-        "broken, or their devices are unlike: then allow for rounding with verify_tolerance in connect(). The features "
-        "are not used; stop the replica whose features are not those of a local teacher, and forward the batch again"
+        "broken, or their devices are unlike: then allow for rounding with VerifiedTeacher(..., tolerance=...). The "
+        "features are not used; stop the replica whose features are not those of a local teacher, and forward the "
+        "batch again"
     )
 
 

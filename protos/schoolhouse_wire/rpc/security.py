@@ -84,7 +84,7 @@ class ClientSecurity:
         raise ConfigError(
             f"{target} may be another machine, and grpc:// is plaintext: anyone on the network path can read and "
             "change inputs, features and the token. Connect to grpcs://, to a loopback address (127.0.0.1, ::1, "
-            "localhost), or set insecure=True (--insecure)"
+            "localhost), or say security=Security(insecure=True) in connect() (--insecure)"
         )
 
 

@@ -31,8 +31,9 @@ def certs(
     --add-server or --add-client it adds a certificate of the authority that is in the folder already.
 
     Servers get server.pem and server-key.pem (`security: {tls: {cert:, key:}}` in the pool file), and ca.pem as
-    `client_ca` if clients must have a certificate. Clients get ca.pem: connect("grpcs://HOST:PORT/NAME", ca="ca.pem");
-    where they must have a certificate, also client.pem as cert and client-key.pem as key.
+    `client_ca` if clients must have a certificate. Clients get ca.pem:
+    connect("grpcs://HOST:PORT/NAME", security=Security(ca="ca.pem")), and where they must have a certificate, also
+    client.pem as cert and client-key.pem as key.
     """
     from schoolhouse_server.security.certs import Authority, check_hosts
 
@@ -60,7 +61,9 @@ def token() -> None:
     from schoolhouse_server.security.tokens import digest_of, new_token
 
     made = new_token()
-    out.print(f"token, for sh.connect(token=...): {made}", soft_wrap=True, highlight=False, markup=False)
+    out.print(
+        f"token, for sh.connect(security=sh.Security(token=...)): {made}", soft_wrap=True, highlight=False, markup=False
+    )
     out.print("It is shown only now. Add a line like this one to the tokens file, under `tokens:`", soft_wrap=True)
     line = f'- {{sha256: "{digest_of(made)}", job: NAME, teachers: ["*"]}}'
     out.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -60,11 +60,13 @@ def describe(
 
     It prints the teacher's revision, class, dtype and the like, and the tree of its modules. It needs no Ray.
     """
-    from schoolhouse import connect
+    from schoolhouse import Security, Timeouts, connect
 
     token = _token_in(token_file)
     with connect(
-        url, ca=ca, cert=cert, key=key, token=token, insecure=insecure, connect_timeout_s=timeout_s
+        url,
+        security=Security(ca=ca, cert=cert, key=key, token=token, insecure=insecure),
+        timeouts=Timeouts(connect_s=timeout_s),
     ) as teacher:
         found = teacher.describe()
     facts = {

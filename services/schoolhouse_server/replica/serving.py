@@ -79,7 +79,7 @@ def serve(
     inputs. The first of a kind counts once its features are computed, so each job may exceed the bounds by one such
     request. A request whose features are larger than one of the bounds fails with `MessageTooLargeError` once their
     size is known. A client that is silent for `lease_s` loses its session; with 0 it may be silent for ever. Up to
-    `max_sessions` sessions are open at once; further clients wait, up to their `teacher_timeout_s`.
+    `max_sessions` sessions are open at once; further clients wait, up to their `Timeouts.teacher_s`.
 
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 

@@ -58,7 +58,8 @@ class Gate:
         given = [value for key, value in metadata or () if key == _KEY]
         if len(given) != 1:
             raise AuthenticationError(
-                f"this server wants one token, and the call had {len(given)}: connect(token=...) sends one"
+                f"this server wants one token, and the call had {len(given)}: "
+                "connect(security=Security(token=...)) sends one"
             )
         return self.known(bearer_of(given[0]))
 
