@@ -73,7 +73,7 @@ def _chart(panel: Panel) -> dict[str, Any]:
 def _panel(kind: str, panel: Panel, legend: str, by: tuple[str, ...] = (), **how: bool) -> dict[str, Any]:
     most = {"max": panel.unit.most / panel.unit.scale} if panel.unit.most else {}
     zero = " or vector(0)" if not by and panel.by == ("error",) else ""  # there is no metric before the first error
-    queries = [(f"{legend} {end}".strip(), one.promql(by) + zero) for end, one in panel.lines(tile=not by)]
+    queries = [(f"{legend} {end}".strip(), one.promql(by) + zero) for end, one in panel.lines()]
     return {
         "type": kind,
         "title": panel.title,

@@ -41,7 +41,7 @@ class Expression:
 def now(name: str, how: Callable[[list[float]], float] = sum) -> Expression:
     """A metric as it is; several are taken together by `sum` or `max`."""
     return Expression(
-        lambda by: f"{how.__name__}{_by(by)} ({_chosen(name)})",
+        lambda by: f"{how.__name__}{_by(by)}({_chosen(name)})",
         lambda own, _: how([metrics.read(name, one.after) for one in own] or [0.0]),
     )
 
@@ -56,7 +56,7 @@ def rate(name: str, **label: str) -> Expression:
         known = [max(read(one.after) - read(one.before), 0.0) / one.seconds for one in own if one.before is not None]
         return sum(known) if known else None
 
-    return Expression(lambda by: f"sum{_by(by)} (rate({_chosen(name, **label)}[$__rate_interval]))", value)
+    return Expression(lambda by: f"sum{_by(by)}(rate({_chosen(name, **label)}[$__rate_interval]))", value)
 
 
 def plus(one: Expression, other: Expression) -> Expression:
@@ -93,7 +93,7 @@ def _each(one: Expression, other: Expression, result: Callable[[float, float], f
 
 
 def _by(labels: tuple[str, ...]) -> str:
-    return f" by ({', '.join(labels)})" if labels else ""
+    return f" by ({', '.join(labels)}) " if labels else ""
 
 
 def _chosen(name: str, **label: str) -> str:
@@ -157,11 +157,10 @@ class Panel:
         value = _read(self.value, own, ())
         return value * self.unit.scale if value is not None and scaled else value
 
-    def lines(self, *, tile: bool) -> list[tuple[str, Expression]]:
-        """What Grafana draws, each with the end of its legend; as a tile, the value instead of its parts."""
+    def lines(self) -> list[tuple[str, Expression]]:
+        """What Grafana draws, each with the end of its legend."""
         value = [("", self.value)] if self.value is not None else []
-        lines = value if tile and value else list(self.queries or value)
-        return [*lines, *([("limit", self.limit)] if self.limit is not None else [])]
+        return [*(self.queries or value), *([("limit", self.limit)] if self.limit is not None else [])]
 
     def text(self, own: Readings, among: Readings = ()) -> str:
         """The text of a table's cell."""
@@ -179,6 +178,9 @@ _PRESENT_DELAY = now("present_queue_delay_seconds", max)
 _ROWS, _JOB_ROWS, _JOB_COST = rate("rows_total"), rate("job_rows_total"), rate("job_cost_total")
 _IN_FLIGHT, _QUEUED = now("in_flight_requests"), now("queued_requests")
 _HITS, _MISSES = "cache_hits_total", "cache_misses_total"
+_ROW_LIMIT = Expression(
+    lambda by: f"max{_by(by)}({_chosen('batch_limit_rows')} > 0)", now("batch_limit_rows", max).value
+)
 _SERVING = Expression(
     lambda _by: f"count({_chosen('replica_info', state='serving')})",
     lambda own, _: sum(one.replica.state == Replica.SERVING for one in own),
@@ -188,14 +190,15 @@ _WANTED = Expression(lambda _by: 'sum(schoolhouse_wanted_replicas{teacher=~"$tea
 # fmt: off
 THROUGHPUT = Panel("Throughput", ROWS_PER_S, _ROWS, column="rows/s")
 ANSWERED = Panel("Requests", PER_S, rate("requests_total"))
-SERVING = Panel("Replicas serving", Unit("of wanted", "short"), _SERVING, limit=_WANTED)
+SERVING = Panel("Replicas serving", Unit("of wanted", "short"), _SERVING,
+                queries=(("serving", _SERVING), ("wanted", _WANTED)))
 SESSIONS = Panel("Sessions", Unit("open", "short"), now("sessions"), column="sessions", rank=3)
 DELAY = Panel("Queueing delay", MS, _PRESENT_DELAY, by=_TEACHER, mean=True, column="delay ms", rank=2,
               queries=(("p50", delay_quantile(0.5)), ("p99", delay_quantile(0.99)), ("at present", _PRESENT_DELAY)))
 BUSY = Panel("Device busy", SHARE, rate("stage_seconds_total", stage="forward"), "Share of time in forwards.",
              mean=True, column="busy")
 OCCUPANCY = Panel("Batch occupancy", Unit("rows per forward", "short"), ratio(_ROWS, rate("forwards_total")),
-                  by=_TEACHER, mean=True, limit=now("batch_limit_rows", max), column="rows/forward", rank=5)
+                  by=_TEACHER, mean=True, limit=_ROW_LIMIT, column="rows/forward", rank=5)
 WAITING = Panel("In flight and queued", REQUESTS, plus(_IN_FLIGHT, _QUEUED),
                 queries=(("in flight", _IN_FLIGHT), ("queued", _QUEUED)))
 ERRORS = Panel("Errors", PER_S, rate("errors_total"), by=("error",), column="errors", rank=2, cell=now("errors_total"))
