@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
+from schoolhouse_wire.torch_private import original_of
 from schoolhouse_wire.v1 import teacher_pb2
 from torch import nn
 
@@ -26,7 +27,6 @@ class Tap(NamedTuple):
 TapLike: TypeAlias = Tap | tuple[str, str] | str
 _MAX_COMPARED = 1024  # known names among which close matches of an unknown one are sought
 _NUMBERS = re.compile(r"\d+")
-_COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 
 
 def as_tap(tap: TapLike) -> Tap:
@@ -66,15 +66,9 @@ def as_taps(taps: Iterable[TapLike]) -> tuple[Tap, ...]:
     return found
 
 
-def without_compiler(model: nn.Module) -> nn.Module:
-    """The original module if `model` is what `torch.compile` returned, otherwise `model`."""
-    kind = type(model)  # compared by name, since importing the class takes seconds
-    return model._orig_mod if (kind.__module__, kind.__name__) == _COMPILED else model  # type: ignore[return-value]
-
-
 def module_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that may be tapped, in the order of registration; one that stands twice has both names."""
-    return tuple(name for name, _ in without_compiler(model).named_modules(remove_duplicate=False))
+    return tuple(name for name, _ in original_of(model).named_modules(remove_duplicate=False))
 
 
 def check_modules(names: Iterable[str], known: Collection[str], whose: str) -> None:

@@ -29,11 +29,6 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
-def version_of(tensor: torch.Tensor) -> int:
-    """How often the tensor was changed in place; always 0 for an inference tensor, for which torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without copying. It does not keep the tensor alive; the caller must."""
     if tensor.nbytes == 0:

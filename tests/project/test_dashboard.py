@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from loads import sets
 from prometheus_client.parser import text_string_to_metric_families
 from schoolhouse_server.observe import metrics
 
-DASHBOARD = json.loads((Path(__file__).parents[2] / "deploy/grafana/schoolhouse.json").read_text())
+GRAFANA = Path(__file__).parents[2] / "deploy/grafana"
+DASHBOARD = json.loads((GRAFANA / "schoolhouse.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
 NAME = re.compile(r"\bschoolhouse_\w+")
@@ -20,6 +22,11 @@ LABELS = {name for family in FAMILIES for sample in family.samples for name in s
 
 def queries_of_variables():
     return [one["query"]["query"] for one in DASHBOARD["templating"]["list"] if one["type"] == "query"]
+
+
+def test_the_file_is_what_the_panels_say():
+    made = runpy.run_path(str(GRAFANA / "generate.py"))["dashboard"]()
+    assert (GRAFANA / "schoolhouse.json").read_text() == made, "run python deploy/grafana/generate.py"
 
 
 def test_it_is_a_dashboard():

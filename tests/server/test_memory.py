@@ -67,10 +67,10 @@ def ask(engine, x, *taps, **more):
 
 
 @pytest.mark.parametrize("fail", [no_room, no_host_room, no_python_room])
-def test_a_request_that_has_no_room_runs_in_parts_of_its_rows_with_the_same_bits(fail):
+def test_a_request_that_has_no_room_runs_in_parts_of_its_rows(fail):
     module = Room(Exact(), 3, fail)
     x = randn(11, 8)
-    with engine_of(module, NEVER) as engine:
+    with engine_of(module) as engine:
         got = ask(engine, x)[""]
         expected = Exact()(x)
         assert got.keys() == expected.keys()
@@ -97,7 +97,7 @@ def test_encodings_heads_and_taps_are_those_of_all_rows():
 
 
 def test_rows_that_mix_are_not_run_apart_and_the_request_says_so():
-    with engine_of(Room(Mixing(), 4), NEVER) as engine:
+    with engine_of(Room(Mixing(), 4)) as engine:
         with pytest.raises(errors.TeacherMemoryError, match="cannot be run apart"):
             ask(engine, randn(8, 8))
         assert torch.equal(ask(engine, x := randn(4, 8))[""], Mixing()(x))
@@ -110,15 +110,19 @@ class Rounding(nn.Module):
         return x * (1.0 + 2e-7 * (len(x) > 2))
 
 
-def test_another_rounding_is_an_error_where_bits_were_promised_and_none_where_merging_allows_it():
+def test_another_rounding_is_none_of_its_rows_mixing():
     x = randn(8, 8).abs() + 1
-    with (
-        engine_of(Room(Rounding(), 4), NEVER) as engine,
-        pytest.raises(errors.TeacherMemoryError, match="merge='same-shape'"),
-    ):
-        ask(engine, x)
     with engine_of(Room(Rounding(), 4)) as engine:
         close(ask(engine, x)[""], x)
+
+
+def test_where_bits_are_promised_no_request_is_run_apart():
+    module = Room(Exact(), 4)
+    with engine_of(module, NEVER) as engine:
+        with pytest.raises(errors.TeacherMemoryError, match="merge='same-shape'"):
+            ask(engine, randn(8, 8))
+        assert module.shapes == [8, 8]  # once more with the device for itself
+        assert torch.equal(ask(engine, x := randn(4, 8))[""]["rows"], Exact()(x)["rows"])
 
 
 class Drawing(nn.Module):
@@ -129,7 +133,7 @@ class Drawing(nn.Module):
 
 def test_a_forward_that_draws_random_numbers_is_not_run_apart():
     with (
-        engine_of(Room(Drawing(), 4), NEVER) as engine,
+        engine_of(Room(Drawing(), 4)) as engine,
         pytest.raises(errors.TeacherMemoryError, match="random numbers"),
     ):
         ask(engine, randn(8, 8))
@@ -138,7 +142,7 @@ def test_a_forward_that_draws_random_numbers_is_not_run_apart():
 @pytest.mark.parametrize(("rows", "room"), [(1, 0), (8, 0), (2, 1)])
 def test_what_cannot_be_split_fails_by_itself(rows, room):
     module = Room(Exact(), room)
-    with serve(module) as server, sh.connect(server.url) as teacher:
+    with serve(module, merge="same-shape") as server, sh.connect(server.url) as teacher:
         with pytest.raises(errors.TeacherMemoryError, match="no room"):
             teacher.submit((randn(rows, 8),), {}, [""]).result(30)
         module.room = 100

@@ -7,7 +7,7 @@ from loads import Running
 from rich.console import Console
 from rich.text import Text
 from schoolhouse_server.common.tables import Column, FittingTable
-from schoolhouse_server.observe.top import Screen
+from schoolhouse_server.observe.watched import Watched
 from schoolhouse_server.pool import status_rows
 
 WIDTHS = (60, 80, 120, 200)
@@ -46,10 +46,10 @@ def printed(renderable, width):
 
 
 def top(part):
-    screen, running = Screen("head:7070"), Running()
-    screen.heard(running(), 10.0)
-    screen.heard(running(), 12.0)
-    return screen._replicas(12.0) if part == "replicas" else screen._jobs(12.0)
+    watched, running = Watched("head:7070"), Running()
+    watched.heard(running(), 10.0)
+    watched.heard(running(), 12.0)
+    return getattr(watched, part)(12.0)
 
 
 TABLES = {

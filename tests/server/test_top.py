@@ -18,10 +18,10 @@ from loads import Running, load, sets
 from models import Net
 from rich.console import Console
 from schoolhouse_server import serve
-from schoolhouse_server.observe.top import Rates, Screen, target_of, watch
+from schoolhouse_server.observe.top import Screen, target_of, watch
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_wire.v1 import directory_pb2_grpc
-from schoolhouse_wire.v1.directory_pb2 import JobLoad
+from schoolhouse_wire.v1.directory_pb2 import JobLoad, Replica, ReplicaSet
 
 TOP = [sys.executable, "-c", "from schoolhouse_server.cli.main import main; main()", "top"]
 
@@ -73,10 +73,33 @@ def test_rates_are_differences_by_the_replicas_own_clock(screen):
 
 
 def test_no_rates_from_one_report_or_over_a_new_start():
-    before = load(uptime_s=100.0, rows=1000)
-    assert Rates.between(before, load(uptime_s=100.0, rows=1000)) is None
-    assert Rates.between(before, load(uptime_s=2.0, rows=10)) is None
-    assert Rates.between(before, load(uptime_s=104.0, rows=1400)).rows_per_s == 100
+    def rows_per_s(*reports):
+        screen = Screen("head:7070")
+        for at, fields in enumerate(reports):
+            screen.heard(sets(**fields), float(at))
+        return row(text(screen, float(at)), "resnet", "a1")[5]
+
+    before = {"uptime_s": 100.0, "rows": 1000}
+    assert rows_per_s(before) == "-"
+    assert rows_per_s(before, before) == "-"
+    assert rows_per_s(before, {"uptime_s": 2.0, "rows": 10}) == "-"
+    assert rows_per_s(before, {"uptime_s": 104.0, "rows": 1400}) == "100"
+    assert rows_per_s(before, {"uptime_s": 104.0, "rows": 1400}, {"uptime_s": 106.0, "rows": 1500}) == "50"
+
+
+def test_jobs_are_summed_over_replicas_and_the_last_30_s():
+    def heard(screen, at, *rows):
+        jobs = [[JobLoad(job="a", rows=n, sessions=1), JobLoad(job="b", rows=100)] for n in rows]
+        loads = [load(uptime_s=100.0 + at, jobs=some) for some in jobs]
+        replicas = [Replica(id=str(i), load=one) for i, one in enumerate(loads)]
+        screen.heard([ReplicaSet(teacher="t", replicas=replicas)], at)
+
+    screen = Screen("head:7070")
+    for at, rows in enumerate(((0, 0), (90, 30), (90, 30), (90, 30), (90, 30), (150, 60))):
+        heard(screen, 10.0 * at, *rows)
+    # of what came in the last 30 s, 60 rows on one replica and 30 on the other
+    assert row(text(screen, 50.0), "t", "a")[3:] == ["2", "0", "3", "100%", "210", "0", "0"]
+    assert row(text(screen, 50.0), "t", "b")[3:7] == ["ended", "0", "0", "0%"]
 
 
 def test_a_replica_that_is_silent_is_said_to_be(screen):

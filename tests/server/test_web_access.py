@@ -14,7 +14,7 @@ from schoolhouse_server.security.tokens import Tokens, new_token
 from torch import nn
 
 ADMIN, STUDENT = new_token(), new_token()
-PATHS = ("/", "/metrics", "/api/state", "/page.js", "/none")
+PATHS = ("/", "/metrics", "/api/state", "/api/panels", "/page.js", "/none")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import CancelledError, Future, wait
 
 import torch
-from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.torch_private import version_of
 from schoolhouse_wire.values.tree import tensors_of
 
 from schoolhouse.errors import FeatureMismatchError, UsageError

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import xxhash
-from schoolhouse_wire.memory import memory_of, version_of
+from schoolhouse_wire.memory import memory_of
 from schoolhouse_wire.pinned import Fetched, pins
+from schoolhouse_wire.torch_private import version_of
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.records import record_of
 from schoolhouse_wire.values.tensors import bytes_of, on_cpu

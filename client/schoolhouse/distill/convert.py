@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from schoolhouse_wire.encodings import Encoding, Hidden
+from schoolhouse_wire.torch_private import children_of
 from torch import nn
 
 from schoolhouse.distill.config import KDLossConfig, make_model, make_teacher, read_mode
@@ -147,7 +148,8 @@ def _check_student(model: nn.Module) -> None:
         raise ConfigError(
             "the model is a ScriptModule, whose class cannot change; convert the module that it was made of"
         )
-    taken = [name for name in EXTRAS if name in {*model._modules, *model._parameters, *model._buffers, *vars(model)}]
+    tensors = (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False))
+    taken = [name for name in EXTRAS if name in {*children_of(model), *dict(tensors), *vars(model)}]
     if taken:
         raise ConfigError(f"the model has {taken} of its own, and convert adds its parts by these names: rename them")
 

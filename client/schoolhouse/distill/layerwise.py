@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch
+from schoolhouse_wire.torch_private import children_of, in_backward
 from schoolhouse_wire.values.tree import apart_from, storages_of, tensors_of
 from torch import nn
 
@@ -25,7 +26,7 @@ class LayerwiseMode(KDMode):
         model.requires_grad_(False)
         for layer, _ in state.criterion:
             model.get_submodule(layer).requires_grad_(True)
-        head = model._modules.get("lm_head")
+        head = children_of(model).get("lm_head")
         if head is not None and not any(f"{layer}.".startswith("lm_head.") for layer, _ in state.criterion):
             state.undo.append(_Skip(head))
 
@@ -101,7 +102,7 @@ class _Inject:
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         step = self._state.recording
         if step is None:
-            return self._again(args, kwargs) if torch._C._current_graph_task_id() != -1 else None
+            return self._again(args, kwargs) if in_backward() else None
         if step.answer is None:
             return None  # the teacher was not asked: the student runs alone
         if self._layer in step.injected:

@@ -4,10 +4,10 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from schoolhouse_wire.torch_private import original_of
 from torch import nn
 
 from schoolhouse.errors import UsageError
-from schoolhouse.taps import without_compiler
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _OUTPUTS = 2  # the student's and the teacher's, which a loss takes first
@@ -41,7 +41,7 @@ class LossArguments:
 def _names(loss: nn.Module) -> tuple[str, ...] | None:
     """The keyword arguments that a loss takes beside the two outputs; None if it takes any."""
     try:
-        parameters = [*inspect.signature(without_compiler(loss).forward).parameters.values()]
+        parameters = [*inspect.signature(original_of(loss).forward).parameters.values()]
     except (TypeError, ValueError):  # a forward that is not written in Python may have no signature
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import torch
+from schoolhouse_wire.torch_private import children_of
 from torch import nn
 
 from schoolhouse.distill.step import Distillation, Step, eager
@@ -88,7 +89,7 @@ def _forgive_extras(model: nn.Module, incompatible: Any) -> None:
     It serves a model inside another one, such as DistributedDataParallel.
     """
     for name in EXTRAS:
-        part = model._modules.get(name)
+        part = children_of(model).get(name)
         absent = [key for key in incompatible.missing_keys if f".{name}." in f".{key}"]
         if part is not None and len(absent) == len(part.state_dict()):
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in absent]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from schoolhouse_wire.torch_private import children_of
 from torch import nn
 
 from schoolhouse.distill.mode import BALANCER, EXTRAS, LOSSES, TEACHER, KDMode
@@ -60,17 +61,17 @@ class DistillationModel(nn.Module):
     @property
     def teacher_model(self) -> Any:
         """The teacher's module if it lives in this process, otherwise the Teacher, such as a RemoteTeacher."""
-        return self._modules.get(TEACHER, self._schoolhouse.teacher)
+        return children_of(self).get(TEACHER, self._schoolhouse.teacher)
 
     @property
     def loss_modules(self) -> nn.ModuleList:
         """The losses that have parameters or buffers, in the order of the criterion."""
-        return cast(nn.ModuleList, self._modules[LOSSES])
+        return cast(nn.ModuleList, children_of(self)[LOSSES])
 
     @property
     def loss_balancer(self) -> DistillationLossBalancer | None:
         """The balancer, if any."""
-        return cast("DistillationLossBalancer | None", self._modules[BALANCER])
+        return cast("DistillationLossBalancer | None", children_of(self)[BALANCER])
 
     def hide_teacher_model(self, enable: bool = True) -> Any:
         """Context in which the teacher's module, if it lives in this process, is not in the module tree."""
@@ -108,14 +109,14 @@ class DistillationModel(nn.Module):
         if mode != self.training:
             self._schoolhouse.drop_step()
         super().train(mode)
-        if (teacher := self._modules.get(TEACHER)) is not None:
+        if (teacher := children_of(self).get(TEACHER)) is not None:
             teacher.eval()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As `nn.Module.requires_grad_`; the teacher stays frozen."""
         super().requires_grad_(requires_grad)
-        if (teacher := self._modules.get(TEACHER)) is not None:
+        if (teacher := children_of(self).get(TEACHER)) is not None:
             teacher.requires_grad_(False)
         return self
 
@@ -219,7 +220,7 @@ class DistillationModel(nn.Module):
             SchoolhouseError: whatever kept the teacher from answering.
         """
         state = self._schoolhouse
-        balancer: Any = self._modules[BALANCER]
+        balancer: Any = children_of(self)[BALANCER]
         if student_loss is not None and balancer is None:
             raise ConfigError("student_loss needs a loss_balancer; give one to convert, such as StaticLossBalancer()")
         arguments = state.loss_arguments.of_each(loss_fn_kwargs)
@@ -255,22 +256,22 @@ def _detach(model: DistillationModel) -> None:
     for ahead in [*state.loops.open]:
         ahead.close()
     for name in EXTRAS:
-        model._modules.pop(name, None)
+        children_of(model).pop(name, None)
 
 
 @contextmanager
 def _hidden(
     model: DistillationModel, name: str, stand_in: Callable[[], nn.Module | None], enable: bool
 ) -> Iterator[None]:
-    enable = enable and name in model._modules
-    module = model._modules.get(name)
+    enable = enable and name in children_of(model)
+    module = children_of(model).get(name)
     if enable:
-        model._modules[name] = stand_in()
+        children_of(model)[name] = stand_in()
     try:
         yield
     finally:
         if enable:
-            model._modules[name] = module
+            children_of(model)[name] = module
 
 
 def run_forward(model: DistillationModel, *args: Any, **kwargs: Any) -> Any:
@@ -316,11 +317,11 @@ def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Mod
     if not state.enter():
         return None
     try:
-        losses = model._modules[LOSSES]
+        losses = children_of(model)[LOSSES]
         check_data_parallel(model, losses)
         check_loss_sharding(model, losses)
         state.begin(args, kwargs, model.training)
-        return {name: model._modules.pop(name) for name in EXTRAS if name in model._modules}
+        return {name: children_of(model).pop(name) for name in EXTRAS if name in children_of(model)}
     except BaseException:
         state.leave()
         raise
@@ -333,7 +334,7 @@ def _end(model: DistillationModel, output: Any) -> None:
 
 @eager
 def _leave(model: DistillationModel, extras: dict[str, nn.Module | None] | None) -> None:
-    model._modules.update(extras or {})
+    children_of(model).update(extras or {})
     model._schoolhouse.leave()
 
 

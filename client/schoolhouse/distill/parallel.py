@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from schoolhouse_wire.torch_private import active_ddp, original_of
 from schoolhouse_wire.values.tree import tensors_of
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from schoolhouse.errors import ConfigError
 
@@ -19,7 +19,7 @@ def check_data_parallel(model: nn.Module, losses: nn.Module | None) -> None:
     It expects gradients to come only from the outputs of its own forward: with `static_graph` the first gradients are
     not averaged, and with `find_unused_parameters` the gradients of a loss's parameters raise an error in the backward.
     """
-    wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    wrapper = active_ddp()
     if wrapper is None or wrapper.module is not model:
         return
     trainable = losses is not None and any(parameter.requires_grad for parameter in losses.parameters())
@@ -84,7 +84,7 @@ def _sharded_around(model: nn.Module, layer: str) -> list[Any]:
     kind, found = _fsdp_class(), []
     module: Any = model
     for name in layer.split(".") if kind and layer else ():
-        module = module._modules[name]
+        module = module.get_submodule(name)
         if isinstance(module, kind):
             found.append(module)
     return found
@@ -105,15 +105,10 @@ def _unshard(sharded: Iterable[Any], _gradient: torch.Tensor) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, FSDP1 or torch.compile, or the module itself."""
-    inner = {
-        "DistributedDataParallel": "module",
-        "DataParallel": "module",
-        "FullyShardedDataParallel": "module",
-        "OptimizedModule": "_orig_mod",
-    }.get(type(model).__name__)  # by name, since importing all of them takes seconds
-    if inner is None or not type(model).__module__.startswith("torch."):
-        return model
-    return unwrapped(getattr(model, inner))
+    kind = type(model)  # by name, since importing all of them takes seconds
+    wraps = kind.__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    inner: Any = model.module if wraps and kind.__module__.startswith("torch.") else original_of(model)
+    return model if inner is model else unwrapped(inner)
 
 
 def is_sharded(model: nn.Module) -> bool:

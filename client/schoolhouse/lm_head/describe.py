@@ -5,6 +5,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from schoolhouse_wire.torch_private import original_of
 from torch import nn
 
 from schoolhouse.errors import UnsupportedValueError
@@ -22,7 +23,7 @@ from schoolhouse.lm_head.operations import (
     scale,
     softcap,
 )
-from schoolhouse.taps import check_modules, module_names, without_compiler
+from schoolhouse.taps import check_modules, module_names
 
 _TOLERANCES = dict(zip(DTYPES, (1e-9, 1e-4, 2e-2, 5e-3), strict=True))  # as fractions of the largest logit
 _MAX_CHECKED_ROWS = 64
@@ -53,7 +54,7 @@ def head_of(model: nn.Module, name: str, tap_module: str) -> Head:
         UnknownTapError: if there is no such submodule.
         UnsupportedValueError: if the submodule is not a chain of known operations, or not within `tap_module`.
     """
-    plain = without_compiler(model)
+    plain = original_of(model)
     check_modules((name, tap_module), module_names(plain), "the teacher")
     module, tapped = plain.get_submodule(name), plain.get_submodule(tap_module)
     if module is tapped:

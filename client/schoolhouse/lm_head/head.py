@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import xxhash
-from schoolhouse_wire.memory import memory_of, version_of
+from schoolhouse_wire.memory import memory_of
+from schoolhouse_wire.torch_private import version_of
 from schoolhouse_wire.values.tensors import on_cpu
 
 from schoolhouse.errors import CorruptPayloadError, FeatureMismatchError, ProtocolError

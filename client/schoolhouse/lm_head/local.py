@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.torch_private import version_of
 from schoolhouse_wire.values.tree import is_plain
 from torch import nn
 

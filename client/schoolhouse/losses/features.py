@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.nn.modules.loss import _Loss
 
 from schoolhouse import functional
 from schoolhouse.functional import _checks
@@ -11,7 +10,7 @@ from schoolhouse.losses.shown import Shown
 from schoolhouse.sparse import SparseForm
 
 
-class MGDLoss(Shown, _Loss):
+class MGDLoss(Shown):
     """Masked generative distillation of feature maps (arXiv 2205.01529); has trainable parameters.
 
     Args:
@@ -56,7 +55,7 @@ class MGDLoss(Shown, _Loss):
         )
 
 
-class _HiddenLoss(Shown, _Loss):
+class _HiddenLoss(Shown):
     """Base of the losses between hidden states, which projects the student's to the teacher's width if needed."""
 
     _SETTINGS = ("_student_width", "_teacher_width", "_reduction")
@@ -65,7 +64,8 @@ class _HiddenLoss(Shown, _Loss):
         _checks.check_positive("student_width", student_width)
         _checks.check_positive("teacher_width", teacher_width)
         _checks.check_reduction(reduction)
-        super().__init__(reduction=reduction)
+        super().__init__()
+        self.reduction = reduction
         same = student_width == teacher_width
         self.projection = nn.Identity() if same else nn.Linear(student_width, teacher_width, bias=False)
         self._student_width, self._teacher_width = student_width, teacher_width
@@ -125,7 +125,7 @@ class HiddenCosineLoss(_HiddenLoss):
         return functional.hidden_cosine(projected, hidden_t, mask=mask, reduction=self._reduction)
 
 
-class AttentionTransferLoss(Shown, _Loss):
+class AttentionTransferLoss(Shown):
     """Squared difference of normalised attention maps (arXiv 1612.03928).
 
     Args:
@@ -140,7 +140,8 @@ class AttentionTransferLoss(Shown, _Loss):
 
     def __init__(self, p: float = 2.0, reduction: str = "mean") -> None:
         _checks.check_reduction(reduction)
-        super().__init__(reduction=reduction)
+        super().__init__()
+        self.reduction = reduction
         _checks.check_positive("p", p)
         if p < 1:
             raise ValueError(f"p is {p}; it must be 1 or above: below, the gradient at an activation of 0 is infinite")
@@ -152,7 +153,7 @@ class AttentionTransferLoss(Shown, _Loss):
         return functional.attention_transfer(maps_s, maps_t, p=self._p, reduction=self._reduction)
 
 
-class RKDLoss(Shown, _Loss):
+class RKDLoss(Shown):
     """Relational knowledge distillation, by distances and angles between a batch's examples (arXiv 1904.05068).
 
     Args:

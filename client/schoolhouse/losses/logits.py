@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.loss import _Loss
 
 from schoolhouse import functional
 from schoolhouse.functional import _checks
@@ -15,7 +14,7 @@ from schoolhouse.sparse import LogitsLike
 _COMMON = ("_temperature", "_reduction", "_vocabulary")
 
 
-class LogitsLoss(Shown, _Loss):
+class LogitsLoss(Shown):
     """Base of the losses between logits: settings that all have, and the loss of each example.
 
     Args:
@@ -38,7 +37,8 @@ class LogitsLoss(Shown, _Loss):
         _checks.check_positive("temperature", temperature)
         _checks.check_reduction(reduction)
         _checks.check_vocabulary(vocabulary)
-        super().__init__(reduction=reduction)
+        super().__init__()
+        self.reduction = reduction
         self._temperature = temperature
         self._reduction = reduction
         self._vocabulary = vocabulary
@@ -263,7 +263,7 @@ class DKDLoss(LogitsLoss):
         return self._divergence(logits_s, logits_t, _needed(labels, self), reduction="none")
 
 
-class CausalLMLoss(Shown, _Loss):
+class CausalLMLoss(Shown):
     """Mean of a loss between logits over the tokens of a causal language model that count.
 
     The logits of each position, in float32, go with the label of the next position; positions whose next label is

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from schoolhouse_wire.encodings import Encoding
+from schoolhouse_wire.torch_private import is_compiled, original_of
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.tree import map_tensors, signature_of
 from torch import nn
@@ -18,7 +19,7 @@ from schoolhouse.lm_head.describe import check_head
 from schoolhouse.lm_head.head import Head
 from schoolhouse.lm_head.local import OwnHeads
 from schoolhouse.sparse import decoded
-from schoolhouse.taps import STATE, Tap, TapLike, check_modules, without_compiler
+from schoolhouse.taps import STATE, Tap, TapLike, check_modules
 from schoolhouse.teachers.capture import EarlyStop, owned, run_with_taps
 from schoolhouse.teachers.encoder import encode, hidden_states, logits_of
 from schoolhouse.teachers.fingerprint import revision_of
@@ -44,8 +45,8 @@ class LocalTeacher:
 
     def __init__(self, module: nn.Module, name: str = "teacher", *, early_stop: bool = False) -> None:
         self.module = module.requires_grad_(False).eval()
-        self._plain = without_compiler(module)
-        self._compiled = any(map(_is_compiled, module.modules()))
+        self._plain = original_of(module)
+        self._compiled = any(map(is_compiled, module.modules()))
         self._name = name
         self._early = EarlyStop(allowed=early_stop)
         named = self._plain.named_modules(remove_duplicate=False)
@@ -187,7 +188,7 @@ class LocalTeacher:
         try:
             return self._run_plain(inputs, taps)
         except UnknownTapError:
-            if self._compiled or not any(map(_is_compiled, self.module.modules())):
+            if self._compiled or not any(map(is_compiled, self.module.modules())):
                 raise
         self._compiled = True  # it was compiled after the constructor had looked
         return self._run_plain(inputs, taps)
@@ -206,10 +207,6 @@ class LocalTeacher:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return without_compiler(module) is not module or module._compiled_call_impl is not None
 
 
 def _out_of_graph(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ class Column:
     title: str
     rank: int = 0  # 0: never left out; if it has no room, its text is cut with an ellipsis
     number: bool = False
+    help: str = ""
 
 
 @dataclass
@@ -30,6 +31,7 @@ class FittingTable:
 
     columns: Sequence[Column]
     rows: list[Sequence[str | Text]] = field(default_factory=list)
+    note: str = ""  # a line below it
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The table, and below it the titles of the columns left out."""
@@ -40,6 +42,8 @@ class FittingTable:
             shown.remove(last_first.pop())
             table, width = self._table(console, shown)
         yield table
+        if self.note:
+            yield Text(self.note, style="dim")
         if len(shown) < len(self.columns):
             left_out = [column.title for i, column in enumerate(self.columns) if i not in shown]
             yield Text(f"a wider terminal shows: {', '.join(left_out)}", style="dim")

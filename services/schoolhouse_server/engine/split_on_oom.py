@@ -16,7 +16,7 @@ from schoolhouse_wire.values.tree import map_tensors, tensors_of
 from schoolhouse_server.device.device import Device, lacks_memory
 from schoolhouse_server.engine.jobs import Job
 from schoolhouse_server.merge import self_check
-from schoolhouse_server.merge.batching import Form, Former, Layout, in_order, is_same
+from schoolhouse_server.merge.batching import Form, Former, Layout, in_order
 from schoolhouse_server.merge.merging import places_of
 from schoolhouse_server.merge.splitting import Rules, UnmergeableError, learn
 
@@ -31,10 +31,10 @@ Knows = Callable[[Job], dict[Tap, Rules] | None]
 class RowParts:
     """Runs a request as several forwards of fewer rows, halved until they have room, and joins their features.
 
-    That is done only if it makes no difference, which is checked on the request itself: the features of some of its
-    rows must be those that the halves of these rows give. If nothing is merged (`knows` is None), they must be equal to
-    the bit; otherwise up to rounding. In the latter case rows that have room only one by one, which cannot be halved,
-    are trusted if `knows` returns the rules learned from merging such requests.
+    That is done only if it makes no difference but rounding, which is checked on the request itself: the features of
+    some of its rows must be those that the halves of these rows give. Rows that have room only one by one, which cannot
+    be halved, are trusted if `knows` returns the rules learned from merging such requests. If nothing is merged
+    (`knows` is None), features are promised to the bit, and no request is run in parts.
     """
 
     def __init__(self, teacher: LocalTeacher, device: Device, forward: Forward, knows: Knows | None) -> None:
@@ -51,13 +51,19 @@ class RowParts:
         """
         if whole and (values := self._fitting(job.inputs, job.wanted)) is not None:
             return values
+        if self._knows is None:
+            raise TeacherMemoryError(
+                "the teacher's device has no room for this forward, and its rows are not run apart, since that may "
+                f"round differently and merge='never' promises features to the bit; {_LESS}, or serve the teacher with "
+                "merge='same-shape'"
+            )
         inputs = in_order(job.inputs)
         form = self._former.form(inputs)
         if form is None or form.rows < 2:
             raise TeacherMemoryError(
                 f"the teacher's device has no room for a forward on this input, which has no rows to split; {_LESS}"
             )
-        return _Run(self, job, inputs, form).features()
+        return _Run(self, self._knows, job, inputs, form).features()
 
     def _fitting(self, inputs: Arguments, wanted: Wanted) -> Features | None:
         """The features of a forward; None if it has no room."""
@@ -73,8 +79,8 @@ class RowParts:
 class _Run:
     """One request that is run in parts."""
 
-    def __init__(self, parts: RowParts, job: Job, inputs: Arguments, form: Form) -> None:
-        self._parts, self._job, self._wanted, self._inputs = parts, job, job.wanted, inputs
+    def __init__(self, parts: RowParts, knows: Knows, job: Job, inputs: Arguments, form: Form) -> None:
+        self._parts, self._knows, self._job, self._wanted, self._inputs = parts, knows, job, job.wanted, inputs
         self._rows, self._length = form.rows, (job.form or form).length
         self._rules: dict[Tap, Rules] = {}
         self._proven: set[int] = set()  # sizes, in rows, whose forwards are known to give what smaller ones give
@@ -144,16 +150,13 @@ class _Run:
             rules = learn(value, [half[tap] for half in halves], layout)
             if self._rules.setdefault(tap, rules) != rules:
                 raise UnmergeableError("a feature does not have the sizes, by rows, that it had before, or has changed")
-            if self._parts._knows is None:
-                _check_bits(rules, value, [half[tap] for half in halves], layout)
         self._proven |= {size, *sizes}
 
     def _forward(self, start: int, size: int) -> Features:
         return self._parts._forward(self._some(start, size), self._wanted)
 
     def _trust(self) -> None:
-        knows = self._parts._knows
-        known = knows(self._job) if knows is not None else None
+        known = self._knows(self._job)
         if known is None:
             raise UnmergeableError("they have room only one by one, so nothing shows whether they are independent")
         self._rules.update(known)
@@ -181,17 +184,6 @@ class _Run:
 
 def _refilled(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     return map_tensors(value, lambda _tensor: next(tensors))
-
-
-def _check_bits(rules: Rules, values: Any, halves: Sequence[Any], layout: Layout) -> None:
-    for i, half in enumerate(halves):
-        part = rules.part(values, layout, i, {})
-        pairs = zip(tensors_of(part), tensors_of(half), strict=True)
-        if not all(is_same(a, b) for a, b in pairs):
-            raise UnmergeableError(
-                "forwards of fewer rows round differently, and merge='never' promises features to the bit; serve the "
-                "teacher with merge='same-shape' to allow that"
-            )
 
 
 def _remember(known: OrderedDict[Hashable, int], key: Hashable, value: int) -> None:

@@ -10,11 +10,10 @@ from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.protocol import TeacherDescription
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.errors import ConfigError, SchoolhouseError
-from schoolhouse_wire.memory import version_of
+from schoolhouse_wire.torch_private import version_of
 from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.tree import map_tensors
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from schoolhouse_server.common.rows import rows_of
 from schoolhouse_server.device.device import Device
@@ -24,12 +23,13 @@ from schoolhouse_server.merge.splitting import UnmergeableError, learn
 
 _log = logging.getLogger(__name__)
 _TRIES = 8
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTEAD = "serve it with merge='never'"
 
 
 def check_modules(module: nn.Module, description: TeacherDescription, settings: MergeSettings) -> None:
     """Raise ConfigError for modules that mix rows even in eval mode, and for padding of arguments that do not exist."""
-    mixing = [name for name, inner in module.named_modules() if isinstance(inner, _BatchNorm) and _mixes(inner)]
+    mixing = [name for name, inner in module.named_modules() if isinstance(inner, _BATCH_NORMS) and _mixes(inner)]
     if mixing:
         raise ConfigError(
             f"teacher {description.name!r} cannot be merged: {', '.join(map(repr, mixing[:5]))} normalise by the "
@@ -44,7 +44,7 @@ def check_modules(module: nn.Module, description: TeacherDescription, settings: 
         )
 
 
-def _mixes(module: _BatchNorm) -> bool:
+def _mixes(module: Any) -> bool:
     return not module.track_running_stats or module.running_mean is None
 
 

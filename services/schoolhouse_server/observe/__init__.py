@@ -1,1 +1,1 @@
-"""Watching a replica: counters, Prometheus metrics, spans, its state as JSON, the web page, and `schoolhouse top`."""
+"""Watching a replica: counters, metrics, spans, its state as JSON, and panels for a web page, `top` and Grafana."""

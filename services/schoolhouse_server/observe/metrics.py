@@ -84,6 +84,16 @@ _JOBS = (
     _Of("job_received_bytes_total", "Bytes of inputs that came from the job.", lambda job: job.received_bytes),
     _Of("job_sent_bytes_total", "Bytes of features that went to the job.", lambda job: job.sent_bytes),
 )
+_VALUES = {spec.name: spec for spec in (*_REPLICAS, *_BY_KEY, *_JOBS)}
+
+
+def read(name: str, of: Load | JobLoad, key: str | None = None) -> float:
+    """The value of a metric for a replica or a job; where it has a label, that of `key`, or the sum of all."""
+    spec = _VALUES[name]
+    if isinstance(spec, _Of):
+        return spec.value(of)
+    assert isinstance(of, Load)
+    return sum(value for found, value in spec.values(of) if key is None or found == key)
 
 
 class ReplicaCollector(Collector):

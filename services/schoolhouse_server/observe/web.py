@@ -1,7 +1,8 @@
 """A small HTTP server that shows replica sets: /metrics for Prometheus, /api/state as JSON, and the page at /.
 
-It only reads, answers only GET and HEAD of the paths that it knows, and uses only a few threads. With a gate it answers
-only clients with an admin's token, given as a bearer token or as the password of a browser's login.
+The page draws what /api/panels says. The server only reads, answers only GET and HEAD of the paths that it knows, and
+uses only a few threads. With a gate it answers only clients with an admin's token, given as a bearer token or as the
+password of a browser's login.
 """
 
 import base64
@@ -34,6 +35,7 @@ from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
 
 from schoolhouse_server.observe import metrics
 from schoolhouse_server.observe.state_json import state_json
+from schoolhouse_server.observe.watched import Watched
 from schoolhouse_server.security.auth import Gate, bearer_of
 from schoolhouse_server.security.ports import joined, own_address
 
@@ -45,11 +47,10 @@ _TIMEOUT_S = 10.0  # for a request to come in, and for its answer to be read
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/rates.js": ("rates.js", "text/javascript; charset=utf-8"),
     "/chart.js": ("chart.js", "text/javascript; charset=utf-8"),
-    "/tables.js": ("tables.js", "text/javascript; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
+_DATA = ("/metrics", "/api/state", "/api/panels")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -96,6 +97,7 @@ class WebServer:
         if not all(isinstance(one, int) and 0 <= one <= 65535 for one in self._ports):
             raise ConfigError(f"the HTTP port is {port!r}; it must be from 0, for any free one, to 65535")
         self._source = source
+        self._watched, self._lock = Watched("this server"), threading.Lock()
         self._gate, self._tls = gate, tls
         self._host, self._port = host, 0
         self._server: _Server | None = None
@@ -136,13 +138,21 @@ class WebServer:
         address = own_address(self._host)
         for port in self._ports:
             try:
-                return _Server((address, port), functools.partial(_Handler, self._source, self._gate), self._tls)
+                return _Server(
+                    (address, port), functools.partial(_Handler, self._source, self._panels, self._gate), self._tls
+                )
             except OSError as err:
                 failed = err
         ports = "-".join(map(str, sorted({self._ports[0], self._ports[-1]})))
         raise TeacherUnavailableError(
             f"cannot listen on {address}, port {ports}, for HTTP; is the port taken? Port 0 takes a free one"
         ) from failed
+
+    def _panels(self, teacher: str) -> bytes:
+        with self._lock:  # so that answers are taken in their order
+            now = time.monotonic()
+            self._watched.heard(self._source(), now)
+            return self._watched.page_json(now, teacher)
 
     def close(self) -> None:
         """Stop listening; answers that are being sent end with their threads."""
@@ -223,8 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     timeout = _TIMEOUT_S  # for sending the whole answer, as Python's sendall counts it
 
-    def __init__(self, source: Source, gate: Gate | None, *args: Any) -> None:
-        self._source, self._gate = source, gate
+    def __init__(self, source: Source, panels: Callable[[str], bytes], gate: Gate | None, *args: Any) -> None:
+        self._source, self._panels, self._gate = source, panels, gate
         super().__init__(*args)
 
     def setup(self) -> None:
@@ -252,7 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             self._check_admin()
-            found = self._content(self.path.split("?")[0])
+            found = self._content(*self.path.partition("?")[::2])
         except AuthenticationError as err:
             self.send_error(401, err.message)
             return
@@ -263,7 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(503, scrub(err.message))
             return
         if found is None:
-            self.send_error(404, f"not found; there are: {', '.join(('/metrics', '/api/state', *_PAGE))}")
+            self.send_error(404, f"not found; there are: {', '.join((*_DATA, *_PAGE))}")
             return
         self._send(200, *found)
 
@@ -299,11 +309,14 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             return False
 
-    def _content(self, path: str) -> tuple[bytes, str] | None:
+    def _content(self, path: str, query: str) -> tuple[bytes, str] | None:
         if path == "/metrics":
             return metrics.exposition(self._source), metrics.CONTENT_TYPE
         if path == "/api/state":
             return state_json(self._source()), "application/json"
+        if path == "/api/panels":
+            [teacher] = urllib.parse.parse_qs(query).get("teacher", [""])[:1]
+            return self._panels(teacher), "application/json"
         if path in _PAGE:
             name, content_type = _PAGE[path]
             return _file(name), content_type

@@ -115,10 +115,10 @@ def serve(
     `server.trouble` says why.
 
     A merged forward that does not fit into the device's memory is run in halves. A single request that does not fit is
-    tried again when the device is otherwise idle, and then in parts of its rows, provided that the features of some
-    rows are those that their halves give: to the bit with `merge="never"`, up to rounding otherwise. If they are not,
-    or if a single row does not fit, that request fails with `TeacherMemoryError`, and the others go on. Features
-    computed in parts are encoded on the host.
+    tried again when the device is otherwise idle, and then, unless `merge="never"`, in parts of its rows, provided that
+    the features of some rows are those that their halves give up to rounding. If they are not, or if a single row does
+    not fit, that request fails with `TeacherMemoryError`, and the others go on. Features computed in parts are encoded
+    on the host.
 
     Requests whose inputs are not all finite run alone, and so do the requests of a session once three of them gave NaN.
     Merged features with NaN, and now and then those with infinities, are compared with single forwards before anybody

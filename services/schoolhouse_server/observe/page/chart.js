@@ -37,12 +37,12 @@ function stepTo(top) {
 
 export class Chart {
   // `least` is the smallest top of the axis, so that noise near zero does not fill the chart.
-  constructor(title, unit, least, most = Infinity) {
+  constructor(title, unit, least, most, help) {
     Object.assign(this, { title, unit, least, most, series: [], now: 0, spanS: SPANS_S[0], pointer: null });
     this.svg = node("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
     this.tip = node("div", { class: "tip", hidden: "" });
     const caption = node("figcaption", {}, title, node("small", {}, unit));
-    this.element = node("figure", { class: "chart" }, caption, this.svg, this.tip);
+    this.element = node("figure", { class: "chart", title: help }, caption, this.svg, this.tip);
     this.svg.addEventListener("pointermove", (event) => this.#point(event));
     this.svg.addEventListener("pointerleave", () => this.#point(null));
   }
