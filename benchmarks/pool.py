@@ -55,7 +55,7 @@ class Student(threading.Thread):
 
     def run(self) -> None:
         """Ask step after step."""
-        with sh.connect(self.url, sharing=sh.Sharing(job=self.job)) as teacher, torch.no_grad():
+        with sh.connect(self.url, job=self.job) as teacher, torch.no_grad():
             while not self.ended.wait(0.005):
                 x = torch.randn(4, 8)
                 try:

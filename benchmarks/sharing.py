@@ -49,7 +49,7 @@ DEVICE = f"emulated: a forward sleeps {S_PER_ROW * 1e3} ms a row, and {FORWARD_S
 
 def schoolhouse_asks(url: str, job: str) -> Callable[[int], Any]:
     """Returns a function that sends a batch of so many rows to Schoolhouse, and returns a future."""
-    teacher = sh.connect(url, sharing=sh.Sharing(job=job))
+    teacher = sh.connect(url, job=job)
     return lambda rows: teacher.submit((torch.randn(rows, WIDTH),), {}, [""])
 
 

@@ -241,7 +241,7 @@ def pid_of(actor: Any) -> int:
 def training(faults: Faults, students: int) -> Iterator[list[dict[str, Any]]]:
     """Have students train meanwhile; the yielded list gets their results afterwards."""
     settings = [
-        {"sharing": sh.Sharing(job=f"job-{i}")}
+        {"job": f"job-{i}"}
         | ({"transport": sh.Transport(shared_memory=False), "timeouts": sh.Timeouts(request_s=30.0)} if i % 2 else {})
         for i in range(students)
     ]

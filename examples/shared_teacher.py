@@ -18,7 +18,7 @@ AHEAD = 4  # requests that each job keeps in flight, as `prefetch(depth=4)` does
 def answers(url: str, job: str, rows: int) -> Iterator[int]:
     """Yield the size of each batch of this job when the teacher has answered it."""
     images = torch.randn(rows, 1, 8, 8)
-    with sh.connect(url, sharing=sh.Sharing(job=job)) as teacher:
+    with sh.connect(url, job=job) as teacher:
         pending = deque(teacher.submit((images,), {}, ["fc"]) for _ in range(AHEAD))
         while True:
             yield len(pending.popleft().result()["fc"])

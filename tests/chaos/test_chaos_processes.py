@@ -93,7 +93,7 @@ def test_training_goes_on_after_all_had_stopped(room):
 def test_a_student_is_killed_in_mid_stream(room, rounds):
     replicas, here = {replica.pid: Held.now(replica.pid) for replica in room.replicas}, Held.now()
     for _ in range(min(rounds.count, 10)):
-        student = start(run_student, room.url, {"sharing": sh.Sharing(job="killed")})
+        student = start(run_student, room.url, {"job": "killed"})
         with sh.connect(room.url) as teacher:
 
             def on_step(step, student=student):

@@ -186,9 +186,9 @@ def test_what_is_no_group_is_refused_and_not_shown(name):
         ({"timeout_s": 1}, "connect() has no timeout_s; write timeouts=Timeouts(request_s=...)"),
         ({"connect_timeout_s": 1}, "connect() has no connect_timeout_s; write timeouts=Timeouts(connect_s=...)"),
         (
-            {"token": "hidden", "teacher_timeout_s": 1, "job": "a", "attempt_timeout_s": 2},
-            "connect() has no token and no teacher_timeout_s and no job and no attempt_timeout_s; write "
-            "timeouts=Timeouts(teacher_s=..., attempt_s=...) and sharing=Sharing(job=...) and "
+            {"token": "hidden", "teacher_timeout_s": 1, "weight": 2, "attempt_timeout_s": 2},
+            "connect() has no token and no teacher_timeout_s and no weight and no attempt_timeout_s; write "
+            "timeouts=Timeouts(teacher_s=..., attempt_s=...) and sharing=Sharing(weight=...) and "
             "security=Security(token=...)",
         ),
         (
@@ -199,7 +199,7 @@ def test_what_is_no_group_is_refused_and_not_shown(name):
         *(
             ({name: None}, f"connect() has no {name}; write {group.lower()}={group}({name}=...)")
             for group, names in {
-                "Sharing": ("job", "weight", "max_pending"),
+                "Sharing": ("weight", "max_pending"),
                 "Security": ("ca", "cert", "key", "token", "insecure"),
                 "Transport": ("shared_memory", "checksums", "tune_allocator"),
             }.items()

@@ -90,7 +90,7 @@ def ended(*names):
 def test_a_request_is_one_trace(x):
     with (
         serve(Sleepy(0.2), tracing=True) as server,
-        sh.connect(server.url, sharing=sh.Sharing(job="exp"), tracing=True) as teacher,
+        sh.connect(server.url, job="exp", tracing=True) as teacher,
     ):
         with trace.get_tracer("test").start_as_current_span("step") as step:
             features = teacher.submit((x,), {}, ["layer"]).result()

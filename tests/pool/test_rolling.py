@@ -55,7 +55,7 @@ class Student:
 
     def __init__(self, url, seed):
         self.model, self.steps, self.failed, self._end = Net(32, seed=seed), 0, [], threading.Event()
-        self._teacher = sh.connect(url, sharing=sh.Sharing(job="exp-1"))
+        self._teacher = sh.connect(url, job="exp-1")
         self._thread = threading.Thread(target=self._train)
         self._thread.start()
 

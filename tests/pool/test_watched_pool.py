@@ -34,7 +34,7 @@ def pool(cluster, tmp_path):
 
 @pytest.mark.ray
 def test_a_watched_pool(pool, x):
-    with sh.connect(pool.url("net"), sharing=sh.Sharing(job="exp")) as teacher:
+    with sh.connect(pool.url("net"), job="exp") as teacher:
         teacher.submit((x,), {}, [""]).result()
     [row] = pool.status()
     assert fetch(pool.page + "/")[0] == 200

@@ -164,18 +164,18 @@ def test_a_token_is_for_its_teachers_and_tells_of_no_others(server, ask):
 
 
 def test_a_tokens_job_is_the_job_and_no_others(server, ask):
-    with connected(server, "one", BOUND, sharing=sh.Sharing(job="mine", weight=0.5)) as teacher:
+    with connected(server, "one", BOUND, job="mine", sharing=sh.Sharing(weight=0.5)) as teacher:
         result(teacher)
         [job] = server.load("one").jobs
         assert (job.job, job.weight) == ("exp", 4)
-        with connected(server, "one", STUDENT, sharing=sh.Sharing(job="sweep", weight=50.0)) as second:
+        with connected(server, "one", STUDENT, job="sweep", sharing=sh.Sharing(weight=50.0)) as second:
             result(second)
             assert {job.job: job.weight for job in server.load("one").jobs} == {"exp": 4, "sweep": 1}
             for token, jobs in ((ADMIN, {"exp", "sweep"}), (BOUND, {"exp"}), (STUDENT, set())):
                 one = next(i for i in ask("list", f"Bearer {token}").teachers if i.teacher == "one") if jobs else None
                 assert {job.job for job in one.replicas[0].load.jobs} == jobs if one else True
     with (
-        connected(server, "one", STUDENT, sharing=sh.Sharing(job="exp")) as teacher,
+        connected(server, "one", STUDENT, job="exp") as teacher,
         pytest.raises(errors.PermissionDeniedError, match="'exp' is bound to another token"),
     ):
         result(teacher)
@@ -186,7 +186,7 @@ def test_the_tokens_quota_holds_beside_the_teachers(path):
     module.gate.clear()
     with serve(module, name="one", tokens=path, max_in_flight=8) as server, contextlib.ExitStack() as stack:
         bound = stack.enter_context(connected(server, "one", BOUND))
-        free = stack.enter_context(connected(server, "one", STUDENT, sharing=sh.Sharing(job="free")))
+        free = stack.enter_context(connected(server, "one", STUDENT, job="free"))
         futures = [each.submit((torch.ones(1, 10),), {}, [""]) for each in (bound, free) for _ in range(10)]
         in_flight = lambda: {job.job: job.in_flight for job in server.load("one").jobs}  # noqa: E731
         assert soon(lambda: in_flight() == {"exp": 2, "free": 8})

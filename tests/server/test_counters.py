@@ -20,8 +20,8 @@ from torch import nn
 def test_a_replica_counts_rows_bytes_and_errors_by_job():
     with serve(nn.Linear(8, 4), cache_bytes=1 << 20) as server:
         with (
-            sh.connect(server.url, sharing=sh.Sharing(job="a", weight=2.0)) as a,
-            sh.connect(server.url, sharing=sh.Sharing(job="b")) as b,
+            sh.connect(server.url, job="a", sharing=sh.Sharing(weight=2.0)) as a,
+            sh.connect(server.url, job="b") as b,
         ):
             x = torch.randn(6, 8)
             a.submit((x,), {}, [""]).result(20)

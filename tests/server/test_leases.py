@@ -32,7 +32,7 @@ from torch import nn
 STUDENT = """
 import sys, torch, schoolhouse as sh
 transport = sh.Transport(shared_memory=sys.argv[2] == "True")
-teacher = sh.connect(sys.argv[1], sharing=sh.Sharing(job="student"), transport=transport)
+teacher = sh.connect(sys.argv[1], job="student", transport=transport)
 futures = [teacher.submit((torch.full((1, 100_000), float(i)),), {}, [""]) for i in range(8)]
 print("asked", flush=True)
 for i, future in enumerate(futures):
@@ -44,7 +44,7 @@ teacher.close()
 
 READER = """
 import sys, torch, schoolhouse as sh
-teacher = sh.connect(sys.argv[1], sharing=sh.Sharing(job="student"), transport=sh.Transport(shared_memory=False))
+teacher = sh.connect(sys.argv[1], job="student", transport=sh.Transport(shared_memory=False))
 futures = [teacher.submit((torch.full((1,), float(i)),), {}, [""]) for i in range(4)]
 futures[0].result(30)
 print("asked", flush=True)
@@ -79,7 +79,7 @@ def shorten_lease_of_student(server):
 @WAYS
 def test_a_stopped_student_frees_its_places_and_goes_on_when_it_wakes(shared_memory):
     gate = Gate()
-    with serve(gate, max_in_flight=6) as server, sh.connect(server.url, sharing=sh.Sharing(job="other")) as other:
+    with serve(gate, max_in_flight=6) as server, sh.connect(server.url, job="other") as other:
         with student_of(server, STUDENT, str(shared_memory)) as student:
             assert soon(lambda: job_of(server, "student").in_flight == 6)
             os.kill(student.pid, signal.SIGSTOP)

@@ -119,7 +119,7 @@ def test_formats_have_names():
 def test_sessions_and_failed_requests_are_logged_with_their_ids(lines):
     x = torch.full((2, 8), float(SECRET))
     with serve({"net": Net(), "chatty": Chatty()}) as server:
-        with sh.connect(server.urls["chatty"], sharing=sh.Sharing(job="exp-42")) as teacher:
+        with sh.connect(server.urls["chatty"], job="exp-42") as teacher:
             with pytest.raises(sh.errors.TeacherForwardError):
                 teacher.submit((x,), {}, [""]).result()
     own = lambda: [one for one in lines() if one.get("job") == "exp-42"]  # noqa: E731  # earlier tests' may end here
@@ -143,7 +143,7 @@ def test_what_the_server_did_wrong_is_logged_with_its_stack(lines, monkeypatch, 
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr(Engine, "_check", broken)
-    with serve(Net()) as server, sh.connect(server.url, sharing=sh.Sharing(job="exp")) as teacher:
+    with serve(Net()) as server, sh.connect(server.url, job="exp") as teacher:
         with pytest.raises(sh.errors.TeacherInternalError, match="its log says more"):
             teacher.submit((x,), {}, [""]).result()
     [failed] = [one for one in lines() if one["level"] == "ERROR"]

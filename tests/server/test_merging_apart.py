@@ -317,7 +317,7 @@ def test_many_clients_each_get_their_own_rows():
     with serve(module, merge="same-shape", max_wait_ms=5) as server:
 
         def work(me):
-            with sh.connect(server.url, sharing=sh.Sharing(job=f"job-{me}")) as teacher:
+            with sh.connect(server.url, job=f"job-{me}") as teacher:
                 for step in range(0, 60, 4):
                     xs = [randn(1 + (me + step + k) % 5, 64, seed=100 * me + step + k) for k in range(4)]
                     for k, x in enumerate(xs):

@@ -166,7 +166,7 @@ def test_an_encoder_of_transformers_is_padded_and_each_gets_its_own_length(monke
         engine = server.engines["teacher"]
         forward, go = engine.teacher.forward, threading.Event()
         monkeypatch.setattr(engine.teacher, "forward", lambda *args: go.wait(20) and forward(*args))
-        teachers = [sh.connect(server.url, sharing=sh.Sharing(job=f"job-{i}")) for i in range(3)]
+        teachers = [sh.connect(server.url, job=f"job-{i}") for i in range(3)]
         for step in range(12):
             batches = []
             for i in range(6):

@@ -238,7 +238,7 @@ def test_a_taken_port_and_what_is_none():
 
 
 def test_a_server_shows_its_own_numbers(x):
-    with serve(Net(), http_port=0) as server, sh.connect(server.url, sharing=sh.Sharing(job="exp")) as teacher:
+    with serve(Net(), http_port=0) as server, sh.connect(server.url, job="exp") as teacher:
         for _ in range(3):
             teacher.submit((x,), {}, [""]).result()
         samples, _ = scraped(lambda: list(server.web._source()))

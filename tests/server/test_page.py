@@ -199,7 +199,7 @@ def test_it_fits_narrow_screens_and_is_dark_for_who_wants_it(browser, page):
 
 @browser_needed
 def test_a_real_server_is_shown(browser, x):
-    with serve(Net(), http_port=0) as server, sh.connect(server.url, sharing=sh.Sharing(job="exp")) as teacher:
+    with serve(Net(), http_port=0) as server, sh.connect(server.url, job="exp") as teacher:
         teacher.submit((x,), {}, [""]).result()
         browser.get(server.web.url)
         until(browser, lambda: cells(browser, "replicas")[0][:3] == ["teacher", "teacher", "serving"])

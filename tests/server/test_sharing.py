@@ -58,8 +58,8 @@ def test_a_light_job_does_not_wait_for_all_that_a_heavy_one_has_queued():
     gate = Gate()
     with (
         serve(gate) as server,
-        sh.connect(server.url, sharing=sh.Sharing(job="heavy")) as heavy,
-        sh.connect(server.url, sharing=sh.Sharing(job="light")) as light,
+        sh.connect(server.url, job="heavy") as heavy,
+        sh.connect(server.url, job="light") as light,
     ):
         heavy.describe()  # its session is open: what is asked before goes in any order
         many = [ask(heavy, i, rows=8) for i in range(30)]
@@ -81,7 +81,7 @@ def test_weights_and_rows_decide_about_shares():
     settings = {"a": (3.0, 2), "b": (1.0, 4), "c": (1.0, 1)}  # weight and rows
     with serve(gate, max_in_flight=200) as server:
         teachers = {
-            job: sh.connect(server.url, sharing=sh.Sharing(job=job, weight=weight))
+            job: sh.connect(server.url, job=job, sharing=sh.Sharing(weight=weight))
             for job, (weight, _) in settings.items()
         }
         futures = [ask(teachers["c"], 0)]
@@ -102,7 +102,7 @@ def test_weights_and_rows_decide_about_shares():
 
 
 def test_tokens_are_charged_where_asked_for():
-    with serve(nn.Identity(), cost="tokens") as server, sh.connect(server.url, sharing=sh.Sharing(job="t")) as teacher:
+    with serve(nn.Identity(), cost="tokens") as server, sh.connect(server.url, job="t") as teacher:
         teacher.submit((torch.ones(3, 7, 2),), {}, [""]).result(20)
         teacher.submit((torch.ones(5),), {}, [""]).result(20)
         assert job_of(server, "t").cost == 3 * 7 + 5
@@ -114,8 +114,7 @@ def test_beyond_its_quota_a_job_waits_and_is_then_served(shared_memory):
     gate, width = Gate(), 100_000
     with serve(gate, max_in_flight=4) as server:
         ranks = [
-            sh.connect(server.url, sharing=sh.Sharing(job="ddp"), transport=sh.Transport(shared_memory=shared_memory))
-            for _ in range(3)
+            sh.connect(server.url, job="ddp", transport=sh.Transport(shared_memory=shared_memory)) for _ in range(3)
         ]
         futures = [ask(rank, 10 * r + i, width=width) for i in range(8) for r, rank in enumerate(ranks)]
         assert soon(lambda: job_of(server, "ddp").in_flight == 4)
@@ -137,8 +136,7 @@ def test_a_job_keeps_to_its_bytes_and_a_request_larger_than_that_goes_alone(shar
     gate = Gate()
     with serve(gate, max_job_bytes=1_000_000) as server:
         ranks = [
-            sh.connect(server.url, sharing=sh.Sharing(job="ddp"), transport=sh.Transport(shared_memory=shared_memory))
-            for _ in range(2)
+            sh.connect(server.url, job="ddp", transport=sh.Transport(shared_memory=shared_memory)) for _ in range(2)
         ]
         futures = [ask(ranks[i % 2], i, width=100_000) for i in range(8)]
         assert soon(lambda: job_of(server, "ddp").in_flight == 2)
@@ -155,7 +153,7 @@ def test_the_bound_of_the_queue_makes_jobs_wait_and_none_of_them_starves():
     gate = Gate()
     gate.pause_s = 0.005
     with serve(gate, max_queued=4) as server:
-        teachers = [sh.connect(server.url, sharing=sh.Sharing(job=f"job-{i}")) for i in range(6)]
+        teachers = [sh.connect(server.url, job=f"job-{i}") for i in range(6)]
         futures = [ask(teacher, 100 * t + i) for i in range(20) for t, teacher in enumerate(teachers)]
         assert soon(lambda: sum(job.in_flight for job in load_of(server).jobs) == 4)
         assert soon(lambda: sum(job.waits > 0 for job in load_of(server).jobs) >= 5)
@@ -171,7 +169,7 @@ def test_a_greedy_rank_does_not_keep_another_from_its_turn():
     gate = Gate()
     gate.pause_s = 0.01
     with serve(gate, max_in_flight=2) as server:
-        greedy, modest = (sh.connect(server.url, sharing=sh.Sharing(job="ddp")) for _ in range(2))
+        greedy, modest = (sh.connect(server.url, job="ddp") for _ in range(2))
         futures = [ask(greedy, i) for i in range(100)]
         assert gate.entered.acquire(timeout=20)
         one = ask(modest, 1000)
@@ -189,8 +187,7 @@ def test_cancelled_while_it_waits(shared_memory):
     gate = Gate()
     with serve(gate, max_in_flight=2) as server:
         ranks = [
-            sh.connect(server.url, sharing=sh.Sharing(job="ddp"), transport=sh.Transport(shared_memory=shared_memory))
-            for _ in range(2)
+            sh.connect(server.url, job="ddp", transport=sh.Transport(shared_memory=shared_memory)) for _ in range(2)
         ]
         for _ in range(5):
             futures = [ask(ranks[i % 2], i, width=700_000) for i in range(12)]
@@ -212,8 +209,7 @@ def test_many_that_are_cancelled_over_quota_do_not_cost_the_session(shared_memor
     gate = Gate()
     with serve(gate, max_in_flight=1) as server:
         one, other = (
-            sh.connect(server.url, sharing=sh.Sharing(job="ddp"), transport=sh.Transport(shared_memory=shared_memory))
-            for _ in range(2)
+            sh.connect(server.url, job="ddp", transport=sh.Transport(shared_memory=shared_memory)) for _ in range(2)
         )
         first = ask(one, 0)
         assert gate.entered.acquire(timeout=20)
@@ -235,8 +231,8 @@ def test_a_deadline_that_passes_over_quota_says_so():
     gate = Gate()
     with serve(gate, max_in_flight=1) as server:
         with (
-            sh.connect(server.url, sharing=sh.Sharing(job="j")) as one,
-            sh.connect(server.url, sharing=sh.Sharing(job="j")) as other,
+            sh.connect(server.url, job="j") as one,
+            sh.connect(server.url, job="j") as other,
         ):
             first = ask(one, 0)
             assert gate.entered.acquire(timeout=20)
@@ -292,7 +288,7 @@ def test_a_deadline_is_kept_although_the_device_is_busy():
 
 def test_a_cancelled_request_leaves_the_queue_at_once():
     gate = Gate()
-    with serve(gate) as server, sh.connect(server.url, sharing=sh.Sharing(job="j")) as teacher:
+    with serve(gate) as server, sh.connect(server.url, job="j") as teacher:
         futures = [ask(teacher, 0)]
         assert gate.entered.acquire(timeout=20)
         futures += [ask(teacher, i) for i in range(1, 5)]
@@ -353,7 +349,7 @@ def test_weights_and_settings_out_of_bounds():
             with pytest.raises(errors.ConfigError, match="weight is"):
                 sh.connect(server.url, sharing=sh.Sharing(weight=weight))
         with pytest.raises(errors.ConfigError, match="257 characters"):
-            sh.connect(server.url, sharing=sh.Sharing(job=257 * "x"))
+            sh.connect(server.url, job=257 * "x")
         for wrong in ({"weight": float("nan")}, {"weight": -1.0}, {"job": 257 * "x"}):
             with pytest.raises(grpc.RpcError, match="Open has"):
                 Stub(server, **wrong)
@@ -375,7 +371,7 @@ def test_weights_and_settings_out_of_bounds():
 def test_clients_without_a_name_are_jobs_of_their_own():
     with (
         serve(nn.Identity()) as server,
-        sh.connect(server.url, sharing=sh.Sharing(job="anonymous-2")) as named,
+        sh.connect(server.url, job="anonymous-2") as named,
         sh.connect(server.url) as a,
         sh.connect(server.url) as b,
     ):

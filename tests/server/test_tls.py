@@ -74,7 +74,7 @@ def test_nothing_is_readable_on_the_way(server):
             with Relay(given.port) as relay:
                 with sh.connect(
                     f"{url}://127.0.0.1:{relay.port}/teacher",
-                    sharing=sh.Sharing(job="the-name-of-a-job"),
+                    job="the-name-of-a-job",
                     security=sh.Security(token=SECRET, ca=ca),
                     transport=sh.Transport(shared_memory=False),
                 ) as teacher:

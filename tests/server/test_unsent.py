@@ -46,7 +46,7 @@ def deaf(url, shared_memory):
     """A client that has read one answer and reads no more, and what has it read on."""
     go_on, deafened = threading.Event(), threading.Event()
     transport = sh.Transport(shared_memory=shared_memory)
-    with sh.connect(url, sharing=sh.Sharing(job="deaf"), transport=transport) as teacher:
+    with sh.connect(url, job="deaf", transport=transport) as teacher:
         ask(teacher, 0).add_done_callback(lambda _: deafened.set() or go_on.wait(60))  # in the thread that reads
         assert deafened.wait(20)
         try:
@@ -75,9 +75,7 @@ def test_what_waits_for_a_client_that_does_not_read_is_bounded_and_others_are_se
             # 8 MiB unsent; of those sent, 4 MiB in shared memory, the last one of them, and what a stream has room for.
             assert settled(server) <= 1 + 8 + 4 + 1 + 16
             assert server.unsent.nbytes <= 8 * MIB
-            with sh.connect(
-                server.url, sharing=sh.Sharing(job="other"), transport=sh.Transport(shared_memory=shared_memory)
-            ) as other:
+            with sh.connect(server.url, job="other", transport=sh.Transport(shared_memory=shared_memory)) as other:
                 for i in range(30):
                     assert ask(other, i).result(20)[""].eq(i).all()
             assert not futures[-1].done()
@@ -92,7 +90,7 @@ def test_what_waits_for_a_client_that_does_not_read_is_bounded_and_others_are_se
 def test_features_that_are_made_for_others_are_not_kept_without_end_for_a_client_that_does_not_read(cache_bytes):
     with (
         serve(Tall(), cache_bytes=cache_bytes, **BOUNDS) as server,
-        sh.connect(server.url, sharing=sh.Sharing(job="reads")) as reads,
+        sh.connect(server.url, job="reads") as reads,
     ):
         if cache_bytes:
             [ask(reads, i).result(20) for i in range(1, 40)]
@@ -110,7 +108,7 @@ def test_features_that_are_made_for_others_are_not_kept_without_end_for_a_client
 
 def test_however_a_request_ends_its_bytes_are_free_again():
     with serve(Tall(), **BOUNDS) as server:
-        with sh.connect(server.url, sharing=sh.Sharing(job="j")) as teacher:
+        with sh.connect(server.url, job="j") as teacher:
             for number in (1, -1):
                 futures = [ask(teacher, number) for _ in range(6)]
                 assert [future.exception(20) is None for future in futures] == [number > 0] * 6
@@ -126,7 +124,7 @@ def test_however_a_request_ends_its_bytes_are_free_again():
             assert soon(lambda: server.load("teacher").queued < 45)
             assert server.unsent.nbytes <= 8 * MIB
         assert soon(lambda: server.unsent.nbytes == 0)  # its session has ended
-        with sh.connect(server.url, sharing=sh.Sharing(job="deaf")) as teacher:
+        with sh.connect(server.url, job="deaf") as teacher:
             assert ask(teacher, 3).result(20)[""].eq(3).all()
 
 

@@ -84,7 +84,7 @@ def main() -> None:
         parser.error("--url goes with the distilling kinds, and only with them")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    teacher = None if options.url is None else sh.connect(options.url, sharing=sh.Sharing(job=f"demo-{options.kind}"))
+    teacher = None if options.url is None else sh.connect(options.url, job=f"demo-{options.kind}")
     for seed in range(options.seeds):
         train(options.kind, seed, teacher)
     if teacher is not None:

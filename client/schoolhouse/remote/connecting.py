@@ -1,7 +1,7 @@
 """connect(): make a RemoteTeacher, and check that the teacher is there."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, NoReturn
 
 from schoolhouse.lm_head.disk_cache import default_cache_folder
 from schoolhouse.remote.settings import Security, Sharing, Timeouts, Transport
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 def connect(
     url: str,
     *,
+    job: str = "",
     sharing: Sharing = Sharing(),
     timeouts: Timeouts = Timeouts(),
     security: Security = Security(),
@@ -22,7 +23,7 @@ def connect(
     follow_revisions: bool = False,
     head_folder: str | Path | None = default_cache_folder(),
     tracing: bool = False,
-    **old: Never,
+    **old: NoReturn,
 ) -> "RemoteTeacher":
     """Connect to the teacher at `grpcs://HOST:PORT/NAME`, or at `grpc://HOST:PORT/NAME` without TLS.
 
@@ -37,7 +38,9 @@ def connect(
 
     Args:
         url: where the teacher is.
-        sharing: the name of this job, and its share of the teacher.
+        job: name of this job. Clients with the same name, such as the ranks of one training run, share the job's part
+            of the teacher and its quota; a client without a name is a job by itself.
+        sharing: the job's share of the teacher, and how many requests may be without an answer.
         timeouts: how long to wait for a server, for an answer, and for a teacher that is away.
         security: certificates, and the token.
         transport: how features travel, and how they are checked.
@@ -65,6 +68,7 @@ def connect(
 
     teacher = RemoteTeacher(
         url,
+        job=job,
         sharing=sharing,
         timeouts=timeouts,
         security=security,

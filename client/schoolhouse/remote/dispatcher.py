@@ -222,7 +222,8 @@ class Dispatcher:
         session = Session(
             link.replica.address,
             self._name,
-            sharing=self._settings.sharing,
+            job=self._settings.job,
+            weight=self._settings.sharing.weight,
             transport=self._settings.transport,
             security=self._security,
             revision=self._revision,

@@ -24,7 +24,7 @@ from schoolhouse.errors import (
 from schoolhouse.remote.flow_control import Window
 from schoolhouse.remote.request import Request, Traffic, features_of
 from schoolhouse.remote.same_host import SameHost
-from schoolhouse.remote.settings import Sharing, Transport
+from schoolhouse.remote.settings import Transport
 
 _WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # found here: the answer is not what was asked for
 _BROKEN = (TeacherInternalError, CorruptPayloadError)  # reported by a replica: another one may do better
@@ -60,7 +60,8 @@ class Session:
         address: str,
         teacher: str,
         *,
-        sharing: Sharing,
+        job: str,
+        weight: float,
         transport: Transport,
         security: ClientSecurity,
         revision: str = "",
@@ -77,8 +78,8 @@ class Session:
         self._open_message = teacher_pb2.Open(
             protocol=channel.PROTOCOL,
             teacher=teacher,
-            job=sharing.job,
-            weight=sharing.weight,
+            job=job,
+            weight=weight,
             shared_memory=self._same_host.wanted,
             checksums=transport.checksums,
             revision=revision,

@@ -19,7 +19,7 @@ _MOVED = {  # names that `connect` had, by what is written now
         "teacher_timeout_s": "teacher_s",
         "attempt_timeout_s": "attempt_s",
     },
-    "sharing=Sharing({})": {name: name for name in ("job", "weight", "max_pending")},
+    "sharing=Sharing({})": {name: name for name in ("weight", "max_pending")},
     "security=Security({})": {name: name for name in ("ca", "cert", "key", "token", "insecure")},
     "transport=Transport({})": {name: name for name in ("shared_memory", "checksums", "tune_allocator")},
     "VerifiedTeacher(connect(...), {})": {"verify_every": "every", "verify_tolerance": "tolerance"},
@@ -90,21 +90,15 @@ class Sharing:
     """What this client asks for of a teacher that others use, too.
 
     Args:
-        job: name of this job. Clients with the same name, such as the ranks of one training run, share the job's part
-            of the teacher and its quota; a client without a name is a job by itself.
         weight: the job's share of a busy teacher relative to other jobs, from 0.01 to 100. If clients of one job give
             different weights, the last one counts.
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
     """
 
-    job: str = ""
     weight: float = 1.0
     max_pending: int = 1024
 
     def __post_init__(self) -> None:
-        _check_type(self, str, "a string", "job")
-        if len(self.job) > MAX_JOB_NAME:
-            raise ConfigError(f"job has {len(self.job)} characters; {MAX_JOB_NAME} are allowed")
         if not isinstance(self.weight, int | float) or not _WEIGHTS[0] <= self.weight <= _WEIGHTS[1]:
             raise ConfigError(f"weight is {self.weight!r}; it must be a number from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
         _check_positive(self, "max_pending")
@@ -168,6 +162,7 @@ class Settings:
         ConfigError: for an invalid setting; the message names it and the choices.
     """
 
+    job: str = ""
     sharing: Sharing = Sharing()
     timeouts: Timeouts = Timeouts()
     security: Security = Security()
@@ -183,7 +178,9 @@ class Settings:
             given = getattr(self, kind.__name__.lower())
             if not isinstance(given, kind):  # the message must not show a token
                 raise ConfigError(f"{kind.__name__.lower()} is a {type(given).__name__}; choices: {kind.__name__}(...)")
-        _check_type(self, str, "a string", "zone", "revision")
+        _check_type(self, str, "a string", "job", "zone", "revision")
+        if len(self.job) > MAX_JOB_NAME:
+            raise ConfigError(f"job has {len(self.job)} characters; {MAX_JOB_NAME} are allowed")
         _check_type(self, str | Path | None, "a path, or None", "head_folder")
         _check_switches(self, "follow_revisions", "tracing")
         if self.revision and self.follow_revisions:

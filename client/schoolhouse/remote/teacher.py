@@ -226,7 +226,7 @@ class RemoteTeacher:
 
     def _request(self, question: Question, follower: Callable[[Request], None] | None = None) -> Request:
         deadline = time.monotonic() + self._settings.timeouts.request_s
-        span = traced(self._tracer, question, self.name, self._settings.sharing.job)
+        span = traced(self._tracer, question, self.name, self._settings.job)
         return Request(question, deadline, span, follower)
 
     def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
