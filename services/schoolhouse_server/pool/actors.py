@@ -27,6 +27,8 @@ from schoolhouse_server.security.ports import EVERYWHERE, joined, listen, own_ad
 from schoolhouse_server.security.tokens import Tokens
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from schoolhouse_server.replica.replica import Replica
 
 NAMESPACE = "schoolhouse"
@@ -116,7 +118,12 @@ class TeacherActor(PoolActor):
         host = advertised(self._pool)  # first, as it may raise, and loading takes long
         self._stage = "loading weights"
         _log.info("%s: %s", self._name, self._stage)
-        replica = self._make().start()
+        # Late, here and below: those who start replicas, and the directory, need no torch, whose import takes seconds.
+        from schoolhouse_server.pool.loading import load_teacher
+
+        module = load_teacher(self._spec, self._pool.folder)
+        self._stage = "reading the revision"
+        replica = self._make(module).start()
         self._address = joined(host, replica.port)
         self._replica = replica
         self._stage = "serving"
@@ -150,13 +157,10 @@ class TeacherActor(PoolActor):
         if self._replica is not None:
             self._replica.close()
 
-    def _make(self) -> "Replica":
-        # Late: those who start replicas, and the directory, need no torch, whose import takes seconds.
-        from schoolhouse_server.pool.loading import load_example, load_teacher
+    def _make(self, module: "nn.Module") -> "Replica":
+        from schoolhouse_server.pool.loading import load_example
         from schoolhouse_server.replica.replica import Replica
 
-        module = load_teacher(self._spec, self._pool.folder)
-        self._stage = "reading the revision"
         return Replica(
             {self._name: module},
             host=own_address(self._pool.host),
