@@ -12,13 +12,13 @@ import argparse
 import contextlib
 import copy
 import json
-import multiprocessing
 import sys
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import processes
 import schoolhouse as sh
 import torch
 from schoolhouse import encodings
@@ -40,7 +40,7 @@ ENCODINGS: dict[str, encodings.Encoding | None] = {
 }
 
 
-def _serve(ready: Connection, _: None) -> None:
+def _serve(ready: Connection) -> None:
     teacher = load_model()
     student = copy.deepcopy(teacher)
     student.model.layers = nn.ModuleList(student.model.layers[:KEPT_LAYERS])
@@ -65,9 +65,8 @@ def _kilobytes(name: str) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
 
 
-def _client(results: Connection, work: tuple[str, str, Path]) -> None:
+def _client(results: Connection, name: str, url: str, folder: Path) -> None:
     """Do one student step with one encoding; sends its bytes, loss and peak memory, and saves its gradient."""
-    name, url, folder = work
     torch.set_num_threads(1)
     ids = torch.load(folder / "ids.pt")
     logits = torch.load(folder / "student.pt").requires_grad_()
@@ -84,14 +83,6 @@ def _client(results: Connection, work: tuple[str, str, Path]) -> None:
     results.send((nbytes, loss.item(), peak_mb))
 
 
-def start(target: Any, work: Any) -> Connection:
-    """Run `target` in its own process; returns the connection to it."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=target, args=(theirs, work), daemon=True).start()
-    return ours
-
-
 def reference(logits_s: torch.Tensor, logits_t: torch.Tensor) -> tuple[float, torch.Tensor]:
     """The mean over tokens of KL(teacher || student), and its gradient by the student's logits, in float64."""
     log_t = F.log_softmax(logits_t.double(), dim=-1)
@@ -103,7 +94,7 @@ def reference(logits_s: torch.Tensor, logits_t: torch.Tensor) -> tuple[float, to
 def measure(names: list[str], rows: int, length: int) -> dict[str, Any]:
     """The results for these encodings."""
     ids = tokens(rows, length)
-    server = start(_serve, None)
+    server, _ = processes.start(_serve)
     urls = server.recv()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,7 +105,8 @@ def measure(names: list[str], rows: int, length: int) -> dict[str, Any]:
         exact, gradient = reference(logits_s, logits_t)
         figures = {}
         for encoding in names:
-            nbytes, loss, peak_mb = start(_client, (encoding, urls["teacher"], folder)).recv()
+            client, _ = processes.start(_client, encoding, urls["teacher"], folder)
+            nbytes, loss, peak_mb = client.recv()
             found = torch.load(folder / f"{encoding}.grad.pt").double().reshape(gradient.shape)
             figures[encoding] = {
                 "bytes_per_token": round(nbytes / ids.numel(), 1),

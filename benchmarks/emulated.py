@@ -1,12 +1,12 @@
 """A teacher with an emulated device: it sleeps as long as a forward would take, and returns prepared features."""
 
 import contextlib
-import multiprocessing
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import processes
 import torch
 from schoolhouse_server import serve
 from torch import nn
@@ -50,12 +50,9 @@ def _serve(ready: Connection, make: Callable[..., nn.Module], settings: tuple[An
 
 def start(make: Callable[..., nn.Module], *settings: Any, **serving: Any) -> tuple[str, Connection]:
     """Run `serve(make(*settings), **serving)` in its own process; returns its URL, and what keeps it alive."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=_serve, args=(theirs, make, settings, serving), daemon=True).start()
-    theirs.close()
-    url: Any = ours.recv()
-    return url, ours
+    connection, _ = processes.start(_serve, make, settings, serving)
+    url: Any = connection.recv()
+    return url, connection
 
 
 def start_replica(forward_s: float, features_bytes: int, rows: int) -> tuple[str, Connection]:

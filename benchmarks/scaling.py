@@ -8,7 +8,6 @@ they and the replicas are separate processes on this machine. `python benchmarks
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import processes
 import schoolhouse as sh
 import torch
 from emulated import start_replica
@@ -84,12 +84,7 @@ def train(model: Any, looked_ahead: Iterator[torch.Tensor], step_s: float, secon
 
 def start_students(count: int, url: str, step_s: float, depth: int) -> list[Connection]:
     """Students in their own processes, once each is ready."""
-    context = multiprocessing.get_context("spawn")
-    made = []
-    for _ in range(count):
-        ours, theirs = context.Pipe()
-        context.Process(target=student, args=(theirs, url, step_s, depth), daemon=True).start()
-        made.append(ours)
+    made = [processes.start(student, url, step_s, depth)[0] for _ in range(count)]
     for connection in made:
         connection.recv()
     return made

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import sys
 import threading
@@ -30,6 +29,7 @@ from statistics import quantiles
 from typing import Any
 
 import grpc
+import processes
 import schoolhouse as sh
 import torch
 from emulated import RowsTeacher, start
@@ -116,14 +116,7 @@ def work(commands: Connection, kind: str, url: str, job: str) -> None:
 @contextlib.contextmanager
 def jobs(kind: str, url: str, count: int) -> Iterator[list[Connection]]:
     """Jobs in their own processes, once each is ready."""
-    context = multiprocessing.get_context("spawn")
-    made = []
-    for i in range(count):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, kind, url, f"job-{i}"), daemon=True)
-        process.start()
-        theirs.close()
-        made.append((ours, process))
+    made = [processes.start(work, kind, url, f"job-{i}") for i in range(count)]
     try:
         for connection, _ in made:
             connection.recv()

@@ -10,7 +10,6 @@ checksums, and its tensors stay where the replica put them. `python benchmarks/w
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import socket
 import sys
@@ -23,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import grpc
+import processes
 import schoolhouse as sh
 import torch
 from google.protobuf.wrappers_pb2 import BytesValue, UInt64Value
@@ -97,9 +97,8 @@ def tcp_server(ready: Connection) -> None:
 
 def start(target: Callable[[Connection], None]) -> tuple[Any, Connection]:
     """Run a server in its own process; returns the address that it sends once ready, and the connection to it."""
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    multiprocessing.get_context("spawn").Process(target=target, args=(theirs,), daemon=True).start()
-    return ours.recv(), ours
+    connection, _ = processes.start(target)
+    return connection.recv(), connection
 
 
 def measure(peers: dict[str, Move], rounds: int) -> dict[str, dict[str, float]]:
