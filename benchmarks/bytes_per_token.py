@@ -23,12 +23,11 @@ import schoolhouse as sh
 import torch
 from schoolhouse import encodings
 from schoolhouse_server import serve
-from smollm2 import load_model, tokens
+from smollm2 import VOCABULARY, load_model, tokens, untrained_model
 from torch import nn
 from torch.nn import functional as F
 
 HEAD = "lm_head"
-KEPT_LAYERS = 20  # layers that the student has, of 30
 ENCODINGS: dict[str, encodings.Encoding | None] = {
     "plain": None,
     "bf16": encodings.bf16,
@@ -40,10 +39,10 @@ ENCODINGS: dict[str, encodings.Encoding | None] = {
 }
 
 
-def _serve(ready: Connection) -> None:
-    teacher = load_model()
+def _serve(ready: Connection, untrained: bool) -> None:
+    teacher = untrained_model() if untrained else load_model()
     student = copy.deepcopy(teacher)
-    student.model.layers = nn.ModuleList(student.model.layers[:KEPT_LAYERS])
+    student.model.layers = nn.ModuleList(student.model.layers[: len(student.model.layers) * 2 // 3])
     with serve({"teacher": teacher, "student": student}, allow_head=True) as server:
         ready.send(server.urls)
         with contextlib.suppress(EOFError):
@@ -91,10 +90,10 @@ def reference(logits_s: torch.Tensor, logits_t: torch.Tensor) -> tuple[float, to
     return ((log_t.exp() * (log_t - log_s)).sum() / count).item(), (log_s.exp() - log_t.exp()) / count
 
 
-def measure(names: list[str], rows: int, length: int) -> dict[str, Any]:
+def measure(names: list[str], rows: int, length: int, *, untrained: bool) -> dict[str, Any]:
     """The results for these encodings."""
-    ids = tokens(rows, length)
-    server, _ = processes.start(_serve)
+    ids = torch.randint(VOCABULARY, (rows, length)) if untrained else tokens(rows, length)
+    server, _ = processes.start(_serve, untrained)
     urls = server.recv()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -124,8 +123,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="number of texts in the batch")
     parser.add_argument("--length", type=int, default=256, help="number of tokens in each text")
     parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=list(ENCODINGS))
+    parser.add_argument("--untrained", action="store_true", help="a small model with random weights, to try this out")
     options = parser.parse_args()
-    figures = measure(options.encodings, options.rows, options.length)
+    figures = measure(options.encodings, options.rows, options.length, untrained=options.untrained)
     if options.json:
         sys.stdout.write(json.dumps(figures) + "\n")
         return

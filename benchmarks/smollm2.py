@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+VOCABULARY = 49_152
 _LICENCE = Path(__file__).parents[1] / "LICENSE"
 
 
@@ -26,6 +27,17 @@ def load_model() -> Any:
     model = AutoModelForCausalLM.from_pretrained(_folder(), gguf_file=_FILE, dtype=torch.float32).eval()
     model.config.use_cache = False
     return model
+
+
+def untrained_model() -> Any:
+    """Two layers of its sizes with random weights, which are made in a second where loading takes half a minute."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, use_cache=False)
+    ).eval()
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:

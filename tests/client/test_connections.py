@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import pickle
 import subprocess
@@ -159,7 +160,7 @@ def test_a_wrong_address_is_refused_at_once(url):
         (sh.Timeouts, {"teacher_s": 0}),
         (sh.Timeouts, {"attempt_s": "1"}),
         (sh.Sharing, {"max_pending": -1}),
-        (sh.Sharing, {"job": 5}),
+        (functools.partial(sh.connect, "grpc://127.0.0.1:1/x"), {"job": 5}),
         (sh.Sharing, {"weight": 0.001}),
         (sh.Security, {"insecure": 1}),
         (sh.Transport, {"shared_memory": 1}),
@@ -215,7 +216,7 @@ def test_a_name_from_before_the_groups_is_refused_with_what_to_write(flat, says)
 
 
 def test_an_unknown_setting_is_refused_with_those_there_are():
-    with pytest.raises(TypeError, match=r"no timeout; choices: sharing, timeouts, security, .*, follow_revisions"):
+    with pytest.raises(TypeError, match=r"no timeout; choices: job, sharing, timeouts, security, .*, follow_revisions"):
         sh.connect("grpc://127.0.0.1:1/x", timeout=1)
 
 

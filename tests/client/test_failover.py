@@ -164,7 +164,7 @@ def test_a_session_that_was_idle_is_not_silent_since_then_where_two_threads_ask_
         return made
 
     session = Session(
-        "a", "teacher", sharing=sh.Sharing(), transport=sh.Transport(shared_memory=False, tune_allocator=False),
+        "a", "teacher", job="", weight=1.0, transport=sh.Transport(shared_memory=False, tune_allocator=False),
         security=ClientSecurity(), listener=None, clock=clock,
     )  # fmt: skip
     session.alive = True
