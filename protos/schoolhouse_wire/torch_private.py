@@ -9,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 # Methods of nn.Module that classes of ours override, since torch calls them and has no public hook in their place: for
 # the name that `print` shows, casts of a module, its checkpoints, and its copies for DataParallel.
 OVERRIDDEN = ("_get_name", "_apply", "_load_from_state_dict", "_replicate_for_data_parallel")
+# What torch's losses and ModelOpt's are instances of, by which programs know a loss.
+Loss = nn.modules.loss._Loss
 _COMPILED = ("torch._dynamo.eval_frame", "OptimizedModule")
 
 

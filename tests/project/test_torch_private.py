@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import schoolhouse as sh
 import torch
 from schoolhouse_wire import torch_private
 from torch import nn
@@ -170,3 +171,9 @@ def test_the_wrapper_whose_forward_runs_is_known(tmp_path):
         torch.distributed.destroy_process_group()
     assert wrappers[0] is wrapper
     assert torch_private.active_ddp() is None
+
+
+def test_our_losses_are_what_torch_and_modelopt_call_a_loss():
+    ours = [getattr(sh, name) for name in sh.__all__ if name.endswith("Loss")]
+    assert len(ours) > 10
+    assert all(issubclass(kind, torch_private.Loss) for kind in (nn.MSELoss, nn.KLDivLoss, *ours))

@@ -1,6 +1,7 @@
 """Losses between features of a student and of a teacher; the maths is in `schoolhouse.functional`."""
 
 import torch
+from schoolhouse_wire.torch_private import Loss
 from torch import nn
 
 from schoolhouse import functional
@@ -10,7 +11,7 @@ from schoolhouse.losses.shown import Shown
 from schoolhouse.sparse import SparseForm
 
 
-class MGDLoss(Shown):
+class MGDLoss(Shown, Loss):
     """Masked generative distillation of feature maps (arXiv 2205.01529); has trainable parameters.
 
     Args:
@@ -55,7 +56,7 @@ class MGDLoss(Shown):
         )
 
 
-class _HiddenLoss(Shown):
+class _HiddenLoss(Shown, Loss):
     """Base of the losses between hidden states, which projects the student's to the teacher's width if needed."""
 
     _SETTINGS = ("_student_width", "_teacher_width", "_reduction")
@@ -64,8 +65,7 @@ class _HiddenLoss(Shown):
         _checks.check_positive("student_width", student_width)
         _checks.check_positive("teacher_width", teacher_width)
         _checks.check_reduction(reduction)
-        super().__init__()
-        self.reduction = reduction
+        super().__init__(reduction=reduction)
         same = student_width == teacher_width
         self.projection = nn.Identity() if same else nn.Linear(student_width, teacher_width, bias=False)
         self._student_width, self._teacher_width = student_width, teacher_width
@@ -125,7 +125,7 @@ class HiddenCosineLoss(_HiddenLoss):
         return functional.hidden_cosine(projected, hidden_t, mask=mask, reduction=self._reduction)
 
 
-class AttentionTransferLoss(Shown):
+class AttentionTransferLoss(Shown, Loss):
     """Squared difference of normalised attention maps (arXiv 1612.03928).
 
     Args:
@@ -140,8 +140,7 @@ class AttentionTransferLoss(Shown):
 
     def __init__(self, p: float = 2.0, reduction: str = "mean") -> None:
         _checks.check_reduction(reduction)
-        super().__init__()
-        self.reduction = reduction
+        super().__init__(reduction=reduction)
         _checks.check_positive("p", p)
         if p < 1:
             raise ValueError(f"p is {p}; it must be 1 or above: below, the gradient at an activation of 0 is infinite")
@@ -153,7 +152,7 @@ class AttentionTransferLoss(Shown):
         return functional.attention_transfer(maps_s, maps_t, p=self._p, reduction=self._reduction)
 
 
-class RKDLoss(Shown):
+class RKDLoss(Shown, Loss):
     """Relational knowledge distillation, by distances and angles between a batch's examples (arXiv 1904.05068).
 
     Args:

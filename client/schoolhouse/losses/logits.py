@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from schoolhouse_wire.torch_private import Loss
 from torch import nn
 
 from schoolhouse import functional
@@ -14,7 +15,7 @@ from schoolhouse.sparse import LogitsLike
 _COMMON = ("_temperature", "_reduction", "_vocabulary")
 
 
-class LogitsLoss(Shown):
+class LogitsLoss(Shown, Loss):
     """Base of the losses between logits: settings that all have, and the loss of each example.
 
     Args:
@@ -37,8 +38,7 @@ class LogitsLoss(Shown):
         _checks.check_positive("temperature", temperature)
         _checks.check_reduction(reduction)
         _checks.check_vocabulary(vocabulary)
-        super().__init__()
-        self.reduction = reduction
+        super().__init__(reduction=reduction)
         self._temperature = temperature
         self._reduction = reduction
         self._vocabulary = vocabulary
@@ -263,7 +263,7 @@ class DKDLoss(LogitsLoss):
         return self._divergence(logits_s, logits_t, _needed(labels, self), reduction="none")
 
 
-class CausalLMLoss(Shown):
+class CausalLMLoss(Shown, Loss):
     """Mean of a loss between logits over the tokens of a causal language model that count.
 
     The logits of each position, in float32, go with the label of the next position; positions whose next label is
