@@ -1,6 +1,7 @@
 """All that is used of torch under private names: each says why, and a test holds what it relies on."""
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -20,6 +21,11 @@ def version_of(tensor: torch.Tensor) -> int:
     Nothing public tells that a tensor was written into, short of comparing all of it.
     """
     return 0 if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """As `version_of`, of tensors that are no inference tensors; cheaper, as each request asks for all weights."""
+    return [tensor._version for tensor in tensors]
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -98,7 +98,7 @@ def test_versions_count_changes():
     tensor.detach()[1:].add_(1)  # through a view
     assert torch_private.version_of(tensor) == before + 1
     _ = tensor + 1
-    assert torch_private.version_of(tensor) == before + 1
+    assert torch_private.versions_of([tensor, tensor]) == [before + 1] * 2
     with torch.inference_mode():
         assert torch_private.version_of(torch.zeros(1)) == 0
 

@@ -263,15 +263,16 @@ def _detach(model: DistillationModel) -> None:
 def _hidden(
     model: DistillationModel, name: str, stand_in: Callable[[], nn.Module | None], enable: bool
 ) -> Iterator[None]:
-    enable = enable and name in children_of(model)
-    module = children_of(model).get(name)
+    children = children_of(model)
+    enable = enable and name in children
+    module = children.get(name)
     if enable:
-        children_of(model)[name] = stand_in()
+        children[name] = stand_in()
     try:
         yield
     finally:
         if enable:
-            children_of(model)[name] = module
+            children[name] = module
 
 
 def run_forward(model: DistillationModel, *args: Any, **kwargs: Any) -> Any:
@@ -317,11 +318,12 @@ def _enter(model: DistillationModel, args: Any, kwargs: Any) -> dict[str, nn.Mod
     if not state.enter():
         return None
     try:
-        losses = children_of(model)[LOSSES]
+        children = children_of(model)
+        losses = children[LOSSES]
         check_data_parallel(model, losses)
         check_loss_sharding(model, losses)
         state.begin(args, kwargs, model.training)
-        return {name: children_of(model).pop(name) for name in EXTRAS if name in children_of(model)}
+        return {name: children.pop(name) for name in EXTRAS if name in children}
     except BaseException:
         state.leave()
         raise

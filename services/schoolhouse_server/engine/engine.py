@@ -21,7 +21,7 @@ from schoolhouse_wire.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse_wire.torch_private import version_of
+from schoolhouse_wire.torch_private import versions_of
 from schoolhouse_wire.v1 import directory_pb2
 from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
@@ -94,7 +94,7 @@ class Engine:
         self.device = Device(self.description.device)
         # Without inference tensors, whose changes torch does not count. Listed once, as each request checks them all.
         self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
-        self._versions = [version_of(weight) for weight in self._weights]
+        self._versions = versions_of(self._weights)
         self.counters = Counters()
         self._cost_of = COSTS[cost]
         self._owns_timer = timer is None
@@ -377,7 +377,7 @@ class Engine:
             raise TeacherUnavailableError("nobody waits for the features any more")
         if time.monotonic() > job.deadline:
             raise TeacherTimeoutError(_LATE)
-        if [version_of(weight) for weight in self._weights] != self._versions:
+        if versions_of(self._weights) != self._versions:
             raise RevisionChangedError(
                 f"the teacher's weights were changed in place after it was served as {self.description.revision}; "
                 "serve it again"

@@ -44,10 +44,8 @@ class Watched:
         rows: list[Sequence[str | Text]] = []
         for found in self._of(teacher):
             for one in found.replicas:
-                state, silent_s = (
-                    Replica.State.Name(one.state).lower(),
-                    now - self._reports[found.teacher, one.id][-1][0],
-                )
+                state = Replica.State.Name(one.state).lower()
+                silent_s = now - self._reports[found.teacher, one.id][-1][0]
                 silent = Text(f"no news for {silent_s:.0f} s", "red") if silent_s >= _SILENT_S else None
                 what = silent or Text(state, _STYLES[state]), one.revision[:12] or "-", one.address or self._here
                 reading = [self._reading(found.teacher, one, now)]
@@ -79,16 +77,21 @@ class Watched:
             for one in found.replicas
         }
         chosen = [one for (name, _), one in readings.items() if teacher in ("", name)]
-        wanted = f"of {sum(found.wanted for found in sets)}"
+        wanted = f"of {sum(found.wanted for found in sets)} wanted"
         idle = [one.teacher for one in sets if not any(replica.state == Replica.SERVING for replica in one.replicas)]
         charts = [panel for panel in panels.REPLICA_CHARTS if panel.value]
         tables = {"replicas": self.replicas(now, teacher), "jobs": self.jobs(now, teacher), "errors": _errors(sets)}
         page = {
             "teachers": sorted(found.teacher for found in self._sets),
             "tiles": [
-                (one.title, panels.shown(one.read(chosen), one.unit), one.unit.word.replace("of", wanted), one.help)
-                for one in panels.TILES
-                if one.value
+                (
+                    tile.title,
+                    panels.shown(tile.read(chosen), tile.unit),
+                    tile.unit.word.replace("of wanted", wanted),
+                    tile.help,
+                )
+                for tile in panels.TILES
+                if tile.value
             ],
             "charts": [(one.title, one.unit.word, one.unit.most, one.mean, one.help) for one in charts],
             "series": [
