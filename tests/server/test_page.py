@@ -149,15 +149,14 @@ def test_a_jobs_name_is_text_and_nothing_else(browser, page):
 
 
 @browser_needed
-def test_a_server_that_goes_away_and_comes_back(browser, page):
+def test_a_server_that_goes_away_and_comes_back(browser, page, kept_port):
     running = Running()
-    with page(running) as server:
+    with page(running, kept_port):
         until(browser, lambda: shown(browser))
-        port = server.port
     until(browser, lambda: "no answer for" in text(browser, "#news"))
     assert "No answer from the server for" in text(browser, "#alert")
     assert browser.execute_script(VISIBLE)
-    with WebServer(running, port=port):
+    with WebServer(running, port=kept_port):
         until(browser, lambda: text(browser, "#news") == "live")
         assert not browser.execute_script(VISIBLE)
 
@@ -202,7 +201,7 @@ def test_a_real_server_is_shown(browser, x):
     with serve(Net(), http_port=0) as server, sh.connect(server.url, job="exp") as teacher:
         teacher.submit((x,), {}, [""]).result()
         browser.get(server.web.url)
-        until(browser, lambda: cells(browser, "replicas")[0][:3] == ["teacher", "teacher", "serving"])
+        until(browser, lambda: [row[:3] for row in cells(browser, "replicas")] == [["teacher", "teacher", "serving"]])
 
 
 def test_nothing_comes_from_elsewhere():
