@@ -5,6 +5,7 @@ copied once to send it, and once into the receive buffer; the generated code wou
 """
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from schoolhouse_wire import memory
 from schoolhouse_wire.errors import CorruptPayloadError, MessageTooLargeError, ProtocolError
 from schoolhouse_wire.limits import ALIGNMENT, FRAME_BYTES, INLINE_BYTES, Limits
-from schoolhouse_wire.outbox import PAUSE
+from schoolhouse_wire.outbox import Elsewhere
 from schoolhouse_wire.same_host.shared_memory import Segment, add_spots
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values import codec
@@ -30,6 +31,7 @@ _NO_PAYLOAD = teacher_pb2.Payload()
 _CORRUPT = "a payload arrived whose checksum does not match its bytes"
 _PADDING = memoryview(bytearray(ALIGNMENT))  # writable, since only then ctypes gives its address
 _TURN_BYTES = 16 << 20  # bytes that are copied before another reply gets its turn
+_AT_ONCE_BYTES = 1 << 20  # so many are copied faster than they are handed to another thread
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Outgoing:
         head: Callable[[teacher_pb2.Payload], Message],
         segment: Segment | None,
         wanted: Callable[[], bool],
-    ) -> Iterator[Message | bytes]:
+    ) -> Iterator[Message | bytes | Elsewhere]:
         """Yield the message `head(payload)` and, unless the payload is inline or in shared memory, its frames.
 
         The payload goes into a block of `segment` if one is free; the block then belongs to the receiver. The iteration
@@ -234,13 +236,16 @@ class Outgoing:
         segment: Segment,
         offset: int,
         wanted: Callable[[], bool],
-    ) -> Iterator[Message | bytes]:
+    ) -> Iterator[Message | bytes | Elsewhere]:
         handed_over = False
         try:
-            for _ in self._fill(segment, offset):
+            for step in self._fill(segment, offset):
                 if not wanted():
                     return
-                yield PAUSE
+                if self.nbytes > _AT_ONCE_BYTES:
+                    yield Elsewhere(step)
+                else:
+                    step()
             if wanted():
                 block = teacher_pb2.Block(offset=offset, nbytes=self.nbytes)
                 yield head(teacher_pb2.Payload(digest=self.digest, shared=block))
@@ -249,18 +254,17 @@ class Outgoing:
             if not handed_over:
                 segment.free(offset)
 
-    def _fill(self, segment: Segment, offset: int) -> Iterator[None]:
-        """Copy the payload into a block, piece by piece, and compute its digest."""
+    def _fill(self, segment: Segment, offset: int) -> Iterator[Callable[[], object]]:
+        """The steps that copy the payload into a block, piece by piece, and compute its digest."""
         digest, at = xxhash.xxh3_128(self.header), offset
         for part in self._slices():
             for begin in range(0, part.nbytes, _TURN_BYTES):
                 turn = part[begin : begin + _TURN_BYTES]
                 if segment.sends_checksums:
-                    segment.write(at, turn, digest)
+                    yield functools.partial(segment.write, at, turn, digest)
                 else:
-                    segment.copy(at, turn)
+                    yield functools.partial(segment.copy, at, turn)
                 at += turn.nbytes
-                yield
         self.digest = (digest if segment.sends_checksums else segment.spots(digest, offset, self.nbytes)).digest()
 
     def frames(self, request_id: int) -> Iterator[bytes]:

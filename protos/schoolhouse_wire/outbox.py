@@ -1,14 +1,104 @@
 """The outbox, which interleaves the messages of many requests on one stream."""
 
+import asyncio
 import contextlib
+import itertools
 import queue
 from collections import deque
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+from schoolhouse_wire import background
+from schoolhouse_wire.loop import Loop
 
 T = TypeVar("T")
 
-PAUSE = b""  # yielded by a source that is still working on its message, so that the others get their turns
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Yielded by a source that must copy much for its next message: `step` is called in another thread meanwhile."""
+
+    step: Callable[[], object]
+
+
+Source: TypeAlias = Iterator[T | Elsewhere]
+
+
+class LoopOutbox(Generic[T]):
+    """Messages of many requests for one stream: `next` takes one of each in turn, and waits while there is none.
+
+    Any thread may put, and a finalizer too; the rest happens in the loop. It has no bound of its own: its owner bounds
+    the requests in flight. A source that works `Elsewhere` has its next turn when that is done; only one does so at a
+    time.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._arrivals: deque[Source[T]] = deque()
+        self._active: deque[Source[T]] = deque()
+        self._away: deque[tuple[Source[T], Elsewhere]] = deque()  # the first one is at work
+        self._waiter: asyncio.Future[None] | None = None
+        self._closed = False
+
+    def put(self, messages: Source[T]) -> None:
+        """Append a source of messages, which makes each when the stream is ready for it."""
+        if not self._closed:
+            self._arrivals.append(messages)
+            self._loop.here(self._wake)
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def next(self) -> T | None:
+        """The next message; None once the outbox is closed. Only one task may wait for it."""
+        while not self._closed:
+            while self._arrivals:
+                self._active.append(self._arrivals.popleft())
+            if not self._active:
+                self._waiter = self._loop.asyncio.create_future()
+                await self._waiter
+                continue
+            source = self._active.popleft()
+            message = next(source, None)
+            if isinstance(message, Elsewhere):
+                self._send_away(source, message)
+            elif message is not None:
+                self._active.append(source)
+                return message
+        return None
+
+    def _send_away(self, source: Source[T], work: Elsewhere) -> None:
+        self._away.append((source, work))
+        if len(self._away) == 1:
+            self._loop.task(self._work(), name="copying what is sent", on_death=background.go_on)
+
+    async def _work(self) -> None:
+        while self._away:
+            source, work = self._away[0]
+            first: list[T | Elsewhere] = []
+            try:
+                await self._loop.elsewhere(work.step)
+            except Exception as err:
+                with contextlib.suppress(StopIteration):
+                    first.append(source.throw(err))  # type: ignore[attr-defined]  # sources that work are generators
+            self._away.popleft()
+            if not self._closed:
+                self._active.append(itertools.chain(first, source) if first else source)
+            self._wake()
+
+    def close(self) -> None:
+        """Send nothing more; `next` returns None from now on. Any thread may call this."""
+        self._closed = True
+        self._loop.here(self._wake)
+
+    def clear(self) -> None:
+        """After `close`, free what was not sent, in the loop. A finalizer must not call this: sources may do anything."""
+        assert self._closed
+        self._active.clear()
+        self._arrivals.clear()
 
 
 class Outbox(Generic[T]):
@@ -18,11 +108,11 @@ class Outbox(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._arrivals: queue.SimpleQueue[Iterator[T] | None] = queue.SimpleQueue()
-        self._active: deque[Iterator[T]] = deque()
+        self._arrivals: queue.SimpleQueue[Source[T] | None] = queue.SimpleQueue()
+        self._active: deque[Source[T]] = deque()
         self._closed = False
 
-    def put(self, messages: Iterator[T]) -> None:
+    def put(self, messages: Source[T]) -> None:
         """Append a source of messages, which makes each when the stream is ready for it."""
         if not self._closed:
             self._arrivals.put(messages)
@@ -55,8 +145,9 @@ class Outbox(Generic[T]):
             if message is None or self._closed:
                 continue
             self._active.append(source)
-            if message != PAUSE:
+            if not isinstance(message, Elsewhere):
                 return message
+            message.step()
         raise StopIteration
 
     def _admit(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from forked import in_a_fork
 from schoolhouse import errors
 from schoolhouse_server import serve
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_wire.rpc import channel
 from torch import nn
 
@@ -32,7 +32,7 @@ def constant(value):
 SERVER = """
 import sys, torch
 from schoolhouse_server import serve
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 module = torch.nn.Linear(2, 2, bias=False)
 torch.nn.init.constant_(module.weight, float(sys.argv[1]))
 with serve(module, port=int(sys.argv[2])) as server:
@@ -120,7 +120,7 @@ def test_a_script_that_ends_without_close_ends(ending):
     script = f"""
 import torch, schoolhouse as sh
 from schoolhouse_server import serve
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 server = serve(torch.nn.Linear(2, 2))
 teacher = sh.connect(server.url)
 teacher.submit((torch.ones(1, 2),), {{}}, [""]).result()

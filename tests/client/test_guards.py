@@ -17,7 +17,7 @@ from schoolhouse_server.session.server_session import ServerSession
 from schoolhouse_wire import framing
 from schoolhouse_wire.framing import Frame, read_message
 from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.outbox import PAUSE
+from schoolhouse_wire.outbox import Elsewhere
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values import codec
 from stub import Stub
@@ -37,7 +37,7 @@ class Negative(nn.Module):
 def changed(messages, segment, at):
     """Messages with one bit of their payload flipped, at that part of it."""
     for message in messages:
-        if message == PAUSE:
+        if isinstance(message, Elsewhere):
             yield message
         elif isinstance(message, bytes):
             data = bytearray(message)

@@ -11,7 +11,7 @@ import grpc
 import torch
 from memfd import soon
 from schoolhouse_server import serve
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc

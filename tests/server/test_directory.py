@@ -7,7 +7,7 @@ import grpc
 import pytest
 from memfd import soon
 from schoolhouse.errors import TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.replica import directory as module
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_wire.rpc import channel, status

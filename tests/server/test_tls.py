@@ -18,7 +18,7 @@ from schoolhouse.remote import handshake
 from schoolhouse_server import ServerTls, serve
 from schoolhouse_server.cli import probe
 from schoolhouse_server.cli.main import app
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_server.security.certs import Authority
 from schoolhouse_server.security.ports import listen

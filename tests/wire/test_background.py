@@ -17,6 +17,7 @@ OURS = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "_pb2" not in path.name
 ]
+TASKS = (".create_task", ".ensure_future", "asyncio.gather", ".TaskGroup", ".run_coroutine_threadsafe", ".run_in_executor")
 
 
 def dotted(node):
@@ -32,12 +33,12 @@ def outside(tree):
             yield from (name for name in names if name.startswith(("_thread.", "multiprocessing", "asyncio.")))
             yield from (name for name in names if name.endswith("PoolExecutor"))
         elif isinstance(node, ast.Import):
-            yield from {alias.name for alias in node.names} & {"_thread", "multiprocessing", "asyncio"}
+            yield from {alias.name for alias in node.names} & {"_thread", "multiprocessing"}
         elif isinstance(node, ast.ClassDef):
             yield from {dotted(base) for base in node.bases} & {"threading.Thread", "threading.Timer"}
         elif isinstance(node, ast.Call):
             name = dotted(node.func)
-            if name in ("threading.Thread", "threading.Timer") or name.endswith("PoolExecutor"):
+            if name in ("threading.Thread", "threading.Timer") or name.endswith(("PoolExecutor", *TASKS)):
                 yield name
             given = getattr(node.args[0], "func", None) if node.args else None
             if name.endswith((".add_done_callback", ".add_callback")) and dotted(given) != "background.called":
@@ -46,7 +47,10 @@ def outside(tree):
 
 def test_nothing_runs_in_the_background_that_the_helper_has_not_made():
     found = {path.name: names for path in OURS if (names := list(outside(ast.parse(path.read_text()))))}
-    assert found == {"background.py": ["threading.Thread"]}
+    tasks = ["self.asyncio.create_task", "task.add_done_callback"]
+    others = ["asyncio.run_coroutine_threadsafe", "self.asyncio.run_in_executor"]
+    found["loop.py"].sort()
+    assert found == {"background.py": ["threading.Thread"], "loop.py": sorted(tasks + others)}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,8 @@ def test_nothing_runs_in_the_background_that_the_helper_has_not_made():
         "concurrent.futures.ThreadPoolExecutor(1)",
         "from concurrent.futures import ProcessPoolExecutor",
         "import _thread",
-        "import asyncio",
+        "asyncio.create_task(work)",
+        "loop.run_in_executor(None, f)",
         "future.add_done_callback(f)",
         "call.add_callback(end)",
     ],

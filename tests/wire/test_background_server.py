@@ -17,7 +17,7 @@ from models import Net
 from rich.progress import Progress
 from schoolhouse import encodings, errors
 from schoolhouse.teachers.local import LocalTeacher
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.observe import web

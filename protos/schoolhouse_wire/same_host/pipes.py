@@ -1,5 +1,6 @@
 """Messages between processes of one machine through two unnamed pipes, with a quarter of a stream's thread wake-ups."""
 
+import asyncio
 import contextlib
 import os
 import select
@@ -7,14 +8,17 @@ import stat
 import struct
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 from schoolhouse_wire.errors import ProtocolError
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.rpc.channel import MAX_MESSAGE_BYTES
 from schoolhouse_wire.v1 import teacher_pb2
 
 _LENGTH = struct.Struct("<I")  # the length before each message
 _READ_BYTES = 64 << 10  # the usual capacity of a pipe
+P = TypeVar("P")
 _LAST_READS = 16  # reads after `end`: enough for what a pipe holds, and a bound for a peer that keeps writing
 
 
@@ -128,10 +132,113 @@ class Pipes:
             del held[:at]
 
 
-class Offered:
+class LoopPipes:
+    """The two ends that one process has, for one task that sends and one that reads; all happens in the loop."""
+
+    def __init__(self, loop: Loop, incoming: int, outgoing: int) -> None:
+        """Own two file descriptors."""
+        self._loop = loop.asyncio
+        self._incoming, self._outgoing = incoming, outgoing
+        self._ended = self._closed = False
+        self._waiting: dict[int, asyncio.Future[None]] = {}  # tasks that wait until they can use a file descriptor
+        self._held = bytearray()  # read, and not returned yet
+        self._last_reads = _LAST_READS
+        self._release = weakref.finalize(self, _close, incoming, outgoing)
+        self._release.atexit = False
+        for fd in (incoming, outgoing):
+            os.set_blocking(fd, False)
+
+    def end(self) -> None:
+        """End sending, and end reading after what has arrived by now, since the other side will send no more."""
+        self._ended = True
+        self._wake()
+
+    def close(self) -> None:
+        """End sending and reading at once; may be called more than once."""
+        self._closed = True
+        self._wake()
+        self._release()
+
+    def _wake(self) -> None:
+        for fd in list(self._waiting):
+            self._ready(fd)
+
+    def _ready(self, fd: int) -> None:
+        self._loop.remove_reader(fd) if fd == self._incoming else self._loop.remove_writer(fd)
+        waiter = self._waiting.pop(fd)
+        if not waiter.done():  # else its task was cancelled
+            waiter.set_result(None)
+
+    async def _until_ready(self, fd: int) -> None:
+        add = self._loop.add_reader if fd == self._incoming else self._loop.add_writer
+        self._waiting[fd] = waiter = self._loop.create_future()
+        add(fd, self._ready, fd)
+        try:
+            await waiter
+        finally:
+            if self._waiting.get(fd) is waiter:
+                self._ready(fd)
+
+    async def send(self, message: bytes) -> bool:
+        """Write a message, waiting for room in the pipe; False if the other side is gone, or after `end` or `close`."""
+        parts = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
+        while parts and not (self._ended or self._closed):
+            try:
+                written = os.writev(self._outgoing, parts)
+            except BlockingIOError:
+                await self._until_ready(self._outgoing)
+                continue
+            except BrokenPipeError:
+                return False
+            while parts and written >= parts[0].nbytes:
+                written -= parts.pop(0).nbytes
+            if written:
+                parts[0] = parts[0][written:]
+        return not parts
+
+    async def read(self) -> bytes | None:
+        """The next message; None after `end` or `close`, or once the other side is gone.
+
+        Raises:
+            ProtocolError: if the next message is larger than the limit.
+        """
+        while (message := self._message()) is None:
+            if self._closed or not self._last_reads:
+                return None
+            self._last_reads -= self._ended
+            try:
+                data = os.read(self._incoming, _READ_BYTES)
+            except BlockingIOError:
+                if self._ended:
+                    return None
+                await self._until_ready(self._incoming)
+                continue
+            if not data:
+                return None
+            self._held += data
+            await asyncio.sleep(0)  # other tasks of the loop have their turns between two reads
+        return message
+
+    def _message(self) -> bytes | None:
+        """Take a message from what was read, if one is whole."""
+        if len(self._held) < _LENGTH.size:
+            return None
+        [size] = _LENGTH.unpack_from(self._held)
+        if size > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"a message of {size} bytes arrived, over the limit of {MAX_MESSAGE_BYTES}")
+        end = _LENGTH.size + size
+        if end > len(self._held):
+            return None
+        with memoryview(self._held) as view:
+            message = bytes(view[_LENGTH.size : end])
+        del self._held[:end]
+        return message
+
+
+class Offered(Generic[P]):
     """Two pipes of this process, whose other ends another process may open until `withdraw()`."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[int, int], P] = Pipes) -> None:  # type: ignore[assignment]
         """Make the pipes; raises `OSError` if no file descriptors are left."""
         incoming, self.to_replica_fd = os.pipe2(os.O_CLOEXEC)
         try:
@@ -141,7 +248,7 @@ class Offered:
             raise
         self.withdraw = weakref.finalize(self, _close, self.to_replica_fd, self.to_client_fd)
         self.withdraw.atexit = False
-        self.pipes = Pipes(incoming, outgoing)
+        self.pipes = make(incoming, outgoing)
 
     def describe_in(self, offer: teacher_pb2.SharedMemory) -> None:
         """Name the pipes in an offer."""
@@ -150,7 +257,7 @@ class Offered:
         offer.to_client_inode = os.fstat(self.to_client_fd).st_ino
 
 
-def open_offered(offer: teacher_pb2.SharedMemory) -> Pipes:
+def open_offered(offer: teacher_pb2.SharedMemory, make: Callable[[int, int], P] = Pipes) -> P:  # type: ignore[assignment]
     """Open the client's ends of the pipes that a replica offers.
 
     Raises:
@@ -162,7 +269,7 @@ def open_offered(offer: teacher_pb2.SharedMemory) -> Pipes:
     except OSError:
         os.close(incoming)
         raise
-    return Pipes(incoming, outgoing)
+    return make(incoming, outgoing)
 
 
 def _open(pid: int, fd: int, inode: int, mode: int) -> int:

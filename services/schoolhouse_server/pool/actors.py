@@ -13,7 +13,7 @@ from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.rpc import channel, forks
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.common.logs import RingHandler, set_up
 from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.observe.web import WebServer, gate_of

@@ -18,7 +18,7 @@ from schoolhouse_wire.rpc import channel, forks
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
-from schoolhouse_server.common.executor import DaemonExecutor
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, checked_timeout_s
 from schoolhouse_server.engine.engine import Engine, Trouble

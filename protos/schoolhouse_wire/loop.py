@@ -1,0 +1,166 @@
+"""An event loop in a thread of its own, in which connections live: sessions and watches are tasks, deadlines timers.
+
+A replica has one loop, and a client process has one for all its connections. What other threads want of the loop they
+`call`; what would hold it up, such as copying many bytes, it does `elsewhere`.
+"""
+
+import asyncio
+import functools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from schoolhouse_wire import background
+from schoolhouse_wire.executor import DaemonExecutor
+
+T = TypeVar("T")
+
+_HELPERS = 4  # threads for what is done elsewhere
+_STOP_TIMEOUT_S = 5.0
+
+
+@dataclass(eq=False)
+class Alarm:
+    """A call that is to be made; `ring` is None once it was cancelled, or made."""
+
+    ring: Callable[[], None] | None
+    handle: asyncio.TimerHandle | None = None
+
+
+class Loop:
+    """An asyncio loop that runs in a daemon thread from its first use until `stop`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: deque[Callable[[], object]] = deque()
+        self._waking = False  # whether the loop has been woken up to make the calls
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._helpers = DaemonExecutor(_HELPERS, f"{name}-helper")
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds only weak references
+        self.asyncio = asyncio.new_event_loop()
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the calling thread is the loop's."""
+        return self._thread is threading.current_thread()
+
+    def start(self) -> "Loop":
+        """Start the thread, unless it runs; raises `RuntimeError` if there can be no more threads."""
+        with self._lock:
+            if self._thread is None and not self._stopped:
+                thread = background.thread(self._run, name=self._name, on_death=background.go_on)
+                thread.start()
+                self._thread = thread  # only now: if starting it raises, the next call tries again
+        return self
+
+    def call(self, step: Callable[..., object], *args: Any) -> None:
+        """Have the loop call `step(*args)` soon; calls from many threads share one wake-up.
+
+        It takes no lock, so that the garbage collector may call it anywhere.
+        """
+        self._calls.append(functools.partial(step, *args))
+        if not self._waking:
+            self._waking = True
+            try:
+                self.asyncio.call_soon_threadsafe(self._make_calls)
+            except RuntimeError:  # closed
+                self._calls.clear()
+
+    def _make_calls(self) -> None:
+        self._waking = False  # first, so that what is added from here on wakes the loop again
+        while self._calls:
+            background.run(self._calls.popleft(), "what the event loop was asked to do", background.go_on)
+
+    def here(self, step: Callable[..., object], *args: Any) -> None:
+        """Call `step(*args)`: at once in the loop's own thread, else soon, there."""
+        if self.runs_here:
+            step(*args)
+        else:
+            self.call(step, *args)
+
+    def at(self, when: float, ring: Callable[[], None]) -> Alarm:
+        """Call `ring` at `when`, on time.monotonic's clock, in the loop's thread; any thread may ask."""
+        alarm = Alarm(ring)
+        self.here(self._set, alarm, when)
+        return alarm
+
+    def _set(self, alarm: Alarm, when: float) -> None:
+        if alarm.ring is not None:
+            alarm.handle = self.asyncio.call_later(max(when - time.monotonic(), 0.0), _rung, alarm)
+
+    def cancel(self, alarm: Alarm) -> None:
+        """Cancel a call, unless it has been made, or is being made just now."""
+        alarm.ring = None  # which also frees what it refers to
+        if alarm.handle is not None:
+            self.here(alarm.handle.cancel)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Run a coroutine in the loop, for another thread to wait for."""
+        return asyncio.run_coroutine_threadsafe(work, self.asyncio)
+
+    def task(
+        self, work: Coroutine[Any, Any, None], *, name: str, on_death: Callable[[BaseException], None]
+    ) -> "asyncio.Task[None]":
+        """Begin a task, in the loop's thread; if it fails, the error is logged and `on_death(error)` called."""
+        task = self.asyncio.create_task(_watched(work, name, on_death), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def elsewhere(self, step: Callable[..., T], *args: Any) -> T:
+        """The result of `step(*args)`, called in another thread, so that the loop goes on meanwhile."""
+        return await self.asyncio.run_in_executor(self._helpers, functools.partial(step, *args))
+
+    def stop(self) -> None:
+        """Cancel all tasks and timers, and end the thread; not to be called in it."""
+        with self._lock:
+            self._stopped = True
+            thread = self._thread
+        if thread is None:
+            self.asyncio.close()
+            return
+        try:
+            self.asyncio.call_soon_threadsafe(self.asyncio.stop)
+        except RuntimeError:  # stopped before
+            return
+        thread.join(_STOP_TIMEOUT_S)
+        self._helpers.shutdown(wait=False)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.asyncio)
+        try:
+            while not self._stopped:
+                background.run(self.asyncio.run_forever, self._name, background.go_on)
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        tasks = asyncio.all_tasks(self.asyncio)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.asyncio.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S))
+        self.asyncio.run_until_complete(self.asyncio.shutdown_asyncgens())
+        self.asyncio.close()
+        self._calls.clear()
+
+
+def _rung(alarm: Alarm) -> None:
+    ring, alarm.ring, alarm.handle = alarm.ring, None, None
+    if ring is not None:
+        background.run(ring, "what was to be done in time", background.go_on)
+
+
+async def _watched(work: Coroutine[Any, Any, None], name: str, on_death: Callable[[BaseException], None]) -> None:
+    try:
+        await work
+    except asyncio.CancelledError:
+        raise
+    except BaseException as err:
+        background.failed(err, name, on_death)
