@@ -222,7 +222,7 @@ class Engine:
     def _give_way(self) -> None:
         """Wait for the forwards of all that has been submitted in this turn of the loop, if they are short."""
         self._gives_way = False
-        self._queue.wake()
+        self._queue.go()
         if time.monotonic() - self.runner.pulse.since < _PATIENCE_S:  # not if a forward takes longer than others did
             self._answers.wait(self._queue, _PATIENCE_S)
 

@@ -87,6 +87,7 @@ class FairQueue(Generic[T]):
         self._again: deque[list[T]] = deque()
         self._largest = 0.0
         self._count = 0
+        self._lacks_room = False  # whether requests wait, but none has room
         self._closed = False
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ class FairQueue(Generic[T]):
             return min(found, default=None)
 
     def put(self, request: T, *, wake: bool = True) -> None:
-        """Add a request; raises `TeacherBusyError` when the queue is full. Without `wake`, call that soon."""
+        """Add a request; raises `TeacherBusyError` when the queue is full. Without `wake`, call `go` soon."""
         with self._changed:
             if self._count >= self._max_queued:
                 raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
@@ -143,11 +144,15 @@ class FairQueue(Generic[T]):
             self._changed.notify()  # requests behind it may have room
             return True
 
+    def go(self) -> None:
+        """Have `take` look at what was put without waking it."""
+        with self._changed:
+            self._changed.notify()
+
     def wake(self) -> None:
-        """Look again, as there may be room now."""
-        if self._count:
-            with self._changed:
-                self._changed.notify()
+        """Have `take` look again, if it waits for room, as there may be some now."""
+        if self._lacks_room:
+            self.go()
 
     def take(
         self,
@@ -167,6 +172,7 @@ class FairQueue(Generic[T]):
                 if self._again:
                     return self._again.popleft()
                 self._pause(None)
+            self._lacks_room = False
             flow, turns, at = found
             taken = [self._charge(flow, at)]
             if turns is None:  # nothing is taken along, as room that becomes free is for the request that waits for it
@@ -207,6 +213,7 @@ class FairQueue(Generic[T]):
         None if no request has room. If the replica's bound is full, a job with a request that has room already is
         returned without a list: that request goes alone, and the job keeps its turn.
         """
+        self._lacks_room = True  # until one is found; first, so that no room that becomes free meanwhile is missed
         aside: list[tuple[_Flow[T], deque[_Flow[T]]]] = []  # jobs that keep their turns
         try:
             while True:

@@ -47,7 +47,7 @@ T = TypeVar("T")
 class Runner:
     """Takes requests from the queue and starts their forwards; those that failed go to `answers`.
 
-    `recent_s` is a running mean of the time that this takes for what is taken together, without the work of a device.
+    `recent_s` is a running mean of the CPU time of its thread for what it takes from the queue at once.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class Runner:
         # kernel of its own. MKL's kernels may run before that, and sum in another order: the bits would differ.
         torch.get_num_threads()
         while jobs := self._take():
-            began = time.perf_counter()
+            began = time.thread_time()
             self.compute(jobs)
             del jobs
-            took_s = time.perf_counter() - began
+            took_s = time.thread_time() - began
             self.recent_s = took_s if self.recent_s == math.inf else self.recent_s + _RECENT * (took_s - self.recent_s)
         self._outlet.finish()
 
