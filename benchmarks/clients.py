@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import queue
 import struct
 import sys
@@ -69,15 +70,16 @@ def aio_server(ready: Connection, _clients: int) -> None:
     """Send back each message of a stream, on grpc.aio."""
 
     async def echo(_messages: Any, context: Any) -> None:
-        while (message := await context.read()) is not grpc.aio.EOF:
-            await context.write(message)
+        with contextlib.suppress(asyncio.CancelledError):  # the client is gone
+            while (message := await context.read()) is not grpc.aio.EOF:
+                await context.write(message)
 
     async def run() -> None:
         server = grpc.aio.server(options=channel.SERVER_OPTIONS)
         listen(server, echo, ready)
         await server.start()
         await asyncio.get_running_loop().run_in_executor(None, wait_for_end, ready)
-        await server.stop(None)
+        await server.stop(1.0)
 
     asyncio.run(run())
 
@@ -139,8 +141,8 @@ class Session:
         loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
         incoming, outgoing = open_offered(offer, lambda *ends: ends)
         made = asyncio.StreamReaderProtocol(reader)
-        self._reading = await loop.connect_read_pipe(lambda: made, open(incoming, "rb", buffering=0))
-        writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, open(outgoing, "wb", buffering=0))
+        self._reading = await loop.connect_read_pipe(lambda: made, os.fdopen(incoming, "rb", buffering=0))
+        writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(outgoing, "wb", buffering=0))
         attached = teacher_pb2.ClientMessage(attached=teacher_pb2.Attached(attached=True, pipes=True))
         await self._write(attached.SerializeToString())
 
