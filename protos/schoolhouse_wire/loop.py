@@ -6,18 +6,20 @@ A replica has one loop, and a client process has one for all its connections. Wh
 
 import asyncio
 import functools
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from schoolhouse_wire import background
 from schoolhouse_wire.executor import DaemonExecutor
 
 T = TypeVar("T")
+_Task: TypeAlias = "asyncio.Task[None]"
 
 _HELPERS = 4  # threads for what is done elsewhere
 _STOP_TIMEOUT_S = 5.0
@@ -42,8 +44,15 @@ class Loop:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._helpers = DaemonExecutor(_HELPERS, f"{name}-helper")
-        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds only weak references
-        self.asyncio = asyncio.new_event_loop()
+        self._tasks: set[_Task] = set()  # the loop itself holds only weak references
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+        self._pid = os.getpid()
+
+    @property
+    def asyncio(self) -> asyncio.AbstractEventLoop:
+        """The asyncio loop, for what runs in it."""
+        assert self._asyncio is not None
+        return self._asyncio
 
     @property
     def runs_here(self) -> bool:
@@ -54,21 +63,25 @@ class Loop:
         """Start the thread, unless it runs; raises `RuntimeError` if there can be no more threads."""
         with self._lock:
             if self._thread is None and not self._stopped:
+                self._asyncio = self._asyncio or asyncio.new_event_loop()
                 thread = background.thread(self._run, name=self._name, on_death=background.go_on)
                 thread.start()
                 self._thread = thread  # only now: if starting it raises, the next call tries again
+                self.call(lambda: None)  # makes the calls that came before
         return self
 
     def call(self, step: Callable[..., object], *args: Any) -> None:
         """Have the loop call `step(*args)` soon; calls from many threads share one wake-up.
 
-        It takes no lock, so that the garbage collector may call it anywhere.
+        It takes no lock, so that the garbage collector may call it anywhere. In a fork it does nothing.
         """
+        if self._pid != os.getpid():
+            return
         self._calls.append(functools.partial(step, *args))
-        if not self._waking:
+        if not self._waking and self._asyncio is not None:
             self._waking = True
             try:
-                self.asyncio.call_soon_threadsafe(self._make_calls)
+                self._asyncio.call_soon_threadsafe(self._make_calls)
             except RuntimeError:  # closed
                 self._calls.clear()
 
@@ -102,11 +115,21 @@ class Loop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Run a coroutine in the loop, for another thread to wait for."""
+        if self._stopped:
+            work.close()
+            raise RuntimeError(f"the loop {self._name} has stopped")
+        self.start()
         return asyncio.run_coroutine_threadsafe(work, self.asyncio)
 
-    def task(
-        self, work: Coroutine[Any, Any, None], *, name: str, on_death: Callable[[BaseException], None]
-    ) -> "asyncio.Task[None]":
+    def ask(self, step: Callable[..., T], *args: Any, timeout_s: float | None = None) -> T:
+        """What `step(*args)` returns, called in the loop; waits for it, in another thread, for at most `timeout_s`."""
+
+        async def answer() -> T:
+            return step(*args)
+
+        return self.run(answer()).result(timeout_s)
+
+    def task(self, work: Coroutine[Any, Any, None], *, name: str, on_death: Callable[[BaseException], None]) -> _Task:
         """Begin a task, in the loop's thread; if it fails, the error is logged and `on_death(error)` called."""
         task = self.asyncio.create_task(_watched(work, name, on_death), name=name)
         self._tasks.add(task)
@@ -123,14 +146,13 @@ class Loop:
             self._stopped = True
             thread = self._thread
         if thread is None:
-            self.asyncio.close()
             return
         try:
             self.asyncio.call_soon_threadsafe(self.asyncio.stop)
         except RuntimeError:  # stopped before
             return
         thread.join(_STOP_TIMEOUT_S)
-        self._helpers.shutdown(wait=False)
+        self._helpers.shutdown()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.asyncio)

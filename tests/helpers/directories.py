@@ -11,8 +11,8 @@ import grpc
 import torch
 from memfd import soon
 from schoolhouse_server import serve
-from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.replica.directory import Directory
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 from torch import nn

@@ -7,9 +7,9 @@ import grpc
 import pytest
 from memfd import soon
 from schoolhouse.errors import TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
-from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.replica import directory as module
 from schoolhouse_server.replica.directory import Directory
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 

@@ -18,10 +18,10 @@ from schoolhouse.remote import handshake
 from schoolhouse_server import ServerTls, serve
 from schoolhouse_server.cli import probe
 from schoolhouse_server.cli.main import app
-from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_server.security.certs import Authority
 from schoolhouse_server.security.ports import listen
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.rpc.security import ClientSecurity, is_loopback
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc

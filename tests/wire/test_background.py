@@ -17,7 +17,14 @@ OURS = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if "_pb2" not in path.name
 ]
-TASKS = (".create_task", ".ensure_future", "asyncio.gather", ".TaskGroup", ".run_coroutine_threadsafe", ".run_in_executor")
+TASKS = (
+    ".create_task",
+    ".ensure_future",
+    "asyncio.gather",
+    ".TaskGroup",
+    ".run_coroutine_threadsafe",
+    ".run_in_executor",
+)
 
 
 def dotted(node):

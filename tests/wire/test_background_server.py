@@ -17,7 +17,6 @@ from models import Net
 from rich.progress import Progress
 from schoolhouse import encodings, errors
 from schoolhouse.teachers.local import LocalTeacher
-from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.observe import web
@@ -26,6 +25,7 @@ from schoolhouse_server.security import tokens
 from schoolhouse_server.session import calls
 from schoolhouse_server.session.job_session import Member
 from schoolhouse_server.session.server_session import ServerSession
+from schoolhouse_wire.executor import DaemonExecutor
 from torch import nn
 from traps import Trap, each_error, opened
 

@@ -1,6 +1,6 @@
 """The mapping between our errors, failures on a session and gRPC's status. Nothing else maps errors."""
 
-from typing import NoReturn
+from typing import Any
 
 from schoolhouse_wire.errors import (
     BY_CODE,
@@ -82,11 +82,12 @@ def _short(text: str) -> str:
     return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "…"
 
 
-def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
-    """End an RPC with `error`; raises, as `context.abort` does.
+def end(context: "grpc.aio.ServicerContext[Any, Any]", error: BaseException) -> None:
+    """Have an RPC end with `error` once its handler returns.
 
     The traceback is removed from the error. Its frames may refer to the error and to the RPC; in such a cycle the RPC
-    would live until the garbage collector runs, and gRPC would count it as open until then.
+    would live until the garbage collector runs, and gRPC would count it as open until then. For the same reason this
+    does not use `context.abort`, which raises an error that the RPC refers to.
     """
     error.__traceback__ = None
     failure = to_failure(error)
@@ -95,7 +96,8 @@ def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
         failure.message = details
         del failure.choices[:]
     context.set_trailing_metadata(((_FAILURE_KEY, failure.SerializeToString()),))
-    context.abort(_TO_GRPC[failure.code], details)
+    context.set_code(_TO_GRPC[failure.code])
+    context.set_details(details)
 
 
 def from_rpc_error(error: grpc.RpcError, target: str) -> SchoolhouseError:

@@ -70,23 +70,23 @@ class Stage:
 
 
 class Device:
-    """The device that a teacher runs on, with its four stages."""
+    """The device that a teacher runs on, with its four stages; `pins` if it copies from pinned host memory."""
 
     def __init__(self, name: str) -> None:
         self.name = torch.device(name)
         found = torch.get_device_module(self.name)
         self.is_host = self.name.type == "cpu"
-        self._pins = pins(self.name)
-        self.kit: Any = found if self._pins else torch.cpu  # other devices have no streams
+        self.pins = pins(self.name)
+        self.kit: Any = found if self.pins else torch.cpu  # other devices have no streams
         self.h2d, self.forward, self.encode, self.d2h = (Stage(self) for _ in range(4))
 
     def new_stream(self) -> Any:
         """A new stream on this device."""
-        return self.kit.Stream(device=self.name) if self._pins else self.kit.Stream()
+        return self.kit.Stream(device=self.name) if self.pins else self.kit.Stream()
 
     def mark(self, stream: Any) -> Any:
         """An event, or a time, that marks the end of the work that a stream has so far."""
-        if not self._pins:
+        if not self.pins:
             return time.perf_counter()
         event = self.kit.Event(enable_timing=True)
         event.record(stream)
@@ -94,14 +94,14 @@ class Device:
 
     def pin(self, value: Any) -> Any:
         """Inputs in pinned host memory, from which the device copies without the CPU."""
-        return map_tensors(value, pinned) if self._pins else value
+        return map_tensors(value, pinned) if self.pins else value
 
     def load(self, value: Any) -> Any:
         """Inputs on the device; the copy may still be under way."""
         return value if self.is_host else map_tensors(value, self._load)
 
     def _load(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.name, non_blocking=self._pins)
+        return tensor.to(self.name, non_blocking=self.pins)
 
     def lend(self, value: Any, stream: Any) -> None:
         """Tell the allocator that `stream` is about to read memory of the device.
@@ -110,7 +110,7 @@ class Device:
         the work that `stream` has at the time of freeing. That costs memory only if the host drops a value that the
         device still reads. For pinned host memory torch itself does the same with each copy.
         """
-        for tensor in tensors_of(value) if self._pins else ():
+        for tensor in tensors_of(value) if self.pins else ():
             if tensor.device == self.name and tensor.layout is torch.strided and not tensor.is_nested:
                 self.record(tensor, stream)
 
@@ -136,12 +136,12 @@ class Device:
 
     def free(self) -> None:
         """Free memory that the allocator has cached, so that it can be allocated in other sizes."""
-        if self._pins:
+        if self.pins:
             self.kit.empty_cache()
 
     def is_broken(self) -> bool:
         """Whether the device is unusable in this process, as after a failed assertion in a kernel; waits for it."""
-        if not self._pins:
+        if not self.pins:
             return False
         try:
             self.kit.synchronize(self.name)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from schoolhouse_wire.errors import ConfigError
-
-from schoolhouse_server.common.timer import Alarm, Timer
+from schoolhouse_wire.loop import Alarm, Loop
 
 FORWARD_TIMEOUT_S = 600.0
 MAX_FORWARD_TIMEOUT_S = 604_800.0
@@ -44,23 +43,23 @@ class Pulse:
 
 
 class Watchdog:
-    """Calls `bark` once, in the timer's thread, when a thread has been busy for `timeout_s`; with 0, never."""
+    """Calls `bark` once, in the loop, when a thread has been busy for `timeout_s`; with 0, never."""
 
-    def __init__(self, timer: Timer, timeout_s: float, pulses: Sequence[Pulse], bark: Callable[[], None]) -> None:
-        self._timer, self._timeout_s, self._pulses, self._bark = timer, timeout_s, pulses, bark
+    def __init__(self, loop: Loop, timeout_s: float, pulses: Sequence[Pulse], bark: Callable[[], None]) -> None:
+        self._loop, self._timeout_s, self._pulses, self._bark = loop, timeout_s, pulses, bark
         self._alarm: Alarm | None = None
         self._ended = False
 
     def start(self) -> None:
         """Begin to watch."""
         if self._timeout_s:
-            self._alarm = self._timer.at(time.monotonic() + self._timeout_s, self._look)
+            self._alarm = self._loop.at(time.monotonic() + self._timeout_s, self._look)
 
     def end(self) -> None:
         """Stop watching."""
         self._ended = True
         if self._alarm is not None:
-            self._timer.cancel(self._alarm)
+            self._loop.cancel(self._alarm)
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -70,4 +69,4 @@ class Watchdog:
         if due <= now:
             self._bark()
         else:
-            self._alarm = self._timer.at(due, self._look)
+            self._alarm = self._loop.at(due, self._look)

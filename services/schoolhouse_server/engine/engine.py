@@ -4,9 +4,8 @@ import dataclasses
 import functools
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,37 +13,36 @@ import torch
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse_wire import background
 from schoolhouse_wire.errors import (
-    RevisionChangedError,
     SchoolhouseError,
     TeacherForwardError,
-    TeacherMemoryError,
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse_wire.torch_private import versions_of
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import directory_pb2
 from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
 from schoolhouse_wire.values.tree import tensors_of
 
 from schoolhouse_server.common.rows import COSTS, rows_of
-from schoolhouse_server.common.timer import Timer
-from schoolhouse_server.device.device import Device, lacks_memory
-from schoolhouse_server.device.nonfinite import Kind
+from schoolhouse_server.device.device import Device
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, Watchdog, checked_timeout_s
+from schoolhouse_server.engine.answers import Answers, BrokenDevice
 from schoolhouse_server.engine.cache import FeatureCache
 from schoolhouse_server.engine.fair_queue import FairQueue
 from schoolhouse_server.engine.jobs import Answer, Job, Ticket
 from schoolhouse_server.engine.reply_pipeline import CLOSED, Outlet
-from schoolhouse_server.engine.runner import Runner
+from schoolhouse_server.engine.runner import LATE, Runner
 from schoolhouse_server.engine.shares import Shares
 from schoolhouse_server.engine.unsent import Unsent
 from schoolhouse_server.merge import self_check
-from schoolhouse_server.merge.merging import Joint, Merger
+from schoolhouse_server.merge.merging import Merger
 from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_server.observe.counters import Counters
 
-_LATE = "the request's deadline passed while it waited for the teacher"
+_SHORT_S = 1e-3  # forwards that take no longer than this are waited for in the loop
+_PATIENCE_S = 5e-3  # the longest such wait
+_AT_ONCE_BYTES = 1 << 20  # inputs up to this are prepared faster than they are handed to another thread
 _log = logging.getLogger(__name__)
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
 
@@ -60,12 +58,17 @@ class Trouble:
 class Engine:
     """Runs one LocalTeacher; `submit` refuses requests beyond `max_queued`.
 
-    It has two threads: one brings inputs to the device and starts forwards, the other encodes features and brings them
-    to the host. Receiving and sending happen in the threads of the sessions. So one forward follows another at once.
+    A request goes one way: the loop submits it to the queue, one thread takes it from there and runs its forward, that
+    thread or another one encodes the features and brings them to the host, and `Answers` bring it back to the loop,
+    where all that the engine knows of requests is kept. So one forward follows another at once. While forwards are
+    short, the loop waits for those that it has submitted, which is faster than taking turns.
 
     If one of the two threads spends `forward_timeout_s` on one piece of work, or the device is broken, all requests
     fail with `TeacherUnavailableError`, so that other replicas answer them, no more are taken, and `on_trouble` is
     called. A request that was the only one on the device when it broke is to blame, and fails with its own error.
+
+    `submit` and `cancel` are called in the loop's thread, and so are the tickets' `done`. Without a `loop` it has one
+    of its own.
 
     Raises:
         ConfigError: for a module whose requests cannot be merged as `merge` says.
@@ -78,7 +81,7 @@ class Engine:
         max_queued: int,
         cache_bytes: int = 0,
         cost: str = "rows",
-        timer: Timer | None = None,
+        loop: Loop | None = None,
         merge: MergeSettings | None = None,
         example: Callable[[], Any] | None = None,
         forward_timeout_s: float = FORWARD_TIMEOUT_S,
@@ -92,13 +95,10 @@ class Engine:
         self.served = self.joined = 0
         self.cache = FeatureCache(cache_bytes) if cache_bytes else None
         self.device = Device(self.description.device)
-        # Without inference tensors, whose changes torch does not count. Listed once, as each request checks them all.
-        self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
-        self._versions = versions_of(self._weights)
         self.counters = Counters()
         self._cost_of = COSTS[cost]
-        self._owns_timer = timer is None
-        self._timer = timer or Timer()
+        self._owns_loop = loop is None
+        self.loop = loop or Loop("schoolhouse-engine-loop")
         self.merger: Merger[Job] | None = None
         if merge.mode != "never":
             self_check.check_modules(teacher.module, self.description, merge)
@@ -108,35 +108,19 @@ class Engine:
         self._queue: FairQueue[Job] = FairQueue(max_queued, self._shares.reserve, lambda job: job.has_room)
         if unsent is not None:
             unsent.follow(self._queue.wake)
-        self._outlet = Outlet(
-            teacher,
-            self.device,
-            self.cache,
-            end=self._end,
-            again=self._queue.again,
-            is_doubtful=self._is_doubtful,
-            measured=self._measured,
-        )
-        self.runner = Runner(
-            teacher,
-            self.device,
-            self.merger,
-            self._queue,
-            self._outlet,
-            self.counters,
-            admit=self._admit,
-            end=self._end,
-        )
-        self._in_flight: dict[Hashable, Job] = {}
-        self._begun: set[Job] = set()  # jobs that have left the queue
-        self._lock = threading.Lock()
-        self._outside_s = dict.fromkeys(("receive", "queue", "send"), 0.0)
+        self._answers = Answers(self.loop, self.device, self._end)
+        self._outlet = Outlet(teacher, self.device, self.cache, self.merger, self._shares, self._queue, self._answers)
+        self.runner = Runner(teacher, self.device, self.merger, self._queue, self._outlet, self.counters, self._answers)
+        self._in_flight: dict[Hashable, Job] = {}  # those that others may join
+        self._jobs: set[Job] = set()  # all that are queued, or have begun and are not answered yet
+        self._gives_way = False  # whether the loop is about to wait for forwards
+        self._outside_s = dict.fromkeys(("receive", "send"), 0.0)
         self._threads = [
             background.thread(self.runner.run, name="schoolhouse-engine-in", on_death=self._in_failed),
             background.thread(self._outlet.run, name="schoolhouse-engine-out", on_death=self._out_failed),
         ]
         pulses = (self.runner.pulse, self._outlet.pulse)
-        self._watchdog = Watchdog(self._timer, timeout_s, pulses, functools.partial(self._stuck, timeout_s))
+        self._watchdog = Watchdog(self.loop, timeout_s, pulses, functools.partial(self._stuck, timeout_s))
         self._on_trouble = on_trouble
         self.trouble: Trouble | None = None
         self._closed = False
@@ -149,7 +133,7 @@ class Engine:
     @property
     def running(self) -> int:
         """How many requests have left the queue and are not answered yet."""
-        return len(self._begun)
+        return max(len(self._jobs) - len(self._queue), 0)
 
     @property
     def queued(self) -> int:
@@ -157,22 +141,23 @@ class Engine:
         return len(self._queue)
 
     def fill(self, load: directory_pb2.Load, in_flight: dict[str, int]) -> None:
-        """Write the counters of jobs, and how long requests wait, into `load`."""
+        """Write the counters of jobs, and how long requests wait, into `load`; any thread may call this."""
         self.counters.fill(load, self._queue.queued(), in_flight)
         load.queue_delay_s = self.counters.delay_s(self._queue.oldest())
 
     def stage_s(self) -> dict[str, float]:
         """Seconds spent in each stage so far, summed over requests; stages that overlap all count."""
         on_device = {name: getattr(self.device, name).seconds for name in ("h2d", "forward", "encode", "d2h")}
-        return {name: (self._outside_s | on_device)[name] for name in STAGES}
+        waited = {"queue": self.counters.waited_s}
+        return {name: (self._outside_s | waited | on_device)[name] for name in STAGES}
 
     def count(self, stage: str, seconds: float) -> None:
-        """Add seconds to a stage that runs in the threads of sessions."""
-        with self._lock:
-            self._outside_s[stage] += seconds
+        """Add seconds to a stage that runs in the loop."""
+        self._outside_s[stage] += seconds
 
     def start(self) -> None:
         """Begin to work on queued requests."""
+        self.loop.start()
         for thread in self._threads:
             thread.start()
         self._watchdog.start()
@@ -184,71 +169,88 @@ class Engine:
         if self._closed:
             raise TeacherUnavailableError(CLOSED)
 
+    async def prepare(self, job: Job) -> None:
+        """Do what must be done with all bytes of a request's inputs before `submit`; for many, in another thread."""
+        nbytes = sum(tensor.nbytes for tensor in tensors_of(job.inputs))
+        if nbytes > _AT_ONCE_BYTES and (self.device.pins or self.cache is not None or self.merger is not None):
+            await self.loop.elsewhere(self._prepare, job)
+        else:
+            self._prepare(job)
+
+    def _prepare(self, job: Job) -> None:
+        if self.merger is not None and not job.alone:
+            self.merger.prepare(job)
+        if self.cache is not None and not job.alone:
+            job.cache_key = self.cache.key(job.content, job.key)
+        job.inputs = self.device.pin(job.inputs)
+
     def submit(self, job: Job) -> None:
-        """Queue a request, or have it answered by an identical one in flight or from the cache.
+        """Queue a prepared request, or have it answered by an identical one in flight or from the cache.
 
         Raises:
             TeacherBusyError: the queue is full.
             TeacherUnavailableError: the engine is closed, or has failed.
         """
+        self.check()
         job.rows = rows_of(job.inputs)
         job.cost = max(float(job.rows if self._cost_of is rows_of else self._cost_of(job.inputs)), 1.0)
-        if self.merger is not None and not job.alone:
-            self.merger.prepare(job)
         self._shares.sized(job)
-        if self.cache is not None and not job.alone:
-            job.cache_key = self.cache.key(job.content, job.key)
+        if self.cache is not None and job.cache_key is not None:
             found = self.cache.get(job.cache_key)
             if found is not None and self._shares.take(job.tickets[0], found.nbytes) == "taken":
-                with self._lock:
-                    self.served += 1
+                self.served += 1
                 self._tell(job.tickets[0], Answer(found, self.description.revision))
                 return
-        job.inputs = self.device.pin(job.inputs)  # may fail, so it is done before others can join
-        with self._lock:
-            self.check()
-            if not self._join(job):
-                self._enqueue(job)
+        if not self._join(job):
+            self._enqueue(job)
 
     def _enqueue(self, job: Job) -> None:
-        """Put a job into the queue; the caller holds the lock."""
         self.check()
         job.queued_at = time.perf_counter()
-        self._queue.put(job)
+        gives_way = self.runner.recent_s <= _SHORT_S
+        self._queue.put(job, wake=not gives_way)
+        self._jobs.add(job)
         self._in_flight[job.key] = job
         for ticket in job.tickets:
             ticket.job = job
         if job.deadline < math.inf:
-            job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
+            job.alarm = self.loop.at(job.deadline, functools.partial(self._expire, job))
+        if gives_way and not self._gives_way:
+            self._gives_way = True
+            self.loop.call(self._give_way)
+
+    def _give_way(self) -> None:
+        """Wait for the forwards of all that has been submitted in this turn of the loop, if they are short."""
+        self._gives_way = False
+        self._queue.wake()
+        if time.monotonic() - self.runner.pulse.since < _PATIENCE_S:  # not if a forward takes longer than others did
+            self._answers.wait(self._queue, _PATIENCE_S)
 
     def cancel(self, ticket: Ticket) -> None:
         """Forget a ticket; its job leaves the queue at once if nobody else waits for it."""
-        with self._lock:
-            ticket.cancelled = True
-            job, ticket.job = ticket.job, None
-            if job in self._begun:  # the features are computed all the same, and the share ends with them
-                return
-            if job is not None and job.cancelled and self._queue.remove(job):
-                self._forget(job)
+        ticket.cancelled = True
+        job, ticket.job = ticket.job, None
+        if job is not None and job.begun_at:  # the features are computed all the same, and the share ends with them
+            return
+        if job is not None and job.cancelled and self._queue.remove(job):
+            self._forget(job)
         ticket.drop()
 
     def _expire(self, job: Job) -> None:
         """Fail a request whose deadline has come if it still waits for the device."""
-        with self._lock:
-            if time.monotonic() < job.deadline:  # another one joined it and has more time
-                job.alarm = self._timer.at(job.deadline, functools.partial(self._expire, job))
-                return
-            if not self._queue.remove(job):
-                return
-        self._begin(job, charged=False)
-        self._end(job, TeacherTimeoutError(_LATE))
+        if time.monotonic() < job.deadline:  # another one joined it and has more time
+            job.alarm = self.loop.at(job.deadline, functools.partial(self._expire, job))
+        elif self._queue.remove(job):
+            self.counters.began(job.tickets[0].account, cost=0.0, waited_s=time.perf_counter() - job.queued_at)
+            self._end(job, TeacherTimeoutError(LATE))
 
     def _forget(self, job: Job) -> None:
-        """Let nobody join a job any more, and forget its deadline; the caller holds the lock."""
+        """Let nobody join a job any more, and forget its deadline."""
+        self._jobs.discard(job)
         if self._in_flight.get(job.key) is job:
             del self._in_flight[job.key]
         if job.alarm is not None:
-            self._timer.cancel(job.alarm)
+            self.loop.cancel(job.alarm)
 
     def _join(self, job: Job) -> bool:
         """Let a job in flight on the same inputs answer this one; inputs are compared, as equal digests may collide."""
@@ -267,63 +269,48 @@ class Engine:
 
     def _queue_again(self, job: Job, tickets: list[Ticket]) -> None:
         """Queue a job again for those of its tickets that had no room, to wait for their own room."""
-        left = dataclasses.replace(job, tickets=tickets, again=0, alarm=None)
+        left = dataclasses.replace(job, tickets=tickets, again=0, alarm=None, begun_at=0.0)
         try:
-            with self._lock:
-                self._enqueue(left)
+            self._enqueue(left)
         except SchoolhouseError as err:
             for ticket in tickets:
                 self._tell(ticket, err)
 
-    def _measured(self, job: Job, features: Any) -> None:
-        with self._lock:  # so that nobody joins it meanwhile
-            self._shares.measured(job, features)
-
     def close(self, timeout_s: float = 10.0) -> None:
-        """Stop after the request that is running; those that wait fail with `TeacherUnavailableError`."""
-        with self._lock:  # nothing is queued from here on
-            self._closed = True
-        self._watchdog.end()
-        self._drop(self._queue.close(), CLOSED)
+        """Stop after the request that is running; those that wait fail with `TeacherUnavailableError`.
+
+        Not to be called in the loop's thread.
+        """
+        self.loop.ask(self._close)
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.is_alive() and self.trouble is None:
                 thread.join(max(end - time.monotonic(), 0.0))
-        if self._owns_timer:
-            self._timer.close()
+        if self._owns_loop:
+            self.loop.ask(self._answers.deliver)
+            self.loop.stop()
 
-    def _drop(self, jobs: list[Job], why: str) -> None:
+    def _close(self) -> None:
+        self._closed = True  # nothing is queued from here on
+        self._watchdog.end()
+        self._drop(self._queue.close(), CLOSED)
+
+    def _drop(self, jobs: Iterable[Job], why: str) -> None:
         """Fail jobs that were not answered."""
         for job in jobs:
-            if job not in self._begun:
-                self._begin(job, charged=False)
             self._end(job, TeacherUnavailableError(why))
 
-    def _is_doubtful(self, joint: Joint[Job], kinds: Sequence[Kind]) -> bool:
-        return self.merger is not None and self.merger.is_doubtful(joint, kinds)
-
-    def _admit(self, job: Job) -> bool:
-        self._begin(job)
-        try:
-            self._check(job)
-        except Exception as err:
-            self._end(job, err)
-            return False
-        return True
-
     def _in_failed(self, _error: BaseException) -> None:
-        self._failed()
+        self.loop.call(self._failed)
         self._outlet.finish()
 
     def _out_failed(self, _error: BaseException) -> None:
-        self._failed()
+        self.loop.call(self._failed)
         self._outlet.discard()
 
     def _failed(self) -> None:
         """Fail all requests after one of the threads has died, so that nobody waits for it."""
         why = f"the engine of teacher {self.description.name!r} failed; its log says more; ask another replica"
-        with self._lock:
-            self._begun |= {*self._in_flight.values()}  # with those that were taken but not begun
         self._break_down(Trouble("broken", why))
 
     def _stuck(self, timeout_s: float) -> None:
@@ -334,73 +321,40 @@ class Engine:
 
     def _break_down(self, trouble: Trouble, blamed: Job | None = None) -> None:
         """Fail all requests, but the one to blame, which is told its own error, and take no more."""
-        with self._lock:  # nothing is queued from here on
-            first = not self._closed and self.trouble is None
-            if first:
-                self.trouble = trouble
-            begun = self._begun - {blamed}
-        self._drop([*begun.union(self._queue.close())], trouble.why)
+        first = not self._closed and self.trouble is None
+        if first:
+            self.trouble = trouble
+        self._queue.close()
+        self._drop(self._jobs - {blamed}, trouble.why)
         if first:
             _log.error("the replica must be replaced: %s", trouble.why)
             background.run(self._on_trouble, "telling of the trouble", background.go_on)
 
-    def _told(self, job: Job, error: BaseException) -> BaseException:
-        """The error that those who wait for a job are told."""
-        if isinstance(error, SchoolhouseError) and not isinstance(error, TeacherForwardError):
-            return error
-        if lacks_memory(error):
-            return TeacherMemoryError("the teacher has no room for these features; ask for fewer rows or taps at once")
-        if not self.device.is_broken():
-            return error
-        alone = self._begun == {job}
+    def _broke(self, job: Job, error: BaseException) -> BaseException:
+        """Take no more requests, as the device is broken; returns what those who wait for this one are told."""
+        alone = all(other is job or not other.begun_at for other in self._jobs)
         why = f"the device of teacher {self.description.name!r} no longer works; ask another replica"
         self._break_down(Trouble("broken", why), job if alone else None)
         if not alone:
             return TeacherUnavailableError(why)
         return TeacherForwardError(f"the forward on this input broke the teacher's device: {error}")
 
-    def _begin(self, job: Job, charged: bool = True) -> None:
-        """Note that a job has left the queue."""
-        waited_s = time.perf_counter() - job.queued_at
-        with self._lock:
-            self._begun.add(job)
-            self._outside_s["queue"] += waited_s
-            if job.alarm is not None:
-                self._timer.cancel(job.alarm)
-        self.counters.began(job.tickets[0].account, cost=job.cost if charged else 0.0, waited_s=waited_s)
-
-    def _check(self, job: Job) -> None:
-        """Raise the error that keeps a job from running, if there is one."""
-        if self.trouble is not None:
-            raise TeacherUnavailableError(self.trouble.why)
-        if job.cancelled:
-            raise TeacherUnavailableError("nobody waits for the features any more")
-        if time.monotonic() > job.deadline:
-            raise TeacherTimeoutError(_LATE)
-        if versions_of(self._weights) != self._versions:
-            raise RevisionChangedError(
-                f"the teacher's weights were changed in place after it was served as {self.description.revision}; "
-                "serve it again"
-            )
-
-    def _end(self, job: Job, result: Declared | BaseException) -> None:
-        """Answer all who wait for a job."""
+    def _end(self, job: Job, result: Declared | BaseException | BrokenDevice) -> None:
+        """Answer all who wait for a job, unless it was answered when the engine broke down."""
+        if job not in self._jobs:
+            return
+        answer: Answer | BaseException
         if isinstance(result, Declared):
-            answer: Answer | BaseException = Answer(result, self.description.revision)
+            answer = Answer(result, self.description.revision)
+            no_room = self._shares.lacking(job, sum(result.item_bytes))
         else:
-            answer = self._told(job, result)
-        with self._lock:
-            if job not in self._begun:  # it was answered when the engine broke down
-                return
-            self._begun.discard(job)
-            self._forget(job)
-            no_room = self._shares.lacking(job) if isinstance(answer, Answer) else []
-            if no_room:
-                job.tickets = [ticket for ticket in job.tickets if ticket not in no_room]
-            self.served += len(job.tickets)
-            for ticket in job.tickets:
-                ticket.job = None
+            answer, no_room = self._broke(job, result.error) if isinstance(result, BrokenDevice) else result, []
+        self._forget(job)
+        if no_room:
+            job.tickets = [ticket for ticket in job.tickets if ticket not in no_room]
+        self.served += len(job.tickets)
         for ticket in job.tickets:
+            ticket.job = None
             self._tell(ticket, answer)
         if no_room:
             self._queue_again(job, no_room)

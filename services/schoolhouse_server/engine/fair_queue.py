@@ -77,6 +77,7 @@ class FairQueue(Generic[T]):
         reserve: Callable[[T], Room] = lambda _request: "taken",
         has_room: Callable[[T], bool] = lambda _request: False,
     ) -> None:
+        self.idle = threading.Event()  # set while `take` waits
         self._max_queued = max_queued
         self._reserve, self._has_room = reserve, has_room
         self._changed = threading.Condition()
@@ -102,8 +103,8 @@ class FairQueue(Generic[T]):
             found = (flow.waiting[0].queued_at for flow in self._flows.values() if flow.waiting and not flow.blocked)
             return min(found, default=None)
 
-    def put(self, request: T) -> None:
-        """Add a request; raises `TeacherBusyError` when the queue is full."""
+    def put(self, request: T, *, wake: bool = True) -> None:
+        """Add a request; raises `TeacherBusyError` when the queue is full. Without `wake`, call that soon."""
         with self._changed:
             if self._count >= self._max_queued:
                 raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
@@ -118,13 +119,16 @@ class FairQueue(Generic[T]):
             self._count += 1
             if flow.served_next:
                 self._list(flow, self._old)
-            self._changed.notify()
+            self.idle.clear()
+            if wake:
+                self._changed.notify()
 
     def again(self, requests: Sequence[T]) -> bool:
         """Have a coming `take` return these requests, which were taken before, and no others; False once closed."""
         with self._changed:
             if not self._closed:
                 self._again.append([*requests])
+                self.idle.clear()
                 self._changed.notify()
             return not self._closed
 
@@ -162,18 +166,23 @@ class FairQueue(Generic[T]):
                     return []
                 if self._again:
                     return self._again.popleft()
-                self._changed.wait()
+                self._pause(None)
             flow, turns, at = found
             taken = [self._charge(flow, at)]
             if turns is None:  # nothing is taken along, as room that becomes free is for the request that waits for it
                 return taken
             self._take_along(taken, fits)
             while not self._count and not self._closed and (pause_s := linger(taken)) > 0:
-                self._changed.wait(pause_s)
+                self._pause(pause_s)
                 self._take_along(taken, fits)
             if flow.served_next:
                 self._list(flow, turns)
             return taken
+
+    def _pause(self, at_most_s: float | None) -> None:
+        self.idle.set()
+        self._changed.wait(at_most_s)
+        self.idle.clear()
 
     def close(self) -> list[T]:
         """End `take`; returns the requests that still waited."""

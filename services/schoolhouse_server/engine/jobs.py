@@ -6,9 +6,9 @@ from typing import Any
 
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.loop import Alarm
 from schoolhouse_wire.values.codec import Arguments, Declared
 
-from schoolhouse_server.common.timer import Alarm
 from schoolhouse_server.engine.unsent import Share
 from schoolhouse_server.merge.batching import Form
 from schoolhouse_server.observe.counters import JobCounters
@@ -28,7 +28,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Ticket:
-    """One client's wait for a job; `done` is called once, from one of the engine's threads, unless it was cancelled."""
+    """One client's wait for a job; `done` is called once, in the loop, unless it was cancelled."""
 
     done: Callable[[Answer | BaseException], None]
     account: JobCounters = field(default_factory=lambda: JobCounters(""))  # the counters of the client's job
@@ -54,6 +54,7 @@ class Job:
     deadline: float
     tickets: list[Ticket] = field(default_factory=list)
     queued_at: float = 0.0
+    begun_at: float = 0.0  # when it left the queue for the device; 0 before
     cache_key: bytes | None = None
     source: Hashable = None  # the session that sent it
     form: Form | None = None  # jobs of one form may be merged; None if it may not be merged

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,12 @@ from schoolhouse_wire.values.tree import tensors_of
 from schoolhouse_server.device import nonfinite
 from schoolhouse_server.device.device import Device, Span, lacks_memory
 from schoolhouse_server.device.watchdog import Pulse
+from schoolhouse_server.engine.answers import Answers
 from schoolhouse_server.engine.cache import FeatureCache
+from schoolhouse_server.engine.fair_queue import FairQueue
 from schoolhouse_server.engine.jobs import Job
-from schoolhouse_server.merge.merging import Joint
+from schoolhouse_server.engine.shares import Shares
+from schoolhouse_server.merge.merging import Joint, Merger
 from schoolhouse_server.merge.splitting import unshared
 from schoolhouse_server.observe.spans import tell_stages
 
@@ -60,11 +63,10 @@ class Landing:
 
 
 class Outlet:
-    """Sends off the features of forwards; `end` gets each job's features, or its error.
+    """Sends off the features of forwards, to `answers`.
 
-    `again` takes jobs that are to run again, and returns False if nothing runs any more. These are jobs whose features
-    had no room, and merged jobs of which `is_doubtful` says that their numbers may stem from other requests. `measured`
-    gets a job's encoded features before host memory is taken for them, and raises if they are too large.
+    Jobs go to the queue again if their features had no room, or if they were merged and their numbers may stem from
+    other requests.
     """
 
     def __init__(
@@ -72,14 +74,13 @@ class Outlet:
         teacher: LocalTeacher,
         device: Device,
         cache: FeatureCache | None,
-        *,
-        end: Callable[[Job, Declared | BaseException], None],
-        again: Callable[[Sequence[Job]], bool],
-        is_doubtful: Callable[[Joint[Job], Sequence[nonfinite.Kind]], bool],
-        measured: Callable[[Job, Any], None],
+        merger: Merger[Job] | None,
+        shares: Shares,
+        queue_of_jobs: FairQueue[Job],
+        answers: Answers,
     ) -> None:
-        self._teacher, self._device, self._cache, self._end = teacher, device, cache, end
-        self._again, self._is_doubtful, self._measured = again, is_doubtful, measured
+        self._teacher, self._device, self._cache = teacher, device, cache
+        self._merger, self._shares, self._queue, self._answers = merger, shares, queue_of_jobs, answers
         self._waiting: queue.Queue[Landing | None] = queue.Queue(_WAITING)
         self.pulse = Pulse()
 
@@ -125,29 +126,31 @@ class Outlet:
             self._device.wait(work.spans[-1])
             if nonfinite.is_finite_total(work.total):
                 return False
-            return self._is_doubtful(joint, [nonfinite.kind(part.values) for part in work.parts])
+            return self._merger is not None and self._merger.is_doubtful(
+                joint, [nonfinite.kind(part.values) for part in work.parts]
+            )
         except BaseException:  # the device failed, which is told to those who wait when the features are fetched
             return False
 
     def _run_again(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             job.again += 1
-        if not self._again(jobs):
+        if not self._queue.again(jobs):
             for job in jobs:
-                self._end(job, TeacherUnavailableError(CLOSED))
+                self._answers.put(job, TeacherUnavailableError(CLOSED))
 
     def _failed(self, job: Job, error: BaseException) -> None:
         """Fail a job; if there was no room for its features, run it again first, at most twice."""
         if lacks_memory(error) and job.again < _MAX_AGAIN:
             self._run_again([job])
         else:
-            self._end(job, error)
+            self._answers.put(job, error)
 
     def _send_off(self, part: Part, computed: Span) -> bool:
         device = self._device
         try:
             encoded, made = device.encode.run(computed, self._teacher.encode, part.values, part.job.wanted)
-            self._measured(part.job, encoded)
+            self._shares.measured(part.job, encoded)
             part.here, landed = device.d2h.run(made, device.fetch, encoded)
         except BaseException as err:
             self._failed(part.job, err)
@@ -169,7 +172,7 @@ class Outlet:
         except BaseException as err:
             self._failed(job, err)
             return
-        self._end(job, features)
+        self._answers.put(job, features)
 
     def _keep(self, job: Job, features: Declared) -> None:
         """Put features into the cache, unless there is no memory for them."""

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import gc
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,12 +14,19 @@ import torch
 from schoolhouse.taps import Tap
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse.teachers.query import Wanted
-from schoolhouse_wire.errors import TeacherForwardError
-from schoolhouse_wire.values.codec import Arguments, Declared
+from schoolhouse_wire.errors import (
+    RevisionChangedError,
+    TeacherForwardError,
+    TeacherTimeoutError,
+    TeacherUnavailableError,
+)
+from schoolhouse_wire.torch_private import versions_of
+from schoolhouse_wire.values.codec import Arguments
 
 from schoolhouse_server.device import nonfinite
 from schoolhouse_server.device.device import Device, Span, lacks_memory
 from schoolhouse_server.device.watchdog import Pulse
+from schoolhouse_server.engine.answers import Answers
 from schoolhouse_server.engine.fair_queue import FairQueue
 from schoolhouse_server.engine.jobs import Job
 from schoolhouse_server.engine.reply_pipeline import SENDING_S, Landing, Outlet, Part
@@ -29,14 +38,29 @@ from schoolhouse_server.observe.counters import Counters
 
 _AHEAD = 4
 _ON_DEVICE_TRIES = 2  # for a request whose features had no room on the device; then they are encoded on the host
+_RECENT = 0.2  # the weight of the last requests in the running mean of their time
+LATE = "the request's deadline passed while it waited for the teacher"
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Runner:
-    """Takes requests from the queue and starts their forwards.
+class _Weights:
+    """Whether a teacher's weights were changed in place since it was served."""
 
-    `admit` says whether a request that has left the queue is still to run, and `end` is called for those that failed.
+    def __init__(self, teacher: LocalTeacher) -> None:
+        # Without inference tensors, whose changes torch does not count. Listed once, as each request checks them all.
+        self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
+        self._versions = versions_of(self._weights)
+
+    @property
+    def changed(self) -> bool:
+        return versions_of(self._weights) != self._versions
+
+
+class Runner:
+    """Takes requests from the queue and starts their forwards; those that failed go to `answers`.
+
+    `recent_s` is a running mean of the time that this takes for what is taken together, without the work of a device.
     """
 
     def __init__(
@@ -47,14 +71,14 @@ class Runner:
         queue: FairQueue[Job],
         outlet: Outlet,
         counters: Counters,
-        *,
-        admit: Callable[[Job], bool],
-        end: Callable[[Job, Declared | BaseException], None],
+        answers: Answers,
     ) -> None:
         self.pulse = Pulse()
+        self.recent_s = math.inf
         self._teacher, self._device, self._merger = teacher, device, merger
         self._queue, self._outlet, self._counters = queue, outlet, counters
-        self._admit, self._end = admit, end
+        self._answers = answers
+        self._weights = _Weights(teacher)
         self._ahead: deque[Span] = deque(maxlen=_AHEAD)  # forwards that the device may not have finished
         knows = merger.knows if merger is not None else None
         self._parts = RowParts(teacher, device, self._by_way_of_host, knows)
@@ -65,8 +89,11 @@ class Runner:
         # kernel of its own. MKL's kernels may run before that, and sum in another order: the bits would differ.
         torch.get_num_threads()
         while jobs := self._take():
+            began = time.perf_counter()
             self.compute(jobs)
             del jobs
+            took_s = time.perf_counter() - began
+            self.recent_s = took_s if self.recent_s == math.inf else self.recent_s + _RECENT * (took_s - self.recent_s)
         self._outlet.finish()
 
     def _take(self) -> list[Job]:
@@ -89,6 +116,24 @@ class Runner:
         else:
             self._in_need(jobs[0])
 
+    def _admit(self, job: Job) -> bool:
+        """Whether a request that has left the queue is still to run; if not, its clients are told why."""
+        job.begun_at = time.perf_counter()
+        self._counters.began(job.tickets[0].account, cost=job.cost, waited_s=job.begun_at - job.queued_at)
+        error: Exception | None = None
+        if job.cancelled:
+            error = TeacherUnavailableError("nobody waits for the features any more")
+        elif time.monotonic() > job.deadline:
+            error = TeacherTimeoutError(LATE)
+        elif self._weights.changed:
+            revision = self._teacher.describe().revision
+            error = RevisionChangedError(
+                f"the teacher's weights were changed in place after it was served as {revision}; serve it again"
+            )
+        if error is not None:
+            self._answers.put(job, error)
+        return error is None
+
     def _run_ready(self, ready: list[Job]) -> None:
         while ready and self._merger is not None and (plan := _else(None, self._merger.plan, ready)) is not None:
             joint, checked = plan
@@ -106,7 +151,7 @@ class Runner:
             at_once = self._at_once(work)
         except BaseException as err:  # a module may raise anything, and this thread must go on
             if not lacks_memory(err):
-                self._end(job, _as_forward_error(err))
+                self._answers.put(job, _as_forward_error(err))
                 return False
         else:
             self._hand_over(work, at_once)
@@ -122,7 +167,7 @@ class Runner:
                 work = self._forward(job, job.wanted)
         except BaseException as err:
             if not lacks_memory(err):
-                self._end(job, _as_forward_error(err))
+                self._answers.put(job, _as_forward_error(err))
                 return False
         if work is None:
             self._device.free()
@@ -138,7 +183,7 @@ class Runner:
             _, loaded = self._device.h2d.run(None, lambda _: None, ())
             values, computed = self._device.forward.run(loaded, lambda _: self._parts.run(job, whole), ())
         except BaseException as err:
-            self._end(job, _as_forward_error(err))
+            self._answers.put(job, _as_forward_error(err))
             return None
         return Landing([Part(job, values)], None, [loaded, computed])
 

@@ -85,7 +85,7 @@ class Shares:
         return of_its_own or self.take(ticket, self._sizes.of(other.kind, other.elements)) == "taken"
 
     def measured(self, job: Job, features: Any) -> None:
-        """Set the shares to the size of a request's features, before they go to the host; nobody may join meanwhile.
+        """Set the shares to the size of a request's features, before they go to the host.
 
         Raises:
             MessageTooLargeError: the features are larger than a bound.
@@ -97,18 +97,25 @@ class Shares:
             nbytes += tensor.numel() * tensor.itemsize
         self._sizes.learn(job.kind, job.elements, nbytes)
         self._unsent.check(nbytes)
-        for ticket in job.tickets:
-            if ticket.share is not None:
-                ticket.share.resize(nbytes)
+        _resize(job, nbytes)
 
-    def lacking(self, job: Job) -> list[Ticket]:
+    def lacking(self, job: Job, nbytes: int) -> list[Ticket]:
         """The tickets of a request that cannot be answered, as there was room only for others.
 
-        A ticket whose job has a share already gets another one.
+        A ticket whose job has a share already gets another one. The shares of those that have joined since the features
+        were `measured` get their size, `nbytes`, now.
         """
+        if self._unsent is not None:
+            _resize(job, nbytes)
         lack = [ticket for ticket in job.tickets if ticket.share is None] if self._unsent is not None else []
         shares = {ticket.account.job: ticket.share for ticket in job.tickets if lack and ticket.share is not None}
         for ticket in lack:
             if (found := shares.get(ticket.account.job)) is not None:
                 ticket.share = found.beside()
         return [ticket for ticket in lack if ticket.share is None and not ticket.cancelled]
+
+
+def _resize(job: Job, nbytes: int) -> None:
+    for ticket in list(job.tickets):
+        if (share := ticket.share) is not None:
+            share.resize(nbytes)

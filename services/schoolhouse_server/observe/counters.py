@@ -53,6 +53,7 @@ class Counters:
         self._ended: OrderedDict[str, JobCounters] = OrderedDict()
         self._oldest = JobCounters(ENDED)
         self.forwards = self.rows = 0
+        self.waited_s = 0.0
         self._delays = [0] * (len(QUEUE_DELAY_BUCKETS_S) + 1)
         self._delay_s, self._delay_at = 0.0, self._began
         self._errors: Counter[str] = Counter()
@@ -84,6 +85,7 @@ class Counters:
         with self._lock:
             job.cost += cost
             job.queue_s += waited_s
+            self.waited_s += waited_s
             self._delays[bisect.bisect_left(QUEUE_DELAY_BUCKETS_S, waited_s)] += 1
             now = time.monotonic()
             mean = self._delay_s

@@ -4,26 +4,24 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import ray
 from schoolhouse_wire.errors import ConfigError
-from schoolhouse_wire.rpc import channel, forks
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
-from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.common.logs import RingHandler, set_up
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.observe.web import WebServer, gate_of
 from schoolhouse_server.pool.config import PoolConfig, TeacherSpec
 from schoolhouse_server.pool.pool_state import Desired
 from schoolhouse_server.replica.directory import MAX_WATCHERS, Directory
-from schoolhouse_server.replica.health_services import add_standard_services
+from schoolhouse_server.replica.rpc_server import RpcServer
 from schoolhouse_server.security.auth import Gate
-from schoolhouse_server.security.interceptor import Doorkeeper
-from schoolhouse_server.security.ports import EVERYWHERE, joined, listen, own_address
+from schoolhouse_server.security.ports import EVERYWHERE, joined, own_address
 from schoolhouse_server.security.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -195,18 +193,19 @@ class DirectoryActor(PoolActor):
     def __init__(self, pool: PoolConfig) -> None:
         super().__init__(pool.log_format)
         self._gate = Gate(Tokens.of(pool.tokens))
-        self._directory = Directory(ready=False, gate=self._gate)
-        forks.before_grpc()
-        server = grpc.server(
-            DaemonExecutor(_DIRECTORY_RPCS, "schoolhouse-directory"),  # type: ignore[arg-type]  # it has what gRPC uses
-            interceptors=[Doorkeeper(self._gate, Timer())],
-            options=channel.SERVER_OPTIONS,
-            maximum_concurrent_rpcs=_DIRECTORY_RPCS,
-        )
-        directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
-        add_standard_services(server, ("schoolhouse.v1.DirectoryService",))
+        loop = Loop("schoolhouse-directory")
+        self._directory = Directory(loop, ready=False, gate=self._gate)
         bound, host, tls = own_address(pool.host), advertised(pool), pool.tls
-        port = listen(server, bound, (pool.port,), tls)
+        server = RpcServer(
+            loop,
+            self._add_service,
+            gate=self._gate,
+            max_rpcs=_DIRECTORY_RPCS,
+            host=bound,
+            ports=(pool.port,),
+            tls=tls,
+        )
+        port = server.port
         self._gate.start()
         server.start()
         self._address = joined(host, port)
@@ -218,6 +217,10 @@ class DirectoryActor(PoolActor):
             gate = gate_of(self._gate, bound)
             web = WebServer(self._directory.sets, host=bound, port=pool.http_port, gate=gate, tls=context).start()
             self._page = f"{'http' if tls is None else 'https'}://{joined(host, web.port)}"
+
+    def _add_service(self, server: grpc.aio.Server) -> Sequence[str]:
+        directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
+        return ("schoolhouse.v1.DirectoryService",)
 
     def address(self) -> str:
         """The HOST:PORT that students connect to."""

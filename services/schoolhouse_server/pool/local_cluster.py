@@ -16,8 +16,7 @@ from pathlib import Path
 
 import psutil
 from schoolhouse_wire.errors import TeacherUnavailableError
-
-from schoolhouse_server.common.timer import Timer
+from schoolhouse_wire.loop import Loop
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
@@ -48,11 +47,11 @@ def start() -> str:
             text=True,
             start_new_session=True,
         )
-    timer = Timer()
+    timer = Loop("schoolhouse-start").start()
     timer.at(time.monotonic() + _START_TIMEOUT_S, process.kill)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
-    timer.close()
+    timer.stop()
     if not address:
         raise TeacherUnavailableError(f"a local Ray cluster could not be started; {log} says why")
     created = psutil.Process(process.pid).create_time()

@@ -1,22 +1,26 @@
 """The directory: a table of the teachers and where their replicas listen, and the DirectoryService that serves it."""
 
+import asyncio
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import grpc
-from schoolhouse_wire import background
-from schoolhouse_wire.errors import SchoolhouseError, TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
-from schoolhouse_wire.rpc import status
+from schoolhouse_wire.errors import TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 from schoolhouse_server.security.auth import Gate, check_teacher
 from schoolhouse_server.security.tokens import Grant
 
-MAX_WATCHERS = 1024
+MAX_WATCHERS = 4096
 _NOT_READY = "the directory has just started and does not know the replicas yet"
 _LOADS_S = 2.0  # how often a watcher hears of loads that have changed
 _UNBALANCED = ("jobs", "stage_s", "queue_delay_counts", "errors", "feature_bytes")  # no use in choosing a replica
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -25,38 +29,55 @@ class _Entry:
     version: int  # grows when replicas, their states, the revision or the wanted number change
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What watchers of one teacher are told, made once for all of them."""
+
+    replicas: directory_pb2.ReplicaSet
+    version: int
+    made_at: float
+
+
 class Directory(directory_pb2_grpc.DirectoryServiceServicer):
     """Replica sets by teacher; if `load` is given, it reads the present load of a replica whenever somebody asks.
 
     A directory that is not `ready` answers that it is unavailable until its whole table has been published: after a
     restart it must not tell students that their teacher is gone. A client hears only of the teachers that its token is
-    for, and, unless it is an admin, only of its own job.
+    for, and, unless it is an admin, only of its own job. Any thread may publish; `loop` serves.
     """
 
     def __init__(
         self,
+        loop: Loop,
         load: Callable[[str], directory_pb2.Load] | None = None,
         *,
         ready: bool = True,
         gate: Gate | None = None,
     ) -> None:
+        self._loop = loop
         self._entries: dict[str, _Entry] = {}
-        self._changed = threading.Condition()
+        self._told: dict[str, _Told] = {}
+        self._lock = threading.Lock()
         self._load = load
         self._ready = ready
         self._gate = gate or Gate()
-        self._watchers = 0
+        self._watchers: dict[asyncio.Event, str] = {}  # set when there is news of the teacher
         self._closed = False
 
     def publish(self, replicas: directory_pb2.ReplicaSet) -> None:
         """Replace a teacher's replica set; watchers hear of it at once if anything but loads has changed."""
-        with self._changed:
+        with self._lock:
             before = self._entries.get(replicas.teacher)
             changed = before is None or _identity(before.replicas) != _identity(replicas)
             version = before.version if before is not None else 0
             self._entries[replicas.teacher] = _Entry(replicas, version + changed)
-            if changed:
-                self._changed.notify_all()
+        if changed:
+            self._loop.call(self._wake, replicas.teacher)
+
+    def _wake(self, teacher: str | None = None) -> None:
+        for news, watched in self._watchers.items():
+            if teacher in (watched, None):
+                news.set()
 
     def publish_all(self, table: Iterable[directory_pb2.ReplicaSet]) -> None:
         """Publish the replica sets of all teachers that there are; the directory is ready afterwards."""
@@ -70,72 +91,66 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         Raises:
             TeacherUnavailableError: the directory is not ready.
         """
-        if not self._ready:
-            raise TeacherUnavailableError(_NOT_READY)
-        with self._changed:
-            response = directory_pb2.ListTeachersResponse(teachers=[e.replicas for e in self._entries.values()])
+        self._check_ready()
+        response = directory_pb2.ListTeachersResponse(teachers=[e.replicas for e in list(self._entries.values())])
         for replicas in response.teachers:
             self._fill(replicas)
         return list(response.teachers)
 
     def close(self) -> None:
         """End all watches."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._loop.call(self._wake)
 
-    def ListTeachers(  # noqa: N802  # the RPC's name
-        self, request: directory_pb2.ListTeachersRequest, context: grpc.ServicerContext
+    async def ListTeachers(  # noqa: N802  # the RPC's name
+        self, _request: directory_pb2.ListTeachersRequest, context: _Context
     ) -> directory_pb2.ListTeachersResponse:
         """All teachers that the client may see, and their replicas."""
-        self._check_ready(context)
-        grant = self._grant(context)
+        self._check_ready()
+        grant = self._gate.grant(context)
         return directory_pb2.ListTeachersResponse(
             teachers=[_seen(one, grant) for one in self.sets() if grant.sees(one.teacher)]
         )
 
-    def Watch(  # noqa: N802  # the RPC's name
-        self, request: directory_pb2.WatchRequest, context: grpc.ServicerContext
-    ) -> Iterator[directory_pb2.ReplicaSet]:
+    async def Watch(  # noqa: N802  # the RPC's name
+        self, request: directory_pb2.WatchRequest, context: _Context
+    ) -> AsyncIterator[directory_pb2.ReplicaSet]:
         """The replica set of one teacher, and each change of it; where only loads change, every two seconds."""
-        self._check_ready(context)
-        self._check_known(request.teacher, context)
-        self._join(context)
-        version, sent = 0, directory_pb2.ReplicaSet()
-        while self._wait(request.teacher, version, context):
-            self._grant(context, request.teacher)  # checked again: the token may have been revoked
-            entry = self._entries[request.teacher]
+        self._check_ready()
+        self._check_known(request.teacher, self._grant(context, request.teacher))
+        with self._joined(request.teacher) as news:
+            version, sent = 0, directory_pb2.ReplicaSet()
+            while not self._closed:
+                self._grant(context, request.teacher)  # checked again: the token may have been revoked
+                told = self._now(request.teacher)
+                if told.version != version or told.replicas != sent:
+                    version, sent = told.version, told.replicas
+                    yield sent
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOADS_S):
+                        await news.wait()
+                news.clear()
+
+    @contextlib.contextmanager
+    def _joined(self, teacher: str) -> Any:
+        if len(self._watchers) >= MAX_WATCHERS:
+            raise TeacherBusyError(f"{MAX_WATCHERS} clients watch this directory, which is as many as it takes")
+        news = asyncio.Event()
+        self._watchers[news] = teacher
+        try:
+            yield news
+        finally:
+            del self._watchers[news]
+
+    def _now(self, teacher: str) -> _Told:
+        """What watchers are told now; loads may be a second old, so that they are read once for many watchers."""
+        entry, told, now = self._entries[teacher], self._told.get(teacher), time.monotonic()
+        if told is None or told.version != entry.version or now - told.made_at > _LOADS_S / 2:
             found = directory_pb2.ReplicaSet()
             found.CopyFrom(entry.replicas)
             self._fill(found, for_choice=True)
-            if entry.version != version or found != sent:
-                version, sent = entry.version, found
-                yield found
-
-    def _wait(self, teacher: str, version: int, context: grpc.ServicerContext) -> bool:
-        """Wait until there may be news; False when the watch has ended."""
-
-        def news() -> bool:
-            return self._closed or not context.is_active() or self._entries[teacher].version != version
-
-        with self._changed:
-            self._changed.wait_for(news, _LOADS_S)
-        return not self._closed and bool(context.is_active())
-
-    def _join(self, context: grpc.ServicerContext) -> None:
-        with self._changed:
-            full = self._watchers >= MAX_WATCHERS
-            self._watchers += not full
-        if full:
-            text = f"{MAX_WATCHERS} clients watch this directory, which is as many as it takes"
-            status.abort(context, TeacherBusyError(text))
-        if not context.add_callback(background.called(self._leave, "the end of a watch", background.go_on)):
-            self._leave()
-
-    def _leave(self) -> None:
-        with self._changed:
-            self._watchers -= 1
-            self._changed.notify_all()
+            told = self._told[teacher] = _Told(found, entry.version, now)
+        return told
 
     def _fill(self, replicas: directory_pb2.ReplicaSet, *, for_choice: bool = False) -> None:
         for replica in replicas.replicas:
@@ -145,26 +160,19 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
                 for name in _UNBALANCED:
                     replica.load.ClearField(name)
 
-    def _check_ready(self, context: grpc.ServicerContext) -> None:
+    def _check_ready(self) -> None:
         if not self._ready:
-            status.abort(context, TeacherUnavailableError(_NOT_READY))
+            raise TeacherUnavailableError(_NOT_READY)
 
-    def _grant(self, context: grpc.ServicerContext, teacher: str | None = None) -> Grant:
-        try:
-            grant = self._gate.grant(context)
-            if teacher is not None:
-                check_teacher(teacher, grant)
-        except SchoolhouseError as err:
-            status.abort(context, err)
+    def _grant(self, context: _Context, teacher: str) -> Grant:
+        grant = self._gate.grant(context)
+        check_teacher(teacher, grant)
         return grant
 
-    def _check_known(self, name: str, context: grpc.ServicerContext) -> None:
-        grant = self._grant(context, name)
-        with self._changed:
-            names = sorted(filter(grant.sees, self._entries))
+    def _check_known(self, name: str, grant: Grant) -> None:
+        names = sorted(filter(grant.sees, list(self._entries)))
         if name not in names:
-            text = f"no teacher {name!r}; there are: {', '.join(names) or 'none'}"
-            status.abort(context, UnknownTeacherError(text, choices=names))
+            raise UnknownTeacherError(f"no teacher {name!r}; there are: {', '.join(names) or 'none'}", choices=names)
 
 
 def _seen(replicas: directory_pb2.ReplicaSet, grant: Grant) -> directory_pb2.ReplicaSet:

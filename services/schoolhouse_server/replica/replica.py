@@ -4,7 +4,7 @@ import atexit
 import functools
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,22 +14,20 @@ from schoolhouse.tracing import tracer
 from schoolhouse_wire import framing, memory
 from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.limits import MAX_NAME, Limits
-from schoolhouse_wire.rpc import channel, forks
+from schoolhouse_wire.loop import Loop
+from schoolhouse_wire.rpc import forks
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc, teacher_pb2
 from torch import nn
 
-from schoolhouse_wire.executor import DaemonExecutor
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, checked_timeout_s
 from schoolhouse_server.engine.engine import Engine, Trouble
 from schoolhouse_server.engine.unsent import Unsent
 from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_server.observe.web import WebServer, gate_of
 from schoolhouse_server.replica.directory import Directory
-from schoolhouse_server.replica.health_services import add_standard_services
+from schoolhouse_server.replica.rpc_server import RpcServer
 from schoolhouse_server.security.auth import Gate
-from schoolhouse_server.security.interceptor import Doorkeeper
-from schoolhouse_server.security.ports import joined, listen
+from schoolhouse_server.security.ports import joined
 from schoolhouse_server.security.tls import ServerTls, check_exposure
 from schoolhouse_server.security.tokens import Tokens
 from schoolhouse_server.session.context import ReplicaContext
@@ -100,11 +98,12 @@ class Replica:
         self._cache_bytes = cache_bytes
         self._gate = Gate(Tokens.of(tokens))
         self._allow_head = allow_head
-        self._directory = Directory(self.load, gate=self._gate)
+        self._loop = Loop("schoolhouse-replica")
+        self._directory = Directory(self._loop, self.load, gate=self._gate)
         self._tracing, self._id = tracing, replica_id
         self._forward_timeout_s = checked_timeout_s(forward_timeout_s)
         tracer(tracing)  # raises without OpenTelemetry
-        self._server: grpc.Server | None = None
+        self._server: RpcServer | None = None
         self._pid = os.getpid()
         self.web = None
         if http_port is not None:
@@ -137,7 +136,7 @@ class Replica:
         self._pid = os.getpid()
         if self._tune_allocator:
             memory.keep_freed_memory()
-        self._timer = Timer()
+        self._loop.start()
         self.unsent = Unsent(self._sharing.max_unsent_bytes, self._sharing.max_job_unsent_bytes)
         self.engines = {
             name: Engine(
@@ -145,7 +144,7 @@ class Replica:
                 max_queued=self._sharing.max_queued,
                 cache_bytes=self._cache_bytes,
                 cost=self._sharing.cost,
-                timer=self._timer,
+                loop=self._loop,
                 merge=self._merging,
                 example=self._examples.get(name),
                 forward_timeout_s=self._forward_timeout_s,
@@ -155,15 +154,16 @@ class Replica:
             for name, module in self._modules.items()
         }
         max_rpcs = 2 * self._sharing.max_sessions + 16  # each client has a session, and a watch of the directory
-        self._workers = DaemonExecutor(max_rpcs, "schoolhouse-rpc")
-        server = grpc.server(
-            self._workers,  # type: ignore[arg-type]  # gRPC uses only what every Executor has
-            interceptors=[Doorkeeper(self._gate, self._timer)],
-            options=channel.SERVER_OPTIONS,
-            maximum_concurrent_rpcs=max_rpcs,
+        server = RpcServer(
+            self._loop,
+            self._add_services,
+            gate=self._gate,
+            max_rpcs=max_rpcs,
+            host=self._host,
+            ports=self._ports,
+            tls=self._tls,
         )
-        self._add_services(server)
-        self._port = listen(server, self._host, self._ports, self._tls)
+        self._port = server.port
         for engine in self.engines.values():
             engine.start()
         for name, engine in self.engines.items():
@@ -222,7 +222,8 @@ class Replica:
 
     def _fail(self, name: str) -> None:
         """Tell health probes, watchers of the directory and the teacher's sessions that it has failed for good."""
-        self._report_failed(name)
+        if self._server is not None:
+            self._server.report_failed(name)
         self._publish_draining(name)
         self._context.drain.tell(name)
 
@@ -248,13 +249,11 @@ class Replica:
         if self.web is not None:
             self.web.close()
         if self._server is not None:
-            self._server.stop(grace_s).wait(grace_s + 5)
-            self._workers.shutdown()
+            self._server.stop(grace_s)
         self._gate.close()
         for engine in self.engines.values():
             engine.close()
-        if self._server is not None:
-            self._timer.close()
+        self._loop.stop()
         self._server = None
 
     def __enter__(self) -> "Replica":
@@ -263,13 +262,13 @@ class Replica:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def _add_services(self, server: grpc.Server) -> None:
+    def _add_services(self, server: grpc.aio.Server) -> Sequence[str]:
         self._context = ReplicaContext(
             self.engines,
             self._limits,
             shared_memory_bytes=self._shared_memory_bytes,
             sharing=self._sharing,
-            timer=self._timer,
+            loop=self._loop,
             gate=self._gate,
             allow_head=self._allow_head,
             tracing=self._tracing,
@@ -290,7 +289,7 @@ class Replica:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(names[0], methods),))
         directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self._directory, server)  # type: ignore[no-untyped-call]
         known = self._modules if self._gate.tokens is None else ()  # health needs no token, so it must tell no names
-        self._report_failed = add_standard_services(server, (*names, *known))
+        return (*names, *known)
 
 
 def _examples(

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import grpc
 from schoolhouse_wire.errors import (
@@ -43,9 +44,9 @@ class Gate:
         if self.tokens is not None:
             self.tokens.close()
 
-    def grant(self, context: grpc.ServicerContext) -> Grant:
+    def grant(self, context: "grpc.aio.ServicerContext[Any, Any]") -> Grant:
         """What the client of this RPC may do; raises as `grant_of` does."""
-        return EVERYBODY if self.tokens is None else self.grant_of(context.invocation_metadata())
+        return EVERYBODY if self.tokens is None else self.grant_of(context.invocation_metadata() or ())
 
     def grant_of(self, metadata: Iterable[tuple[str, str | bytes]]) -> Grant:
         """What the token in an RPC's metadata may do.
@@ -89,7 +90,7 @@ class Gate:
 
     @contextlib.contextmanager
     def held(self, grant: Grant, end: Callable[[SchoolhouseError], None]) -> Iterator[None]:
-        """Within the `with`, call `end` with the reason as soon as the token's grant is no longer `grant`."""
+        """Within the `with`, call `end` with the reason, in any thread, once the token's grant is no longer `grant`."""
         if self.tokens is None:
             yield
             return

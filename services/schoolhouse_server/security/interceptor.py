@@ -1,16 +1,16 @@
 """The gRPC interceptor of all our servers: checks tokens, bounds the wait for requests, and maps errors."""
 
+import asyncio
+import contextlib
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import grpc
 from schoolhouse_wire.errors import AuthenticationError, ProtocolError, SchoolhouseError, TeacherBusyError
 from schoolhouse_wire.rpc import status
 
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.security.auth import Gate
 
 _OPEN = ("/grpc.health.v1.Health/Check",)  # needs no token, as probes have none
@@ -19,27 +19,33 @@ _REQUEST_S = 10.0  # how long a call with a single request may take to send it
 _QUIET_S = 10.0  # the least time between two log records about refused calls
 
 _log = logging.getLogger(__name__)
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Behavior = Callable[[Any, _Context], Awaitable[Any]]
 
 
-class Doorkeeper(grpc.ServerInterceptor):
-    """Refuses RPCs without a known token, cancels those that send no request in time, and lets only our errors out.
+class _LateError(Exception):
+    """The request did not come in time."""
 
-    For an RPC with a single request gRPC blocks a thread until the client sends it, however long that takes. So here
-    all RPCs are handled as streams of requests, which is the same on the wire: a call without a known token is refused
-    at once, and the others have `request_s` to send their request.
+
+class Doorkeeper(grpc.aio.ServerInterceptor):
+    """Refuses RPCs without a known token, ends those that send no request in time, and lets only our errors out.
+
+    All RPCs are handled as streams of requests, which is the same on the wire: so a call without a known token is
+    refused before its request is read, and the others have `request_s` to send it. A handler raises the error that its
+    client is to be told; gRPC would send the text of any exception.
     """
 
-    def __init__(self, gate: Gate, timer: Timer, request_s: float = _REQUEST_S) -> None:
+    def __init__(self, gate: Gate, request_s: float = _REQUEST_S) -> None:
         self._gate = gate
-        self._timer, self._request_s = timer, request_s
+        self._request_s = request_s
         self._refused, self._said_at = 0, -_QUIET_S
-        self._strangers = threading.BoundedSemaphore(_MAX_STRANGERS)
+        self._strangers = 0
 
-    def intercept_service(
-        self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
-    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
         """The method's handler with these checks, or one that refuses the call."""
-        handler = continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
         if handler is None:
             return None
         is_open = handler_call_details.method in _OPEN and self._gate.tokens is not None
@@ -48,89 +54,71 @@ class Doorkeeper(grpc.ServerInterceptor):
                 self._gate.grant_of(handler_call_details.invocation_metadata)
             except AuthenticationError as err:
                 return _with_behavior(handler, self._refusing(err.with_traceback(None)))
-        return _with_behavior(handler, _guarded(handler, self._wait_as_stranger if is_open else self._wait))
+        return _with_behavior(handler, self._guarded(handler, stranger=is_open))
 
-    def _refusing(self, error: AuthenticationError) -> Callable[[Any, Any], Any]:
-        def refuse(_requests: Any, context: grpc.ServicerContext) -> Any:
+    def _refusing(self, error: AuthenticationError) -> _Behavior:
+        async def refuse(_requests: Any, context: _Context) -> None:
             self._refused += 1
             if time.monotonic() - self._said_at >= _QUIET_S:
                 _log.warning(
                     "%d calls without a known token were refused, the last from %s", self._refused, context.peer()
                 )
                 self._refused, self._said_at = 0, time.monotonic()
-            status.abort(context, error)
+            status.end(context, error)
 
         return refuse
 
-    def _wait_as_stranger(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        if not self._strangers.acquire(blocking=False):
+    def _guarded(self, handler: Any, *, stranger: bool) -> _Behavior:
+        unary, streams = handler.unary_unary or handler.stream_unary, handler.unary_stream or handler.stream_stream
+
+        async def answer(requests: Any, context: _Context) -> Any:
+            try:
+                given = requests if handler.request_streaming else await self._given(handler, context, stranger)
+                if unary is not None:
+                    return await unary(given, context)
+                answers = streams(given, context)
+                if not isinstance(answers, AsyncGenerator):
+                    return await answers
+                async with contextlib.aclosing(answers):
+                    async for one in answers:
+                        await context.write(one)
+            except _LateError:
+                context.set_code(grpc.StatusCode.CANCELLED)
+            except grpc.aio.AbortError as err:
+                err.__traceback__ = None  # gRPC raises it once more; its frames refer to the call, which refers to it
+            except (Exception, SystemExit, KeyboardInterrupt) as err:
+                if not isinstance(err, SchoolhouseError):
+                    _log.exception("an RPC failed")
+                status.end(context, err)
+            return None
+
+        return answer
+
+    async def _given(self, handler: Any, context: _Context, stranger: bool) -> Any:
+        """The only request of an RPC; raises `_LateError` if it does not come in time."""
+        if stranger and self._strangers >= _MAX_STRANGERS:
             raise TeacherBusyError(f"{_MAX_STRANGERS} calls without a token have not sent their request yet; try again")
+        self._strangers += stranger
         try:
-            return self._wait(requests, context)
+            async with asyncio.timeout(self._request_s):
+                data = await context.read()
+        except TimeoutError:
+            raise _LateError from None
         finally:
-            self._strangers.release()
-
-    def _wait(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """The only request of an RPC, serialized; the RPC is cancelled if it does not come in time."""
-
-        def late() -> None:
-            context.cancel()
-
-        alarm = self._timer.at(time.monotonic() + self._request_s, late)
-        try:
-            for request in requests:
-                return request
+            self._strangers -= stranger
+        if data is grpc.aio.EOF:
             raise ProtocolError("a call came without its request")
-        finally:
-            self._timer.cancel(alarm)
-
-
-def _with_behavior(handler: Any, behavior: Callable[[Any, Any], Any]) -> "grpc.RpcMethodHandler[Any, Any]":
-    make: Any = grpc.stream_stream_rpc_method_handler
-    if not handler.response_streaming:
-        make = grpc.stream_unary_rpc_method_handler
-    # A single request is deserialized in `_guarded`, where a failure becomes one of our errors.
-    deserializer = handler.request_deserializer if handler.request_streaming else None
-    made: grpc.RpcMethodHandler[Any, Any] = make(behavior, deserializer, handler.response_serializer)
-    return made
-
-
-def _guarded(handler: Any, wait: Callable[[Iterator[Any], grpc.ServicerContext], Any]) -> Callable[[Any, Any], Any]:
-    """The handler's behavior, with errors mapped: gRPC would send a client the text of any exception."""
-    unary, streams = handler.unary_unary or handler.stream_unary, handler.unary_stream or handler.stream_stream
-
-    def given(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        """What the behavior takes: the iterator of requests, or the only request."""
-        if handler.request_streaming:
-            return requests
-        data = wait(requests, context)
         try:
             return handler.request_deserializer(data)
         except Exception as err:
             raise ProtocolError("the request cannot be parsed") from err
 
-    def fail(context: grpc.ServicerContext, err: BaseException) -> None:
-        try:
-            if type(err) is Exception or isinstance(err, grpc.RpcError):  # from context.abort, or as the client is gone
-                raise err
-            if not isinstance(err, SchoolhouseError):
-                _log.exception("an RPC failed")
-            status.abort(context, err)
-        finally:
-            del err  # its traceback refers to this frame; see `status.abort`
 
-    def answer(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-        try:
-            return unary(given(requests, context), context)
-        except BaseException as err:  # gRPC would leave the call open after one that is not an Exception
-            return fail(context, err)
-
-    def answers(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        try:
-            yield from streams(given(requests, context), context)
-        except GeneratorExit:
-            raise
-        except BaseException as err:
-            fail(context, err)
-
-    return answers if streams is not None else answer
+def _with_behavior(handler: Any, behavior: _Behavior) -> "grpc.RpcMethodHandler[Any, Any]":
+    make: Any = grpc.stream_stream_rpc_method_handler
+    if not handler.response_streaming:
+        make = grpc.stream_unary_rpc_method_handler
+    # A single request is deserialized in `_given`, where a failure becomes one of our errors.
+    deserializer = handler.request_deserializer if handler.request_streaming else None
+    made: grpc.RpcMethodHandler[Any, Any] = make(behavior, deserializer, handler.response_serializer)
+    return made

@@ -49,7 +49,7 @@ def joined(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and host[0] != "[" else f"{host}:{port}"
 
 
-def listen(server: grpc.Server, host: str, ports: Sequence[int], tls: ServerTls | None = None) -> int:
+def listen(server: grpc.Server | grpc.aio.Server, host: str, ports: Sequence[int], tls: ServerTls | None = None) -> int:
     """Bind to one of `ports`, and return it; 0 stands for any free one.
 
     The ports are tried from a random one on, since several servers may start side by side.

@@ -1,13 +1,12 @@
 """Which requests a teacher lets in, by the quotas of jobs and the bound of the queue; the others must wait."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from schoolhouse_wire.errors import ProtocolError
+from schoolhouse_wire.loop import Loop
 
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.engine.unsent import Share
 from schoolhouse_server.session.quotas import Sharing
 
@@ -63,43 +62,39 @@ class Admission:
 
     A session whose request was refused waits until there is a place for it, which is then kept for it for a second. The
     session that has waited longest goes first; no other session of its job, and none that waits for the whole queue,
-    may pass it.
+    may pass it. All of this happens in the loop's thread.
     """
 
-    def __init__(self, sharing: Sharing, timer: Timer) -> None:
+    def __init__(self, sharing: Sharing, loop: Loop) -> None:
         self._sharing = sharing
-        self._timer = timer
-        self._lock = threading.Lock()
+        self._loop = loop
         self._jobs: dict[str, _Quota] = {}
         self._waiting: dict[Place, None] = {}  # an ordered set, the one that has waited longest first
         self._requests = 0
 
     def in_flight(self) -> dict[str, int]:
-        """How many requests of each job are in flight."""
-        with self._lock:
-            return {name: quota.requests for name, quota in self._jobs.items() if quota.requests}
+        """How many requests of each job are in flight; any thread may ask."""
+        return {name: quota.requests for name, quota in list(self._jobs.items()) if quota.requests}
 
     def enter(self, place: Place) -> None:
         """Note that a session of the job begins."""
-        with self._lock:
-            self._jobs.setdefault(place.job, _Quota()).sessions += 1
+        self._jobs.setdefault(place.job, _Quota()).sessions += 1
 
     def leave(self, place: Place) -> None:
         """End a session, with all that it has in flight."""
-        with self._lock:
-            place.ended = True
-            self._waiting.pop(place, None)
-            self._drop_reservation(place)
-            for request_id in list(place.admitted):
-                self._free(place, place.admitted.pop(request_id))
-            for reply in place.replying.values():
-                reply.end()
-            place.replying.clear()
-            quota = self._jobs[place.job]
-            quota.sessions -= 1
-            if not quota.sessions:
-                del self._jobs[place.job]
-            self._resume()
+        place.ended = True
+        self._waiting.pop(place, None)
+        self._drop_reservation(place)
+        for request_id in list(place.admitted):
+            self._free(place, place.admitted.pop(request_id))
+        for reply in place.replying.values():
+            reply.end()
+        place.replying.clear()
+        quota = self._jobs[place.job]
+        quota.sessions -= 1
+        if not quota.sessions:
+            del self._jobs[place.job]
+        self._resume()
 
     def admit(self, place: Place, request_id: int, nbytes: int) -> bool:
         """Let a request in; if there is no place, tell its session to wait and return False.
@@ -107,50 +102,45 @@ class Admission:
         Raises:
             FloodError: the client goes on calling although it was told to wait.
         """
-        with self._lock:
-            if place.ended:
-                return False
-            if place not in self._waiting and self._is_next(place, nbytes):
-                self._drop_reservation(place)
-                self._take(place, nbytes)
-                place.admitted[request_id] = nbytes
-                return True
-            self._refuse(place, request_id, nbytes)
+        if place.ended:
             return False
+        if place not in self._waiting and self._is_next(place, nbytes):
+            self._drop_reservation(place)
+            self._take(place, nbytes)
+            place.admitted[request_id] = nbytes
+            return True
+        self._refuse(place, request_id, nbytes)
+        return False
 
     def reply(self, place: Place, request_id: int, share: Share | None = None) -> None:
         """Note that a request is answered; its reply is being sent until `sent` is called, and then `share` ends."""
-        with self._lock:
-            reply = _Reply(share)
-            if place.ended:
-                reply.end()
-            else:
-                place.replying[request_id] = reply
+        reply = _Reply(share)
+        if place.ended:
+            reply.end()
+        else:
+            place.replying[request_id] = reply
         self.end(place, request_id)
 
     def end(self, place: Place, request_id: int) -> None:
         """End a request that is answered, or needs no answer any more; does nothing if it has ended already."""
-        with self._lock:
-            nbytes = place.admitted.pop(request_id, None)
-            if nbytes is not None:
-                self._free(place, nbytes)
-                self._resume()
+        nbytes = place.admitted.pop(request_id, None)
+        if nbytes is not None:
+            self._free(place, nbytes)
+            self._resume()
 
     def cancelled(self, place: Place, request_id: int) -> None:
         """End a request that the client has cancelled; a reply that waits counts until the stream comes to drop it."""
-        with self._lock:
-            place.refused.discard(request_id)
-            if (reply := place.replying.get(request_id)) is not None:
-                reply.wanted = False
+        place.refused.discard(request_id)
+        if (reply := place.replying.get(request_id)) is not None:
+            reply.wanted = False
         self.end(place, request_id)
 
     def sent(self, place: Place, request_id: int) -> None:
         """Note that all of a reply is sent, or the rest of it dropped."""
-        with self._lock:
-            if (reply := place.replying.pop(request_id, None)) is not None:
-                reply.end()
-            if place in self._waiting:
-                self._resume()
+        if (reply := place.replying.pop(request_id, None)) is not None:
+            reply.end()
+        if place in self._waiting:
+            self._resume()
 
     def _is_next(self, place: Place, nbytes: int) -> bool:
         if place.reserved is not None:
@@ -210,7 +200,7 @@ class Admission:
             del self._waiting[place]
             self._take(place, place.wanted)
             place.reserved, place.reserved_until = place.wanted, time.monotonic() + _RESERVED_S
-            self._timer.at(place.reserved_until, lambda place=place: self._expire(place))  # type: ignore[misc]
+            self._loop.at(place.reserved_until, lambda place=place: self._expire(place))  # type: ignore[misc]
             place.tell_resume()
 
     def _drop_reservation(self, place: Place) -> None:
@@ -220,7 +210,6 @@ class Admission:
 
     def _expire(self, place: Place) -> None:
         """Free a reserved place that was not used in time."""
-        with self._lock:
-            if place.reserved is not None and time.monotonic() >= place.reserved_until:
-                self._drop_reservation(place)
-                self._resume()
+        if place.reserved is not None and time.monotonic() >= place.reserved_until:
+            self._drop_reservation(place)
+            self._resume()

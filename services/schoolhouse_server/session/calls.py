@@ -1,12 +1,12 @@
 """What a call asks for, a forward or a head; which calls are refused; and what the replies say."""
 
+import functools
 import logging
 from collections.abc import Callable, Sized
 from typing import Any
 
 import torch
 from schoolhouse.teachers.query import Wanted
-from schoolhouse_wire import background
 from schoolhouse_wire.errors import (
     PermissionDeniedError,
     ProtocolError,
@@ -15,6 +15,7 @@ from schoolhouse_wire.errors import (
     TeacherMemoryError,
 )
 from schoolhouse_wire.limits import MAX_MODULE_NAME, MAX_NAME, MAX_RELEASED, MAX_TAPS, Limits
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Arguments, pack
 
@@ -38,18 +39,26 @@ def inputs_of(value: Any) -> tuple[Arguments, torch.Tensor | None]:
 
 
 def answer_head(
-    engine: Engine, wanted: Wanted, inputs: Arguments, done: Callable[[Answer | BaseException], None], *, allowed: bool
+    loop: Loop,
+    engine: Engine,
+    wanted: Wanted,
+    inputs: Arguments,
+    done: Callable[[Answer | BaseException], None],
+    *,
+    allowed: bool,
 ) -> None:
-    """Pass a head, or the error, to `done` from a new thread, as getting it waits for the forward that runs."""
+    """Pass a head, or the error, to `done`; it is got in another thread, as that waits for the forward that runs."""
 
-    def run() -> None:
+    async def answer() -> None:
         try:
-            found: Answer | BaseException = _head_answer(engine, wanted, inputs, allowed=allowed)
+            found: Answer | BaseException = await loop.elsewhere(
+                functools.partial(_head_answer, engine, wanted, inputs, allowed=allowed)
+            )
         except Exception as err:
-            found = err
+            found = err.with_traceback(None)
         done(found)
 
-    background.thread(run, name="schoolhouse-head", on_death=done).start()
+    loop.task(answer(), name="schoolhouse-head", on_death=done)
 
 
 def _head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:

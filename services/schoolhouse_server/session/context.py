@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from schoolhouse.tracing import tracer
 from schoolhouse_wire.errors import UnknownTeacherError
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.loop import Loop
 
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.security.auth import EVERYBODY, Gate, check_teacher
 from schoolhouse_server.security.tokens import Grant
@@ -25,7 +25,7 @@ class ReplicaContext:
         *,
         shared_memory_bytes: int,
         sharing: Sharing,
-        timer: Timer,
+        loop: Loop,
         gate: Gate,
         allow_head: bool,
         tracing: bool = False,
@@ -33,10 +33,10 @@ class ReplicaContext:
         self.limits = limits
         self.shared_memory_bytes = shared_memory_bytes
         self.sharing = sharing
-        self.timer = timer
+        self.loop = loop
         self.gate = gate
         self.allow_head = allow_head
-        self.admissions = {name: Admission(sharing, timer) for name in engines}
+        self.admissions = {name: Admission(sharing, loop) for name in engines}
         self.tracer = tracer(tracing)
         self.drain = Drain()
         self._engines = engines

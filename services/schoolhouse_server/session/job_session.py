@@ -8,10 +8,10 @@ from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.encodings import name_of
 from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.limits import MAX_JOB_NAME
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Declared
 
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.engine.unsent import Share
 from schoolhouse_server.observe.counters import Counters
 from schoolhouse_server.session.admission import Admission, Place
@@ -48,9 +48,9 @@ class Member:
         self.calls = 0  # how many requests have come so far
         admission.enter(self._place)
 
-    def start_lease(self, timer: Timer, lease_s: float, expire: Callable[[], None]) -> None:
+    def start_lease(self, loop: Loop, lease_s: float, expire: Callable[[], None]) -> None:
         """Call `expire` once the client has been silent for `lease_s`."""
-        self._lease = Lease(timer, lease_s, expire)
+        self._lease = Lease(loop, lease_s, expire)
         self._lease.start()
 
     def hear(self, *, listening: bool) -> None:

@@ -8,7 +8,7 @@ COSTS = ("rows", "tokens")  # `common/rows.py` counts them
 MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
 MAX_UNSENT_BYTES, MAX_JOB_UNSENT_BYTES = 16 << 30, 4 << 30  # a reply has 2 GiB at most
 MAX_LEASE_S = 86_400.0
-MAX_SESSIONS, MOST_SESSIONS = 128, 1024  # the default, and the largest allowed, as each session has its own threads
+MAX_SESSIONS, MOST_SESSIONS = 1000, 65_536  # the default, and the largest allowed
 
 
 @dataclass(frozen=True, kw_only=True)

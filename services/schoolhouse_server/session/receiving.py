@@ -1,15 +1,13 @@
 """Calls whose payload is still coming: frames go in, whole calls come out, and calls that come too slowly fail."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from schoolhouse_wire import framing
 from schoolhouse_wire.errors import ProtocolError, TeacherTimeoutError
+from schoolhouse_wire.loop import Alarm, Loop
 from schoolhouse_wire.v1 import teacher_pb2
-
-from schoolhouse_server.common.timer import Alarm, Timer
 
 SLOWEST_BYTES_S = 64 << 10  # the least rate at which a call's payload must come, after a grace period
 
@@ -24,21 +22,19 @@ class Partial:
 
 
 class Receiving:
-    """The partial calls of one session; the timer calls `fail(request_id, error)` for a call that comes too slowly."""
+    """The partial calls of one session; `fail(request_id, error)` is called for one that comes too slowly."""
 
-    def __init__(self, timer: Timer, grace_s: float, fail: Callable[[int, Exception], None]) -> None:
-        self._timer = timer
+    def __init__(self, loop: Loop, grace_s: float, fail: Callable[[int, Exception], None]) -> None:
+        self._loop = loop
         self._grace_s = grace_s
         self._fail = fail
-        self._lock = threading.Lock()
         self._partial: dict[int, tuple[Partial, Alarm]] = {}
 
     def begin(self, partial: Partial) -> None:
         """Expect the payload of a call, within a time that depends on its size."""
         allowed_s = self._grace_s + partial.incoming.nbytes / SLOWEST_BYTES_S
-        alarm = self._timer.at(time.monotonic() + allowed_s, lambda: self._expire(partial, allowed_s))
-        with self._lock:
-            self._partial[partial.call.request_id] = partial, alarm
+        alarm = self._loop.at(time.monotonic() + allowed_s, lambda: self._expire(partial, allowed_s))
+        self._partial[partial.call.request_id] = partial, alarm
 
     def add(self, frame: framing.Frame) -> Partial | None:
         """Take a frame; returns the whole call if that was its last one.
@@ -59,10 +55,9 @@ class Receiving:
 
     def drop(self, request_id: int) -> bool:
         """Forget a call; returns whether it was here."""
-        with self._lock:
-            partial, alarm = self._partial.pop(request_id, (None, None))
+        partial, alarm = self._partial.pop(request_id, (None, None))
         if alarm is not None:
-            self._timer.cancel(alarm)
+            self._loop.cancel(alarm)
         return partial is not None
 
     def give_up(self) -> None:
@@ -78,10 +73,6 @@ class Receiving:
 
     def _expire(self, partial: Partial, allowed_s: float) -> None:
         request_id = partial.call.request_id
-        with self._lock:
-            found, _ = self._partial.get(request_id, (None, None))
-            if found is not partial:
-                return
-            del self._partial[request_id]
+        del self._partial[request_id]
         text = f"the call's {partial.incoming.nbytes} bytes have not come within {allowed_s:.1f} s, so it was dropped"
         self._fail(request_id, TeacherTimeoutError(text))

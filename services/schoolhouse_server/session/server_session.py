@@ -1,9 +1,9 @@
 """One client's session on a replica: its requests come in, are queued, and are answered in any order."""
 
+import asyncio
 import contextlib
 import functools
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ from schoolhouse_wire.errors import (
     SchoolhouseError,
     TeacherInternalError,
 )
-from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.loop import Alarm
+from schoolhouse_wire.outbox import Elsewhere, LoopOutbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import read_layout
 
 from schoolhouse_server.common.logs import SessionLog
 from schoolhouse_server.common.rows import rows_of
-from schoolhouse_server.common.timer import Alarm
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.engine.jobs import Answer, Job, Ticket
 from schoolhouse_server.engine.unsent import Share
@@ -54,43 +54,57 @@ from schoolhouse_server.session.same_host import SameHost
 
 _log = logging.getLogger(__name__)
 _FAILED = "the session failed; the server's log says why"
-_END_S = 1.0  # how long a session may take to end by itself, before its stream is cancelled
+_END_S = 1.0  # how long a session may take to send what it is about to send, before it ends without that
+_AT_ONCE_BYTES = 1 << 20  # payloads up to this are read faster than they are handed to another thread
 
 
 class ServerSession:
-    """The requests of one client: receives them, queues them, and answers in whatever order they finish."""
+    """The requests of one client: receives them, queues them, and answers in whatever order they finish.
 
-    def __init__(self, context: ReplicaContext, messages: Iterator[Any], grant: Grant) -> None:
-        self.outbox: Outbox[Message | bytes] = Outbox()
+    One task reads and one writes; all of it happens in the replica's loop.
+    """
+
+    def __init__(self, context: ReplicaContext, rpc: "grpc.aio.ServicerContext[Any, Any]", grant: Grant) -> None:
+        self.outbox: LoopOutbox[Message | bytes] = LoopOutbox(context.loop)
         self._telling = Telling(self.outbox, self._end_if_answered)
         self._asked_all = False  # whether the client has ended its half of the stream, and waits for the last answers
         self.error: SchoolhouseError | None = None
-        self.cancel_stream: Callable[[], object] | None = None
-        self._context = context
+        self._context, self._loop = context, context.loop
+        self._rpc = rpc
         self._spans = SessionSpans(context.tracer)
         self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
-        self._messages = messages
         self._limits = context.limits
         self._grant = grant
-        self._receiving = Receiving(context.timer, context.sharing.lease_s or LEASE_S, self._fail)
+        self._receiving = Receiving(self._loop, context.sharing.lease_s or LEASE_S, self._fail)
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
         self._member: Member | None = None  # None before Open
         self._unopened: Alarm | None = None  # ends the session if no Open comes
-        self._closing = threading.Lock()
+        self._writer: asyncio.Task[None] | None = None
         self._closed = False
-        self._same_host = SameHost(context.shared_memory_bytes)
+        self._same_host = SameHost(self._loop, context.shared_memory_bytes)
 
-    def start(self) -> None:
-        """Begin to read; a client that does not even send Open is bounded by the lease too."""
+    async def run(self) -> None:
+        """Read and answer until the client is gone, has got all that it asked for, or is to be told `error`.
+
+        A client that does not even send Open is bounded by the lease too.
+        """
         lease_s = self._context.sharing.lease_s or LEASE_S
-        self._unopened = self._context.timer.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
-        background.thread(self._read, name="schoolhouse-reader", on_death=self._on_error).start()
+        self._unopened = self._loop.at(time.monotonic() + lease_s, lambda: self._expire(lease_s))
+        reader = self._loop.task(self._read(), name="schoolhouse-session-reads", on_death=self._on_error)
+        self._writer = self._loop.task(self._write(), name="schoolhouse-session-writes", on_death=self._on_error)
+        try:
+            await asyncio.wait([self._writer])
+        finally:
+            with contextlib.ExitStack() as ending:  # in reverse
+                ending.callback(self._clear)
+                ending.callback(self._writer.cancel)
+                ending.callback(reader.cancel)
+                ending.callback(self.close)
 
     def close(self) -> None:
         """Drop what is queued, and free its places, as the client is gone."""
-        with self._closing:
-            first, self._closed = not self._closed, True
+        first, self._closed = not self._closed, True
         with contextlib.ExitStack() as ending:  # so that each of these is done, whatever another one raises
             ending.callback(self._same_host.close)
             ending.callback(self.outbox.close)
@@ -103,70 +117,62 @@ class ServerSession:
 
     def _stop_waiting_for_open(self) -> None:
         if self._unopened is not None:
-            self._context.timer.cancel(self._unopened)
+            self._loop.cancel(self._unopened)
 
     def _drop(self) -> None:
         assert self._engine is not None
-        for request_id in list(self._tickets):
-            ticket = self._tickets.pop(request_id, None)
-            if ticket is not None:
-                self._engine.cancel(ticket)
+        while self._tickets:
+            self._engine.cancel(self._tickets.popitem()[1])
 
     def _expire(self, lease_s: float) -> None:
         self.end(LeaseExpiredError(f"the client said nothing for {lease_s:g} s, so its session was ended"))
 
     def end(self, error: SchoolhouseError) -> None:
-        """End the session with this error; if the client does not take the error, the stream is cancelled."""
-
-        def cancel() -> None:
-            if self.cancel_stream is not None:
-                self.cancel_stream()
-
-        self.error = error
+        """End the session with this error, of which the client hears as soon as it has read what was sent before."""
+        if not self._closed:
+            self.error = error
         try:
             self.close()
         finally:
-            self._context.timer.at(time.monotonic() + _END_S, cancel)
+            self._loop.at(time.monotonic() + _END_S, self._abandon)
 
-    def answers(self) -> Iterator[Message | bytes]:
-        """The messages that go to the client over the stream; those that go through pipes are sent in between."""
-        for message in self.outbox:
+    def _abandon(self) -> None:
+        if self._writer is not None:
+            self._writer.cancel()
+
+    async def _write(self) -> None:
+        """Send what there is to send, over the stream or, once the client has them, through pipes."""
+        while (message := await self.outbox.next()) is not None:
             if (pipes := self._same_host.pipes) is None:
-                yield message
-            elif not pipes.send(framing.write_message(message)):
+                await self._rpc.write(message)
+            elif not await pipes.send(framing.write_message(message)):
                 return
 
-    def _arrivals(self) -> Iterator[Any]:
-        for message in self._messages:
-            yield message
-            if self._same_host.pipes is not None:
-                break
-        else:
-            self._asked_all = not self._closed
-        for data in self._same_host.pipes or ():
-            yield framing.received(teacher_pb2.ClientMessage, data)
+    async def _next(self) -> Any:
+        """The next message of the client; None if no more will come."""
+        if (pipes := self._same_host.pipes) is not None:
+            data = await pipes.read()
+            return None if data is None else framing.received(teacher_pb2.ClientMessage, data)
+        message = await self._rpc.read()
+        return None if message is grpc.aio.EOF else message
 
-    def _read(self) -> None:
+    async def _read(self) -> None:
         try:
-            for message in self._arrivals():
+            while (message := await self._next()) is not None and not self._closed:
                 if self._member is not None:
                     self._member.hear(listening=False)
-                self._receive(message)
+                await self._receive(message)
                 if self._member is not None:
                     self._member.hear(listening=True)
-            if self._asked_all:
+            if self._same_host.pipes is None and not self._closed:
+                self._asked_all = True
                 self._receiving.give_up()
                 self._end_if_answered()
                 return
-        except Exception as err:
-            if isinstance(err, SchoolhouseError):
-                self.error = err
-            elif type(err) is not Exception and not isinstance(err, grpc.RpcError):  # else the client is gone
-                self.log.exception("a session failed")
-                self.error = TeacherInternalError(_FAILED)
-            err.__traceback__ = None  # gRPC keeps what it raised, and this frame refers to the whole session
+        except SchoolhouseError as err:
+            self.end(err.with_traceback(None))  # whose frames refer to the session, which refers to it
+            return
         self.close()
-        self._clear()
 
     def _on_error(self, _error: BaseException) -> None:
         self.end(TeacherInternalError(_FAILED))
@@ -177,29 +183,25 @@ class ServerSession:
         if self._asked_all and not outstanding and not self._telling:
             self.outbox.close()
 
-    def ended(self) -> None:
-        """Clean up as the stream has ended."""
-        self.close()
-        self._clear() if self._asked_all else self.outbox.clear()  # the reading thread clears the rest
-
     def _clear(self) -> None:
         """Drop what is large or gRPC's: a call that waits for the garbage collector would count as open."""
         self.outbox.clear()
-        self._messages = iter(())
         self._receiving.clear()
         self._same_host.clear()
+        self._writer = None
+        del self._rpc
 
-    def _receive(self, message: Any) -> None:
+    async def _receive(self, message: Any) -> None:
         if isinstance(message, ProtocolError):
             raise message
         if isinstance(message, framing.Frame):
-            self._on_frame(message)
+            await self._on_frame(message)
             return
         if message.released:
             check_released(message.released)
             self._same_host.free(message.released)
         if message.HasField("call"):
-            self._on_call(framing.unchanged(message.call))
+            await self._on_call(framing.unchanged(message.call))
         elif message.HasField("cancel"):
             self._on_cancel(message.cancel.request_id)
         elif message.HasField("attached"):
@@ -226,19 +228,14 @@ class ServerSession:
         self._telling.tell(teacher_pb2.ServerMessage(opened=opened))
         assert self._member is not None
         self._context.drain.join(self._member)
-        if self._closed:  # it was closed before it joined
-            self._context.drain.leave(self._member)
 
     def _enter(self, message: teacher_pb2.Open, engine: Engine, sharing: Sharing) -> None:
-        with self._closing:
-            if self._closed:
-                raise ProtocolError("the session was closed")
-            admission = self._context.admissions[message.teacher]
-            self._member = Member(message, engine.counters, admission, sharing, self._telling.tell)
-            self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
-            self._stop_waiting_for_open()
-            lease_s = self._context.sharing.lease_s
-            self._member.start_lease(self._context.timer, lease_s, lambda: self._expire(lease_s))
+        admission = self._context.admissions[message.teacher]
+        self._member = Member(message, engine.counters, admission, sharing, self._telling.tell)
+        self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
+        self._stop_waiting_for_open()
+        lease_s = self._context.sharing.lease_s
+        self._member.start_lease(self._loop, lease_s, lambda: self._expire(lease_s))
 
     def _on_cancel(self, request_id: int) -> None:
         self._receiving.drop(request_id)
@@ -249,7 +246,7 @@ class ServerSession:
             self._member.cancelled(request_id)
         self._spans.dropped(request_id)
 
-    def _on_call(self, call: teacher_pb2.Call) -> None:
+    async def _on_call(self, call: teacher_pb2.Call) -> None:
         self._telling.check_read()
         try:
             if self._engine is None or self._member is None:
@@ -265,10 +262,11 @@ class ServerSession:
             self._spans.begin(call, self._engine.description.name, self._member.account.job)
             check_revision(call.revision, self._engine)
             began = time.perf_counter()
-            incoming = framing.Incoming(call.inputs, call.payload, self._limits, self._same_host.segment)
-            partial = Partial(call, incoming, began)
+            read = functools.partial(framing.Incoming, call.inputs, call.payload, self._limits, self._same_host.segment)
+            small = nbytes <= _AT_ONCE_BYTES or not call.payload.HasField("shared")
+            partial = Partial(call, read() if small else await self._loop.elsewhere(read), began)
             if partial.incoming.complete:
-                self._queue(partial)
+                await self._queue(partial)
             else:
                 self._receiving.begin(partial)
         except FloodError:
@@ -284,14 +282,14 @@ class ServerSession:
         error = ProtocolError(f"a call has the id {request_id} of another one that is in flight")
         self._telling.tell(teacher_pb2.ServerMessage(failure=status.to_failure(error, request_id)))
 
-    def _on_frame(self, frame: framing.Frame) -> None:
+    async def _on_frame(self, frame: framing.Frame) -> None:
         try:
             if (partial := self._receiving.add(frame)) is not None:
-                self._queue(partial)
+                await self._queue(partial)
         except Exception as err:
             self._fail(frame.request_id, err)
 
-    def _queue(self, partial: Partial) -> None:
+    async def _queue(self, partial: Partial) -> None:
         assert self._engine is not None
         call, incoming = partial.call, partial.incoming
         inputs, mask = inputs_of(incoming.value())
@@ -300,7 +298,7 @@ class ServerSession:
         self._engine.count("receive", time.perf_counter() - partial.began)
         answer = functools.partial(self._or_end, self._answer, request_id, digest, wanted)
         if any(tap.side == HEAD for tap in wanted.taps):
-            answer_head(self._engine, wanted, inputs, answer, allowed=self._context.allow_head)
+            answer_head(self._loop, self._engine, wanted, inputs, answer, allowed=self._context.allow_head)
             return
 
         rows = rows_of(inputs)
@@ -310,22 +308,25 @@ class ServerSession:
                 answer(result, rows, ticket.share)
 
         assert self._member is not None
-        ticket = self._tickets[request_id] = Ticket(done, self._member.account)
+        ticket = Ticket(done, self._member.account)
         ticket.trace = self._spans.of(request_id)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         # A request that is to be computed alone must equal no other, so that neither joins the other.
         own = object() if call.alone else None
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps), own)
+        job = Job(inputs, wanted, key, deadline, [ticket], source=id(self), alone=call.alone)
+        await self._engine.prepare(job)
+        if self._closed or not self._member.has(request_id):  # it was cancelled meanwhile
+            return
+        self._tickets[request_id] = ticket
         try:
-            self._engine.submit(Job(inputs, wanted, key, deadline, [ticket], source=id(self), alone=call.alone))
+            self._engine.submit(job)
         except Exception:
             self._tickets.pop(request_id, None)
             raise
-        if self._closed:  # it was closed before the ticket was queued
-            self._drop()
 
     def _or_end(self, step: Callable[..., None], *args: Any) -> None:
-        """Run a step in another thread than the session's; if it raises, the session fails."""
+        """Run a step on behalf of the engine; if it raises, the session fails."""
         background.run(functools.partial(step, *args), "answering a request", self._on_error)
 
     def _answer(
@@ -356,7 +357,7 @@ class ServerSession:
 
     def _reply(
         self, request_id: int, reply: teacher_pb2.Reply, outgoing: framing.Outgoing
-    ) -> Iterator[Message | bytes]:
+    ) -> Iterator[Message | bytes | Elsewhere]:
         def head(payload: teacher_pb2.Payload) -> Message:
             reply.payload.CopyFrom(payload)
             return teacher_pb2.ServerMessage(reply=reply, released=segment.released() if segment is not None else ())

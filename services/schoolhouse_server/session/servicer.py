@@ -1,36 +1,30 @@
 """The gRPC TeacherService of one replica: descriptions of its teachers, and a session for each client."""
 
-import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf.message import Message
-from schoolhouse_wire import background
-from schoolhouse_wire.errors import SchoolhouseError, TeacherBusyError
-from schoolhouse_wire.rpc import status
+from schoolhouse_wire.errors import TeacherBusyError
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse_server.session.calls import check_describe
 from schoolhouse_server.session.context import ReplicaContext
 from schoolhouse_server.session.server_session import ServerSession
 
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
 
 class TeacherServicer:
     """Handles the RPCs of TeacherService on one replica."""
 
     def __init__(self, context: ReplicaContext) -> None:
-        self._lock = threading.Lock()
         self._context = context
         self.sessions = 0
 
-    def describe(self, request: teacher_pb2.DescribeRequest, rpc: grpc.ServicerContext) -> teacher_pb2.DescribeResponse:
+    async def describe(self, request: teacher_pb2.DescribeRequest, rpc: _Context) -> teacher_pb2.DescribeResponse:
         """The Describe RPC: static facts of a teacher."""
-        try:
-            check_describe(request)
-            found = self._context.find(request.teacher, self._context.gate.grant(rpc)).description
-        except SchoolhouseError as err:
-            status.abort(rpc, err)
+        check_describe(request)
+        found = self._context.find(request.teacher, self._context.gate.grant(rpc)).description
         return teacher_pb2.DescribeResponse(
             teacher=request.teacher,
             revision=found.revision,
@@ -45,34 +39,20 @@ class TeacherServicer:
             max_in_flight=self._context.sharing.max_in_flight,
         )
 
-    def session(self, messages: Iterator[Any], rpc: grpc.ServicerContext) -> Iterator[Message | bytes]:
-        """The Session RPC, one client's stream: another thread reads requests, and this one sends answers."""
+    async def session(self, _messages: AsyncIterator[Any], rpc: _Context) -> None:
+        """The Session RPC, one client's stream, for as long as that stays; raises the error with which it ends."""
+        if self.sessions >= self._context.sharing.max_sessions:
+            raise TeacherBusyError(
+                f"max_sessions is {self._context.sharing.max_sessions}, and as many are open at this replica"
+            )
         grant = self._context.gate.grant(rpc)
-        session = ServerSession(self._context, messages, grant)
+        session = ServerSession(self._context, rpc, grant)
+        self.sessions += 1
         try:
-            self._enter()
-        except SchoolhouseError as err:
-            status.abort(rpc, err)
-        session.cancel_stream = rpc.cancel
-        rpc.add_callback(background.called(session.close, "closing a session", background.go_on))
-        try:
-            session.start()
-            with self._context.gate.held(grant, session.end):
-                yield from session.answers()
-            if session.error is not None:
-                status.abort(rpc, session.error)
+            with self._context.gate.held(grant, lambda error: self._context.loop.here(session.end, error)):
+                await session.run()
         finally:
-            with self._lock:
-                self.sessions -= 1
-            session.cancel_stream = None
-            session.ended()
+            self.sessions -= 1
             session.log.info("a session ended")
-
-    def _enter(self) -> None:
-        """Count one more session; raises `TeacherBusyError` at `max_sessions`, which leaves threads for other calls."""
-        with self._lock:
-            if self.sessions >= self._context.sharing.max_sessions:
-                raise TeacherBusyError(
-                    f"max_sessions is {self._context.sharing.max_sessions}, and as many are open at this replica"
-                )
-            self.sessions += 1
+        if session.error is not None:
+            raise session.error

@@ -1,0 +1,67 @@
+"""The gRPC server of a replica or of a directory, in an event loop of its own."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from schoolhouse_wire.errors import TeacherUnavailableError
+from schoolhouse_wire.loop import Loop
+from schoolhouse_wire.rpc import channel, forks
+
+from schoolhouse_server.replica.health_services import add_standard_services
+from schoolhouse_server.security.auth import Gate
+from schoolhouse_server.security.interceptor import Doorkeeper
+from schoolhouse_server.security.ports import listen
+from schoolhouse_server.security.tls import ServerTls
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+
+
+class RpcServer:
+    """Listens from its making on, and answers once it is started; `port` is where."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        add_services: Callable[[grpc.aio.Server], Sequence[str]],
+        *,
+        gate: Gate,
+        max_rpcs: int,
+        host: str,
+        ports: Sequence[int],
+        tls: ServerTls | None = None,
+    ) -> None:
+        """`add_services(server)` returns the names of what health reports on; the other settings are `listen`'s."""
+        forks.before_grpc()
+        self._loop = loop
+
+        async def make() -> int:
+            self._server = grpc.aio.server(
+                interceptors=[Doorkeeper(gate)], options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=max_rpcs
+            )
+            names = add_services(self._server)
+            self._fail = await add_standard_services(self._server, names)
+            return listen(self._server, host, ports, tls)
+
+        self.port = loop.run(make()).result(_START_TIMEOUT_S)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._loop.run(_awaited(self._server.start())).result(_START_TIMEOUT_S)
+
+    def report_failed(self, name: str) -> None:
+        """Report a service or teacher, and with it the server, as no longer serving; any thread may call this."""
+        self._loop.call(lambda: self._loop.run(_awaited(self._fail(name))))
+
+    def stop(self, grace_s: float) -> None:
+        """Listen no more, and end all RPCs that last longer than `grace_s`."""
+        try:
+            self._loop.run(_awaited(self._server.stop(grace_s))).result(grace_s + _STOP_TIMEOUT_S)
+        except (TimeoutError, asyncio.CancelledError) as err:
+            raise TeacherUnavailableError("the server does not stop") from err
+
+
+async def _awaited(work: Awaitable[Any]) -> None:
+    await work
