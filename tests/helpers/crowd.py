@@ -34,7 +34,7 @@ class Session:
         self._opening = teacher_pb2.Open(protocol=channel.PROTOCOL, teacher="teacher", job=job)
         self._lease_s = lease_s
         self._said_at = time.monotonic()
-        self.late = False  # whether it was silent for as long as a lease, so that the server may have ended it
+        self.late = False  # whether it was silent for so long that the server may have ended it
 
     async def open(self):
         await self.say(open=self._opening)
@@ -46,12 +46,16 @@ class Session:
 
     async def write(self, data):
         began = time.monotonic()
-        await asyncio.wait_for(self._stream.write(data), PATIENCE_S)
-        self._note()  # by the earliest that the last message may have been heard, and the latest for this one
+        try:
+            await asyncio.wait_for(self._stream.write(data), PATIENCE_S)
+        except (grpc.RpcError, asyncio.InvalidStateError):  # it has ended
+            self._note()
+            raise await self._reason() from None
+        self._note()
         self._said_at = began
 
     def _note(self):
-        self.late = self.late or time.monotonic() > self._said_at + self._lease_s
+        self.late = self.late or time.monotonic() > self._said_at + 0.75 * self._lease_s  # the rest is for the way
 
     async def hear(self, renewing=True):
         """The next message; raises the typed error with which the session ended."""
@@ -62,6 +66,15 @@ class Session:
             raise status.from_rpc_error(err, "the replica") from None
         assert data is not grpc.aio.EOF
         return teacher_pb2.ServerMessage.FromString(data)
+
+    async def _reason(self):
+        """The typed error with which it ended."""
+        try:
+            while await self._stream.read() is not grpc.aio.EOF:
+                pass
+            return AssertionError("the session ended without an error")
+        except grpc.RpcError as err:
+            return status.from_rpc_error(err, "the replica")
 
     async def _read(self, renewing):
         reading = asyncio.ensure_future(self._stream.read())
@@ -278,7 +291,7 @@ class Crowd:
     async def _silent(self, session, _number):
         """Says that it is alive, as late as it may."""
         while True:
-            await asyncio.sleep(self._lease_s * 0.7)
+            await asyncio.sleep(0.7 * self._lease_s)
             await session.say(renew=teacher_pb2.Renew())
 
     async def _hostile(self, kind, number):
