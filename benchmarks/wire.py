@@ -326,8 +326,12 @@ def over_flight(port: int, check: Check) -> Move:
 
 @contextlib.contextmanager
 def ray_actor(check: Check) -> Iterator[Move]:
-    """A plain Ray actor whose arrays come through the object store, in the cluster that is running."""
+    """A plain Ray actor whose arrays come through the object store, in the cluster that runs or one of its own."""
     import ray
+
+    alone = not ray.is_initialized()
+    if alone:
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
     class Teacher:
         """Returns prepared bytes."""
@@ -356,7 +360,7 @@ def ray_actor(check: Check) -> Iterator[Move]:
     try:
         yield move
     finally:
-        ray.kill(actor)
+        ray.shutdown() if alone else ray.kill(actor)
 
 
 def over_tcp(port: int, check: Check) -> Move:
@@ -398,27 +402,38 @@ def over_ray_serve(address: str, check: Check) -> Move:
     return move
 
 
-def all_peers(stack: contextlib.ExitStack, check: Check) -> Iterator[tuple[str, Move]]:
-    """Start all that is measured; what is open ends with `stack`."""
+def all_peers(stack: contextlib.ExitStack, check: Check, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Move]]:
+    """Start those that are wanted; what is open ends with `stack`."""
+    ours = {
+        "schoolhouse": sh.Transport(shared_memory=False),
+        "schoolhouse_shm": sh.Transport(),
+        "schoolhouse_shm_checksums": sh.Transport(checksums=True),
+    }
     url, keep = start(schoolhouse_server)
     stack.callback(keep.close)
-    streamed = stack.enter_context(sh.connect(url, transport=sh.Transport(shared_memory=False)))
-    checked = stack.enter_context(sh.connect(url, transport=sh.Transport(checksums=True)))
-    shared = stack.enter_context(sh.connect(url))
-    assert shared.describe().transport == "shared memory"
-    yield "schoolhouse", over_schoolhouse(streamed, check)
-    yield "schoolhouse_shm", over_schoolhouse(shared, check)
-    yield "schoolhouse_shm_checksums", over_schoolhouse(checked, check)
-    servers = [("grpc_raw", raw_server, over_raw), ("grpc_aio", aio_server, over_aio), ("tcp", tcp_server, over_tcp)]
-    if importlib.util.find_spec("pyarrow") is not None:
-        servers.append(("arrow_flight", flight_server, over_flight))
-    for name, serving, over in servers:
-        port, keep = start(serving)
-        stack.callback(keep.close)
-        yield name, over(port, check)
-    address = stack.enter_context(ray_serve(max(SIZES.values())))
-    yield "ray_serve", over_ray_serve(address, check)
-    yield "ray_actor", stack.enter_context(ray_actor(check))
+    for name, transport in ours.items():
+        if wanted(name):
+            teacher = stack.enter_context(sh.connect(url, transport=transport))
+            assert (teacher.describe().transport == "shared memory") == transport.shared_memory
+            yield name, over_schoolhouse(teacher, check)
+    for name, (serving, over) in PEERS.items():
+        if wanted(name) and (name != "arrow_flight" or importlib.util.find_spec("pyarrow") is not None):
+            port, keep = start(serving)
+            stack.callback(keep.close)
+            yield name, over(port, check)
+    if wanted("ray_serve"):
+        yield "ray_serve", over_ray_serve(stack.enter_context(ray_serve(max(SIZES.values()))), check)
+    if wanted("ray_actor"):
+        yield "ray_actor", stack.enter_context(ray_actor(check))
+
+
+PEERS: dict[str, tuple[Callable[[Connection], None], Callable[[int, Check], Move]]] = {
+    "grpc_raw": (raw_server, over_raw),
+    "grpc_aio": (aio_server, over_aio),
+    "tcp": (tcp_server, over_tcp),
+    "arrow_flight": (flight_server, over_flight),
+}
+NAMES = ["schoolhouse", "schoolhouse_shm", "schoolhouse_shm_checksums", *PEERS, "ray_serve", "ray_actor"]
 
 
 def main() -> None:
@@ -427,16 +442,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, default=7, help="number of turns of each peer at each size")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=[*SIZES], help="sizes to measure")
-    parser.add_argument("--peers", nargs="+", default=[], help="measure no others, for a look at a few of them")
+    parser.add_argument("--peers", nargs="+", choices=NAMES, default=NAMES, help="what to measure")
     options = parser.parse_args()
     here = str(Path(__file__).parent)  # so that Ray Serve's proxy can import the peer's service
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     warnings.filterwarnings("ignore", message="The given .* is not writable")  # nobody writes into what arrived
     check = Check()
     with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:  # Ray's own messages
-        peers = {name: move for name, move in all_peers(stack, check) if name in (options.peers or [name])}
+        peers = dict(all_peers(stack, check, lambda name: name in options.peers))
         figures: dict[str, Any] = measure(peers, options.rounds, options.sizes)
-    if importlib.util.find_spec("pyarrow") is None:
+    if "arrow_flight" in options.peers and "arrow_flight" not in figures:
         figures["arrow_flight"] = {"missing": FLIGHT_MISSING}
     if options.json:
         sys.stdout.write(json.dumps(figures) + "\n")
