@@ -203,7 +203,7 @@ class Report:
     """What came of the crowd so far."""
 
     opened: bool = False  # whether all but the hostile ones have had a session at once
-    least_answers: int = 0  # of a student, since then
+    least_answers: int = 0  # of any student, since then
     told: dict[str, dict[str, int]] = field(default_factory=dict)  # how often the hostile ones were told which error
     wrong: list[str] = field(default_factory=list)  # what should not have been
 
@@ -274,7 +274,9 @@ class Crowd:
         generator, choices = torch.Generator().manual_seed(number), random.Random(number)
         request_id = 0
         while True:
-            await asyncio.sleep(choices.uniform(1.0, 0.6 * self._lease_s))
+            await asyncio.sleep(choices.uniform(0.2, 0.6) * self._lease_s)
+            await session.say(renew=teacher_pb2.Renew())
+            await asyncio.sleep(choices.uniform(0.2, 0.6) * self._lease_s)
             x, request_id = torch.randn(1, 8, generator=generator), request_id + 1
             reply, digest = await session.answer(request_id, x)
             assert (reply.request_id, reply.input_digest) == (request_id, digest), reply

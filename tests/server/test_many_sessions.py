@@ -73,9 +73,9 @@ def others(replica):
 
 
 def enough(report):
-    """Whether each student was answered twice, and each kind of hostile ones told what it is to be told."""
+    """Whether each student was answered, and each kind of hostile ones told what it is to be told."""
     told = [report.told.get(kind.__name__, {}).get(error, 0) for kind, error in crowd.HOSTILE.items()]
-    return report.wrong or (report.opened and report.least_answers >= 2 and min(told) >= 1)
+    return report.wrong or (report.opened and report.least_answers and min(told) >= 1)
 
 
 def test_an_honest_student_trains_on_among_a_thousand_sessions(replica, others):
