@@ -119,8 +119,8 @@ class Session:
             assert (await self.hear()).HasField("resume")
 
     async def ask_half(self, request_id):
-        """A call whose 100 KB of inputs never come."""
-        made = framing.Outgoing(Arguments((torch.ones(3200, 8),)), limits=Limits(), snapshot=True)
+        """A call whose 67 KB of inputs never come."""
+        made = framing.Outgoing(Arguments((torch.ones(2100, 8),)), limits=Limits(), snapshot=True)
         await self.say(call=teacher_pb2.Call(request_id=request_id, taps=[_WHOLE], inputs=made.header))
 
     async def end_asking(self):
