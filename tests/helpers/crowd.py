@@ -173,7 +173,7 @@ async def cut_off(session):
     await session.open()
     await session.ask_half(7)
     await session.end_asking()
-    return type(status.from_failure((await session.hear()).failure)).__name__
+    return type(status.from_failure((await session.hear(renewing=False)).failure)).__name__
 
 
 async def asleep(session):
