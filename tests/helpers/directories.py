@@ -7,13 +7,13 @@ import sys
 import threading
 from pathlib import Path
 
-import grpc
 import torch
 from memfd import soon
 from schoolhouse_server import serve
 from schoolhouse_server.replica.directory import Directory
-from schoolhouse_wire.executor import DaemonExecutor
-from schoolhouse_wire.rpc import channel
+from schoolhouse_server.replica.rpc_server import RpcServer
+from schoolhouse_server.security.auth import Gate
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 from torch import nn
 
@@ -35,16 +35,27 @@ class Scale(nn.Module):
         return x * self.factor
 
 
+def serving(loop, directory, *, ports=(0,), gate=None, max_rpcs=256, **more):
+    """The gRPC server of a directory."""
+
+    def add(server):
+        directory_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, server)
+        return ("schoolhouse.v1.DirectoryService",)
+
+    gate = gate or Gate()
+    server = RpcServer(loop, add, gate=gate, max_rpcs=max_rpcs, host="127.0.0.1", ports=ports, **more)
+    server.start()
+    return server
+
+
 class DirectoryServer:
     """A directory with a port of its own. `publish` takes replicas, or addresses with what is to be said of them."""
 
-    def __init__(self, port=0):
-        self.directory = Directory()
-        self.workers = DaemonExecutor(32, "test-directory")
-        self.server = grpc.server(self.workers, options=channel.SERVER_OPTIONS)
-        directory_pb2_grpc.add_DirectoryServiceServicer_to_server(self.directory, self.server)
-        self.port = self.server.add_insecure_port(f"127.0.0.1:{port}")
-        self.server.start()
+    def __init__(self, port=0, **more):
+        self.loop = Loop("test-directory")
+        self.directory = Directory(self.loop)
+        self.server = serving(self.loop, self.directory, ports=(port,), **more)
+        self.port = self.server.port
         self.url = f"grpc://127.0.0.1:{self.port}/teacher"
 
     def publish(self, *replicas, revision="", **said):
@@ -55,8 +66,8 @@ class DirectoryServer:
 
     def close(self):
         self.directory.close()
-        self.server.stop(0).wait(10)
-        self.workers.shutdown()
+        self.server.stop(0)
+        self.loop.stop()
 
     def __enter__(self):
         return self

@@ -192,7 +192,7 @@ class LateDevice(Device):
     Event = Event
 
     def __init__(self, late):
-        self.name, self.is_host, self._pins = torch.device("cpu"), False, True
+        self.name, self.is_host, self.pins = torch.device("cpu"), False, True
         self.kit, self.memory, self.streams = self, Memory(), []
         self.current = threading.local()
         for name in STAGES:

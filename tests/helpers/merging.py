@@ -78,17 +78,27 @@ def engine_of(module, settings=SAME, *, early_stop=False, **more):
         engine.close()
 
 
+def submit(engine, job):
+    """Have an engine's loop submit a request, as sessions do."""
+
+    async def prepared():
+        await engine.prepare(job)
+        engine.submit(job)
+
+    engine.loop.run(prepared()).result(20)
+
+
 def at_once(engine, *asked):
     """Submit requests so that the engine finds all of them waiting; returns the shapes that ran."""
     gate = engine.teacher.module
     first = Asked(torch.ones(1), hold=True)
-    engine.submit(first.job)
+    submit(engine, first.job)
     assert gate.began.acquire(timeout=20)
     gate.batches.clear()
     for one in asked:
-        engine.submit(one.job)
+        submit(engine, one.job)
     last = Asked(torch.ones(1, 2), hold=True)  # not like the first
-    engine.submit(last.job)
+    submit(engine, last.job)
     gate.go.release(2)
     assert gate.began.acquire(timeout=20)
     first.result(), last.result()  # after the last, nothing of those before it goes on

@@ -46,6 +46,6 @@ class Trap:
 
 def opened(monkeypatch):
     """The sessions that servers of this process have had."""
-    found, start = [], ServerSession.start
-    monkeypatch.setattr(ServerSession, "start", lambda self: (found.append(self), start(self))[1])
+    found, run = [], ServerSession.run
+    monkeypatch.setattr(ServerSession, "run", lambda self: (found.append(self), run(self))[1])
     return found

@@ -4,17 +4,17 @@ import threading
 
 import pytest
 from memfd import soon
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.session import admission
 from schoolhouse_server.session.admission import Admission, FloodError, Place
 from schoolhouse_server.session.quotas import Sharing
+from schoolhouse_wire.loop import Loop
 
 
 @pytest.fixture
 def timer():
-    made = Timer()
+    made = Loop("admission").start()
     yield made
-    made.close()
+    made.stop()
 
 
 class Session(Place):

@@ -123,8 +123,8 @@ def test_probes_have_no_token_and_learn_nothing_but_that_it_serves(ask):
 
 def test_probes_learn_no_name_of_a_teacher_that_serves_no_more(path):
     with serve({"wide": nn.Linear(2, 2)}, tokens=path) as server:
-        server._report_failed("wide")
-        assert not health.serves(f"127.0.0.1:{server.port}")
+        server._server.report_failed("wide")
+        assert soon(lambda: not health.serves(f"127.0.0.1:{server.port}"))
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as opened, pytest.raises(grpc.RpcError) as refused:
             health_pb2_grpc.HealthStub(opened).Check(health_pb2.HealthCheckRequest(service="wide"), timeout=20)
     assert refused.value.code() is grpc.StatusCode.NOT_FOUND

@@ -3,13 +3,14 @@
 import contextlib
 import time
 
+import directories
 import grpc
 import pytest
 from memfd import soon
 from schoolhouse.errors import TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
 from schoolhouse_server.replica import directory as module
 from schoolhouse_server.replica.directory import Directory
-from schoolhouse_wire.executor import DaemonExecutor
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
@@ -30,15 +31,11 @@ def serving():
     with contextlib.ExitStack() as stack:
 
         def start(directory, connections=1):
-            executor = DaemonExecutor(module.MAX_WATCHERS + 64, "directory")
-            server = grpc.server(executor, options=channel.SERVER_OPTIONS)
-            directory_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, server)
-            port = server.add_insecure_port("127.0.0.1:0")
-            server.start()
-            stack.callback(executor.shutdown)
-            stack.callback(lambda: server.stop(0).wait(5))
+            server = directories.serving(directory._loop, directory, max_rpcs=module.MAX_WATCHERS + 64)
+            stack.callback(directory._loop.stop)
+            stack.callback(server.stop, 0)
             stack.callback(directory.close)
-            target, options = f"127.0.0.1:{port}", channel.CLIENT_OPTIONS
+            target, options = f"127.0.0.1:{server.port}", channel.CLIENT_OPTIONS
             opened = [stack.enter_context(grpc.insecure_channel(target, options)) for _ in range(connections)]
             stubs = [directory_pb2_grpc.DirectoryServiceStub(one) for one in opened]
             return stubs if connections > 1 else stubs[0]
@@ -57,7 +54,7 @@ def error_of(call):
 
 
 def test_one_that_was_restarted_is_unavailable_until_it_knows_all(serving):
-    directory = Directory(ready=False)
+    directory = Directory(Loop("directory"), ready=False)
     stub = serving(directory)
     for call in (
         lambda: stub.ListTeachers(directory_pb2.ListTeachersRequest(), timeout=20),
@@ -74,7 +71,7 @@ def test_one_that_was_restarted_is_unavailable_until_it_knows_all(serving):
 
 def test_watchers_hear_of_what_changed_at_once_and_of_loads_in_time(serving, monkeypatch):
     monkeypatch.setattr(module, "_LOADS_S", 0.3)
-    directory = Directory()
+    directory = Directory(Loop("directory"))
     directory.publish(replicas("a", served=1))
     stub = serving(directory)
     news = watch(stub)
@@ -92,21 +89,22 @@ def test_watchers_hear_of_what_changed_at_once_and_of_loads_in_time(serving, mon
         directory.publish(changed)
         assert next(news) == changed
     news.cancel()
-    assert soon(lambda: directory._watchers == 0)
+    assert soon(lambda: not directory._watchers)
 
 
 def test_loads_of_its_own_server_reach_watchers(serving, monkeypatch):
     monkeypatch.setattr(module, "_LOADS_S", 0.1)
     loads = iter(range(1000))
-    directory = Directory(lambda name: directory_pb2.Load(served=next(loads)))
+    directory = Directory(Loop("directory"), lambda name: directory_pb2.Load(served=next(loads)))
     directory.publish(replicas("a"))
     news = watch(serving(directory))
     first, second = next(news), next(news)
     assert second.replicas[0].load.served > first.replicas[0].load.served
 
 
-def test_as_many_watchers_as_it_takes_and_no_more(serving):
-    directory = Directory()
+def test_as_many_watchers_as_it_takes_and_no_more(serving, monkeypatch):
+    monkeypatch.setattr(module, "MAX_WATCHERS", 1024)
+    directory = Directory(Loop("directory"))
     directory.publish(replicas("a"))
     stub, *others = serving(directory, connections=33)
     watches = [watch(others[i % 32], timeout=150) for i in range(module.MAX_WATCHERS)]
@@ -121,7 +119,7 @@ def test_as_many_watchers_as_it_takes_and_no_more(serving):
     assert time.monotonic() - began < 30
     for one in watches[:10]:
         one.cancel()
-    assert soon(lambda: directory._watchers == module.MAX_WATCHERS - 10, timeout_s=60, collect=False)
+    assert soon(lambda: len(directory._watchers) == module.MAX_WATCHERS - 10, timeout_s=60, collect=False)
     assert next(watch(stub)).replicas
     for one in watches:
         one.cancel()

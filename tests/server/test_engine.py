@@ -7,6 +7,7 @@ import time
 import pytest
 import schoolhouse as sh
 import torch
+from merging import submit
 from models import Net
 from schoolhouse.errors import TeacherForwardError
 from schoolhouse.teachers.local import LocalTeacher
@@ -71,7 +72,7 @@ def test_forwards_go_on_while_features_are_on_their_way_out_but_not_without_end(
     engine.start()
     jobs = [job(torch.full((1, 8), float(i)), i) for i in range(10)]
     for one, _ in jobs:
-        engine.submit(one)
+        submit(engine, one)
     begun = [teacher.forwards.get(timeout=20) for _ in range(4)]
     assert begun == [0, 1, 2, 3]
     time.sleep(0.2)
@@ -103,7 +104,7 @@ def test_small_features_hold_up_no_slow_device_for_which_others_wait():
     engine = Engine(teacher, max_queued=100)
     engine.start()
     first, answers = job(torch.zeros(1, 8), "first")
-    engine.submit(first)
+    submit(engine, first)
     assert teacher.module.began.acquire(timeout=20)
     time.sleep(0.05)  # that a forward takes
     teacher.module.go.set()
@@ -113,7 +114,7 @@ def test_small_features_hold_up_no_slow_device_for_which_others_wait():
     teacher.go.clear()
     jobs = [job(torch.full((1, 8), float(i)), i) for i in range(3)]
     for one, _ in jobs:
-        engine.submit(one)
+        submit(engine, one)
     teacher.module.go.set()
     assert [teacher.forwards.get(timeout=20) for _ in range(4)] == [0, 0, 1, 2]  # and nothing is encoded
     teacher.go.set()
@@ -177,10 +178,10 @@ def test_equal_digests_alone_do_not_join():
     engine = Engine(LocalTeacher(module), max_queued=10)
     engine.start()
     jobs = [job(x, "the same key") for x in (torch.zeros(1, 8), torch.ones(1, 8), torch.ones(1, 8))]
-    engine.submit(jobs[0][0])
+    submit(engine, jobs[0][0])
     assert module.began.acquire(timeout=20)
     for one, _ in jobs[1:]:
-        engine.submit(one)
+        submit(engine, one)
     module.go.set()
     given = [whole(answers) for _, answers in jobs]
     assert torch.equal(given[0], module.fc(torch.zeros(1, 8)))

@@ -8,10 +8,10 @@ import pytest
 import schoolhouse as sh
 import torch
 from memfd import no_collector
+from merging import submit
 from schoolhouse import errors
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse_server import serve
-from schoolhouse_server.common.timer import Alarm
 from schoolhouse_server.engine.engine import Engine, Ticket
 from schoolhouse_server.session.quotas import MAX_IN_FLIGHT
 from schoolhouse_wire import framing
@@ -147,10 +147,11 @@ def test_inputs_that_cannot_be_pinned_fail_alone():
 def test_a_request_that_comes_while_the_engine_closes_is_refused():
     engine = Engine(LocalTeacher(nn.Linear(8, 5)), max_queued=10)
     engine.start()
-    pin = engine.device.pin
-    engine.device.pin = lambda value: engine.close() or pin(value)
+    one = job(torch.ones(1, 8))[0]
+    engine.loop.run(engine.prepare(one)).result(20)
+    engine.close()
     with pytest.raises(errors.TeacherUnavailableError, match="shutting down"):
-        engine.submit(job(torch.ones(1, 8))[0])
+        engine.submit(one)
 
 
 def test_closing_answers_those_who_wait_and_counts_them():
@@ -159,7 +160,7 @@ def test_closing_answers_those_who_wait_and_counts_them():
     engine.start()
     jobs = [job(torch.full((1, 8), float(i)), i) for i in range(4)]
     for one, _ in jobs:
-        engine.submit(one)
+        submit(engine, one)
     assert module.began.acquire(timeout=20)
     closing = threading.Thread(target=engine.close)
     closing.start()
@@ -174,24 +175,20 @@ def test_closing_answers_those_who_wait_and_counts_them():
 
 def test_nobody_joins_a_request_that_is_about_to_fail():
     engine = Engine(LocalTeacher(nn.Linear(8, 5)), max_queued=10)
-    engine._timer.at = lambda _when, ring: Alarm(ring)  # it would be too late for the device to be asked
     late, answers = job(torch.ones(1, 8), "key")
     late.deadline = time.monotonic() - 1
     other, others_answers = job(torch.ones(1, 8), "key")
-    check = engine._check
 
-    def check_and_meet(one):
-        try:
-            check(one)
-        except errors.TeacherTimeoutError:
-            engine.submit(other)
-            raise
+    def both():
+        engine.submit(late)
+        late.alarm.ring = None  # the device is asked, and finds that it is late
+        engine.submit(other)
 
-    engine._check = check_and_meet
-    engine.submit(late)
+    engine.loop.ask(both)
     engine.start()
     assert isinstance(answers.get(timeout=20), errors.TeacherTimeoutError)
     assert whole(others_answers).shape == (1, 5)
+    assert engine.joined == 0
     engine.close()
 
 

@@ -14,14 +14,14 @@ import pytest
 import schoolhouse as sh
 import torch
 from memfd import memfds, soon
-from merging import Asked, engine_of, randn
+from merging import Asked, engine_of, randn, submit
 from models import Net
 from schoolhouse.errors import TeacherTimeoutError
 from schoolhouse_server import serve
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.session.lease import Lease
 from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.rpc.channel import SESSION_METHOD
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Arguments
@@ -178,58 +178,32 @@ def test_a_silent_client_is_told_why_its_session_ends(lease_s):
 
 
 def test_while_it_works_on_a_message_the_silence_is_not_the_clients():
-    timer, expired = Timer(), threading.Event()
-    lease = Lease(timer, 0.2, expired.set)
+    loop, expired = Loop("lease").start(), threading.Event()
+    lease = Lease(loop, 0.2, expired.set)
     lease.hear(listening=False)
-    lease.start()
+    loop.ask(lease.start)
     assert not expired.wait(0.7)
     lease.hear(listening=True)
     assert expired.wait(20)
-    timer.close()
-
-
-def test_the_timer_rings_in_order_and_not_what_was_cancelled():
-    timer, rung, go = Timer(), [], threading.Event()
-    now = time.monotonic()
-    timer.at(now - 1, go.wait)  # the others are not due before all is said
-    alarms = [timer.at(now + 0.01 * i, lambda i=i: rung.append(i)) for i in (3, 1, 2, 4)]
-    timer.cancel(alarms[2])
-    timer.cancel(alarms[2])
-    go.set()
-    assert soon(lambda: rung == [1, 3, 4])
-    for _ in range(20_000):
-        timer.cancel(timer.at(now + 1000, lambda: None))
-    assert len(timer._alarms) < 3000
-    timer.close()
-
-
-@pytest.mark.parametrize("far", [1e12, 1e300, float("inf")])
-def test_a_deadline_that_is_far_away_does_not_end_the_timer(far):
-    timer, rung = Timer(), threading.Event()
-    timer.cancel(timer.at(far, lambda: None))
-    timer.at(far, lambda: None)
-    time.sleep(0.1)  # it sleeps until then
-    timer.at(time.monotonic() + 0.1, rung.set)
-    assert rung.wait(20)
-    timer.close()
+    loop.stop()
 
 
 def test_a_request_without_deadline_that_joins_one_with_leaves_the_deadlines_of_others():
     with engine_of(Net()) as engine:
         gate, x = engine.teacher.module, randn(1, 8)
         held = Asked(torch.ones(1), timeout_s=float("inf"), hold=True)
-        engine.submit(held.job)
+        submit(engine, held.job)
         assert gate.began.acquire(timeout=20)
         first, second = Asked(x), Asked(x, timeout_s=float("inf"))
         first.job.key = second.job.key = "one"
-        engine.submit(first.job)
-        engine.submit(second.job)
+        submit(engine, first.job)
+        submit(engine, second.job)
         assert engine.joined == 1
         looked = threading.Event()
-        engine._timer.at(0.0, lambda: (engine._expire(first.job), looked.set()))  # as at the first one's deadline
+        engine.loop.call(lambda: (engine._expire(first.job), looked.set()))  # as at the first one's deadline
         assert looked.wait(20)
         late = Asked(randn(2, 8), timeout_s=0.1)
-        engine.submit(late.job)
+        submit(engine, late.job)
         assert isinstance(late.answers.get(timeout=20), TeacherTimeoutError)  # while the device is at the one held
         gate.go.release()
         held.result()
@@ -248,11 +222,6 @@ def test_a_client_that_names_a_deadline_far_away_leaves_the_leases_of_others_alo
         assert gate.entered.acquire(timeout=20)
         stub.channel.close()
         assert soon(lambda: load_of(server).sessions == 0)
-        with server._timer._changed:
-            server._timer._alarms[:] = [alarm for alarm in server._timer._alarms if alarm[0] > 1e299]
-            assert server._timer._alarms  # and nothing else is left to ring
-            server._timer._changed.notify()
-        time.sleep(0.1)  # it sleeps until then
         server._context.sharing = dataclasses.replace(server._context.sharing, lease_s=0.3)
         with pytest.raises(grpc.RpcError, match="said nothing for 0.3 s"):
             next(Stub(server, shared_memory=False).answers)

@@ -13,7 +13,7 @@ from memfd import soon
 from models import Net
 from schoolhouse_server import serve
 from schoolhouse_server.common import logs
-from schoolhouse_server.engine.engine import Engine
+from schoolhouse_server.engine.runner import Runner
 from torch import nn
 
 SECRET = "9.876543"
@@ -142,7 +142,7 @@ def test_what_the_server_did_wrong_is_logged_with_its_stack(lines, monkeypatch, 
     def broken(*_args):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(Engine, "_check", broken)
+    monkeypatch.setattr(Runner, "_check", broken)
     with serve(Net()) as server, sh.connect(server.url, job="exp") as teacher:
         with pytest.raises(sh.errors.TeacherInternalError, match="its log says more"):
             teacher.submit((x,), {}, [""]).result()

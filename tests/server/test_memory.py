@@ -6,7 +6,7 @@ import time
 import pytest
 import schoolhouse as sh
 import torch
-from merging import Asked, at_once, close, engine_of, pair, randn
+from merging import Asked, at_once, close, engine_of, pair, randn, submit
 from models import Net
 from schoolhouse import encodings, errors
 from schoolhouse_server import serve
@@ -62,7 +62,7 @@ class Mixing(nn.Module):
 
 def ask(engine, x, *taps, **more):
     asked = Asked(x, taps=taps or ("",), **more)
-    engine.submit(asked.job)
+    submit(engine, asked.job)
     return asked.features
 
 
@@ -158,7 +158,7 @@ def test_rows_that_have_room_only_one_by_one_are_trusted_where_such_requests_wer
             [one.features for one in asked]
         engine.teacher.module.inner.room = 1
         asked = Asked(x := randn(2, 8))
-        engine.submit(asked.job)
+        submit(engine, asked.job)
         close(asked.features[""], Net().eval()(x))
 
 
@@ -172,7 +172,7 @@ def test_lengths_that_were_padded_are_each_request_s_own():
     with engine_of(Room(Masked(), 4), pad) as engine:
         asked = [Asked(x=randn(6, 3)), Asked(x=randn(2, 5))]
         for one in asked:
-            engine.submit(one.job)
+            submit(engine, one.job)
         for one in asked:
             assert torch.equal(one.features[""], one.job.inputs.kwargs["x"] * 2)
 
@@ -249,7 +249,7 @@ def test_a_forward_runs_again_whole_once_the_features_before_it_have_left_the_de
     engine = Engine(teacher, max_queued=9)
     engine.start()
     first, second = (Asked(randn(4000, 8)) for _ in range(2))
-    engine.submit(first.job)
+    submit(engine, first.job)
     assert teacher.began.wait(20)
     left = []
 
@@ -264,7 +264,7 @@ def test_a_forward_runs_again_whole_once_the_features_before_it_have_left_the_de
             return super().forward(x)
 
     module.room, module.fail = 0, fail
-    engine.submit(second.job)
+    submit(engine, second.job)
     for one in (first, second):
         assert torch.equal(one.features[""]["rows"], Exact()(one.job.inputs[0])["rows"])
     assert (module.shapes, left) == ([4000, 4000, 4000], [1])

@@ -362,7 +362,7 @@ def test_weights_and_settings_out_of_bounds():
         {"max_job_unsent_bytes": 1.5},
         {"lease_s": -1},
         {"max_sessions": 0},
-        {"max_sessions": 1025},
+        {"max_sessions": 65_537},
     ):
         with pytest.raises(errors.ConfigError, match=next(iter(wrong))):
             serve(nn.Identity(), **wrong)

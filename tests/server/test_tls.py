@@ -11,6 +11,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from authority import fetched, ours, theirs
+from directories import DirectoryServer
 from memfd import soon
 from models import Net
 from schoolhouse import errors
@@ -18,10 +19,7 @@ from schoolhouse.remote import handshake
 from schoolhouse_server import ServerTls, serve
 from schoolhouse_server.cli import probe
 from schoolhouse_server.cli.main import app
-from schoolhouse_server.replica.directory import Directory
 from schoolhouse_server.security.certs import Authority
-from schoolhouse_server.security.ports import listen
-from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.rpc.security import ClientSecurity, is_loopback
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
@@ -158,26 +156,19 @@ def test_a_client_needs_a_certificate_where_the_server_wants_one(mutual):
 
 def test_replicas_must_prove_the_name_of_the_directory(mutual):
     """A directory that lists a replica without a certificate of the pool: no request goes there."""
-    directory = Directory()
-    executor = DaemonExecutor(8, "test-directory")
-    found = grpc.server(executor, options=channel.SERVER_OPTIONS)
-    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, found)
-    port = listen(found, "127.0.0.1", (0,), ours().server())
-    found.start()
-    with serve(Net(32, seed=1), tls=theirs().server()) as impostor:
-        directory.publish(replicas(impostor.port))
+    with DirectoryServer(tls=ours().server()) as found, serve(Net(32, seed=1), tls=theirs().server()) as impostor:
+        port = found.port
+        found.directory.publish(replicas(impostor.port))
         with pytest.raises(errors.TeacherUnavailableError):
             sh.connect(
                 f"grpcs://127.0.0.1:{port}/teacher",
                 security=sh.Security(**ours().client()),
                 timeouts=sh.Timeouts(connect_s=0.5),
             )
-        directory.publish(replicas(impostor.port, mutual.port))
+        found.directory.publish(replicas(impostor.port, mutual.port))
         with sh.connect(f"grpcs://127.0.0.1:{port}/teacher", security=sh.Security(**ours().client())) as teacher:
             assert torch.equal(ask(teacher), expected())
             assert [session.address for session in teacher.open_sessions()] == [f"127.0.0.1:{mutual.port}"]
-    directory.close()
-    found.stop(0).wait()
 
 
 def replicas(*ports):
@@ -234,37 +225,31 @@ def test_plaintext_that_was_asked_for():
 
 
 def test_a_directory_here_does_not_lead_elsewhere_in_plaintext():
-    directory = Directory()
-    found = grpc.server(DaemonExecutor(8, "test-directory"), options=channel.SERVER_OPTIONS)
-    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, found)
-    port = listen(found, "127.0.0.1", (0,))
-    found.start()
     elsewhere = directory_pb2.Replica(id="a", address="192.0.2.1:7100")
-    directory.publish(directory_pb2.ReplicaSet(teacher="teacher", replicas=[elsewhere], wanted=1))
-    with pytest.raises(errors.ConfigError, match="192.0.2.1:7100 may be another machine"):
-        sh.connect(f"grpc://127.0.0.1:{port}/teacher")
-    directory.close()
-    found.stop(0).wait()
+    with DirectoryServer() as found:
+        found.directory.publish(directory_pb2.ReplicaSet(teacher="teacher", replicas=[elsewhere], wanted=1))
+        with pytest.raises(errors.ConfigError, match="192.0.2.1:7100 may be another machine"):
+            sh.connect(f"grpc://127.0.0.1:{found.port}/teacher")
 
 
-class Seen(grpc.ServerInterceptor):
+class Seen(grpc.aio.ServerInterceptor):
     """Keeps the authorization of each RPC, by its method."""
 
     def __init__(self):
         self.by_method = {}
 
-    def intercept_service(self, continuation, details):
+    async def intercept_service(self, continuation, details):
         given = [value for key, value in details.invocation_metadata if key == "authorization"]
         self.by_method.setdefault(details.method.split("/")[-1], []).extend(given or [None])
-        return continuation(details)
+        return await continuation(details)
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """What the servers of the test see."""
     found = Seen()
-    make = grpc.server
-    monkeypatch.setattr(grpc, "server", lambda *args, **kwargs: make(*args, **kwargs | {"interceptors": [found]}))
+    make = grpc.aio.server
+    monkeypatch.setattr(grpc.aio, "server", lambda *args, **kwargs: make(*args, **kwargs | {"interceptors": [found]}))
     return found.by_method
 
 

@@ -8,19 +8,16 @@ import select
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-import grpc
 import programs
 import pytest
 import schoolhouse as sh
+from directories import DirectoryServer
 from loads import Running, load, sets
 from models import Net
 from rich.console import Console
 from schoolhouse_server import serve
 from schoolhouse_server.observe.top import Screen, target_of, watch
-from schoolhouse_server.replica.directory import Directory
-from schoolhouse_wire.v1 import directory_pb2_grpc
 from schoolhouse_wire.v1.directory_pb2 import JobLoad, Replica, ReplicaSet
 
 TOP = [sys.executable, "-c", "from schoolhouse_server.cli.main import main; main()", "top"]
@@ -29,16 +26,9 @@ TOP = [sys.executable, "-c", "from schoolhouse_server.cli.main import main; main
 @contextlib.contextmanager
 def directory(source, port=0):
     """A directory's server without Ray, whose table is what `source` gives at each call."""
-    served = Directory()
-    served.sets = source
-    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
-    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(served, server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
-    server.start()
-    try:
-        yield f"127.0.0.1:{bound}"
-    finally:
-        server.stop(0).wait(5)
+    with DirectoryServer(port) as served:
+        served.directory.sets = source
+        yield f"127.0.0.1:{served.port}"
 
 
 def text(screen, now):

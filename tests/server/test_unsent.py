@@ -8,7 +8,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from memfd import MIB, soon
-from merging import Asked, engine_of
+from merging import Asked, engine_of, submit
 from schoolhouse import encodings, errors
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_server import serve
@@ -223,9 +223,9 @@ def holding(max_bytes, max_job_bytes):
     bound = Unsent(max_bytes, max_job_bytes)
     with engine_of(nn.Identity(), unsent=bound) as engine:
         first, held, gate = Sent("a"), Sent("h", hold=True), engine.teacher.module
-        engine.submit(first.job)
+        submit(engine, first.job)
         first.result()
-        engine.submit(held.job)
+        submit(engine, held.job)
         assert gate.began.acquire(timeout=20)
         yield engine, gate.go.release
         held.result()
@@ -238,7 +238,7 @@ def test_where_the_replica_is_full_those_that_have_their_room_go_on():
         joining = [Sent(job, like=one) for job in "bc" for one in queued]
         last = Sent("d", rows=2)  # it goes first, and b and c have all but the 32 bytes of what is held
         for one in (*queued, *joining, last):
-            engine.submit(one.job)
+            submit(engine, one.job)
         go_on()
         for one in (*queued, *joining, last):
             assert one.features[""].eq(1).all()
@@ -251,7 +251,7 @@ def test_a_request_of_a_new_kind_waits_for_no_reply_that_nobody_reads(job):
         unread.ticket.done = unread.answers.put
         new.job.inputs = Arguments((torch.ones(1, 1, 8),))
         for one in (unread, new):
-            engine.submit(one.job)
+            submit(engine, one.job)
         go_on()
         assert unread.features[""].eq(1).all()
         assert new.features[""].shape == (1, 1, 8)
@@ -262,11 +262,11 @@ def test_a_request_beside_one_of_its_job_that_was_cancelled_has_its_bytes():
     with holding(160, 64) as (engine, go_on):
         one = Sent("a", hold=True)
         two = Sent("a", like=one, hold=True)
-        engine.submit(one.job)
+        submit(engine, one.job)
         go_on()
         assert engine.teacher.module.began.acquire(timeout=20)
-        engine.submit(two.job)
-        engine.cancel(one.ticket)
+        submit(engine, two.job)
+        engine.loop.ask(engine.cancel, one.ticket)
         found = []
         two.ticket.done = lambda result: (found.append(two.ticket.share.nbytes), two.send(result))
         go_on()

@@ -8,13 +8,12 @@ import schoolhouse as sh
 import torch
 from directories import DirectoryServer
 from memfd import soon
-from merging import Asked, at_once, engine_of, pair, randn
+from merging import Asked, at_once, engine_of, pair, randn, submit
 from models import Net
 from schoolhouse import errors
 from schoolhouse.teachers.local import LocalTeacher
 from schoolhouse_server import serve
 from schoolhouse_server.cli import probe
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.device import watchdog
 from schoolhouse_server.device.watchdog import Pulse, Watchdog
 from schoolhouse_server.engine.engine import Engine
@@ -22,6 +21,7 @@ from schoolhouse_server.pool.config import TeacherSpec
 from schoolhouse_wire import framing
 from schoolhouse_wire.encodings import Hidden, encoding_to_wire
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 from schoolhouse_wire.values.codec import Arguments
 from stub import Stub
@@ -121,7 +121,7 @@ def test_features_that_never_leave_the_device_count_too():
     engine = Engine(Stuck(nn.Identity()), max_queued=9, forward_timeout_s=0.3, on_trouble=told.set)
     asked = [Asked(randn(5000, 8, seed=i)) for i in range(6)]
     for one in asked:
-        engine.submit(one.job)
+        submit(engine, one.job)
     engine.start()
     for one in asked:
         assert isinstance(one.result(), errors.TeacherUnavailableError)
@@ -157,11 +157,11 @@ def test_forwards_that_each_return_in_time_are_no_hang_together(monkeypatch):
 
     clock = Clock(monkeypatch)
     engine = Engine(LocalTeacher(Slow()), max_queued=99, forward_timeout_s=1.5)
-    engine._watchdog._timer = clock
+    engine._watchdog._loop = clock
     engine.start()
     asked = [Asked(randn(1, 8, seed=i)) for i in range(25)]
     for one in asked:
-        engine.submit(one.job)
+        submit(engine, one.job)
     for one in asked:
         assert torch.equal(one.features[""], one.job.inputs[0])
     engine.close()
@@ -179,11 +179,11 @@ def test_what_waits_for_the_device_beside_forwards_counts_too(work):
         setattr(engine.merger, work, lambda *_args: (inside.set(), go.wait(60)))
         gate = engine.teacher.module
         first = Asked(torch.ones(1), hold=True)
-        engine.submit(first.job)
+        submit(engine, first.job)
         assert gate.began.acquire(timeout=20)
         asked = pair(2, 3)[0]
         for one in asked:
-            engine.submit(one.job)
+            submit(engine, one.job)
         gate.go.release()
         assert inside.wait(20)
         engine._watchdog._timeout_s = 0.2  # not before: what comes first may take its time
@@ -219,19 +219,19 @@ def test_who_breaks_a_device_alone_is_told_so_and_no_more_is_taken():
     engine = Engine(LocalTeacher(Asserting()), max_queued=9, on_trouble=told.set)
     engine.start()
     bad = Asked(torch.full((2, 8), 99.0))
-    engine.submit(bad.job)
+    submit(engine, bad.job)
     assert isinstance(bad.result(), errors.TeacherForwardError)  # the device is in order
     assert engine.trouble is None
     engine.device.is_broken = lambda: True
     bad = Asked(torch.full((2, 8), 99.0))
-    engine.submit(bad.job)
+    submit(engine, bad.job)
     error = bad.result()
     assert isinstance(error, errors.TeacherForwardError)
     assert "device-side assert" in str(error)
     assert told.wait(20)
     assert engine.trouble.stage == "broken"
     with pytest.raises(errors.TeacherUnavailableError, match="ask another replica"):
-        engine.submit(Asked(randn(2, 8)).job)
+        submit(engine, Asked(randn(2, 8)).job)
     engine.close()
 
 
@@ -241,10 +241,10 @@ def test_those_who_were_on_a_device_together_as_it_broke_are_sent_elsewhere():
         asked, bad = pair(2, 3)[0], Asked(torch.full((2, 8), 99.0))
         gate = engine.teacher.module
         first = Asked(torch.ones(1), hold=True)
-        engine.submit(first.job)
+        submit(engine, first.job)
         assert gate.began.acquire(timeout=20)
         for one in (bad, *asked):
-            engine.submit(one.job)
+            submit(engine, one.job)
         gate.go.release()
         first.result()
         answers = [one.result() for one in (bad, *asked)]
@@ -256,7 +256,7 @@ def test_ordinary_errors_ask_no_more_of_the_device():
     with engine_of(Net()) as engine:
         engine.device.is_broken = lambda: pytest.fail("it waits for all of the device's work")
         asked = Asked(randn(2, 8), taps=["no_such_module"])
-        engine.submit(asked.job)
+        submit(engine, asked.job)
         assert isinstance(asked.result(), errors.UnknownTapError)
         assert len(at_once(engine, *pair(2)[0])) == 1
 
@@ -278,13 +278,13 @@ def test_the_dog_barks_once_and_not_at_those_who_rest(monkeypatch):
 
 
 def test_the_dog_looks_at_the_real_time():
-    timer, pulse, barked = Timer(), Pulse(), threading.Event()
-    dog = Watchdog(timer, 0.1, [pulse], barked.set)
+    loop, pulse, barked = Loop("dog").start(), Pulse(), threading.Event()
+    dog = Watchdog(loop, 0.1, [pulse], barked.set)
     dog.start()
     with pulse:
         assert barked.wait(20)
     dog.end()
-    timer.close()
+    loop.stop()
 
 
 @pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), "600", True, None])

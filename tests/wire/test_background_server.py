@@ -12,12 +12,11 @@ import torch
 from directories import Scale, answer, ask, replicas
 from loads import sets
 from memfd import soon
-from merging import Asked, randn
+from merging import Asked, randn, submit
 from models import Net
 from rich.progress import Progress
 from schoolhouse import encodings, errors
 from schoolhouse.teachers.local import LocalTeacher
-from schoolhouse_server.common.timer import Timer
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.observe import web
 from schoolhouse_server.observe.spans import SessionSpans
@@ -56,7 +55,7 @@ def test_where_a_session_fails_its_client_is_told_and_the_replica_goes_on(what, 
                 sprung = trap.set()
                 if at_end:
                     end = functools.partial(begun[-1].end, errors.TeacherUnavailableError("a restart"))
-                    server._timer.at(0.0, end)  # as a lease does
+                    server._loop.call(end)  # as a lease does
                 wrong = teacher.submit((torch.ones(2), "no"), {}, [""])  # fails, as it should
                 for future in (ask(teacher, 3), wrong):
                     told = future.exception(20)
@@ -112,7 +111,7 @@ def test_an_engine_whose_thread_ends_answers_all_and_its_other_thread_ends(threa
     engine.start()
     asked = [Asked(randn(5000, 8, seed=i)) for i in range(6)]
     for one in asked:
-        engine.submit(one.job)
+        submit(engine, one.job)
     assert began.wait(20)
     if when == "closing":
         engine.close(0.0)
@@ -133,51 +132,15 @@ def test_one_who_cannot_be_told_keeps_an_answer_from_no_other(deaths):
     one.ticket.done = lambda _answer: 1 / 0
     other.job.key = one.job.key
     for asked in (one, other):
-        engine.submit(asked.job)
+        submit(engine, asked.job)
     engine.start()
     assert torch.equal(other.features[""], x)
     third = Asked(torch.zeros(2))
-    engine.submit(third.job)
+    submit(engine, third.job)
     assert torch.equal(third.features[""], torch.zeros(2))
     assert engine.trouble is None
     engine.close()
     deaths.clear()
-
-
-@each_error
-def test_a_timer_outlives_what_it_calls_and_its_own_errors(error, monkeypatch, deaths):
-    monkeypatch.setattr("schoolhouse_server.common.timer._REST_S", 0.01)
-    trap, timer, rung = Trap(monkeypatch, Timer, "_wait", error), Timer(), threading.Semaphore(0)
-
-    def fail():
-        rung.release()
-        raise error
-
-    for _ in range(3):
-        timer.at(0.0, fail)
-    timer.at(1.0, rung.release)
-    for _ in range(4):
-        assert rung.acquire(timeout=20)
-    trap.set()
-    timer.at(2.0, rung.release)
-    timer.at(3.0, rung.release)
-    for _ in range(2):
-        assert rung.acquire(timeout=20)
-    assert timer._thread.is_alive()
-    timer.close()
-    deaths.clear()
-
-
-def test_a_timer_for_which_there_was_no_thread_begins_with_the_next_alarm(monkeypatch):
-    timer, rung = Timer(), threading.Semaphore(0)
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", Trap.raising(RuntimeError("can't start new thread")))
-        with pytest.raises(RuntimeError):
-            timer.at(0.0, rung.release)
-    timer.at(0.0, rung.release)
-    for _ in range(2):
-        assert rung.acquire(timeout=20)
-    timer.close()
 
 
 @each_error

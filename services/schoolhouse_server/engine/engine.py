@@ -123,7 +123,7 @@ class Engine:
         self._watchdog = Watchdog(self.loop, timeout_s, pulses, functools.partial(self._stuck, timeout_s))
         self._on_trouble = on_trouble
         self.trouble: Trouble | None = None
-        self._closed = False
+        self._closed = self._ended = False
 
     @property
     def batch_limit_rows(self) -> int:
@@ -279,21 +279,28 @@ class Engine:
     def close(self, timeout_s: float = 10.0) -> None:
         """Stop after the request that is running; those that wait fail with `TeacherUnavailableError`.
 
-        Not to be called in the loop's thread.
+        So does the running one after `timeout_s`. Not to be called in the loop's thread.
         """
+        if self._ended:
+            return
+        self._ended = True
         self.loop.ask(self._close)
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.is_alive() and self.trouble is None:
                 thread.join(max(end - time.monotonic(), 0.0))
+        self.loop.ask(self._drop_all)
         if self._owns_loop:
-            self.loop.ask(self._answers.deliver)
             self.loop.stop()
 
     def _close(self) -> None:
         self._closed = True  # nothing is queued from here on
         self._watchdog.end()
         self._drop(self._queue.close(), CLOSED)
+
+    def _drop_all(self) -> None:
+        self._answers.deliver()
+        self._drop(self._jobs.copy(), CLOSED)
 
     def _drop(self, jobs: Iterable[Job], why: str) -> None:
         """Fail jobs that were not answered."""
@@ -319,13 +326,13 @@ class Engine:
             Trouble("stuck", f"a forward of teacher {name!r} has not returned for {timeout_s:g} s; ask another replica")
         )
 
-    def _break_down(self, trouble: Trouble, blamed: Job | None = None) -> None:
-        """Fail all requests, but the one to blame, which is told its own error, and take no more."""
+    def _break_down(self, trouble: Trouble, apart_from: Job | None = None) -> None:
+        """Fail all requests apart from one that is about to be told, and take no more."""
         first = not self._closed and self.trouble is None
         if first:
             self.trouble = trouble
         self._queue.close()
-        self._drop(self._jobs - {blamed}, trouble.why)
+        self._drop(self._jobs - {apart_from}, trouble.why)
         if first:
             _log.error("the replica must be replaced: %s", trouble.why)
             background.run(self._on_trouble, "telling of the trouble", background.go_on)
@@ -334,7 +341,7 @@ class Engine:
         """Take no more requests, as the device is broken; returns what those who wait for this one are told."""
         alone = all(other is job or not other.begun_at for other in self._jobs)
         why = f"the device of teacher {self.description.name!r} no longer works; ask another replica"
-        self._break_down(Trouble("broken", why), job if alone else None)
+        self._break_down(Trouble("broken", why), job)
         if not alone:
             return TeacherUnavailableError(why)
         return TeacherForwardError(f"the forward on this input broke the teacher's device: {error}")

@@ -44,19 +44,6 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _Weights:
-    """Whether a teacher's weights were changed in place since it was served."""
-
-    def __init__(self, teacher: LocalTeacher) -> None:
-        # Without inference tensors, whose changes torch does not count. Listed once, as each request checks them all.
-        self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
-        self._versions = versions_of(self._weights)
-
-    @property
-    def changed(self) -> bool:
-        return versions_of(self._weights) != self._versions
-
-
 class Runner:
     """Takes requests from the queue and starts their forwards; those that failed go to `answers`.
 
@@ -78,7 +65,9 @@ class Runner:
         self._teacher, self._device, self._merger = teacher, device, merger
         self._queue, self._outlet, self._counters = queue, outlet, counters
         self._answers = answers
-        self._weights = _Weights(teacher)
+        # Without inference tensors, whose changes torch does not count. Listed once, as each request checks them all.
+        self._weights = [weight for weight in teacher.module.parameters() if not weight.is_inference()]
+        self._versions = versions_of(self._weights)
         self._ahead: deque[Span] = deque(maxlen=_AHEAD)  # forwards that the device may not have finished
         knows = merger.knows if merger is not None else None
         self._parts = RowParts(teacher, device, self._by_way_of_host, knows)
@@ -120,19 +109,24 @@ class Runner:
         """Whether a request that has left the queue is still to run; if not, its clients are told why."""
         job.begun_at = time.perf_counter()
         self._counters.began(job.tickets[0].account, cost=job.cost, waited_s=job.begun_at - job.queued_at)
-        error: Exception | None = None
+        try:
+            self._check(job)
+        except Exception as err:
+            self._answers.put(job, err)
+            return False
+        return True
+
+    def _check(self, job: Job) -> None:
+        """Raise the error that keeps a job from running, if there is one."""
         if job.cancelled:
-            error = TeacherUnavailableError("nobody waits for the features any more")
-        elif time.monotonic() > job.deadline:
-            error = TeacherTimeoutError(LATE)
-        elif self._weights.changed:
+            raise TeacherUnavailableError("nobody waits for the features any more")
+        if time.monotonic() > job.deadline:
+            raise TeacherTimeoutError(LATE)
+        if versions_of(self._weights) != self._versions:
             revision = self._teacher.describe().revision
-            error = RevisionChangedError(
+            raise RevisionChangedError(
                 f"the teacher's weights were changed in place after it was served as {revision}; serve it again"
             )
-        if error is not None:
-            self._answers.put(job, error)
-        return error is None
 
     def _run_ready(self, ready: list[Job]) -> None:
         while ready and self._merger is not None and (plan := _else(None, self._merger.plan, ready)) is not None:

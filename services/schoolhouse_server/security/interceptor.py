@@ -20,7 +20,7 @@ _QUIET_S = 10.0  # the least time between two log records about refused calls
 
 _log = logging.getLogger(__name__)
 _Context = grpc.aio.ServicerContext[Any, Any]
-_Behavior = Callable[[Any, _Context], Awaitable[Any]]
+_Behavior = Callable[[Any, _Context], Awaitable[None]]
 
 
 class _LateError(Exception):
@@ -30,8 +30,9 @@ class _LateError(Exception):
 class Doorkeeper(grpc.aio.ServerInterceptor):
     """Refuses RPCs without a known token, ends those that send no request in time, and lets only our errors out.
 
-    All RPCs are handled as streams of requests, which is the same on the wire: so a call without a known token is
-    refused before its request is read, and the others have `request_s` to send it. A handler raises the error that its
+    All RPCs are handled as streams, which is the same on the wire: so a call without a known token is refused before
+    its request is read, the others have `request_s` to send it, and an error comes without an answer before it, which
+    gRPC would send with the status of a single answer. A handler raises the error that its
     client is to be told; gRPC would send the text of any exception.
     """
 
@@ -71,14 +72,16 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
     def _guarded(self, handler: Any, *, stranger: bool) -> _Behavior:
         unary, streams = handler.unary_unary or handler.stream_unary, handler.unary_stream or handler.stream_stream
 
-        async def answer(requests: Any, context: _Context) -> Any:
+        async def answer(requests: Any, context: _Context) -> None:
             try:
                 given = requests if handler.request_streaming else await self._given(handler, context, stranger)
                 if unary is not None:
-                    return await unary(given, context)
+                    await context.write(await unary(given, context))
+                    return
                 answers = streams(given, context)
                 if not isinstance(answers, AsyncGenerator):
-                    return await answers
+                    await answers
+                    return
                 async with contextlib.aclosing(answers):
                     async for one in answers:
                         await context.write(one)
@@ -86,11 +89,14 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
                 context.set_code(grpc.StatusCode.CANCELLED)
             except grpc.aio.AbortError as err:
                 err.__traceback__ = None  # gRPC raises it once more; its frames refer to the call, which refers to it
-            except (Exception, SystemExit, KeyboardInterrupt) as err:
+            except grpc.aio.InternalError:
+                pass  # the client is gone, and cannot be told anything
+            except (asyncio.CancelledError, GeneratorExit):
+                raise
+            except BaseException as err:
                 if not isinstance(err, SchoolhouseError):
                     _log.exception("an RPC failed")
                 status.end(context, err)
-            return None
 
         return answer
 
@@ -115,10 +121,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
 
 
 def _with_behavior(handler: Any, behavior: _Behavior) -> "grpc.RpcMethodHandler[Any, Any]":
-    make: Any = grpc.stream_stream_rpc_method_handler
-    if not handler.response_streaming:
-        make = grpc.stream_unary_rpc_method_handler
     # A single request is deserialized in `_given`, where a failure becomes one of our errors.
     deserializer = handler.request_deserializer if handler.request_streaming else None
+    make: Any = grpc.stream_stream_rpc_method_handler
     made: grpc.RpcMethodHandler[Any, Any] = make(behavior, deserializer, handler.response_serializer)
     return made

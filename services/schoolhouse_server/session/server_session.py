@@ -142,11 +142,12 @@ class ServerSession:
 
     async def _write(self) -> None:
         """Send what there is to send, over the stream or, once the client has them, through pipes."""
-        while (message := await self.outbox.next()) is not None:
-            if (pipes := self._same_host.pipes) is None:
-                await self._rpc.write(message)
-            elif not await pipes.send(framing.write_message(message)):
-                return
+        with contextlib.suppress(grpc.aio.InternalError):  # raised once the client is gone
+            while (message := await self.outbox.next()) is not None:
+                if (pipes := self._same_host.pipes) is None:
+                    await self._rpc.write(message)
+                elif not await pipes.send(framing.write_message(message)):
+                    return
 
     async def _next(self) -> Any:
         """The next message of the client; None if no more will come."""
