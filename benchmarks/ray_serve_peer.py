@@ -44,7 +44,8 @@ def ray_serve(largest: int) -> Iterator[str]:
         """Prepared bytes, batched as Ray Serve does it."""
 
         def __init__(self) -> None:
-            self._data = torch.randint(0, 256, (largest,), dtype=torch.uint8)
+            seeded = torch.Generator().manual_seed(0)  # as others have
+            self._data = torch.randint(0, 256, (largest,), dtype=torch.uint8, generator=seeded)
 
         @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)  # type: ignore[untyped-decorator]
         async def _batch(self, sizes: list[int]) -> list[bytes]:

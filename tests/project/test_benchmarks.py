@@ -1,5 +1,6 @@
 """The benchmarks print the keys that others read. What they measure is not looked at here: machines differ."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -32,6 +33,32 @@ def test_bytes_per_token(model):
     assert exact["kl_error"] < 1e-4
     for name in names:
         assert set(found["encodings"][name]) == {"bytes_per_token", "kl_error", "grad_error", "peak_client_mb"}
+
+
+def test_clients():
+    found = figures("clients", "--clients", "1", "4", "--connections", "2", "--seconds", "0.2", "--rounds", "1")
+    assert [*found] == ["clients", "ratios", "connections"]
+    assert [*found["clients"]] == ["1", "4"]
+    for row in found["clients"].values():
+        assert [*row] == ["schoolhouse", "schoolhouse_shm", "grpc_aio", "grpc_sync"]
+    keys = {"calls_per_s", "server_us", "client_us", "server_threads", "client_threads", "server_rss_mb", "least_share"}
+    for row in [*found["clients"].values(), *found["connections"].values()]:
+        assert all(set(one) == keys and one["calls_per_s"] > 0 for one in row.values())
+    assert [*found["connections"]["2"]] == ["stream", "shared_memory"]
+    assert [*found["ratios"]] == ["server_us_of_aio_1", "server_us_of_aio_4"]
+
+
+@pytest.mark.ray
+def test_wire():
+    peers = ["schoolhouse", "grpc_aio", "arrow_flight", "ray_actor"]
+    found = figures("wire", "--rounds", "1", "--sizes", "1KiB", "1MiB", "--peers", *peers)
+    assert {*found} == {*peers}
+    for peer, row in found.items():
+        if peer == "arrow_flight" and importlib.util.find_spec("pyarrow") is None:
+            assert "pip install" in row["missing"]
+        else:
+            assert {*row} == {"1KiB", "1MiB", "calls_per_s"}
+            assert all(figure > 0 for figure in row.values())
 
 
 def test_early_stop():
