@@ -66,13 +66,14 @@ def test_an_error_that_says_nothing_at_all_is_one():
 
 def malformed(context, _error=None):
     context.set_trailing_metadata(((KEY, b"\xff\xff"),))
-    context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+    context.set_code(grpc.StatusCode.UNAVAILABLE)
+    context.set_details("gone")
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["pipes", "stream"])
 def test_a_session_whose_end_cannot_be_read_is_opened_again(shared, monkeypatch):
     trap = Trap(monkeypatch, ServerSession, "_on_call", errors.TeacherUnavailableError("a restart"))
-    monkeypatch.setattr(status, "abort", malformed)
+    monkeypatch.setattr(status, "end", malformed)
     with (
         serve(Scale(2)) as server,
         sh.connect(
@@ -88,11 +89,13 @@ def test_a_session_whose_end_cannot_be_read_is_opened_again(shared, monkeypatch)
 def test_a_watch_whose_end_cannot_be_read_begins_again(monkeypatch):
     broken, watch = threading.Event(), Directory.Watch
 
-    def watched(self, request, context):
+    async def watched(self, request, context):
         if not broken.is_set():
             broken.set()
             malformed(context)
-        yield from watch(self, request, context)
+            return
+        async for found in watch(self, request, context):
+            yield found
 
     monkeypatch.setattr(Directory, "Watch", watched)
     with replicas(Scale(2), Scale(2)) as (one, other), DirectoryServer() as directory:

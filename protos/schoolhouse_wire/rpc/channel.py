@@ -11,6 +11,7 @@ PROTOCOL = 5
 SESSION_METHOD = "/schoolhouse.v1.TeacherService/Session"
 MAX_MESSAGE_BYTES = Limits().max_header_bytes + FRAME_BYTES
 TOKEN_KEY, TOKEN_PREFIX = "authorization", "Bearer "  # in the metadata of each RPC
+MAX_CONNECTIONS = 4096  # that a server takes, unless it takes more sessions
 _CLIENT_PING_MS = 30_000
 _SERVER_MIN_PING_MS = 10_000  # must be below the client's interval, or a long forward ends in too_many_pings
 
@@ -31,7 +32,7 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
 SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON,
     ("grpc.max_concurrent_streams", 64),  # per connection
-    ("grpc.max_allowed_incoming_connections", 2048),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
     ("grpc.server_handshake_timeout_ms", 20_000),  # for connections on which nothing is sent
     ("grpc.max_connection_idle_ms", 60_000),  # without a stream; a channel connects again at its next use
     ("grpc.http2.min_ping_interval_without_data_ms", _SERVER_MIN_PING_MS),  # of received pings, under gRPC's C name

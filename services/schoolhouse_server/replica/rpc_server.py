@@ -1,6 +1,8 @@
 """The gRPC server of a replica or of a directory, in an event loop of its own."""
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -15,8 +17,12 @@ from schoolhouse_server.security.interceptor import Doorkeeper
 from schoolhouse_server.security.ports import listen
 from schoolhouse_server.security.tls import ServerTls
 
+_CONNECTIONS = "grpc.max_allowed_incoming_connections"
+_FILES_EACH = 8  # descriptors of a session: its connection, memory and pipes
+_FILES = 512  # those of everything else
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 class RpcServer:
@@ -36,10 +42,16 @@ class RpcServer:
         """`add_services(server)` returns the names of what health reports on; the other settings are `listen`'s."""
         forks.before_grpc()
         self._loop = loop
+        _allow_files(_FILES_EACH * max_rpcs + _FILES)
+        options = dict(channel.SERVER_OPTIONS)
+        if 2 * max_rpcs > channel.MAX_CONNECTIONS:
+            options[_CONNECTIONS] = 2 * max_rpcs
 
         async def make() -> int:
             self._server = grpc.aio.server(
-                interceptors=[Doorkeeper(gate)], options=channel.SERVER_OPTIONS, maximum_concurrent_rpcs=max_rpcs
+                interceptors=[Doorkeeper(gate)],
+                options=[*options.items()],
+                maximum_concurrent_rpcs=max_rpcs,
             )
             names = add_services(self._server)
             self._fail = await add_standard_services(self._server, names)
@@ -61,6 +73,24 @@ class RpcServer:
             self._loop.run(_awaited(self._server.stop(grace_s))).result(grace_s + _STOP_TIMEOUT_S)
         except (TimeoutError, asyncio.CancelledError) as err:
             raise TeacherUnavailableError("the server does not stop") from err
+
+
+def _allow_files(wanted: int) -> None:
+    """Let this process open so many files, as far as the system allows: the usual limit is 1,024."""
+    with contextlib.suppress(ImportError):  # not every system has limits
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if resource.RLIM_INFINITY != soft < wanted:
+            allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            if allowed < wanted:
+                _log.warning(
+                    "this process may open %d files, and as many sessions as max_sessions may need %d: raise the hard "
+                    "limit (ulimit -Hn)",
+                    allowed,
+                    wanted,
+                )
 
 
 async def _awaited(work: Awaitable[Any]) -> None:

@@ -25,6 +25,7 @@ class _Quota:
     sessions: int = 0
     requests: int = 0
     nbytes: int = 0
+    waiting: "dict[Place, None]" = field(default_factory=dict)  # an ordered set, the one that has waited longest first
 
 
 @dataclass(eq=False)
@@ -69,7 +70,8 @@ class Admission:
         self._sharing = sharing
         self._loop = loop
         self._jobs: dict[str, _Quota] = {}
-        self._waiting: dict[Place, None] = {}  # an ordered set, the one that has waited longest first
+        self._waiting: dict[Place, None] = {}  # those of all jobs, in the same order
+        self._crowded = False  # whether a session of any job may wait for the whole queue
         self._requests = 0
 
     def in_flight(self) -> dict[str, int]:
@@ -83,7 +85,7 @@ class Admission:
     def leave(self, place: Place) -> None:
         """End a session, with all that it has in flight."""
         place.ended = True
-        self._waiting.pop(place, None)
+        self._stop_waiting(place)
         self._drop_reservation(place)
         for request_id in list(place.admitted):
             self._free(place, place.admitted.pop(request_id))
@@ -92,9 +94,9 @@ class Admission:
         place.replying.clear()
         quota = self._jobs[place.job]
         quota.sessions -= 1
+        self._resume(quota)
         if not quota.sessions:
             del self._jobs[place.job]
-        self._resume()
 
     def admit(self, place: Place, request_id: int, nbytes: int) -> bool:
         """Let a request in; if there is no place, tell its session to wait and return False.
@@ -126,7 +128,7 @@ class Admission:
         nbytes = place.admitted.pop(request_id, None)
         if nbytes is not None:
             self._free(place, nbytes)
-            self._resume()
+            self._resume(self._jobs[place.job])
 
     def cancelled(self, place: Place, request_id: int) -> None:
         """End a request that the client has cancelled; a reply that waits counts until the stream comes to drop it."""
@@ -140,20 +142,20 @@ class Admission:
         if (reply := place.replying.pop(request_id, None)) is not None:
             reply.end()
         if place in self._waiting:
-            self._resume()
+            self._resume(self._jobs[place.job])
 
     def _is_next(self, place: Place, nbytes: int) -> bool:
         if place.reserved is not None:
             quota = self._jobs[place.job]
             return quota.requests == 1 or quota.nbytes - place.reserved + nbytes <= place.sharing.max_job_bytes
         # Sessions of other jobs wait because their own job is full, or have a place reserved: they may be passed.
-        return self._has_room(place, nbytes) and not any(
-            other.job == place.job and self._reads(other) for other in self._waiting
-        )
+        return self._has_room(place, nbytes) and not any(map(self._reads, self._jobs[place.job].waiting))
 
     def _has_room(self, place: Place, nbytes: int) -> bool:
-        free = self._requests < self._sharing.max_queued
-        return free and self._reads(place) and self._has_place_in_job(place, nbytes)
+        if self._requests >= self._sharing.max_queued:
+            self._crowded = True
+            return False
+        return self._reads(place) and self._has_place_in_job(place, nbytes)
 
     def _reads(self, place: Place) -> bool:
         """Whether the client reads its replies fast enough that they do not pile up."""
@@ -180,28 +182,44 @@ class Admission:
     def _refuse(self, place: Place, request_id: int, nbytes: int) -> None:
         if place not in self._waiting:
             self._drop_reservation(place)
-            self._waiting[place] = None
+            self._waiting[place] = self._jobs[place.job].waiting[place] = None
             place.wanted, place.refused = nbytes, set()
         place.refused.add(request_id)
         if len(place.refused) > place.sharing.max_in_flight:  # more than can have been sent before it was told
             raise FloodError(f"{len(place.refused)} calls came after the client was told to wait")
         place.tell_wait(request_id)
-        self._resume()  # others may use what was reserved for it
+        self._resume(self._jobs[place.job])  # others may use what was reserved for it
 
-    def _resume(self) -> None:
-        """Tell the sessions for which there is room to resume, those that have waited longest first."""
-        passed_over: set[str] = set()
-        for place in list(self._waiting):
-            if not self._reads(place):
-                continue
-            if place.job in passed_over or not self._has_room(place, place.wanted):
-                passed_over.add(place.job)
-                continue
-            del self._waiting[place]
+    def _stop_waiting(self, place: Place) -> None:
+        self._waiting.pop(place, None)
+        self._jobs[place.job].waiting.pop(place, None)
+
+    def _resume(self, job: _Quota) -> None:
+        """Tell sessions for which there is room to resume, those that have waited longest first.
+
+        Those of one job, for which something has changed, or of all if some may wait for the whole queue.
+        """
+        everybody, self._crowded = self._crowded, False
+        line = self._waiting if everybody else job.waiting
+        while (place := self._next_in(line, everybody)) is not None:
+            self._stop_waiting(place)
             self._take(place, place.wanted)
             place.reserved, place.reserved_until = place.wanted, time.monotonic() + _RESERVED_S
             self._loop.at(place.reserved_until, lambda place=place: self._expire(place))  # type: ignore[misc]
             place.tell_resume()
+
+    def _next_in(self, line: dict[Place, None], of_all_jobs: bool) -> Place | None:
+        """The first session in line that has room; in each job, one that reads is passed by no other."""
+        passed_over: set[str] = set()
+        for place in line:
+            if place.job in passed_over or not self._reads(place):
+                continue
+            if self._has_room(place, place.wanted):
+                return place
+            if not of_all_jobs:
+                return None
+            passed_over.add(place.job)
+        return None
 
     def _drop_reservation(self, place: Place) -> None:
         if place.reserved is not None:
@@ -212,4 +230,4 @@ class Admission:
         """Free a reserved place that was not used in time."""
         if place.reserved is not None and time.monotonic() >= place.reserved_until:
             self._drop_reservation(place)
-            self._resume()
+            self._resume(self._jobs[place.job])
