@@ -1,11 +1,13 @@
 """An event loop in a thread of its own, in which connections live: sessions and watches are tasks, deadlines timers.
 
 A replica has one loop, and a client process has one for all its connections. What other threads want of the loop they
-`call`; what would hold it up, such as copying many bytes, it does `elsewhere`.
+`call`; what would hold it up, such as copying many bytes, it does `elsewhere`. In a fork nothing happens that is asked
+of it: a fork shares the file descriptors that wake the parent's loop, but has not its thread.
 """
 
 import asyncio
 import functools
+import os
 import threading
 import time
 from collections import deque
@@ -36,6 +38,7 @@ class Loop:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._pid = os.getpid()
         self._calls: deque[Callable[[], object]] = deque()
         self._waking = False  # whether the loop has been woken up to make the calls
         self._stopped = False
@@ -48,7 +51,7 @@ class Loop:
     @property
     def runs_here(self) -> bool:
         """Whether the calling thread is the loop's."""
-        return self._thread is threading.current_thread()
+        return self._thread is threading.current_thread() and self._pid == os.getpid()
 
     def start(self) -> "Loop":
         """Start the thread, unless it runs; raises `RuntimeError` if there can be no more threads."""
@@ -64,6 +67,8 @@ class Loop:
 
         It takes no lock, so that the garbage collector may call it anywhere.
         """
+        if self._pid != os.getpid():
+            return
         self._calls.append(functools.partial(step, *args))
         if not self._waking:
             self._waking = True
@@ -130,7 +135,7 @@ class Loop:
         except RuntimeError:  # stopped before
             return
         thread.join(_STOP_TIMEOUT_S)
-        self._helpers.shutdown(wait=False)
+        self._helpers.shutdown()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.asyncio)

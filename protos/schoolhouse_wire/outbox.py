@@ -95,7 +95,7 @@ class LoopOutbox(Generic[T]):
         self._loop.here(self._wake)
 
     def clear(self) -> None:
-        """After `close`, free what was not sent, in the loop. A finalizer must not call this: sources may do anything."""
+        """After `close`, free what was not sent, in the loop. A finalizer must not call it: sources may do anything."""
         assert self._closed
         self._active.clear()
         self._arrivals.clear()

@@ -85,7 +85,7 @@ class Link:
 
 
 class Links:
-    """The links to all replicas of a teacher, by address. The caller holds a lock."""
+    """The links to all replicas of a teacher, by address."""
 
     def __init__(self, start: Callable[[Link], Session], connect_timeout_s: float, rng: random.Random) -> None:
         """`start(link)` begins to open a session with the replica of a link."""
@@ -188,7 +188,7 @@ class Links:
             link.give_up_at = now + self._connect_timeout_s
             try:
                 link.session = self._start(link)
-            except Exception as err:  # such as no thread or file descriptor left
+            except Exception as err:
                 self._put_aside(link, TeacherUnavailableError(f"{link.replica.address}: {err}"), now)
 
     def try_all_again(self) -> None:

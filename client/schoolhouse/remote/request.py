@@ -44,7 +44,7 @@ TRANSITIONS = (
     Transition(("queued", "sent"), "lose", "new", "dispatcher: the session ended, or the answer was wrong"),
     Transition(LIVE, "move", None, "replica pool: the replica was silent for too long, so its session is being closed"),
     Transition(("sent",), "answer", "answered", "session: the features have arrived"),
-    Transition(LIVE, "fail", "failed", "whoever finds the error; the deadlines, when it is late"),
+    Transition(LIVE, "fail", "failed", "whoever finds the error, also that it is late"),
     Transition(LIVE, "cancel", "cancelled", "whoever asked for the features, also through the future"),
 )
 _NEXT = {(state, line.event): line.next or state for line in TRANSITIONS for state in line.states}
@@ -113,10 +113,9 @@ class Clock:
 class Request:
     """One batch on its way to features. It may be sent again to another replica.
 
-    Only who has the request moves it on: the dispatcher, under its lock while the request is parked, or the session to
-    which that gave it, under the lock of its window, until the session gives it back. So a request needs no lock of its
-    own. Only an end may come from elsewhere at any time: the future takes the first one, and whatever follows an end
-    changes nothing. What the table below does not have raises `AssertionError`.
+    It is moved on in the event loop alone, by the dispatcher, or by the session to which that gave it until the session
+    gives it back. Only an end may come from another thread, at any time: the future takes the first one, and whatever
+    follows an end changes nothing. What the table below does not have raises `AssertionError`.
     """
 
     _numbers = itertools.count()
@@ -128,7 +127,7 @@ class Request:
         span: RequestSpan | None = None,
         follower: "Callable[[Request], None] | None" = None,
     ) -> None:
-        """`span` is for a traced request; `follower(request)` has it `follow` with heads of the current revision."""
+        """`span` is for a traced request; `follower(request)` has it `follow` later, with the current heads."""
         self.number = next(self._numbers)
         self.question, self.clock = question, Clock(deadline)
         self.future: Future[Features] = Future()
@@ -251,14 +250,12 @@ class Request:
     def refuse(self, error: SchoolhouseError) -> None:
         """Fail a request that no replica can answer, or have it follow to the current revision if it may."""
         if isinstance(error, RevisionChangedError) and self._follower is not None and not self.done:
-            with contextlib.suppress(RuntimeError):  # if no thread can be started, it fails
-                follow = functools.partial(self._follower, self)
-                background.thread(follow, name="schoolhouse-follow", on_death=self.give_up).start()
-                return
-        self.fail(error)
+            self._follower(self)
+        else:
+            self.fail(error)
 
     def or_fail(self, step: Callable[..., None], *args: object) -> None:
-        """Run the next step of this request in a thread of many; an error in it fails this request alone."""
+        """Run the next step of this request; an error in it fails this request alone."""
         background.run(functools.partial(step, *args), "a request's way", self.give_up)
 
     def give_up(self, error: BaseException) -> None:

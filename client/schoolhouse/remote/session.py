@@ -1,13 +1,13 @@
 """One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
 
+import asyncio
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from google.protobuf.message import Message
 from schoolhouse_wire import background, framing, memory
-from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.outbox import Elsewhere, LoopOutbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.rpc.forks import grpc
 from schoolhouse_wire.rpc.security import ClientSecurity
@@ -21,17 +21,20 @@ from schoolhouse.errors import (
     TeacherInternalError,
     TeacherUnavailableError,
 )
+from schoolhouse.remote.connections import Connections
 from schoolhouse.remote.flow_control import Window
 from schoolhouse.remote.request import Request, Traffic, features_of
 from schoolhouse.remote.same_host import SameHost
 from schoolhouse.remote.settings import Transport
+from schoolhouse.teachers.protocol import Features
 
 _WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # found here: the answer is not what was asked for
 _BROKEN = (TeacherInternalError, CorruptPayloadError)  # reported by a replica: another one may do better
+_LONG_BYTES = 1 << 20  # what is made of so many bytes, or checked of them, is done in another thread
 
 
 class SessionListener(Protocol):
-    """What a session calls as its state changes, in the thread that receives its answers."""
+    """What a session calls as its state changes, in the event loop."""
 
     def on_opened(self, session: "Session") -> None:
         """The replica has answered `Opened`: requests may be sent."""
@@ -53,7 +56,7 @@ class SessionListener(Protocol):
 
 
 class Session:
-    """A stream to one replica."""
+    """A stream to one replica: a task that reads and one that writes. All of it happens in the event loop."""
 
     def __init__(
         self,
@@ -67,13 +70,15 @@ class Session:
         revision: str = "",
         listener: SessionListener,
         clock: Callable[[], float],
+        connections: Connections,
     ) -> None:
         self.address = address
         self.alive = self.draining = False
         self.others_queued = 0  # other clients' requests that waited for the replica's device when it last answered
         self.answered_at = float("-inf")
         self.slowest_s = 0.0  # the longest time from asking the replica to its answer
-        self._same_host = SameHost(wanted=transport.shared_memory, checksums=transport.checksums)
+        self._connections, self._loop = connections, connections.loop
+        self._same_host = SameHost(connections.loop, wanted=transport.shared_memory, checksums=transport.checksums)
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
             protocol=channel.PROTOCOL,
@@ -88,12 +93,14 @@ class Session:
         self._security = security
         self._listener = listener
         self._clock = clock
-        self._outbox: Outbox[Message | bytes] = Outbox()
+        self._outbox: LoopOutbox[Message | bytes] = LoopOutbox(connections.loop)
         self._attached: Message | None = None  # the last message on the stream; later ones go through the pipes
         self._window: Window[Request] = Window()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
         self._hello = teacher_pb2.Opened()
         self._said_at = self._heard_at = self._busy_since = clock()
+        self._call: Any = None
+        self._closed = False
 
     @property
     def transport(self) -> str:
@@ -117,11 +124,6 @@ class Session:
         return self._window.asked()
 
     @property
-    def reads_here(self) -> bool:
-        """Whether the calling thread is the one that receives answers, as it is in a callback of a future."""
-        return self._reader is threading.current_thread()
-
-    @property
     def traffic(self) -> Traffic:
         """Number of requests answered in this session, and the bytes that they moved."""
         return Traffic(self._requests, self._sent_bytes, self._received_bytes)
@@ -135,17 +137,8 @@ class Session:
         """Begin to connect; the listener's `on_opened` or `on_loss` says how that ends."""
         if self._tune_allocator:
             memory.keep_freed_memory()
-        self._channel = channel.connect(self.address, self._security)
-        stub = self._channel.stream_stream(
-            channel.SESSION_METHOD,
-            request_serializer=framing.write_message,
-            response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
-        )
         self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
-        self._call: Any = stub(self._sent())
-        name = f"schoolhouse-session-{self.address}"
-        self._reader = background.thread(self._read, name=name, on_death=self._on_error)
-        self._reader.start()
+        self._loop.task(self._run(), name="schoolhouse-session", on_death=background.go_on)
 
     def send(self, request: Request) -> bool:
         """Queue a request for this replica; False if the session has ended."""
@@ -159,34 +152,25 @@ class Session:
         return self._window.take_back()
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, and tell the replica when the stream is ready for the message.
-
-        It takes no lock, since the garbage collector may call it in a thread that holds one.
-        """
-        self._outbox.put(self._cancellation(request))
-
-    def _cancellation(self, request: Request) -> Iterator[Message]:
+        """Forget a request, and tell the replica if it has it."""
         request_id = self._window.remove(request)
         self._pump()
-        if request_id is None:
-            return
-        self._partial.pop(request_id, None)
-        yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
+        if request_id is not None:
+            self._partial.pop(request_id, None)
+            cancel = teacher_pb2.Cancel(request_id=request_id)
+            self._outbox.put(iter([teacher_pb2.ClientMessage(cancel=cancel)]))
 
     def close(self) -> None:
         """End the stream; requests without an answer go to the listener's `on_loss`."""
+        self._closed = True
         self._outbox.close()
         self._same_host.close()
-        self._call.cancel()
-        self._channel.close()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until the thread of a closed session has ended."""
-        self._reader.join(timeout_s)
+        if self._call is not None:
+            self._call.cancel()
 
     def _pump(self) -> None:
         """Send the waiting requests for which the window has room."""
-        idle = not self._window.in_flight  # read first, since another thread may send meanwhile
+        idle = not self._window.in_flight
         while (found := self._window.next(now := self._clock())) is not None:
             if idle:
                 self._busy_since, idle = now, False
@@ -202,7 +186,9 @@ class Session:
         self._outbox.put(iter([teacher_pb2.ClientMessage(renew=teacher_pb2.Renew())]))
         return now + every
 
-    def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
+    # Sending.
+
+    def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes | Elsewhere]:
         question = request.question
 
         def head(payload: teacher_pb2.Payload) -> Message:
@@ -228,50 +214,66 @@ class Session:
             self.cancel(request)
             background.failed(err, "sending a request", request.give_up)
 
-    def _sent(self) -> Iterator[Message | bytes]:
-        """The messages for the stream, which gRPC's thread takes."""
-        try:
-            yield from self._outgoing()
-        except GeneratorExit:
-            raise
-        except BaseException as err:
-            background.failed(err, "what is sent to a replica", lambda _error: self._call.cancel())
-
-    def _outgoing(self) -> Iterator[Message | bytes]:
-        """Yield the messages for the stream; from `Attached` with pipes on, send them through the pipes instead."""
+    async def _write(self) -> None:
+        """Send what there is: on the stream, and from `Attached` with pipes on through the pipes instead."""
         through = None
-        for message in self._outbox:
+        while (message := await self._outbox.next()) is not None:
             self._said_at = self._clock()
+            data = framing.write_message(message)
             if through is None:
-                yield message
+                await self._call.write(data)
                 through = self._same_host.pipes if message is self._attached else None
-            elif not through.send(framing.write_message(message)):
+            elif not await through.send(data):
                 return
 
-    def _arrivals(self) -> Iterator[Any]:
-        for message in self._call:
-            yield message
-            if self._same_host.pipes is not None:
-                break
-        for data in self._same_host.pipes or ():
-            yield framing.read_message(teacher_pb2.ServerMessage, data)
-        yield from self._call  # raises the reason for the end
-
-    def _read(self) -> None:
-        error: SchoolhouseError
+    async def _write_or_end(self) -> None:
         try:
-            for message in self._arrivals():
-                self._receive(message)
-            error = TeacherUnavailableError(f"the teacher at {self.address} ended the session")
+            await self._write()
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            return  # the stream has ended, and the reading task sees why
+
+    # Receiving.
+
+    async def _run(self) -> None:
+        error: SchoolhouseError = TeacherUnavailableError(f"the teacher at {self.address} ended the session")
+        try:
+            await self._talk()
         except grpc.RpcError as err:
             error = status.from_rpc_error(err, self.address)
         except SchoolhouseError as err:  # the stream itself is broken, as by a frame that cannot be parsed
-            error = err
+            error = err.with_traceback(None)
+        except asyncio.CancelledError:
+            pass  # it was closed here
+        except BaseException as err:
+            background.failed(err, "schoolhouse-session", background.go_on)
+            what = f"{self.address} sent a message that this client cannot read: {type(err).__name__}"
+            error = ProtocolError(f"{what}; the log says more")
         self._end(error)
 
-    def _on_error(self, error: BaseException) -> None:
-        what = f"{self.address} sent a message that this client cannot read: {type(error).__name__}; the log says more"
-        self._end(ProtocolError(what))
+    async def _talk(self) -> None:
+        """Read until the RPC ends; raises unless that is as it should."""
+        with self._connections.channel(self.address, self._security) as opened:
+            if self._closed:
+                return
+            stub: Any = opened.stream_stream(channel.SESSION_METHOD)
+            self._call = call = stub(metadata=channel.metadata(self._security))
+            self._loop.task(self._write_or_end(), name="what is sent to a replica", on_death=self._hang_up)
+            try:
+                await self._read(call)
+            finally:
+                call.cancel()
+
+    def _hang_up(self, _error: BaseException) -> None:
+        self._call.cancel()
+
+    async def _read(self, call: Any) -> None:
+        while self._same_host.pipes is None and (data := await call.read()) is not grpc.aio.EOF:
+            await self._receive(data)
+        pipes = self._same_host.pipes
+        while pipes is not None and (data := await pipes.read()) is not None:
+            await self._receive(data)
+        while await call.read() is not grpc.aio.EOF:  # raises the reason for the end
+            pass
 
     def _end(self, error: SchoolhouseError) -> None:
         self.alive = False
@@ -292,27 +294,30 @@ class Session:
             freeing.callback(self._outbox.clear)
             freeing.callback(self.close)
 
-    def _receive(self, message: Any) -> None:
+    async def _receive(self, data: bytes) -> None:
+        message = framing.read_message(teacher_pb2.ServerMessage, data)
         self._heard_at = self._clock()
         if isinstance(message, framing.Frame):
-            self._on_frame(message)
+            await self._on_frame(message)
             return
-        self._same_host.free(message.released)
-        if message.HasField("reply"):
-            self._on_reply(message.reply)
-        elif message.HasField("failure"):
+        if message.released:
+            self._same_host.free(message.released)
+        kind = message.WhichOneof("kind")
+        if kind == "reply":
+            await self._on_reply(message.reply)
+        elif kind == "failure":
             request = self._take(message.failure.request_id)
             if request is not None:
                 request.or_fail(self._on_failure, request, status.from_failure(message.failure))
             self._pump()
-        elif message.HasField("wait"):
+        elif kind == "wait":
             self._window.wait(message.wait.request_id)
-        elif message.HasField("resume"):
+        elif kind == "resume":
             self._window.resume()
             self._pump()
-        elif message.HasField("opened"):
+        elif kind == "opened":
             self._on_opened(message.opened)
-        elif message.HasField("draining"):
+        elif kind == "draining":
             self.draining = True
             self._listener.on_draining(self)
 
@@ -339,7 +344,7 @@ class Session:
         self._attach(opened)
         self._hello = opened
         self._window.grant(opened)
-        self.alive = True
+        self.alive = not self._closed
         self._listener.on_opened(self)
 
     def _attach(self, opened: teacher_pb2.Opened) -> None:
@@ -348,30 +353,34 @@ class Session:
             return
         if (pipes := self._same_host.pipes) is not None:
             end = pipes.end
-            if not self._call.add_callback(background.called(end, "ending pipes", background.go_on)):
-                end()  # the RPC has ended already
+            self._call.add_done_callback(background.called(lambda _call: end(), "ending pipes", background.go_on))
         self._attached = teacher_pb2.ClientMessage(attached=attached)
         self._outbox.put(iter([self._attached]))
 
-    def _on_reply(self, reply: teacher_pb2.Reply) -> None:
+    async def _on_reply(self, reply: teacher_pb2.Reply) -> None:
         request = self._window.get(reply.request_id)
         if request is None:  # cancelled
             self._same_host.refuse(reply.payload)
             return
         try:
-            incoming = framing.Incoming(reply.features, reply.payload, request.question.limits, self._same_host.segment)
+            incoming = await self._incoming(request, reply)
         except SchoolhouseError as err:
             self._same_host.refuse(reply.payload)
             self._on_bad_answer(reply.request_id, err)
             return
         if incoming.complete:
-            self._finish(reply, incoming)
+            await self._finish(reply, incoming)
         else:
             self._partial[reply.request_id] = reply, incoming
-            if reply.request_id not in self._window:  # cancelled before it stood in `_partial`
-                self._partial.pop(reply.request_id, None)
 
-    def _on_frame(self, frame: framing.Frame) -> None:
+    async def _incoming(self, request: Request, reply: teacher_pb2.Reply) -> framing.Incoming:
+        segment, limits = self._same_host.segment, request.question.limits
+        given = reply.features, reply.payload, limits, segment
+        if segment is not None and segment.receives_checksums and reply.payload.shared.nbytes > _LONG_BYTES:
+            return await self._loop.elsewhere(framing.Incoming, *given)
+        return framing.Incoming(*given)
+
+    async def _on_frame(self, frame: framing.Frame) -> None:
         partial = self._partial.get(frame.request_id)
         if partial is None:
             return  # cancelled
@@ -383,25 +392,36 @@ class Session:
             return
         if incoming.complete:
             self._same_host.overflowed()
-            self._finish(reply, incoming)
+            await self._finish(reply, incoming)
 
-    def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> None:
-        request = self._take(reply.request_id)
+    async def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> None:
+        request = self._window.get(reply.request_id)
         if request is None:
             return
+        now = self._clock()
         self._requests += 1
         self._sent_bytes += request.nbytes
         self._received_bytes += incoming.nbytes + len(reply.features)
-        self.slowest_s = max(self.slowest_s, self._clock() - request.asked_at)
-        self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
+        self.slowest_s = max(self.slowest_s, now - request.asked_at)
+        self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight + 1, 0), now
         try:
             request.received(incoming.nbytes + len(reply.features))
-            request.answer(features_of(request.question, reply, incoming), self.address)
+            features = await self._features(request, reply, incoming)
         except _WRONG as err:
-            request.or_fail(self._listener.on_wrong, self, request, err)
+            self._take(reply.request_id)
+            request.or_fail(self._listener.on_wrong, self, request, err.with_traceback(None))
         except Exception as err:  # such as no memory to unpack it, which fails this request alone
-            request.fail(err)
+            self._take(reply.request_id)
+            request.fail(err.with_traceback(None))
+        else:
+            self._take(reply.request_id)
+            request.answer(features, self.address)
         self._pump()  # last, so that the thread that waits for the answer already goes on
+
+    async def _features(self, request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
+        if incoming.nbytes > _LONG_BYTES and not request.question.wanted.as_computed:
+            return await self._loop.elsewhere(features_of, request.question, reply, incoming)
+        return features_of(request.question, reply, incoming)
 
     def _take(self, request_id: int) -> Request | None:
         self._partial.pop(request_id, None)

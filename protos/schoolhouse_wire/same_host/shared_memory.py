@@ -24,7 +24,7 @@ from google.protobuf.message import Message
 
 from schoolhouse_wire import background, memory
 from schoolhouse_wire.errors import ProtocolError
-from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.outbox import LoopOutbox, Outbox
 from schoolhouse_wire.same_host.blocks import PAGE_BYTES, Blocks, whole_pages
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -39,6 +39,7 @@ _KEPT_BYTES = 512 << 20  # of a region; free memory beyond this goes back to the
 
 _NEEDED = ("os.memfd_create", "os.eventfd", "os.pipe2", "mmap.MADV_REMOVE", "fcntl.F_ADD_SEALS")  # all are in Linux
 
+_Outbox: TypeAlias = Outbox[Message | bytes] | LoopOutbox[Message | bytes]
 _Message: TypeAlias = teacher_pb2.ClientMessage | teacher_pb2.ServerMessage
 
 
@@ -61,16 +62,14 @@ class Segment:
 
     sends_checksums = receives_checksums = True  # digests are over all bytes; otherwise over the first KiB of each 64
 
-    def __init__(
-        self, pages: mmap.mmap, message: type[_Message], outbox: Outbox[Message | bytes], *, own: range, peers: range
-    ) -> None:
+    def __init__(self, pages: mmap.mmap, message: type[_Message], outbox: _Outbox, *, own: range, peers: range) -> None:
         self._pages = pages
         self._copier = _Copier()
         self._view = memoryview(pages)
         self._own, self._peers = own, peers
         self._blocks = Blocks(own.start, own.stop)
         self._message = message
-        self._outbox: Outbox[Message | bytes] | None = outbox
+        self._outbox: _Outbox | None = outbox
         self._done: deque[int] = deque()  # blocks of the peer that we are done with, but have not said so yet
 
     def take(self, nbytes: int) -> int | None:
@@ -197,9 +196,7 @@ def _copy(to: int, source: int, nbytes: int) -> BaseException | None:
 class ReplicaSegment(Segment):
     """The replica's side, which made the segment. It copies what it receives, so that the client cannot change it."""
 
-    def __init__(
-        self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool
-    ) -> None:
+    def __init__(self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: _Outbox, *, checksums: bool) -> None:
         self.sends_checksums = checksums
         self.withdraw = weakref.finalize(self, os.close, offer.fd)
         self.offer = offer
@@ -216,7 +213,7 @@ class ReplicaSegment(Segment):
         return buffer
 
 
-def create(replies_bytes: int, outbox: Outbox[Message | bytes], *, checksums: bool) -> ReplicaSegment:
+def create(replies_bytes: int, outbox: _Outbox, *, checksums: bool) -> ReplicaSegment:
     """Make a segment for up to `replies_bytes` of replies at once, and a quarter as much for requests.
 
     `checksums` says whether the digests of replies are over all bytes or spot checks; those of requests are always over
@@ -251,9 +248,7 @@ def create(replies_bytes: int, outbox: Outbox[Message | bytes], *, checksums: bo
 class ClientSegment(Segment):
     """The client's side. It does not copy what it receives: a block is the client's until no tensor views it."""
 
-    def __init__(
-        self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool
-    ) -> None:
+    def __init__(self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: _Outbox, *, checksums: bool) -> None:
         self.receives_checksums = checksums
         requests, replies = range(offer.requests_at, offer.replies_at), range(offer.replies_at, offer.nbytes)
         super().__init__(pages, teacher_pb2.ClientMessage, outbox, own=requests, peers=replies)
@@ -298,7 +293,7 @@ class ClientSegment(Segment):
             self.done(block)
 
 
-def attach(offer: teacher_pb2.SharedMemory, outbox: Outbox[Message | bytes], *, checksums: bool) -> ClientSegment:
+def attach(offer: teacher_pb2.SharedMemory, outbox: _Outbox, *, checksums: bool) -> ClientSegment:
     """Map the segment that a replica offers; blocks are released through `outbox`.
 
     `checksums` must be what the session was opened with.
