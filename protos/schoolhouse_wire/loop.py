@@ -115,8 +115,12 @@ class Loop:
         """Begin a task, in the loop's thread; if it fails, the error is logged and `on_death(error)` called."""
         task = self.asyncio.create_task(_watched(work, name, on_death), name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(functools.partial(self._on_end, work))
         return task
+
+    def _on_end(self, work: Coroutine[Any, Any, None], task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        work.close()  # for a task that was cancelled before it began
 
     async def elsewhere(self, step: Callable[..., T], *args: Any) -> T:
         """The result of `step(*args)`, called in another thread, so that the loop goes on meanwhile."""

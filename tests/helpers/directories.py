@@ -10,9 +10,10 @@ from pathlib import Path
 import grpc
 import torch
 from memfd import soon
+from schoolhouse.remote import connections
 from schoolhouse_server import serve
-from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_server.replica.directory import Directory
+from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 from torch import nn
@@ -139,7 +140,7 @@ def addresses(*servers):
     return {f"127.0.0.1:{server.port}" for server in servers}
 
 
-def threads():
-    """Names of the threads that a client runs."""
-    ours = ("schoolhouse-watch", "schoolhouse-deadlines", "schoolhouse-session")
-    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith(ours))
+def tasks():
+    """Names of what runs in the event loop of this process' clients: sessions, what they send, watches."""
+    there = connections._connections
+    return sorted(task.get_name() for task in list(there.loop._tasks)) if there is not None else []

@@ -6,7 +6,7 @@ import pytest
 import schoolhouse as sh
 import torch
 from bad_replica import answered, bad_replica, url_of
-from directories import DRAINING, DirectoryServer, Scale, answer, ask, replicas, revision_of, threads
+from directories import DRAINING, DirectoryServer, Scale, answer, ask, replicas, revision_of, tasks
 from memfd import soon
 from models import Net
 from schoolhouse import errors
@@ -71,10 +71,10 @@ def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error
                 assert told is None or isinstance(told, errors.SchoolhouseError)
             assert sprung.wait(20)
             assert [answer(teacher, i) for i in range(3)] == [0, 2, 4]
-            assert {"schoolhouse-deadlines", "schoolhouse-watch"} < {*threads()}
+            assert {"schoolhouse-deadlines", "schoolhouse-watch"} < {*tasks()}
             directory.publish(server, state=DRAINING)
             assert soon(lambda: teacher._dispatcher.known.replicas[0].draining, collect=False)  # it hears of what comes
-    assert soon(lambda: threads() == []), threads()
+    assert soon(lambda: tasks() == []), tasks()
     assert deaths
     deaths.clear()
 

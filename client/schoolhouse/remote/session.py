@@ -161,7 +161,10 @@ class Session:
             self._outbox.put(iter([teacher_pb2.ClientMessage(cancel=cancel)]))
 
     def close(self) -> None:
-        """End the stream; requests without an answer go to the listener's `on_loss`."""
+        """End the stream; requests without an answer go to the listener's `on_loss`. Any thread may call this."""
+        self._loop.here(self._close)
+
+    def _close(self) -> None:
         self._closed = True
         self._outbox.close()
         self._same_host.close()
@@ -257,11 +260,12 @@ class Session:
                 return
             stub: Any = opened.stream_stream(channel.SESSION_METHOD)
             self._call = call = stub(metadata=channel.metadata(self._security))
-            self._loop.task(self._write_or_end(), name="what is sent to a replica", on_death=self._hang_up)
+            writing = self._loop.task(self._write_or_end(), name="schoolhouse-sending", on_death=self._hang_up)
             try:
                 await self._read(call)
             finally:
                 call.cancel()
+                writing.cancel()  # it would wait forever for an RPC that has not begun
 
     def _hang_up(self, _error: BaseException) -> None:
         self._call.cancel()
@@ -292,7 +296,7 @@ class Session:
         with contextlib.ExitStack() as freeing:  # so that each of these runs even if another raises
             freeing.callback(self._same_host.clear)
             freeing.callback(self._outbox.clear)
-            freeing.callback(self.close)
+            freeing.callback(self._close)
 
     async def _receive(self, data: bytes) -> None:
         message = framing.read_message(teacher_pb2.ServerMessage, data)
