@@ -85,7 +85,7 @@ class Connections:
             shared.users -= 1
             if not shared.users:
                 self._forget(key, shared)
-                self.loop.task(shared.channel.close(), name="closing a channel", on_death=background.go_on)
+                self.loop.task(shared.channel.close(), name="schoolhouse-channel", on_death=background.go_on)
 
     def _forget(self, key: tuple[str, ClientSecurity], shared: _Shared) -> None:
         if self._channels.get(key) is shared:

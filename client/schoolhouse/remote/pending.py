@@ -88,15 +88,16 @@ class Outstanding:
             self._loop.cancel(self._alarm)
 
     def _ring_by(self, at: float) -> None:
-        if self._closed or (self._alarm is not None and self._alarm_at <= at):
-            return
-        if self._alarm is not None:
+        if self._alarm is not None and self._alarm.ring is not None:
+            if self._alarm_at <= at:
+                return
             self._loop.cancel(self._alarm)
+        if self._closed:
+            return
         self._alarm, self._alarm_at = self._loop.at(at, self._ring), at
 
     def _ring(self) -> None:
         """Do what is due, and set the alarm for what is due next."""
-        self._alarm = None
         background.run(self._fail_all_late, "failing late requests", background.go_on)
         if self._tend_at is not None and time.monotonic() >= self._tend_at and not self._closed:
             self._tend_at = None  # before `tend` runs, so that a `stir` during it has it run once more

@@ -15,6 +15,7 @@ import torch
 from schoolhouse_wire import background, framing
 from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.rpc import forks
 from schoolhouse_wire.values import codec
 from schoolhouse_wire.values.codec import Arguments
@@ -244,6 +245,11 @@ class RemoteTeacher:
         again = Request(question, self._deadline())
         self._send(self._dispatcher, again)
         return again
+
+    @property
+    def loop(self) -> Loop:
+        """The event loop of this process, in which futures are completed."""
+        return connections().loop
 
     def _open(self) -> Connections:
         if self._closed:

@@ -194,15 +194,17 @@ class Pair:
         elif error is not None:
             self._unchecked(features, error)
         else:
-            self._compare(first, second, features, second.future.result())
+            loop = self._by.teacher.loop
+            comparing = self._compare(first, second, features, second.future.result())
+            loop.here(functools.partial(loop.task, comparing, name="schoolhouse-comparison", on_death=self._failed))
 
-    def _compare(self, first: Request, second: Request, features: Features, others: Features) -> None:
+    async def _compare(self, first: Request, second: Request, features: Features, others: Features) -> None:
         if others.revision != features.revision:
             error = FeatureMismatchError(f"the teacher has the revision {others.revision} by now")
             self._unchecked(features, error)
             return
         try:
-            found = difference(features, others, self._by.tolerance)
+            found = await self._by.teacher.loop.elsewhere(difference, features, others, self._by.tolerance)
         except Exception as err:  # such as no memory for the comparison
             self._unchecked(features, err)
             return
