@@ -1,5 +1,6 @@
 """Messages through pipes: whole, in order, bounded, and never a hang."""
 
+import asyncio
 import collections
 import contextlib
 import os
@@ -318,13 +319,19 @@ def test_replies_written_before_the_server_ended_are_delivered():
     server = serve(module)
     teacher = sh.connect(server.url)
     teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
-    module.may.clear()
-    first = teacher.submit((torch.tensor(6), torch.tensor(1)), {}, [""])
-    first.add_done_callback(lambda _: go.wait(60))  # holds the thread that reads
-    module.may.set()
+    [session] = teacher.open_sessions()
+    read = session._same_host.pipes.read
+
+    async def held():
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+        return await read()
+
+    session._same_host.pipes.read = held
+    teacher.submit((torch.tensor(6), torch.tensor(1)), {}, [""]).result(20)  # by the reading that has begun
     asked = [teacher.submit((torch.tensor(5), torch.tensor(i)), {}, [""]) for i in range(20)]
     assert soon(lambda: server.load("teacher").served == 22)
-    [member], [session] = server._context.drain._sessions, teacher.open_sessions()
+    [member] = server._context.drain._sessions
     assert soon(lambda: not member.outstanding)  # they are in the pipe
     server.close()
     assert soon(lambda: session._same_host.pipes._ended)

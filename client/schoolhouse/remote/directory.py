@@ -49,6 +49,11 @@ class Replica:
     distance: int = ELSEWHERE
     queued: int = 0  # requests that waited for its device at the time of the report
 
+    @property
+    def name(self) -> str:
+        """Its id, or else its address."""
+        return self.id or self.address
+
     def may_serve(self, revision: str) -> bool:
         """Whether its revision is `revision` or not known; true for the empty revision, which stands for any."""
         return not revision or self.revision in ("", revision)

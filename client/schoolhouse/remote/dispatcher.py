@@ -57,7 +57,7 @@ class Dispatcher:
         self._connections, self._loop = connections, connections.loop
         self._changed = asyncio.Event()  # set, and replaced, when a replica or the directory changes
         rng = random.Random()  # not the global generator: drawing from it would change the training
-        self._links = Links(self._start, settings.timeouts.connect_s, rng)
+        self._links = Links(self._start, settings.timeouts.connect_s, rng, settings.sharing.max_replicas)
         self._known = Known(first)
         self._links.update(first, time.monotonic())
         self._where: dict[Request, Link] = {}
@@ -391,7 +391,7 @@ class Dispatcher:
         if self._parked and self._budget.next_at > now:
             times.append(self._budget.next_at)
         if self._links.count > 1:
-            times.append(now + self._timeouts.patience_s / 4)
+            times += [now + self._timeouts.patience_s / 4, self._links.exchange(self._revision, now)]
         return min((at for at in times if at is not None), default=None)
 
     def _fail_late(self, request: Request) -> None:
