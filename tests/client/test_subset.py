@@ -111,7 +111,7 @@ def told(there, loads):
 
 
 def test_clients_of_busy_replicas_exchange_some_and_not_all_at_once():
-    """Half of the replicas have work of their own. The load of a replica is that, and 1 for each client that uses it."""
+    """Half of the replicas have work of their own. The load of one is that, and 1 for each client that uses it."""
     subsets, there = clients(11), links()
     own = [400.0 if i < 8 else 0.0 for i in range(REPLICAS)]
 
