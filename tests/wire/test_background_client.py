@@ -33,6 +33,7 @@ CLIENT = {  # what is made to fail, and whether that takes the end of a session
     "the reader, as another session opens": (Dispatcher, "on_opened", True),
     "a request's messages": (Request, "traceparent", False),
     "what is sent": (Session, "_write", True),
+    "what is sent through pipes": (Session, "_post", False),
     "a copy": (shared_memory, "_copy", False),
     "a request's way": (Dispatcher, "_ask", False),
     "a request's way, at the choice of a replica": (Dispatcher, "_assign", False),

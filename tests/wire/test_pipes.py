@@ -16,6 +16,7 @@ import schoolhouse as sh
 import torch
 from memfd import soon
 from schoolhouse import errors
+from schoolhouse.remote.session import Session
 from schoolhouse_server import serve
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.same_host import pipes
@@ -314,23 +315,26 @@ def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_
         assert soon(lambda: not session_threads() and server._servicer.sessions == 0), session_threads()
 
 
-def test_replies_written_before_the_server_ended_are_delivered():
-    module, go = Filled(), threading.Event()
+def test_replies_written_before_the_server_ended_are_delivered(monkeypatch):
+    module, holding, go = Filled(), threading.Event(), threading.Event()
+    receive = Session._receive
+
+    async def later(session, data):
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+        assert receive(session, data) is None
+
+    def held(session, data):
+        return later(session, data) if holding.is_set() and not go.is_set() else receive(session, data)
+
+    monkeypatch.setattr(Session, "_receive", held)
     server = serve(module)
     teacher = sh.connect(server.url)
     teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
     [session] = teacher.open_sessions()
-    read = session._same_host.pipes.read
-
-    async def held():
-        while not go.is_set():
-            await asyncio.sleep(0.01)
-        return await read()
-
-    session._same_host.pipes.read = held
-    teacher.submit((torch.tensor(6), torch.tensor(1)), {}, [""]).result(20)  # by the reading that has begun
+    holding.set()
     asked = [teacher.submit((torch.tensor(5), torch.tensor(i)), {}, [""]) for i in range(20)]
-    assert soon(lambda: server.load("teacher").served == 22)
+    assert soon(lambda: server.load("teacher").served == 21)
     [member] = server._context.drain._sessions
     assert soon(lambda: not member.outstanding)  # they are in the pipe
     server.close()

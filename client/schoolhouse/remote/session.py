@@ -2,15 +2,19 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from google.protobuf.message import Message
 from schoolhouse_wire import background, framing, memory
+from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.outbox import Elsewhere, LoopOutbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.rpc.forks import grpc
 from schoolhouse_wire.rpc.security import ClientSecurity
+from schoolhouse_wire.same_host.pipes import Later, LoopPipes
+from schoolhouse_wire.same_host.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse.errors import (
@@ -23,13 +27,15 @@ from schoolhouse.errors import (
 )
 from schoolhouse.remote.connections import Connections
 from schoolhouse.remote.flow_control import Window
-from schoolhouse.remote.request import Request, Traffic, features_of
+from schoolhouse.remote.request import Question, Request, Traffic, features_of
 from schoolhouse.remote.same_host import SameHost
 from schoolhouse.remote.settings import Transport
 from schoolhouse.teachers.protocol import Features
 
 _WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # found here: the answer is not what was asked for
 _BROKEN = (TeacherInternalError, CorruptPayloadError)  # reported by a replica: another one may do better
+_Begun: TypeAlias = framing.Incoming | SchoolhouseError
+_Made: TypeAlias = Features | Exception
 _LONG_BYTES = 1 << 20  # what is made of so many bytes, or checked of them, is done in another thread
 
 
@@ -100,7 +106,8 @@ class Session:
         self._hello = teacher_pb2.Opened()
         self._said_at = self._heard_at = self._busy_since = clock()
         self._call: Any = None
-        self._closed = False
+        self._through: LoopPipes | None = None  # once all messages to the replica go through the pipes
+        self._draining = self._closed = False
 
     @property
     def transport(self) -> str:
@@ -177,7 +184,8 @@ class Session:
         while (found := self._window.next(now := self._clock())) is not None:
             if idle:
                 self._busy_since, idle = now, False
-            self._outbox.put(self._messages(*found))
+            self._outbox.add(self._messages(*found))
+        self._drain()
 
     def renew(self) -> float | None:
         """Tell the replica that this client is alive, unless something was sent lately; returns when to call again."""
@@ -218,16 +226,28 @@ class Session:
             background.failed(err, "sending a request", request.give_up)
 
     async def _write(self) -> None:
-        """Send what there is: on the stream, and from `Attached` with pipes on through the pipes instead."""
-        through = None
+        """Send what there is on the stream, up to `Attached` with pipes on: later messages go through the pipes."""
         while (message := await self._outbox.next()) is not None:
             self._said_at = self._clock()
-            data = framing.write_message(message)
-            if through is None:
-                await self._call.write(data)
-                through = self._same_host.pipes if message is self._attached else None
-            elif not await through.send(data):
+            await self._call.write(framing.write_message(message))
+            if message is self._attached and self._same_host.pipes is not None:
+                self._through = self._same_host.pipes
+                self._outbox.when_ready(self._drain)
                 return
+
+    def _drain(self) -> None:
+        """Send what there is through the pipes, at once, as far as there is room; before they are used, by the task."""
+        if self._through is None:
+            self._outbox.wake()
+        elif not self._draining:
+            self._draining = True  # as what is sent may have the window changed, and that calls this again
+            background.run(functools.partial(self._post, self._through), "sending to a replica", self._hang_up)
+            self._draining = False
+
+    def _post(self, through: LoopPipes) -> None:
+        while through.idle and (message := self._outbox.take()) is not None:
+            self._said_at = self._clock()
+            through.post(framing.write_message(message), self._drain)
 
     async def _write_or_end(self) -> None:
         try:
@@ -272,10 +292,10 @@ class Session:
 
     async def _read(self, call: Any) -> None:
         while self._same_host.pipes is None and (data := await call.read()) is not grpc.aio.EOF:
-            await self._receive(data)
-        pipes = self._same_host.pipes
-        while pipes is not None and (data := await pipes.read()) is not None:
-            await self._receive(data)
+            if (later := self._receive(data)) is not None:
+                await later
+        if (pipes := self._same_host.pipes) is not None:
+            await pipes.each(self._receive)
         while await call.read() is not grpc.aio.EOF:  # raises the reason for the end
             pass
 
@@ -298,18 +318,18 @@ class Session:
             freeing.callback(self._outbox.clear)
             freeing.callback(self._close)
 
-    async def _receive(self, data: bytes) -> None:
+    def _receive(self, data: bytes) -> Later:
+        """Deal with a message; what takes long is returned, to be awaited before the next message."""
         message = framing.read_message(teacher_pb2.ServerMessage, data)
         self._heard_at = self._clock()
         if isinstance(message, framing.Frame):
-            await self._on_frame(message)
-            return
+            return self._on_frame(message)
         if message.released:
             self._same_host.free(message.released)
         kind = message.WhichOneof("kind")
         if kind == "reply":
-            await self._on_reply(message.reply)
-        elif kind == "failure":
+            return self._on_reply(message.reply)
+        if kind == "failure":
             request = self._take(message.failure.request_id)
             if request is not None:
                 request.or_fail(self._on_failure, request, status.from_failure(message.failure))
@@ -324,6 +344,7 @@ class Session:
         elif kind == "draining":
             self.draining = True
             self._listener.on_draining(self)
+        return None
 
     def _on_failure(self, request: Request, error: SchoolhouseError) -> None:
         if isinstance(error, TeacherUnavailableError):
@@ -361,72 +382,89 @@ class Session:
         self._attached = teacher_pb2.ClientMessage(attached=attached)
         self._outbox.put(iter([self._attached]))
 
-    async def _on_reply(self, reply: teacher_pb2.Reply) -> None:
-        request = self._window.get(reply.request_id)
+    def _on_reply(self, reply: teacher_pb2.Reply) -> Later:
+        request, segment = self._window.get(reply.request_id), self._same_host.segment
         if request is None:  # cancelled
             self._same_host.refuse(reply.payload)
-            return
-        try:
-            incoming = await self._incoming(request, reply)
-        except SchoolhouseError as err:
+            return None
+        begin = functools.partial(_begun, reply, request.question.limits, segment)
+        if segment is not None and segment.receives_checksums and reply.payload.shared.nbytes > _LONG_BYTES:
+            return self._begin_elsewhere(reply, begin)
+        return self._on_begun(reply, begin())
+
+    async def _begin_elsewhere(self, reply: teacher_pb2.Reply, begin: Callable[[], _Begun]) -> None:
+        if (later := self._on_begun(reply, await self._loop.elsewhere(begin))) is not None:
+            await later
+
+    def _on_begun(self, reply: teacher_pb2.Reply, incoming: _Begun) -> Later:
+        if isinstance(incoming, SchoolhouseError):
             self._same_host.refuse(reply.payload)
-            self._on_bad_answer(reply.request_id, err)
-            return
-        if incoming.complete:
-            await self._finish(reply, incoming)
+            self._on_bad_answer(reply.request_id, incoming)
+        elif incoming.complete:
+            return self._finish(reply, incoming)
         else:
             self._partial[reply.request_id] = reply, incoming
+        return None
 
-    async def _incoming(self, request: Request, reply: teacher_pb2.Reply) -> framing.Incoming:
-        segment, limits = self._same_host.segment, request.question.limits
-        given = reply.features, reply.payload, limits, segment
-        if segment is not None and segment.receives_checksums and reply.payload.shared.nbytes > _LONG_BYTES:
-            return await self._loop.elsewhere(framing.Incoming, *given)
-        return framing.Incoming(*given)
-
-    async def _on_frame(self, frame: framing.Frame) -> None:
+    def _on_frame(self, frame: framing.Frame) -> Later:
         partial = self._partial.get(frame.request_id)
         if partial is None:
-            return  # cancelled
+            return None  # cancelled
         reply, incoming = partial
         try:
             incoming.add(frame.offset, frame.data, frame.digest)
         except SchoolhouseError as err:
             self._on_bad_answer(frame.request_id, err)
-            return
-        if incoming.complete:
-            self._same_host.overflowed()
-            await self._finish(reply, incoming)
+            return None
+        if not incoming.complete:
+            return None
+        self._same_host.overflowed()
+        return self._finish(reply, incoming)
 
-    async def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> None:
+    def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Later:
         request = self._window.get(reply.request_id)
         if request is None:
-            return
-        now = self._clock()
+            return None
+        now, nbytes = self._clock(), incoming.nbytes + len(reply.features)
         self._requests += 1
         self._sent_bytes += request.nbytes
-        self._received_bytes += incoming.nbytes + len(reply.features)
+        self._received_bytes += nbytes
         self.slowest_s = max(self.slowest_s, now - request.asked_at)
         self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight + 1, 0), now
-        try:
-            request.received(incoming.nbytes + len(reply.features))
-            features = await self._features(request, reply, incoming)
-        except _WRONG as err:
-            self._take(reply.request_id)
-            request.or_fail(self._listener.on_wrong, self, request, err.with_traceback(None))
-        except Exception as err:  # such as no memory to unpack it, which fails this request alone
-            self._take(reply.request_id)
-            request.fail(err.with_traceback(None))
-        else:
-            self._take(reply.request_id)
-            request.answer(features, self.address)
-        self._pump()  # last, so that the thread that waits for the answer already goes on
+        request.received(nbytes)
+        make = functools.partial(_features, request.question, reply, incoming)
+        if nbytes > _LONG_BYTES and not request.question.wanted.as_computed:
+            return self._finish_elsewhere(request, reply.request_id, make)
+        self._on_features(request, reply.request_id, make())
+        return None
 
-    async def _features(self, request: Request, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
-        if incoming.nbytes > _LONG_BYTES and not request.question.wanted.as_computed:
-            return await self._loop.elsewhere(features_of, request.question, reply, incoming)
-        return features_of(request.question, reply, incoming)
+    async def _finish_elsewhere(self, request: Request, request_id: int, make: Callable[[], _Made]) -> None:
+        self._on_features(request, request_id, await self._loop.elsewhere(make))
+
+    def _on_features(self, request: Request, request_id: int, made: _Made) -> None:
+        self._take(request_id)
+        if isinstance(made, _WRONG):
+            request.or_fail(self._listener.on_wrong, self, request, made)
+        elif isinstance(made, Exception):
+            request.fail(made)
+        else:
+            request.answer(made, self.address)
+        self._pump()  # last, so that the thread that waits for the answer already goes on
 
     def _take(self, request_id: int) -> Request | None:
         self._partial.pop(request_id, None)
         return self._window.take(request_id)
+
+
+def _begun(reply: teacher_pb2.Reply, limits: Limits, segment: ClientSegment | None) -> _Begun:
+    try:
+        return framing.Incoming(reply.features, reply.payload, limits, segment)
+    except SchoolhouseError as err:
+        return err.with_traceback(None)
+
+
+def _features(question: Question, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> _Made:
+    try:
+        return features_of(question, reply, incoming)
+    except Exception as err:  # such as no memory to unpack it, which fails this request alone
+        return err.with_traceback(None)
