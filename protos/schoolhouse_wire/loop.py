@@ -39,7 +39,7 @@ class Loop:
     def __init__(self, name: str) -> None:
         self._name = name
         self._pid = os.getpid()
-        self._calls: deque[Callable[[], object]] = deque()
+        self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._waking = False  # whether the loop has been woken up to make the calls
         self._stopped = False
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class Loop:
         """
         if self._pid != os.getpid():
             return
-        self._calls.append(functools.partial(step, *args))
+        self._calls.append((step, args))
         if not self._waking:
             self._waking = True
             try:
@@ -80,7 +80,11 @@ class Loop:
     def _make_calls(self) -> None:
         self._waking = False  # first, so that what is added from here on wakes the loop again
         while self._calls:
-            background.run(self._calls.popleft(), "what the event loop was asked to do", background.go_on)
+            step, args = self._calls.popleft()
+            try:
+                step(*args)
+            except BaseException as err:
+                background.failed(err, "what the event loop was asked to do", background.go_on)
 
     def here(self, step: Callable[..., object], *args: Any) -> None:
         """Call `step(*args)`: at once in the loop's own thread, else soon, there."""

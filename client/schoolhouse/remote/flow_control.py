@@ -44,6 +44,11 @@ class Window(Generic[R]):
         return len(self._in_flight) + len(self._waiting) + len(self._sent_back)
 
     @property
+    def waits(self) -> bool:
+        """Whether there are requests that the replica does not have yet."""
+        return bool(self._waiting or self._sent_back)
+
+    @property
     def in_flight(self) -> int:
         """Number of requests that the replica has."""
         return len(self._in_flight)

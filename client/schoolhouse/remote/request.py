@@ -47,6 +47,7 @@ TRANSITIONS = (
     Transition(LIVE, "fail", "failed", "whoever finds the error, also that it is late"),
     Transition(LIVE, "cancel", "cancelled", "whoever asked for the features, also through the future"),
 )
+_GOING_ON = ("PENDING", "RUNNING")
 _NEXT = {(state, line.event): line.next or state for line in TRANSITIONS for state in line.states}
 
 
@@ -154,9 +155,9 @@ class Request:
     @property
     def done(self) -> bool:
         """Whether it is answered, failed or cancelled."""
-        return self.future.done()
+        return self.future._state not in _GOING_ON  # as `future.done()`, without its lock
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of the inputs."""
         return self.question.nbytes
@@ -256,7 +257,10 @@ class Request:
 
     def or_fail(self, step: Callable[..., None], *args: object) -> None:
         """Run the next step of this request; an error in it fails this request alone."""
-        background.run(functools.partial(step, *args), "a request's way", self.give_up)
+        try:
+            step(*args)
+        except BaseException as err:
+            background.failed(err, "a request's way", self.give_up)
 
     def give_up(self, error: BaseException) -> None:
         """Fail the request for an error in this client."""
@@ -287,7 +291,7 @@ def traced(tracer: Tracer | None, question: Question, teacher: str, job: str) ->
 def features_of(question: Question, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
     """The features of a reply; raises unless they are of the batch, the taps and the revision of the question."""
     given = (list(reply.taps), reply.revision, reply.input_digest)
-    expected = (list(question.wanted.to_wire()), question.revision, question.outgoing.digest)
+    expected = (question.wanted.wire, question.revision, question.outgoing.digest)
     if given != expected:
         raise FeatureMismatchError(
             f"the features that arrived are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"

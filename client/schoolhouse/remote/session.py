@@ -180,6 +180,8 @@ class Session:
 
     def _pump(self) -> None:
         """Send the waiting requests for which the window has room."""
+        if not self._window.waits:
+            return
         idle = not self._window.in_flight
         while (found := self._window.next(now := self._clock())) is not None:
             if idle:
@@ -203,18 +205,15 @@ class Session:
         question = request.question
 
         def head(payload: teacher_pb2.Payload) -> Message:
-            call = teacher_pb2.Call(
-                request_id=request_id,
-                taps=question.wanted.to_wire(),
-                revision=question.revision,
-                timeout_s=max(request.clock.deadline - self._clock(), 0.001),
-                inputs=question.outgoing.header,
-                payload=payload,
-                traceparent=request.traceparent(),
-                alone=question.alone,
-            )
+            message = teacher_pb2.ClientMessage(released=segment.released() if segment is not None else ())
+            call = message.call  # filled in place, since it may hold the inputs
+            call.request_id, call.revision, call.alone = request_id, question.revision, question.alone
+            call.taps.extend(question.wanted.wire)
+            call.timeout_s = max(request.clock.deadline - self._clock(), 0.001)
+            call.inputs, call.traceparent = question.outgoing.header, request.traceparent()
+            call.payload.CopyFrom(payload)
             framing.add_checksum(call)
-            return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
+            return message
 
         segment = self._same_host.segment
         try:
@@ -241,7 +240,10 @@ class Session:
             self._outbox.wake()
         elif not self._draining:
             self._draining = True  # as what is sent may have the window changed, and that calls this again
-            background.run(functools.partial(self._post, self._through), "sending to a replica", self._hang_up)
+            try:
+                self._post(self._through)
+            except BaseException as err:
+                background.failed(err, "sending to a replica", self._hang_up)
             self._draining = False
 
     def _post(self, through: LoopPipes) -> None:
