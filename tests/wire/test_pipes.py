@@ -1,6 +1,5 @@
 """Messages through pipes: whole, in order, bounded, and never a hang."""
 
-import asyncio
 import collections
 import contextlib
 import os
@@ -14,9 +13,9 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
+from deaf import deafness
 from memfd import soon
 from schoolhouse import errors
-from schoolhouse.remote.session import Session
 from schoolhouse_server import serve
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.same_host import pipes
@@ -315,30 +314,25 @@ def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_
         assert soon(lambda: not session_threads() and server._servicer.sessions == 0), session_threads()
 
 
-def test_replies_written_before_the_server_ended_are_delivered(monkeypatch):
-    module, holding, go = Filled(), threading.Event(), threading.Event()
-    receive = Session._receive
+@pytest.fixture
+def deaf():
+    with deafness() as found:
+        yield found
 
-    async def later(session, data):
-        while not go.is_set():
-            await asyncio.sleep(0.01)
-        assert receive(session, data) is None
 
-    def held(session, data):
-        return later(session, data) if holding.is_set() and not go.is_set() else receive(session, data)
-
-    monkeypatch.setattr(Session, "_receive", held)
+def test_replies_written_before_the_server_ended_are_delivered(deaf):
+    module = Filled()
     server = serve(module)
     teacher = sh.connect(server.url)
     teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
     [session] = teacher.open_sessions()
-    holding.set()
+    deaf.begin(teacher)
     asked = [teacher.submit((torch.tensor(5), torch.tensor(i)), {}, [""]) for i in range(20)]
     assert soon(lambda: server.load("teacher").served == 21)
     [member] = server._context.drain._sessions
     assert soon(lambda: not member.outstanding)  # they are in the pipe
     server.close()
     assert soon(lambda: session._same_host.pipes._ended)
-    go.set()
+    deaf.go_on.set()
     assert [future.result(20)[""][0].item() for future in asked] == list(range(20))
     teacher.close()
