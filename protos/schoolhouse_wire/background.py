@@ -1,17 +1,21 @@
 """Background work, in our threads or in callbacks: if it fails, whoever waits for it is told.
 
-`thread` makes every thread; a loop wraps each of its turns in `run`, so that it survives one that fails; `called` wraps
-what futures and gRPC call back. All of them log any error with its traceback, and then call `on_death(error)`. `failed`
-does that in a generator, and would in a task of an event loop. A test finds threads that are not made here.
+`thread` makes every thread, and `Loop.task` every task of an event loop; a thread that loops wraps each of its turns in
+`run`, so that it survives one that fails; `called` wraps what futures and gRPC call back. All of them log any error
+with its traceback, and then call `on_death(error)`. `failed` does that in a generator or a task. A test finds threads
+and tasks that are made in another way.
 
 | What runs | What waits for it | If it fails |
 |---|---|---|
-| `schoolhouse-session` (client) | the requests that a replica has | they go to another replica, or to a new session |
+| `schoolhouse-client`, the thread of a client's loop | all its requests | it logs the error, and goes on |
+| `schoolhouse-session`, a task | the requests that a replica has | they go to another replica, or to a new session |
 | the messages of a request | the caller that waits for its features | the request fails; the session goes on |
-| what a session sends (gRPC's thread) | the requests that a replica has | the call is cancelled; the reader sees it |
-| `schoolhouse-watch` | requests that look for a replica | they use the known ones; it watches again, with backoff |
-| `schoolhouse-deadlines` | requests that are late or parked | the request at fault fails; the thread goes on |
-| `schoolhouse-follow` | a request whose revision is gone | the request fails |
+| `schoolhouse-sending`, a task | the requests that a replica has | the call is cancelled; the session sees it |
+| `schoolhouse-watch`, a task | requests that look for a replica | they use the known ones; it watches again later |
+| deadlines, leases, retries: alarms | requests that are late or parked | that one fails; the alarm is set again |
+| `schoolhouse-comparison`, a task | the caller that waits for verified features | it gets the error instead |
+| `schoolhouse-channel`, a task | nothing; it closes a channel | the channel is closed when it is freed |
+| `schoolhouse-waiter` | requests that need a head, or whose revision is gone | the request fails |
 | `schoolhouse-handshake` | the caller that asks why a server is silent | the reason stays unknown |
 | callbacks of a request's future | the caller that waits for verified features | it gets the error instead |
 | `schoolhouse-copier` | the thread that copies into shared memory | it raises the error; the copier goes on |

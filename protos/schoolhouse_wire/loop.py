@@ -1,7 +1,8 @@
 """An event loop in a thread of its own, in which connections live: sessions and watches are tasks, deadlines timers.
 
 A replica has one loop, and a client process has one for all its connections. What other threads want of the loop they
-`call`; what would hold it up, such as copying many bytes, it does `elsewhere`.
+`call`; what would hold it up, such as copying many bytes, it does `elsewhere`. In a fork nothing happens that is asked
+of it: a fork shares the file descriptors that wake the parent's loop, but has not its thread.
 """
 
 import asyncio
@@ -38,7 +39,8 @@ class Loop:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._calls: deque[Callable[[], object]] = deque()
+        self._pid = os.getpid()
+        self._calls: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._waking = False  # whether the loop has been woken up to make the calls
         self._stopped = False
         self._lock = threading.Lock()
@@ -57,7 +59,7 @@ class Loop:
     @property
     def runs_here(self) -> bool:
         """Whether the calling thread is the loop's."""
-        return self._thread is threading.current_thread()
+        return self._thread is threading.current_thread() and self._pid == os.getpid()
 
     def start(self) -> "Loop":
         """Start the thread, unless it runs; raises `RuntimeError` if there can be no more threads."""
@@ -77,7 +79,7 @@ class Loop:
         """
         if self._pid != os.getpid():
             return
-        self._calls.append(functools.partial(step, *args))
+        self._calls.append((step, args))
         if not self._waking and self._asyncio is not None:
             self._waking = True
             try:
@@ -88,7 +90,11 @@ class Loop:
     def _make_calls(self) -> None:
         self._waking = False  # first, so that what is added from here on wakes the loop again
         while self._calls:
-            background.run(self._calls.popleft(), "what the event loop was asked to do", background.go_on)
+            step, args = self._calls.popleft()
+            try:
+                step(*args)
+            except BaseException as err:
+                background.failed(err, "what the event loop was asked to do", background.go_on)
 
     def here(self, step: Callable[..., object], *args: Any) -> None:
         """Call `step(*args)`: at once in the loop's own thread, else soon, there."""
@@ -133,8 +139,12 @@ class Loop:
         """Begin a task, in the loop's thread; if it fails, the error is logged and `on_death(error)` called."""
         task = self.asyncio.create_task(_watched(work, name, on_death), name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(functools.partial(self._on_end, work))
         return task
+
+    def _on_end(self, work: Coroutine[Any, Any, None], task: _Task) -> None:
+        self._tasks.discard(task)
+        work.close()  # for a task that was cancelled before it began
 
     async def elsewhere(self, step: Callable[..., T], *args: Any) -> T:
         """The result of `step(*args)`, called in another thread, so that the loop goes on meanwhile."""

@@ -39,6 +39,8 @@ class LoopOutbox(Generic[T]):
         self._active: deque[Source[T]] = deque()
         self._away: deque[tuple[Source[T], Elsewhere]] = deque()  # the first one is at work
         self._waiter: asyncio.Future[None] | None = None
+        self._ready: Callable[[], None] | None = None
+        self._telling = False
         self._closed = False
 
     def put(self, messages: Source[T]) -> None:
@@ -47,20 +49,40 @@ class LoopOutbox(Generic[T]):
             self._arrivals.append(messages)
             self._loop.here(self._wake)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have who waits in `next` look again."""
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def next(self) -> T | None:
-        """The next message; None once the outbox is closed. Only one task may wait for it."""
+    def _wake(self) -> None:
+        self.wake()
+        if self._ready is not None and not self._telling:
+            self._telling = True
+            self._loop.call(self._tell)  # not at once, since a finalizer may put in the middle of anything
+
+    def _tell(self) -> None:
+        self._telling = False
+        if self._ready is not None:
+            self._ready()
+
+    def when_ready(self, ready: Callable[[], None]) -> None:
+        """From now on call `ready()` soon after each `put`, for who takes messages by `take` and not by `next`."""
+        self._ready = ready
+        self._wake()
+
+    def add(self, messages: Source[T]) -> None:
+        """As `put`, in the loop, for who then takes the messages."""
+        if not self._closed:
+            self._arrivals.append(messages)
+
+    def take(self) -> T | None:
+        """The next message, if there is one now."""
         while not self._closed:
             while self._arrivals:
                 self._active.append(self._arrivals.popleft())
             if not self._active:
-                self._waiter = self._loop.asyncio.create_future()
-                await self._waiter
-                continue
+                return None
             source = self._active.popleft()
             message = next(source, None)
             if isinstance(message, Elsewhere):
@@ -68,6 +90,15 @@ class LoopOutbox(Generic[T]):
             elif message is not None:
                 self._active.append(source)
                 return message
+        return None
+
+    async def next(self) -> T | None:
+        """The next message; None once the outbox is closed. Only one task may wait for it."""
+        while not self._closed:
+            if (message := self.take()) is not None:
+                return message
+            self._waiter = self._loop.asyncio.create_future()
+            await self._waiter
         return None
 
     def _send_away(self, source: Source[T], work: Elsewhere) -> None:
@@ -97,6 +128,7 @@ class LoopOutbox(Generic[T]):
     def clear(self) -> None:
         """After `close`, free what was not sent. A finalizer must not call this, as sources may do anything."""
         assert self._closed
+        self._ready = None
         self._active.clear()
         self._arrivals.clear()
 

@@ -17,6 +17,7 @@ import schoolhouse as sh
 import torch
 from forked import in_a_fork
 from schoolhouse import errors
+from schoolhouse.remote import connections
 from schoolhouse_server import serve
 from schoolhouse_wire.executor import DaemonExecutor
 from schoolhouse_wire.rpc import channel
@@ -75,7 +76,8 @@ def test_a_fork_that_closes_a_teacher_leaves_the_parents_sessions():
     held, free = threading.Event(), threading.Event()
 
     def hold():
-        with teacher._dispatcher.outstanding._lock, teacher._dispatcher._lock:  # as threads may
+        dispatcher = teacher._dispatcher
+        with dispatcher.outstanding._lock, dispatcher._loop._lock, connections._guard:  # as threads may
             held.set()
             free.wait(30)
 

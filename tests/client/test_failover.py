@@ -24,6 +24,7 @@ from directories import (
 from memfd import soon
 from schoolhouse import errors
 from schoolhouse.remote import pending
+from schoolhouse.remote.connections import connections
 from schoolhouse.remote.directory import Replica, ReplicaSet
 from schoolhouse.remote.replica_pool import Links
 from schoolhouse.remote.request import Question, Request, Traffic
@@ -148,13 +149,8 @@ def test_a_lone_replica_that_is_slow_is_not_left():
         assert teacher.open_sessions() == [session]
 
 
-def test_a_session_that_was_idle_is_not_silent_since_then_where_two_threads_ask_at_once():
-    now, others = 0.0, []
-
-    def clock():
-        if others:  # as another thread that sends between two steps of this one
-            session.send(others.pop())
-        return now
+def test_a_session_that_was_idle_is_not_silent_since_then():
+    now = 0.0
 
     def request():
         outgoing = framing.Outgoing([torch.ones(2)], limits=Limits(), snapshot=True)
@@ -165,11 +161,13 @@ def test_a_session_that_was_idle_is_not_silent_since_then_where_two_threads_ask_
 
     session = Session(
         "a", "teacher", job="", weight=1.0, transport=sh.Transport(shared_memory=False, tune_allocator=False),
-        security=ClientSecurity(), listener=None, clock=clock,
+        security=ClientSecurity(), listener=None, clock=lambda: now, connections=connections(),
     )  # fmt: skip
     session.alive = True
     session._window.grant(teacher_pb2.Opened(max_in_flight=8))
-    now, others = 100.0, [request()]
+    now = 100.0
+    assert session.send(request())
+    now = 101.0
     assert session.send(request())
     assert len(session.asked()) == 2
     assert session.silent_since == 100

@@ -1,4 +1,4 @@
-"""What two threads of a client do in the same moment, brought about on purpose: no request is lost, none waits."""
+"""What happens to a client in the same moment, brought about on purpose: no request is lost, none waits."""
 
 import contextlib
 import dataclasses
@@ -10,15 +10,17 @@ import types
 import pytest
 import schoolhouse as sh
 import torch
-from directories import DRAINING, DirectoryServer, Scale, addresses, answer, ask, entry, replicas, sessions
+from directories import DRAINING, DirectoryServer, Scale, addresses, answer, ask, entry, replicas, sessions, tasks
 from memfd import soon
 from schoolhouse import errors
+from schoolhouse.remote import connections
 from schoolhouse.remote import teacher as remote
 from schoolhouse.remote.flow_control import Window
 from schoolhouse.remote.pending import Outstanding
 from schoolhouse.remote.request import Clock
 from schoolhouse_server import serve
 from schoolhouse_wire import framing
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
 
 
@@ -32,34 +34,30 @@ class Sized:
     def send(self, now):
         return True
 
-
-class Between:
-    """A lock. `then` is called once, by whoever has released it."""
-
-    def __init__(self, then):
-        self._lock, self._then = threading.Lock(), then
-
-    def __enter__(self):
-        self._lock.acquire()
-
-    def __exit__(self, *_exc):
-        self._lock.release()
-        then, self._then = self._then, lambda: None
-        then()
+    def wait(self):
+        pass
 
 
-def test_a_session_that_ends_while_another_thread_sends_loses_no_request():
+def test_a_session_that_ends_loses_no_request():
     window = Window()
-    window.grant(teacher_pb2.Opened(max_in_flight=4))
-    asked = [Sized() for _ in range(3)]
+    window.grant(teacher_pb2.Opened(max_in_flight=2))
+    asked = [Sized() for _ in range(4)]
     for request in asked:
         assert window.add(request)
-    started = []
-    window._lock = Between(lambda: started.append(window.next(0.0)))
-    lost = window.end()
-    assert started == [None]
-    assert lost == asked
+    started = [window.next(0.0), window.next(0.0), window.next(0.0)]
+    assert started == [(1, asked[0]), (2, asked[1]), None]
+    window.wait(1)
+    assert window.end() == [asked[1], asked[0], *asked[2:]]
     assert [len(window), window.next(0.0), window.add(Sized())] == [0, None, False]
+
+
+def in_the_loop(step):
+    """What `step` returns, called in the event loop of this process' clients."""
+
+    async def stepping():
+        return step()
+
+    return connections.connections().loop.run(stepping()).result(30)
 
 
 def test_what_falls_due_while_requests_are_tried_again_is_not_forgotten(monkeypatch):
@@ -70,10 +68,8 @@ def test_what_falls_due_while_requests_are_tried_again_is_not_forgotten(monkeypa
             server.close()
             ask(teacher)
             dispatcher = teacher._dispatcher
-            flush, tend, asked = dispatcher._flush, dispatcher._tend, threading.Event()
-            dispatcher.outstanding._tend = asked.set  # only here, from now on
-            dispatcher.outstanding.stir()
-            assert asked.wait(20)  # by the thread, which is not at the real one any more
+            flush, tend = dispatcher._flush, dispatcher._tend
+            dispatcher.outstanding._tend = lambda: None  # only here, from now on
             [link] = dispatcher._links
             assert soon(lambda: dispatcher._parked and link.session is None)
             now = time.monotonic()
@@ -88,21 +84,33 @@ def test_what_falls_due_while_requests_are_tried_again_is_not_forgotten(monkeypa
                 now += 0.3
 
             dispatcher._flush = slow
-            assert tend() == due_at
+            assert in_the_loop(tend) == due_at
             monkeypatch.undo()
 
 
 def test_deadlines_of_what_is_answered_take_no_memory():
-    outstanding, clock = Outstanding(10, lambda request: None, lambda: None), Clock(time.monotonic() + 1e6)
-    for number in range(10_000):
-        outstanding.add(types.SimpleNamespace(number=number, clock=clock))
-        outstanding.remove(number)
+    loop = Loop("test-loop").start()
+    outstanding, clock = Outstanding(loop, 10, lambda request: None, lambda: None), Clock(time.monotonic() + 1e6)
+
+    async def ask():
+        for number in range(10_000):
+            request = types.SimpleNamespace(number=number, clock=clock)
+            outstanding.add(request)
+            outstanding.schedule(request)
+            outstanding.remove(number)
+
+    loop.run(ask()).result(30)
     assert len(outstanding._deadlines) < 500
+    loop.stop()
 
 
-def test_a_reply_that_begins_as_its_request_is_cancelled_leaves_nothing(monkeypatch):
-    module = Scale(2)
-    with serve(module, shared_memory_bytes=0) as server, sh.connect(server.url) as teacher:
+@pytest.mark.parametrize("shared_memory_bytes", [0, 64 << 20])
+def test_a_reply_that_begins_as_its_request_is_cancelled_leaves_nothing(shared_memory_bytes, monkeypatch):
+    module, checked = Scale(2), sh.Transport(checksums=True)
+    with (
+        serve(module, shared_memory_bytes=shared_memory_bytes) as server,
+        sh.connect(server.url, transport=checked) as teacher,
+    ):
         assert answer(teacher) == 2
         [session] = teacher.open_sessions()
         asked, over = [], threading.Event()
@@ -112,7 +120,9 @@ def test_a_reply_that_begins_as_its_request_is_cancelled_leaves_nothing(monkeypa
                 super().__init__(*args)
                 if asked:
                     asked.pop().cancel()
-                    if soon(lambda: not len(session._window)):
+                    elsewhere = not connections.connections().loop.runs_here
+                    assert elsewhere == bool(shared_memory_bytes)
+                    if not elsewhere or soon(lambda: not len(session._window)):
                         over.set()
 
         here = types.SimpleNamespace(**vars(framing) | {"Incoming": Slow})  # and not in the server
@@ -123,6 +133,7 @@ def test_a_reply_that_begins_as_its_request_is_cancelled_leaves_nothing(monkeypa
         assert over.wait(30)
         assert answer(teacher, 3) == 6
         assert session._partial == {}
+        assert len(session._window) == 0
 
 
 def test_a_job_that_pauses_keeps_a_session_with_its_revision(kept_port):
@@ -153,62 +164,59 @@ def test_connecting_takes_no_longer_than_it_may():
 def test_a_teacher_that_is_closed_as_it_connects_is_closed(monkeypatch):
     with serve(Scale(2)) as server:
         teacher = remote.RemoteTeacher(server.url)
-        connect = teacher._connect
-        monkeypatch.setattr(teacher, "_connect", lambda: (connect(), teacher.close())[0])
+        first = teacher._first
+
+        async def closed():
+            found = await first()
+            teacher.close()
+            return found
+
+        monkeypatch.setattr(teacher, "_first", closed)
         assert isinstance(ask(teacher).exception(20), errors.TeacherUnavailableError)
         assert teacher._dispatcher.closed
 
 
-def test_threads_that_cannot_be_had_are_tried_again(monkeypatch):
-    with serve(Scale(2)) as server, sh.connect(server.url) as teacher:
+def test_a_thread_that_cannot_be_had_is_tried_again(monkeypatch):
+    monkeypatch.setattr(connections, "_connections", None)
+    with serve(Scale(2)) as server:
         start = threading.Thread.start
 
         def refused(thread):
-            if thread.name == "schoolhouse-watch":
+            if thread.name == "schoolhouse-client":
                 raise RuntimeError("can't start new thread")
             start(thread)
 
-        monkeypatch.setattr(threading.Thread, "start", refused)
-        with pytest.raises(RuntimeError, match="new thread"):
-            ask(teacher)
-        monkeypatch.undo()
-        assert answer(teacher) == 2
-        names = {thread.name for thread in threading.enumerate()}
-        assert {"schoolhouse-watch", "schoolhouse-deadlines"} <= names
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            with pytest.raises(RuntimeError, match="new thread"):
+                sh.connect(server.url)
+        with sh.connect(server.url) as teacher:
+            assert answer(teacher) == 2
+        connections.stop()
 
 
-def test_closing_waits_for_no_lock_of_the_threads():
-    """The garbage collector may close a teacher in a thread that holds one of them, within its own wait."""
+def test_closing_waits_for_no_lock():
+    """The garbage collector may close a teacher in a thread that holds one of them."""
     with serve(Scale(2)) as server, sh.connect(server.url) as teacher:
         assert answer(teacher) == 2
-        dispatcher = teacher._dispatcher
-        own = [*vars(dispatcher._watch).values(), *vars(dispatcher.outstanding).values()]
-        own = [getattr(one, "_cond", one) for one in own]  # that of an event
-        done = threading.Event()
-
-        def held():
-            with contextlib.ExitStack() as stack:
-                for one in own:
-                    if hasattr(one, "acquire"):
-                        stack.enter_context(one)
-                closing = threading.Thread(target=lambda: (dispatcher.outstanding.stir(), teacher.close(), done.set()))
-                closing.start()
-                assert done.wait(20)
-
-        held()
+        dispatcher, done = teacher._dispatcher, threading.Event()
+        with connections._guard, dispatcher.outstanding._lock, dispatcher._loop._lock:
+            closing = threading.Thread(target=lambda: (teacher.close(), done.set()))
+            closing.start()
+            assert done.wait(20)
 
 
-def test_closing_while_another_thread_takes_what_is_parked():
-    class Emptied(dict):
-        left = 1
-
-        def __len__(self):
-            self.left -= 1
-            return self.left + 1
-
-    with serve(Scale(2)) as server, sh.connect(server.url) as teacher:
+def test_closing_ends_all_that_is_parked_whatever_callbacks_do_meanwhile():
+    server = serve(Scale(2))
+    with sh.connect(server.url) as teacher:
         assert answer(teacher) == 2
-        dispatcher = teacher._dispatcher
-        dispatcher._parked._since = Emptied()
+        server.close()
+        futures = [ask(teacher, i) for i in range(20)]
+        assert soon(lambda: len(teacher._dispatcher._parked._since) == 20)
+        for i, future in enumerate(futures):
+            future.add_done_callback(lambda _, i=i: (futures[-1 - i].cancel(), teacher.close()))
         teacher.close()
-        assert dispatcher.outstanding._closed
+        assert soon(lambda: all(future.done() for future in futures))
+        assert isinstance(futures[0].exception(), errors.TeacherUnavailableError)
+        assert futures[-1].cancelled()
+        assert soon(lambda: tasks() == []), tasks()

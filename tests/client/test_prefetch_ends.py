@@ -148,7 +148,7 @@ def test_the_collector_ends_a_loop_in_a_thread_that_holds_a_lock():
 
         def collect():
             # As when it runs in the middle of the session's work.
-            with session._window._lock, teacher._dispatcher.outstanding._lock:
+            with session._loop._lock, teacher._dispatcher.outstanding._lock:
                 collected.append(gc.collect())
 
         collected = []

@@ -113,7 +113,7 @@ def test_a_callback_that_would_wait_for_its_own_thread_is_refused(timeout_s):
             assert soon(lambda: dispatcher._where)
             [request] = dispatcher._where
             request.clock.deadline = time.monotonic() + timeout_s
-            dispatcher.outstanding.reschedule(request)
+            dispatcher._loop.call(dispatcher.outstanding.schedule, request)
         with pytest.raises(errors.UsageError, match="the head 'fc' is not here yet, and a callback of a future"):
             raise ended.get(timeout=20)  # at once, and not after the timeout of 60 s
         late.opened.set()

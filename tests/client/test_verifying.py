@@ -217,16 +217,16 @@ def test_features_of_another_revision_are_not_compared(caplog):
     with replicas(Scale(2), Scale(3)) as servers, DirectoryServer() as directory:
         directory.publish(*servers, revision=revision_of(servers[0]))
         with sh.connect(directory.url, follow_revisions=True) as remote:
-            teacher, again, other = sh.VerifiedTeacher(remote, every=1), remote.ask_again, revision_of(servers[1])
+            teacher, again, other = sh.VerifiedTeacher(remote, every=1), remote.begin_again, revision_of(servers[1])
 
             def elsewhere(first):
                 first.question = dataclasses.replace(first.question, revision=other)
                 return again(first)
 
-            remote.ask_again = elsewhere
+            remote.begin_again = elsewhere
             assert answer(teacher, 5) == 10
             assert teacher.verification() == sh.Verification(unchecked=1)
-            del remote.ask_again
+            del remote.begin_again
     assert f"has the revision {revision_of(servers[1])} by now" in caplog.text
 
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_verified_is_used_counted_and_told(caplog, monkeypatch):
         raise errors.TeacherBusyError("as many as max_pending allows")
 
     with pool(Faulty(), Faulty()) as teacher:
-        monkeypatch.setattr(teacher.teacher, "ask_again", full)
+        monkeypatch.setattr(teacher.teacher, "begin_again", full)
         for i in range(3):
             assert torch.equal(ask(teacher, i).result(20)[""], Faulty().fc(batch(i)))
         assert teacher.verification() == sh.Verification(unchecked=3)

@@ -17,7 +17,7 @@ from directories import (
     replicas,
     revision_of,
     sessions,
-    threads,
+    tasks,
 )
 from memfd import soon
 from schoolhouse import errors
@@ -98,7 +98,7 @@ def test_doubts_in_a_directory():
 def test_a_directory_that_hangs_is_not_missed():
     with elsewhere(2) as (process, _, _, port), replicas(Scale(2), Scale(2)) as (one, other):
         tell(process, *addresses(one, other), revision_of(one))
-        assert soon(lambda: threads() == []), threads()  # those of earlier tests
+        assert soon(lambda: tasks() == []), tasks()  # those of earlier tests
         teacher = sh.connect(f"grpc://127.0.0.1:{port}/teacher")
         assert soon(lambda: answer(teacher) == 2 and len(sessions(teacher)) == 2)
         process.send_signal(signal.SIGSTOP)
@@ -106,7 +106,7 @@ def test_a_directory_that_hangs_is_not_missed():
         one.close()
         assert [answer(teacher, i) for i in range(5)] == [2 * i for i in range(5)]
         teacher.close()
-        assert soon(lambda: threads() == []), threads()
+        assert soon(lambda: tasks() == []), tasks()
 
 
 def test_a_directory_without_watches_is_asked_once():
@@ -120,18 +120,18 @@ def test_a_directory_without_watches_is_asked_once():
 # What is left behind.
 
 
-def test_a_closed_teacher_leaves_no_threads_and_no_descriptors():
-    assert soon(lambda: threads() == [])
+def test_a_closed_teacher_leaves_no_tasks_and_no_descriptors():
+    assert soon(lambda: tasks() == [])
     with replicas(Scale(2), Scale(2)) as servers, DirectoryServer() as directory:
         directory.publish(*servers)
         for i in range(12):
             teacher = sh.connect(directory.url)
             assert answer(teacher) == 2
-            assert {"schoolhouse-deadlines", "schoolhouse-watch"} < {*threads()}
+            assert {"schoolhouse-session", "schoolhouse-watch"} <= {*tasks()}
             if i % 2:
                 teacher.close()  # otherwise it is not used any more
             del teacher
-            assert soon(lambda: threads() == []), threads()
+            assert soon(lambda: tasks() == []), tasks()
             if i == 3:
                 before = len(os.listdir("/proc/self/fd"))
         assert soon(lambda: len(os.listdir("/proc/self/fd")) <= before + 3)  # the replicas close theirs a little later
@@ -144,7 +144,7 @@ def test_a_teacher_that_waits_in_vain_can_be_closed_and_leaves_nothing():
     future = ask(teacher)
     del teacher
     gc.collect()
-    assert threads()  # the future needs it
+    assert tasks()  # the future needs it
     future.cancel()
     del future
-    assert soon(lambda: threads() == []), threads()
+    assert soon(lambda: tasks() == []), tasks()

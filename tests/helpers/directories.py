@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from memfd import soon
+from schoolhouse.remote import connections
 from schoolhouse_server import serve
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_server.replica.rpc_server import RpcServer
@@ -150,7 +151,7 @@ def addresses(*servers):
     return {f"127.0.0.1:{server.port}" for server in servers}
 
 
-def threads():
-    """Names of the threads that a client runs."""
-    ours = ("schoolhouse-watch", "schoolhouse-deadlines", "schoolhouse-session")
-    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith(ours))
+def tasks():
+    """Names of what runs in the event loop of this process' clients: sessions, what they send, watches."""
+    there = connections._connections
+    return sorted(task.get_name() for task in list(there.loop._tasks)) if there is not None else []

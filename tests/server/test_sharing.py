@@ -240,7 +240,7 @@ def test_a_deadline_that_passes_over_quota_says_so():
             [request] = outstanding._requests.values()
             assert soon(lambda: request.told_to_wait)
             request.clock.deadline = time.monotonic()
-            outstanding.reschedule(request)
+            other._dispatcher._loop.call(outstanding.schedule, request)
             with pytest.raises(errors.TeacherTimeoutError, match="over its quota"):
                 second.result(20)
             gate.opened.set()

@@ -304,8 +304,8 @@ def test_a_new_certificate_is_taken_while_it_serves(tmp_path, caplog):
     ):
         ask(before)
         (tmp_path / "server.pem").write_text("nonsense")
-        with sh.connect(server.url, security=sh.Security(ca=theirs().ca)):
-            assert "the new certificate is not used" in caplog.text
+        assert probe.main([f"127.0.0.1:{server.port}", "--ca", str(theirs().ca)]) == 0  # a new connection
+        assert "the new certificate is not used" in caplog.text
         for name in ("server.pem", "server-key.pem"):
             (tmp_path / name).write_bytes((ours().folder / name).read_bytes())
         with sh.connect(server.url, security=sh.Security(ca=ours().ca)) as after:

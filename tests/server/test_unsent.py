@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import schoolhouse as sh
 import torch
+from deaf import deafness
 from memfd import MIB, soon
 from merging import Asked, engine_of, submit
 from schoolhouse import encodings, errors
@@ -44,15 +45,12 @@ def forwards(server):
 @contextmanager
 def deaf(url, shared_memory):
     """A client that has read one answer and reads no more, and what has it read on."""
-    go_on, deafened = threading.Event(), threading.Event()
     transport = sh.Transport(shared_memory=shared_memory)
-    with sh.connect(url, job="deaf", transport=transport) as teacher:
-        ask(teacher, 0).add_done_callback(lambda _: deafened.set() or go_on.wait(60))  # in the thread that reads
-        assert deafened.wait(20)
-        try:
-            yield teacher, go_on
-        finally:
-            go_on.set()
+    with deafness() as deaf, sh.connect(url, job="deaf", transport=transport) as teacher:
+        ask(teacher, 0).result(20)
+        deaf.begin(teacher)
+        yield teacher, deaf.go_on
+        deaf.go_on.set()
 
 
 def settled(server):

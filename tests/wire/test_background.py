@@ -80,15 +80,16 @@ def test_what_the_helper_has_not_made_is_found(code):
     assert list(outside(ast.parse(code)))
 
 
-def test_the_table_has_every_thread_and_no_other():
+MADE = r"(?:background\.thread\(|Executor\(|Loop\(|\.task[(,])[^\n]*\"(schoolhouse-[a-z-]*[a-z])"
+
+
+def test_the_table_has_every_thread_and_task_and_no_other():
     made = "\n".join(path.read_text() for path in OURS if path.name != "background.py")
-    rows = re.findall(r"^\| (`schoolhouse-.*?) ", background.__doc__.replace("`, `-", "`,`-"), re.MULTILINE)
-    names = {name.strip("`") for row in rows for name in row.split(",")}
+    rows = re.findall(r"^\| (`schoolhouse-[^|]*) \|", background.__doc__, re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)}
     prefixes = {"-out": "schoolhouse-engine", "-directory": "schoolhouse"}
     names = {prefixes.get(name, "") + name for name in names}
-    for name in names:
-        assert f'"{name}' in made
-    assert made.count("background.thread(") == len(names - {"schoolhouse-directory"})
+    assert names == set(re.findall(MADE, made))
 
 
 @each_error

@@ -1,4 +1,4 @@
-"""Each thread and callback of a client is made to fail: who waits is told, and the work goes on."""
+"""Each task and callback of a client is made to fail: who waits is told, and the work goes on."""
 
 import weakref
 
@@ -6,11 +6,11 @@ import pytest
 import schoolhouse as sh
 import torch
 from bad_replica import answered, bad_replica, url_of
-from directories import DRAINING, DirectoryServer, Scale, answer, ask, replicas, revision_of, threads
+from directories import DRAINING, DirectoryServer, Scale, answer, ask, replicas, revision_of, tasks
 from memfd import soon
 from models import Net
 from schoolhouse import errors
-from schoolhouse.remote import at_exit, handshake, pending
+from schoolhouse.remote import at_exit, connections, handshake, pending
 from schoolhouse.remote.directory import ReplicaSet
 from schoolhouse.remote.dispatcher import Dispatcher
 from schoolhouse.remote.pending import Outstanding
@@ -27,17 +27,21 @@ from traps import Panic, Trap, each_error, opened
 CLIENT = {  # what is made to fail, and whether that takes the end of a session
     "the reader": (Session, "_receive", False),
     "the reader, at a reply": (Session, "_on_reply", False),
-    "the reader, at its end": (Session, "close", True),
+    "the reader, at its end": (Session, "_close", True),
     "the reader, as it tells of its end": (Dispatcher, "on_loss", True),
     "the reader, as it sends on what it had": (Dispatcher, "_send_again", True),
     "the reader, as another session opens": (Dispatcher, "on_opened", True),
     "a request's messages": (Request, "traceparent", False),
-    "what is sent": (Session, "_outgoing", True),
+    "what is sent": (Session, "_write", True),
+    "what is sent through pipes": (Session, "_post", False),
     "a copy": (shared_memory, "_copy", False),
+    "a request's way": (Dispatcher, "_ask", False),
+    "a request's way, at the choice of a replica": (Dispatcher, "_assign", False),
+    "the alarm": (Outstanding, "_ring", False),
     "the deadlines": (Outstanding, "_take_late", False),
     "the deadlines, as they tend": (Dispatcher, "_tend", False),
     "the deadlines, as they flush": (Dispatcher, "_flush", False),
-    "the watch": (Watch, "_sets", False),
+    "the watch": (Watch, "_watch", False),
     "the watch, as it tells": (Dispatcher, "on_set", False),
     "the watch, at what it hears": (ReplicaSet, "from_wire", False),
     "a request's end": (RemoteTeacher, "_done", False),
@@ -61,7 +65,7 @@ def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error
             assert soon(lambda: teacher._dispatcher._watch._call is not None)
             sprung = trap.set()
             directory.publish(server, zone="a")
-            teacher._dispatcher._watch._call.cancel()  # it begins again
+            teacher._dispatcher._loop.call(teacher._dispatcher._watch._call.cancel)  # it begins again
             if at_end:
                 begun[-1].end(errors.TeacherUnavailableError("a restart"))
             module.gate.set()
@@ -71,10 +75,10 @@ def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error
                 assert told is None or isinstance(told, errors.SchoolhouseError)
             assert sprung.wait(20)
             assert [answer(teacher, i) for i in range(3)] == [0, 2, 4]
-            assert {"schoolhouse-deadlines", "schoolhouse-watch"} < {*threads()}
+            assert "schoolhouse-watch" in tasks()
             directory.publish(server, state=DRAINING)
             assert soon(lambda: teacher._dispatcher.known.replicas[0].draining, collect=False)  # it hears of what comes
-    assert soon(lambda: threads() == []), threads()
+    assert soon(lambda: tasks() == []), tasks()
     assert deaths
     deaths.clear()
 
@@ -123,7 +127,7 @@ def test_a_request_whose_revision_is_gone_fails_where_it_cannot_follow(monkeypat
     with replicas(Net()) as (server,), sh.connect(server.url, follow_revisions=True) as teacher:
         assert teacher.describe().revision == revision_of(server)
         question = Question(outgoing=None, wanted=None, revision="", heads={}, limits=None)
-        request = Request(question, 0.0, follower=teacher._follow_with)
+        request = Request(question, 0.0, follower=teacher._follow_later)
         trap.set()
         request.refuse(errors.RevisionChangedError("gone"))
         assert isinstance(request.future.exception(20), errors.TeacherInternalError)
@@ -150,15 +154,16 @@ def test_a_verified_request_whose_comparison_fails_is_told(name, error, monkeypa
 
 def test_at_exit_every_connection_is_closed(monkeypatch, deaths):
     class Connection:
-        def threads(self):
+        def sessions(self):
             return []
 
         def close(self):
             closed.append(self)
             raise RuntimeError("as bugs do")
 
-    closed, ones = [], [Connection(), Connection()]
+    closed, ones, stopped = [], [Connection(), Connection()], []
+    monkeypatch.setattr(connections, "stop", lambda: stopped.append([*closed]))
     monkeypatch.setattr(at_exit, "_in_use", weakref.WeakSet(ones))
     at_exit._close_all()
-    assert {*closed} == {*ones}
+    assert {*closed} == {*ones} == {*stopped[0]}
     deaths.clear()

@@ -13,6 +13,7 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
+from deaf import deafness
 from memfd import soon
 from schoolhouse import errors
 from schoolhouse_server import serve
@@ -313,21 +314,25 @@ def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_
         assert soon(lambda: not session_threads() and server._servicer.sessions == 0), session_threads()
 
 
-def test_replies_written_before_the_server_ended_are_delivered():
-    module, go = Filled(), threading.Event()
+@pytest.fixture
+def deaf():
+    with deafness() as found:
+        yield found
+
+
+def test_replies_written_before_the_server_ended_are_delivered(deaf):
+    module = Filled()
     server = serve(module)
     teacher = sh.connect(server.url)
     teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
-    module.may.clear()
-    first = teacher.submit((torch.tensor(6), torch.tensor(1)), {}, [""])
-    first.add_done_callback(lambda _: go.wait(60))  # holds the thread that reads
-    module.may.set()
+    [session] = teacher.open_sessions()
+    deaf.begin(teacher)
     asked = [teacher.submit((torch.tensor(5), torch.tensor(i)), {}, [""]) for i in range(20)]
-    assert soon(lambda: server.load("teacher").served == 22)
-    [member], [session] = server._context.drain._sessions, teacher.open_sessions()
+    assert soon(lambda: server.load("teacher").served == 21)
+    [member] = server._context.drain._sessions
     assert soon(lambda: not member.outstanding)  # they are in the pipe
     server.close()
     assert soon(lambda: session._same_host.pipes._ended)
-    go.set()
+    deaf.go_on.set()
     assert [future.result(20)[""][0].item() for future in asked] == list(range(20))
     teacher.close()

@@ -1,22 +1,21 @@
-"""At the end of the interpreter, close connections first, since they have threads inside gRPC."""
+"""At the end of the interpreter, end connections first: a thread inside gRPC or torch would abort the process then."""
 
 import atexit
 import time
 import weakref
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Protocol
 
 from schoolhouse_wire import background
 
+from schoolhouse.remote import connections
+
 _TIMEOUT_S = 5.0
-
-
-class _Thread(Protocol):
-    def join(self, timeout_s: float) -> None: ...
+_LOOK_AGAIN_S = 0.005
 
 
 class _Connection(Protocol):
-    def threads(self) -> Collection[_Thread]: ...
+    def sessions(self) -> Sequence[object]: ...
 
     def close(self) -> None: ...
 
@@ -35,11 +34,11 @@ def close_first(connection: _Connection) -> None:
 
 
 def _close_all() -> None:
-    """Close all, and wait for their threads: one that is inside torch or gRPC at the end aborts the process."""
-    threads: list[_Thread] = []
-    for connection in list(_in_use):
-        threads += connection.threads()
+    """Close all, wait for the end of their sessions, and end the event loop's thread."""
+    closing = list(_in_use)
+    for connection in closing:
         background.run(connection.close, "closing a connection at exit", background.go_on)
     deadline = time.monotonic() + _TIMEOUT_S
-    for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0.0))
+    while any(connection.sessions() for connection in closing) and time.monotonic() < deadline:
+        time.sleep(_LOOK_AGAIN_S)
+    connections.stop()

@@ -6,7 +6,7 @@ _BURST = 256.0  # most retries at once, for the requests in flight at replicas t
 
 
 class RetryBudget:
-    """A bucket of tokens, one for each request that is sent again. The caller holds a lock.
+    """A bucket of tokens, one for each request that is sent again.
 
     After gRPC's retry throttling (proposal A6) and Finagle's retry budgets.
     """

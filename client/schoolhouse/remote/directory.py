@@ -25,6 +25,7 @@ from schoolhouse.errors import (
     TeacherUnavailableError,
     UnknownTeacherError,
 )
+from schoolhouse.remote.connections import Connections
 from schoolhouse.remote.handshake import why_not
 from schoolhouse.teachers.protocol import TeacherDescription
 
@@ -47,6 +48,11 @@ class Replica:
     draining: bool = False
     distance: int = ELSEWHERE
     queued: int = 0  # requests that waited for its device at the time of the report
+
+    @property
+    def name(self) -> str:
+        """Its id, or else its address."""
+        return self.id or self.address
 
     def may_serve(self, revision: str) -> bool:
         """Whether its revision is `revision` or not known; true for the empty revision, which stands for any."""
@@ -199,7 +205,9 @@ def parse(url: str) -> Address:
     return Address(parts.netloc, name, host, tls=parts.scheme == "grpcs")
 
 
-def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSecurity) -> ReplicaSet:
+async def find(
+    connections: Connections, target: str, name: str, zone: str, timeout_s: float, security: ClientSecurity
+) -> ReplicaSet:
     """The replicas of the teacher `name`, from the directory or replica at `target`.
 
     Raises:
@@ -208,12 +216,18 @@ def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSe
         ConfigError: if only one of the two speaks TLS, or if the server speaks HTTP and not gRPC.
         UnknownTeacherError: if there is no teacher of that name; lists those there are.
     """
-    with channel.connect(target, security) as opened:
+    with connections.channel(target, security) as opened:
         stub = directory_pb2_grpc.DirectoryServiceStub(opened)  # type: ignore[no-untyped-call]
         try:
-            response = stub.ListTeachers(directory_pb2.ListTeachersRequest(), timeout=timeout_s, wait_for_ready=True)
+            response = await stub.ListTeachers(
+                directory_pb2.ListTeachersRequest(),
+                timeout=timeout_s,
+                wait_for_ready=True,
+                metadata=channel.metadata(security),
+            )
         except grpc.RpcError as err:
-            raise _unreachable(err, target, timeout_s, security) from err
+            error = status.from_rpc_error(err, target)
+            raise await _unreachable(error, connections, target, timeout_s, security) from err
     sets = {found.teacher: found for found in response.teachers}
     if name not in sets:
         raise UnknownTeacherError(
@@ -222,8 +236,13 @@ def find(target: str, name: str, zone: str, timeout_s: float, security: ClientSe
     return ReplicaSet.from_wire(sets[name], target, zone)
 
 
-def describe(
-    replicas: Sequence[str], name: str, revision: str, timeout_s: float, security: ClientSecurity
+async def describe(
+    connections: Connections,
+    replicas: Sequence[str],
+    name: str,
+    revision: str,
+    timeout_s: float,
+    security: ClientSecurity,
 ) -> tuple[TeacherDescription, Limits]:
     """Describe the teacher `name`, and the limits of requests to it, by asking replicas until one answers.
 
@@ -240,7 +259,7 @@ def describe(
             if left_s <= 0:
                 break
             try:
-                found = _described(address, name, min(patience_s, left_s), security)
+                found = await _described(connections, address, name, min(patience_s, left_s), security)
             except SchoolhouseError as err:
                 error = err
                 continue
@@ -252,12 +271,14 @@ def describe(
     raise TeacherUnavailableError(f"no replica of {name!r} answered within {timeout_s:.3g} s; {error}") from error
 
 
-def _described(address: str, name: str, timeout_s: float, security: ClientSecurity) -> teacher_pb2.DescribeResponse:
-    with channel.connect(address, security) as opened:
+async def _described(
+    connections: Connections, address: str, name: str, timeout_s: float, security: ClientSecurity
+) -> teacher_pb2.DescribeResponse:
+    with connections.channel(address, security) as opened:
         stub = teacher_pb2_grpc.TeacherServiceStub(opened)  # type: ignore[no-untyped-call]
         try:
-            response: teacher_pb2.DescribeResponse = stub.Describe(
-                teacher_pb2.DescribeRequest(teacher=name), timeout=timeout_s
+            response: teacher_pb2.DescribeResponse = await stub.Describe(
+                teacher_pb2.DescribeRequest(teacher=name), timeout=timeout_s, metadata=channel.metadata(security)
             )
         except grpc.RpcError as err:
             raise status.from_rpc_error(err, address) from err
@@ -288,11 +309,12 @@ def revision_changed(name: str, where: str, revision: str, there_are: Sequence[s
     )
 
 
-def _unreachable(err: grpc.RpcError, target: str, timeout_s: float, security: ClientSecurity) -> SchoolhouseError:
-    error = status.from_rpc_error(err, target)
+async def _unreachable(
+    error: SchoolhouseError, connections: Connections, target: str, timeout_s: float, security: ClientSecurity
+) -> SchoolhouseError:
     if not isinstance(error, TeacherUnavailableError | TeacherTimeoutError):
         return error
-    why = why_not(target, security)
+    why = await connections.loop.elsewhere(why_not, target, security)
     if why is not None and not isinstance(why, TeacherUnavailableError):
         return why
     found = why.message if why is not None else "something listens there; is it the teacher's server, and is it well?"

@@ -1,10 +1,11 @@
 """The dispatcher: gives each request to a replica, to another one if that is lost, and parks it while there is none."""
 
+import asyncio
+import contextlib
 import os
 import random
-import threading
 import time
-from collections import deque
+from collections.abc import Mapping
 
 from schoolhouse_wire.rpc.security import ClientSecurity
 
@@ -15,8 +16,10 @@ from schoolhouse.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
+from schoolhouse.lm_head.head import Head
 from schoolhouse.remote import at_exit
 from schoolhouse.remote.budget import RetryBudget
+from schoolhouse.remote.connections import Connections
 from schoolhouse.remote.directory import Known, ReplicaSet, revision_changed
 from schoolhouse.remote.pending import Outstanding, Parking
 from schoolhouse.remote.replica_pool import Link, Links
@@ -24,6 +27,7 @@ from schoolhouse.remote.request import Request, Traffic, late
 from schoolhouse.remote.session import Session
 from schoolhouse.remote.settings import Settings
 from schoolhouse.remote.watching import Watch
+from schoolhouse.taps import Tap
 
 _LOOK_AGAIN_S = 0.1
 _MAX_LOSSES = 4  # after so many losses a request fails, since it may itself be what kills the replicas
@@ -32,8 +36,8 @@ _MAX_LOSSES = 4  # after so many losses a request fails, since it may itself be 
 class Dispatcher:
     """The sessions with the replicas of one teacher, and the requests on their way through them.
 
-    Requests are answered or failed in the threads of the sessions, of the watch and of the deadlines. None of these
-    threads refers to the RemoteTeacher, so that it is freed when nothing else uses it.
+    All of it happens in the event loop; other threads only `ask`, `close`, and look. Nothing in the loop refers to the
+    RemoteTeacher, so that it is freed when nothing else uses it.
     """
 
     def __init__(
@@ -44,26 +48,26 @@ class Dispatcher:
         settings: Settings,
         security: ClientSecurity,
         first: ReplicaSet,
+        connections: Connections,
     ) -> None:
         """`revision` is that of every request, or empty if each request has its own."""
         self._target, self._name, self._revision = target, name, revision
         self._settings, self._timeouts, self._security = settings, settings.timeouts, security
         self._pid = os.getpid()
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._connections, self._loop = connections, connections.loop
+        self._changed = asyncio.Event()  # set, and replaced, when a replica or the directory changes
         rng = random.Random()  # not the global generator: drawing from it would change the training
-        self._links = Links(self._start, settings.timeouts.connect_s, rng)
+        self._links = Links(self._start, settings.timeouts.connect_s, rng, settings.sharing.max_replicas)
         self._known = Known(first)
         self._links.update(first, time.monotonic())
         self._where: dict[Request, Link] = {}
-        self._finished: deque[tuple[Link, int]] = deque()  # links and bytes of ended requests, not subtracted yet
         self._parked = Parking(name, settings.timeouts.wait_s, self._tried)
         self._budget = RetryBudget(time.monotonic())
         self._past = Traffic()  # traffic of sessions that have ended
-        self._watch = Watch(target, name, settings.zone, self, security)
+        self._watch = Watch(target, name, settings.zone, self, security, connections)
         self._watching = False
         self._directory_error: SchoolhouseError | None = None  # set while the directory does not answer
-        self.outstanding = Outstanding(settings.sharing.max_pending, self._fail_late, self._tend)
+        self.outstanding = Outstanding(self._loop, settings.sharing.max_pending, self._fail_late, self._tend)
         self._used = False  # whether a session was ever open
         self.closed = False
 
@@ -81,59 +85,79 @@ class Dispatcher:
         """The sessions that are open or being opened."""
         return [link.session for link in self._links if link.session is not None]
 
-    def threads(self) -> list[Session | Watch]:
-        """The objects that have a thread inside gRPC."""
-        return [*self.sessions(), self._watch]
-
     def traffic(self) -> Traffic:
         """Number of requests answered so far, and the bytes that they moved."""
-        with self._lock:
-            return sum((session.traffic for session in self.sessions()), self._past)
+        return sum((session.traffic for session in self.sessions()), self._past)
 
-    def answers_here(self) -> bool:
-        """Whether this thread is one that completes requests, so that it must not wait for one."""
-        sessions = any(session.reads_here for session in self.sessions())
-        return sessions or self.outstanding.runs_here or self._watch.runs_here
-
-    def open_one(self, revision: str) -> None:
+    async def open_one(self, revision: str) -> None:
         """Wait until a session is open, until that is hopeless, or until the connect timeout."""
         deadline = time.monotonic() + self._timeouts.connect_s
-        with self._changed:
-            while not self.closed and (now := time.monotonic()) < deadline:
-                self._begin()
-                if self._links.pick(revision, now) is not None or self._links.hopeless(revision, now) is not None:
-                    return
-                self._changed.wait(min(_LOOK_AGAIN_S, deadline - now))
+        while not self.closed and (now := time.monotonic()) < deadline:
+            self._begin()
+            if self._links.pick(revision, now) is not None or self._links.hopeless(revision, now) is not None:
+                return
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(_LOOK_AGAIN_S, deadline - now))
+
+    def _has_changed(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def ask(self, request: Request) -> None:
+        """Send a request on its way. Any thread may call this."""
+        if self.closed:  # the loop itself may have ended by now
+            request.fail(self._gone())
+        else:
+            self._loop.call(request.or_fail, self._ask, request)
+
+    def _ask(self, request: Request) -> None:
+        self.outstanding.schedule(request)
+        self.dispatch(request)
+
+    def follow(self, request: Request, revision: str, heads: Mapping[Tap, Head]) -> None:
+        """Send a request that was refused on its way to another revision. Any thread may call this."""
+        self._loop.call(request.or_fail, self._follow_to, request, revision, heads)
+
+    def _follow_to(self, request: Request, revision: str, heads: Mapping[Tap, Head]) -> None:
+        request.follow(revision, heads)
+        self.dispatch(request)
+
+    def ended(self, request: Request) -> None:
+        """Forget a request that has ended; if it was cancelled, tell the replica. Any thread may call this."""
+        if request.future.cancelled():
+            self._loop.call(self.cancel, request)
+        else:
+            self._loop.here(self.forget, request)
 
     def close(self) -> None:
-        """End the sessions; requests without an answer fail with `TeacherUnavailableError`. It waits for no lock.
+        """End the sessions; requests without an answer fail with `TeacherUnavailableError`. Any thread may call this.
 
-        In a fork it does nothing: the sessions are the parent's, and locks may be held by threads of the parent.
+        In a fork it does nothing: the sessions are the parent's.
         """
-        if self._pid != os.getpid():
-            return
-        self.closed = True
+        if self._pid == os.getpid():
+            self.closed = True
+            self._loop.call(self._close)
+
+    def _close(self) -> None:
         self._watch.close()
         for session in self.sessions():
             session.close()
-        while (request := self._parked.pop()) is not None:
+        for request in self._parked.take_all():
             request.fail(self._gone())
         self.outstanding.close()
 
     def dispatch(self, request: Request, parked_at: float | None = None) -> None:
         """Give the request to a replica, or park it until there is one; fails it if waiting would not help."""
         while True:
-            with self._lock:
-                found = self._assign(request, parked_at)
-                session = found.session if isinstance(found, Link) else None
+            found = self._assign(request, parked_at)
+            session = found.session if isinstance(found, Link) else None
             if isinstance(found, SchoolhouseError):
-                request.refuse(found)  # outside the lock, since callbacks of the future run here
+                request.refuse(found)
             if session is None:
                 break
             if session.send(request):
                 return
-            with self._lock:
-                self._links.ended(session)
+            self._links.ended(session)
             self.forget(request)
             request.take_back()
             parked_at = None  # its own time is running again
@@ -144,7 +168,6 @@ class Dispatcher:
         """The link to the replica for the request, counted there; None if it was parked or has ended; or its error."""
         now = time.monotonic()
         self._begin()
-        self._settle()
         asked = request.question
         link = None if self.closed else self._links.pick(asked.revision, now, asked.apart_from, asked.alone)
         if link is None:
@@ -152,15 +175,18 @@ class Dispatcher:
             if isinstance(error, RevisionChangedError) and self._follow(request):
                 return self._assign(request, parked_at)
             self._parked.no_replica(now)
-            return error or self._park(request, now if parked_at is None else parked_at)
+            if error is None:
+                self._park(request, now if parked_at is None else parked_at)
+            return error
         self._parked.found_replica(now)
         if not self._budget.allows(is_retry=request.is_retry, now=now):
-            return self._park(request, now if parked_at is None else parked_at)
+            self._park(request, now if parked_at is None else parked_at)
+            return None
         if request.queue(now):
-            self.outstanding.reschedule(request)
+            self.outstanding.schedule(request)
         self._links.take(link, request.nbytes)
         self._where[request] = link
-        if request.done:  # it ended before `forget` could find it here
+        if request.done:  # meanwhile, in another thread
             self.forget(request)
             return None
         return link
@@ -173,13 +199,9 @@ class Dispatcher:
             return revision_changed(self._name, self._target, request.question.revision, error.choices)
         return error
 
-    def _park(self, request: Request, since: float) -> SchoolhouseError | None:
-        if request.done:
-            return None
-        if self._parked.put(request, since):
-            self.outstanding.reschedule(request)
-        closed_meanwhile = self.closed and self._parked.drop(request)
-        return self._gone() if closed_meanwhile else None
+    def _park(self, request: Request, since: float) -> None:
+        if not request.done and self._parked.put(request, since):
+            self.outstanding.schedule(request)
 
     def _follow(self, request: Request) -> bool:
         """Move the request to the current revision, if the user wants that and it has no heads, which are of one."""
@@ -188,17 +210,12 @@ class Dispatcher:
             return False
         return request.follow(current, asked.heads)
 
-    def _settle(self) -> None:
-        """Subtract the requests that have ended from the load of their links."""
-        while self._finished:
-            self._links.give_back(*self._finished.popleft())
-
     def forget(self, request: Request) -> Link | None:
-        """Drop every reference to a request that has ended, and return its link. Waits for no lock, like `close`."""
+        """Drop every reference to a request that has ended, and return its link."""
         self._parked.drop(request)
         link = self._where.pop(request, None)
         if link is not None:
-            self._finished.append((link, request.nbytes))
+            self._links.give_back(link, request.nbytes)
             if link.leaving or link.strikes:
                 self.outstanding.stir()
         return link
@@ -213,9 +230,8 @@ class Dispatcher:
     def _begin(self) -> None:
         if not self._watching and not self.closed:
             at_exit.close_first(self)
-            self.outstanding.start()
+            self._watching = True
             self._watch.start()
-            self._watching = True  # last: if no thread could be started, the next request tries again
 
     def _start(self, link: Link) -> Session:
         at_exit.close_first(self)
@@ -229,27 +245,25 @@ class Dispatcher:
             revision=self._revision,
             listener=self,
             clock=time.monotonic,
+            connections=self._connections,
         )
         session.start()
         self.outstanding.stir()  # to give it up if it does not open in time
-        if self.closed:  # `close` was called meanwhile, and did not see this session
-            session.close()
         return session
 
-    # Calls of the sessions, each in its own thread.
+    # Calls of the sessions.
 
     def on_opened(self, session: Session) -> None:
         """Send what is parked, if the replica has the right revision."""
-        with self._changed:
-            link = self._links.of(session)
-            wrong = bool(self._revision) and session.revision != self._revision
-            if link is not None and wrong:  # a server that ignores the revision in `Open`
-                error = RevisionChangedError(f"it has revision {session.revision}", choices=(session.revision,))
-                self._links.lost(link, error, time.monotonic())
-            elif link is not None:
-                self._links.opened(link)
-                self._used = True
-            self._changed.notify_all()
+        link = self._links.of(session)
+        wrong = bool(self._revision) and session.revision != self._revision
+        if link is not None and wrong:  # a server that ignores the revision in `Open`
+            error = RevisionChangedError(f"it has revision {session.revision}", choices=(session.revision,))
+            self._links.lost(link, error, time.monotonic())
+        elif link is not None:
+            self._links.opened(link)
+            self._used = True
+        self._has_changed()
         if link is None or wrong or self.closed:
             session.close()
         self._flush()
@@ -257,8 +271,7 @@ class Dispatcher:
 
     def on_draining(self, session: Session) -> None:
         """Send nothing more to a replica that is about to stop; its session is closed when it is idle."""
-        with self._lock:
-            self._links.draining()
+        self._links.draining()
         self.outstanding.stir()
 
     def on_unavailable(self, session: Session, request: Request, error: SchoolhouseError) -> None:
@@ -270,19 +283,17 @@ class Dispatcher:
 
     def on_wrong(self, session: Session, request: Request, error: SchoolhouseError) -> None:
         """Leave a replica that gave a wrong answer, none of which is used, and send the request elsewhere."""
-        with self._lock:
-            link = self._links.of(session)
-            if link is not None:
-                self._links.strike(link, error)
+        link = self._links.of(session)
+        if link is not None:
+            self._links.strike(link, error)
         session.close()
         request.lose()
         self._send_again(request, error)
 
     def on_broken(self, session: Session, request: Request, error: SchoolhouseError) -> None:
         """Send the request to another replica; if there is none, once more if only its bytes were damaged."""
-        with self._lock:
-            link = self._links.of(session)
-            alone = link is None or self._links.other(link, time.monotonic()) is None
+        link = self._links.of(session)
+        alone = link is None or self._links.other(link, time.monotonic()) is None
         request.lose(apart_from=session.address)
         if alone and (request.losses > 1 or isinstance(error, TeacherInternalError)):
             self.forget(request)
@@ -292,14 +303,13 @@ class Dispatcher:
 
     def on_loss(self, session: Session, lost: list[Request], error: SchoolhouseError) -> None:
         """Send again what has no answer, since requests are idempotent."""
-        with self._changed:
-            self._past += session.traffic
-            link, now = self._links.of(session), time.monotonic()
-            if link is not None:
-                if not link.opened and now >= link.give_up_at:
-                    error = TeacherUnavailableError(f"no answer within {self._timeouts.connect_s:g} s")
-                self._links.lost(link, error, now)
-            self._changed.notify_all()
+        self._past += session.traffic
+        link, now = self._links.of(session), time.monotonic()
+        if link is not None:
+            if not link.opened and now >= link.give_up_at:
+                error = TeacherUnavailableError(f"no answer within {self._timeouts.connect_s:g} s")
+            self._links.lost(link, error, now)
+        self._has_changed()
         for request in lost:
             request.lose()
             request.or_fail(self._send_again, request, error)
@@ -318,40 +328,36 @@ class Dispatcher:
         else:
             request.fail(error)
 
-    # Calls of the watch of the directory, in its thread.
+    # Calls of the watch of the directory.
 
     def on_set(self, found: ReplicaSet) -> None:
         """Use the new replica set."""
-        with self._changed:
-            now = time.monotonic()
-            self._known.hear(found, self._revision, now)
-            self._links.update(self._known.set, now)
-            if self._directory_error is not None:
-                self._links.try_all_again()
-            self._directory_error = None
-            self._changed.notify_all()
+        now = time.monotonic()
+        self._known.hear(found, self._revision, now)
+        self._links.update(self._known.set, now)
+        if self._directory_error is not None:
+            self._links.try_all_again()
+        self._directory_error = None
+        self._has_changed()
         self._flush()
         self.outstanding.stir()
 
     def on_silence(self, error: SchoolhouseError) -> None:
         """Go on with the known replicas while the directory does not answer."""
-        with self._changed:
-            self._known.forget_doubts()
-            self._directory_error = error
-            self._changed.notify_all()
+        self._known.forget_doubts()
+        self._directory_error = error
+        self._has_changed()
         self.outstanding.stir()
 
-    # What is due at some time, in the thread of the deadlines.
+    # What is due at some time.
 
     def _tend(self) -> float | None:
         """Do what is due by now; returns when to call it again."""
-        with self._lock:
-            now = time.monotonic()
-            self._settle()
-            if self._known.settle(now):
-                self._links.update(self._known.set, now)
-            overdue = [*self._links.overdue(now), *self._links.silent(now, self._timeouts.patience_s)]
-            moving = self._links.waiting_where_it_ends()
+        now = time.monotonic()
+        if self._known.settle(now):
+            self._links.update(self._known.set, now)
+        overdue = [*self._links.overdue(now), *self._links.silent(now, self._timeouts.patience_s)]
+        moving = self._links.waiting_where_it_ends()
         for session in overdue:
             session.close()
         for request in moving:
@@ -374,28 +380,22 @@ class Dispatcher:
 
     def _flush(self) -> None:
         """Try again to dispatch what is parked."""
-        with self._lock:
-            parked = self._parked.take_all()
-        for request, since in parked.items():
+        for request, since in self._parked.take_all().items():
             request.or_fail(self.dispatch, request, since)
 
     def _next_time(self, tended_at: float) -> float | None:
         """When to call `_tend` again at the latest. What fell due since `tended_at` has not been done yet."""
-        with self._lock:
-            now = time.monotonic()
-            wanted = self._hold(now) or bool(self._parked)
-            times = [self._known.settles_at, self._links.due_at(tended_at, wanted=wanted), self._parked.say(now)]
-            if self._parked and self._budget.next_at > now:
-                times.append(self._budget.next_at)
-            if self._links.count > 1:
-                times.append(now + self._timeouts.patience_s / 4)
+        now = time.monotonic()
+        wanted = self._hold(now) or bool(self._parked)
+        times = [self._known.settles_at, self._links.due_at(tended_at, wanted=wanted), self._parked.say(now)]
+        if self._parked and self._budget.next_at > now:
+            times.append(self._budget.next_at)
+        if self._links.count > 1:
+            times += [now + self._timeouts.patience_s / 4, self._links.exchange(self._revision, now)]
         return min((at for at in times if at is not None), default=None)
 
     def _fail_late(self, request: Request) -> None:
-        with self._lock:
-            if request.clock.deadline > time.monotonic():  # meanwhile it left the parking, with its own time again
-                return
-            waited_in_vain = self._parked.over() if request in self._parked else None
+        waited_in_vain = self._parked.over() if request in self._parked else None
         self.cancel(request)
         request.fail(waited_in_vain or TeacherTimeoutError(late(request, self._timeouts.request_s)))
 

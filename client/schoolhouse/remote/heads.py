@@ -27,6 +27,12 @@ class FetchedHeads:
         self._ask = ask
         self._known: dict[tuple[str, str, str], Head] = {}
 
+    def known(self, revision: str, wanted: Wanted) -> dict[Tap, Head] | None:
+        """The heads that `wanted` needs; None if one of them must be asked for."""
+        names = wanted.heads().items()
+        found = {tap: head for tap, name in names if (head := self._known.get((revision, name, tap.module)))}
+        return found if len(found) == len(names) else None
+
     def get(self, revision: str, name: str, tap_module: str) -> Head:
         """The head that computes the logits that `tap_module` returns from what the submodule `name` receives.
 

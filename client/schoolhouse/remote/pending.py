@@ -3,17 +3,17 @@
 import functools
 import heapq
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
 
 from schoolhouse_wire import background
+from schoolhouse_wire.loop import Alarm, Loop
 
 from schoolhouse.errors import TeacherBusyError, TeacherUnavailableError
 from schoolhouse.remote.request import Request
 
-_REST_S = 1.0  # pause after an error in the thread
+_REST_S = 1.0  # pause after an error in what is done in time
 _SLACK = 64  # deadlines of answered requests that may stay in the heap
 _SAY_AFTER_S, _SAY_AGAIN_S = 2.0, 30.0
 _ALONE = "no replica of the teacher %r can be asked"
@@ -22,37 +22,32 @@ _log = logging.getLogger("schoolhouse")
 
 
 class Outstanding:
-    """Holds up to `max_pending` requests, and calls `fail_late` with each at its deadline, in a thread of its own.
+    """Holds up to `max_pending` requests, and calls `fail_late` with each at its deadline.
 
-    The thread also calls `tend`, which returns the time when it wants to be called again, or None; `stir()` makes it
-    call `tend` soon.
+    It also calls `tend`, which returns the time when it wants to be called again, or None; `stir()` makes it call
+    `tend` soon. Any thread may `add` and `remove`; the rest happens in the event loop.
     """
 
     def __init__(
-        self, max_pending: float, fail_late: Callable[[Request], None], tend: Callable[[], float | None]
+        self,
+        loop: Loop,
+        max_pending: float,
+        fail_late: Callable[[Request], None],
+        tend: Callable[[], float | None],
     ) -> None:
+        self._loop = loop
         self._max_pending = max_pending
         self._fail_late, self._tend = fail_late, tend
-        self._lock = threading.Lock()  # no other lock is taken while it is held
-        # Not a Condition: the garbage collector may call `stir` or `close` in this thread just as it begins to wait.
-        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True to have `tend` called
+        self._lock = threading.Lock()  # while requests are counted
         self._requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
-        self._thread = background.thread(self._run, name="schoolhouse-deadlines", on_death=self._fail_all)
-        self._stirred = self._closed = False
-
-    def start(self) -> None:
-        """Start the thread, unless it was started."""
-        if self._thread.ident is None:
-            self._thread.start()
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether the calling thread is the one that keeps time."""
-        return self._thread is threading.current_thread()
+        self._tend_at: float | None = None
+        self._alarm: Alarm | None = None
+        self._alarm_at = 0.0
+        self._closed = False
 
     def add(self, request: Request) -> None:
-        """Add a request, to fail it at its deadline.
+        """Add a request.
 
         Raises:
             TeacherBusyError: if there are `max_pending` requests already.
@@ -64,94 +59,70 @@ class Outstanding:
                     "sharing=Sharing(max_pending=...) in connect() allows"
                 )
             self._requests[request.number] = request
-            first = self._push(request)
-        if first:
-            self._wake.put(False)
-
-    def reschedule(self, request: Request) -> None:
-        """Note that the deadline of a request has changed."""
-        with self._lock:
-            first = self._push(request)
-        if first:
-            self._wake.put(False)
-
-    def _push(self, request: Request) -> bool:
-        """Add the request's deadline; returns whether it is the earliest. The caller holds the lock."""
-        if len(self._deadlines) > 2 * len(self._requests) + _SLACK:
-            self._deadlines = [one for one in self._deadlines if self._holds(*one)]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (request.clock.deadline, request.number))
-        return self._deadlines[0][1] == request.number
-
-    def _holds(self, deadline: float, number: int) -> bool:
-        request = self._requests.get(number)
-        return request is not None and request.clock.deadline == deadline  # not if it was rescheduled
 
     def remove(self, number: int) -> Request | None:
         """Forget the request of that number; None if it was forgotten already."""
         return self._requests.pop(number, None)
 
+    def schedule(self, request: Request) -> None:
+        """Fail the request at its deadline, which is new or has changed."""
+        if len(self._deadlines) > 2 * len(self._requests) + _SLACK:
+            self._deadlines = [one for one in self._deadlines if self._holds(*one)]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (request.clock.deadline, request.number))
+        self._ring_by(self._deadlines[0][0])
+
+    def _holds(self, deadline: float, number: int) -> bool:
+        request = self._requests.get(number)
+        return request is not None and request.clock.deadline == deadline  # not if it was rescheduled
+
     def stir(self) -> None:
-        """Have `tend` called soon. Like `close`, it takes no lock."""
-        if not self._stirred:
-            self._stirred = True
-            self._wake.put(True)
+        """Have `tend` called soon."""
+        self._tend_at = 0.0
+        self._ring_by(0.0)
 
     def close(self) -> None:
-        """Tell the thread to end; returns at once."""
+        """Call nothing more."""
         self._closed = True
-        self._wake.put(False)
+        if self._alarm is not None:
+            self._loop.cancel(self._alarm)
 
-    def _run(self) -> None:
-        tend_at: float | None = 0.0
-        while not self._closed:
-            tend_at = background.run(functools.partial(self._turn, tend_at), "keeping time", self._rest)
+    def _ring_by(self, at: float) -> None:
+        if self._alarm is not None and self._alarm.ring is not None:
+            if self._alarm_at <= at:
+                return
+            self._loop.cancel(self._alarm)
+        if self._closed:
+            return
+        self._alarm, self._alarm_at = self._loop.at(at, self._ring), at
 
-    def _turn(self, tend_at: float | None) -> float | None:
-        """Wait for what is due next, and do it; returns when to call `tend`."""
-        late, next_at = self._take_late()
-        at = min((at for at in (next_at, tend_at) if at is not None), default=None)
-        stirred = self._wait_until(at if late is None else 0.0)
-        due = stirred or (tend_at is not None and time.monotonic() >= tend_at)
-        if late is not None:
+    def _ring(self) -> None:
+        """Do what is due, and set the alarm for what is due next."""
+        background.run(self._fail_all_late, "failing late requests", background.go_on)
+        if self._tend_at is not None and time.monotonic() >= self._tend_at and not self._closed:
+            self._tend_at = None  # before `tend` runs, so that a `stir` during it has it run once more
+            at = background.run(self._tend, "keeping time", lambda _error: time.monotonic() + _REST_S)
+            if at is not None and self._tend_at is None:
+                self._tend_at = at
+        times = [self._tend_at, self._deadlines[0][0] if self._deadlines else None]
+        if (next_at := min((at for at in times if at is not None), default=None)) is not None:
+            self._ring_by(next_at)
+
+    def _fail_all_late(self) -> None:
+        while (late := self._take_late()) is not None:
             background.run(functools.partial(self._fail_late, late), "failing a late request", late.give_up)
-        return self._tend() if due and not self._closed else tend_at
 
-    def _rest(self, _error: BaseException) -> float:
-        """Pause after an error, since the next turn may fail, too."""
-        time.sleep(_REST_S)
-        return 0.0
-
-    def _fail_all(self, error: BaseException) -> None:
-        for request in list(self._requests.values()):
-            request.give_up(error)
-
-    def _wait_until(self, at: float | None) -> bool:
-        """Wait until `at`, or until a wake-up; returns whether it was `stir` that woke it."""
-        try:
-            stirred = self._wake.get(timeout=None if at is None else max(at - time.monotonic(), 0.0))
-        except queue.Empty:
-            return False
-        if stirred:
-            self._stirred = False  # before `tend` runs, so that a `stir` during it has it run once more
-        return stirred
-
-    def _take_late(self) -> tuple[Request | None, float | None]:
-        """A request that is past its deadline; or None, and the next deadline."""
-        with self._lock:
-            while self._deadlines:
-                deadline, number = self._deadlines[0]
-                if deadline > time.monotonic():
-                    return None, deadline
-                heapq.heappop(self._deadlines)
-                request = self._requests.get(number)
-                if request is not None and request.clock.deadline <= time.monotonic():
-                    return request, None
-            return None, None
+    def _take_late(self) -> Request | None:
+        """A request that is past its deadline; None if there is none."""
+        while self._deadlines and self._deadlines[0][0] <= (now := time.monotonic()):
+            request = self._requests.get(heapq.heappop(self._deadlines)[1])
+            if request is not None and request.clock.deadline <= now:
+                return request
+        return None
 
 
 class Parking:
-    """Keeps requests, and logs that the student waits. The caller holds a lock, except for `drop` and `pop`."""
+    """Keeps requests, and logs that the student waits."""
 
     def __init__(self, teacher: str, timeout_s: float, why: Callable[[], str]) -> None:
         """A request stays for up to `timeout_s`; `why()` says in words what was tried."""
@@ -173,15 +144,8 @@ class Parking:
         return request.park(since, self._timeout_s)
 
     def drop(self, request: Request) -> bool:
-        """Remove a request; returns whether it was here. Takes no lock."""
+        """Remove a request; returns whether it was here."""
         return self._since.pop(request, None) is not None
-
-    def pop(self) -> Request | None:
-        """Remove and return any request; None if there is none. Takes no lock."""
-        try:
-            return self._since.popitem()[0]
-        except KeyError:  # empty, or emptied by another thread
-            return None
 
     def take_all(self) -> dict[Request, float]:
         """Remove and return all requests, each with the time since when it waits."""
@@ -204,7 +168,7 @@ class Parking:
         if not self._since:
             return None
         alone = self._alone_since is not None
-        since = self._alone_since if self._alone_since is not None else min(list(self._since.values()), default=now)
+        since = self._alone_since if self._alone_since is not None else min(self._since.values(), default=now)
         if now < (say_at := max(self._say_at, since + _SAY_AFTER_S)):
             return say_at
         self._said, self._say_at = alone, now + _SAY_AGAIN_S

@@ -18,11 +18,13 @@ from schoolhouse.errors import (
 from schoolhouse.remote.directory import Replica, ReplicaSet, backoff_s, choose
 from schoolhouse.remote.request import Request
 from schoolhouse.remote.session import Session
+from schoolhouse.remote.subset import Subset
 
 _LONGEST_BACKOFF_S, _LONGEST_REST_S = 2.0, 30.0  # for a replica that cannot be reached, and for one that misbehaves
 _TRIAL_AFTER = 3  # strikes that put a replica on trial until it has answered
 _RECOVERED = 32  # answers in one session that clear the strikes
 _NEXT_OPENING_S = 0.25
+_LEFT_OVER_S = 10.0  # how long a session stays open that is not kept to, as when a preferred replica is back
 _FRESH_S = 5.0  # how long a replica's report of its queue is believed
 # Errors that may pass. An unknown teacher may, as a lost replica can still be listed after its port went to another's.
 _PASSING = (TeacherUnavailableError, TeacherTimeoutError, TeacherBusyError, UnknownTeacherError)
@@ -40,7 +42,9 @@ class Link:
     listed: bool = True  # whether it is in the directory's replica set
     session: Session | None = None
     opened: bool = False
+    began_at: float = 0.0  # when the session was begun
     give_up_at: float = 0.0  # when to give up a session that is being opened
+    left_over_since: float | None = None  # since when it is open but not one of those that are kept to
     nbytes: int = 0  # bytes of the inputs outstanding there
     requests: int = 0  # requests outstanding there
     failures: int = 0  # sessions in a row that failed
@@ -71,6 +75,10 @@ class Link:
         answered = self.session is not None and self.session.traffic.requests
         return self.strikes >= _TRIAL_AFTER and not answered
 
+    def opening_for(self, now: float) -> float:
+        """For how long its session has been opening; 0 if none is."""
+        return 0.0 if self.session is None or self.opened else now - self.began_at
+
     def refuses(self, now: float) -> bool:
         """Whether it lately failed with an error that does not pass by itself, such as other weights."""
         passing = isinstance(self.error, _PASSING) or 0 < self.puzzles < _BELIEVED_AFTER
@@ -85,10 +93,17 @@ class Link:
 
 
 class Links:
-    """The links to all replicas of a teacher, by address. The caller holds a lock."""
+    """The links to all replicas of a teacher, by address."""
 
-    def __init__(self, start: Callable[[Link], Session], connect_timeout_s: float, rng: random.Random) -> None:
+    def __init__(
+        self,
+        start: Callable[[Link], Session],
+        connect_timeout_s: float,
+        rng: random.Random,
+        max_replicas: int | None = None,
+    ) -> None:
         """`start(link)` begins to open a session with the replica of a link."""
+        self._subset = Subset(max_replicas, rng)
         self._start = start
         self._connect_timeout_s = connect_timeout_s
         self._random = rng
@@ -140,7 +155,9 @@ class Links:
         if now >= until:
             until, tiers = self._tiers[revision] = self._usable(revision, now)
         if apart_from:
-            others = _those(tiers, lambda link: link.replica.address != apart_from)
+            others = _those(tiers, lambda link: link.replica.address != apart_from) or _those(
+                _in_tiers(self._able(revision, now)), lambda link: link.replica.address != apart_from
+            )
             hopeful = _those(others, lambda link: link.opened or not link.failures) if soon else others
             tiers = hopeful or tiers
         if any(link.strikes for tier in tiers for link in tier):
@@ -176,19 +193,21 @@ class Links:
     def _usable(self, revision: str, now: float) -> tuple[float, list[list[Link]]]:
         mine = [link for link in self if link.may_serve(revision) and not link.leaving]
         until = min((link.retry_at for link in mine if link.retry_at > now), default=float("inf"))
-        tiers: dict[int, list[Link]] = {}
-        for link in mine:
-            if link.session is not None or link.retry_at <= now:
-                tiers.setdefault(link.replica.distance, []).append(link)
-        return until, [tiers[distance] for distance in sorted(tiers)]
+        able = self._able(revision, now)
+        return min(until, self._subset.changes_at(able, now)), _in_tiers(self._subset.of(able, now))
+
+    def _able(self, revision: str, now: float) -> list[Link]:
+        """The links that may be asked for a revision."""
+        mine = [link for link in self if link.may_serve(revision) and not link.leaving]
+        return [link for link in mine if link.session is not None or link.retry_at <= now]
 
     def _open(self, link: Link, now: float) -> None:
         if link.session is None:
             self._tiers.clear()
-            link.give_up_at = now + self._connect_timeout_s
+            link.began_at, link.give_up_at = now, now + self._connect_timeout_s
             try:
                 link.session = self._start(link)
-            except Exception as err:  # such as no thread or file descriptor left
+            except Exception as err:
                 self._put_aside(link, TeacherUnavailableError(f"{link.replica.address}: {err}"), now)
 
     def try_all_again(self) -> None:
@@ -260,7 +279,7 @@ class Links:
             and other.may_serve(link.revision)
             and (other.session is not None or other.retry_at <= now)
         ]
-        return max(others, key=lambda other: other.opened, default=None)
+        return min(others, key=lambda other: (not other.opened, *self._subset.order(other.replica, now)), default=None)
 
     def silent(self, now: float, patience_s: float) -> list[Session]:
         """Leave replicas that have requests and have sent nothing for `patience_s`, if another can take the requests.
@@ -306,9 +325,33 @@ class Links:
 
     def overdue(self, now: float) -> list[Session]:
         """Sessions to close: idle ones of replicas that are left, and those that did not open in time."""
-        idle = [link.session for link in self if link.leaving and not link.requests]
+        left_over = self._left_over(now)
+        idle = [link.session for link in self if (link.leaving or link in left_over) and not link.requests]
         slow = [link.session for link in self if not link.opened and now >= link.give_up_at]
         return [session for session in {*idle, *slow} if session is not None]
+
+    def _left_over(self, now: float) -> list[Link]:
+        """Open ones that have long been none of those that are kept to, while one of these is open."""
+        kept: list[Link] = []
+        for revision in {link.revision for link in self if link.opened}:
+            found = self._subset.of(self._able(revision, now), now)
+            kept += found if any(link.opened for link in found) else self
+        for link in self:
+            if not link.opened or link in kept:
+                link.left_over_since = None
+            elif link.left_over_since is None:
+                link.left_over_since = now
+        since = [(link, link.left_over_since) for link in self]
+        return [link for link, at in since if at is not None and now >= at + _LEFT_OVER_S]
+
+    def exchange(self, revision: str, now: float) -> float | None:
+        """Exchange a replica for one that is less busy, if that is due; returns when to call again."""
+        able = self._able(revision, now)
+        if len(able) == len(self._subset.of(able, now)):
+            return None
+        if self._subset.exchange(able, now):
+            self._tiers.clear()
+        return self._subset.look_at
 
     def waiting_where_it_ends(self) -> list[Request]:
         """Take back the requests that replicas which are left have not been sent yet, if another replica is open."""
@@ -340,6 +383,13 @@ class Links:
     def tried(self) -> str:
         """The state of each replica in words, for messages."""
         return "; ".join(map(_state, self)) or "the directory lists none"
+
+
+def _in_tiers(links: list[Link]) -> list[list[Link]]:
+    tiers: dict[int, list[Link]] = {}
+    for link in links:
+        tiers.setdefault(link.replica.distance, []).append(link)
+    return [tiers[distance] for distance in sorted(tiers)]
 
 
 def _is_silent(link: Link, since: float) -> bool:

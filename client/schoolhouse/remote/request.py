@@ -44,9 +44,10 @@ TRANSITIONS = (
     Transition(("queued", "sent"), "lose", "new", "dispatcher: the session ended, or the answer was wrong"),
     Transition(LIVE, "move", None, "replica pool: the replica was silent for too long, so its session is being closed"),
     Transition(("sent",), "answer", "answered", "session: the features have arrived"),
-    Transition(LIVE, "fail", "failed", "whoever finds the error; the deadlines, when it is late"),
+    Transition(LIVE, "fail", "failed", "whoever finds the error, also that it is late"),
     Transition(LIVE, "cancel", "cancelled", "whoever asked for the features, also through the future"),
 )
+_GOING_ON = ("PENDING", "RUNNING")
 _NEXT = {(state, line.event): line.next or state for line in TRANSITIONS for state in line.states}
 
 
@@ -113,10 +114,9 @@ class Clock:
 class Request:
     """One batch on its way to features. It may be sent again to another replica.
 
-    Only who has the request moves it on: the dispatcher, under its lock while the request is parked, or the session to
-    which that gave it, under the lock of its window, until the session gives it back. So a request needs no lock of its
-    own. Only an end may come from elsewhere at any time: the future takes the first one, and whatever follows an end
-    changes nothing. What the table below does not have raises `AssertionError`.
+    It is moved on in the event loop alone, by the dispatcher, or by the session to which that gave it until the session
+    gives it back. Only an end may come from another thread, at any time: the future takes the first one, and whatever
+    follows an end changes nothing. What the table below does not have raises `AssertionError`.
     """
 
     _numbers = itertools.count()
@@ -128,7 +128,7 @@ class Request:
         span: RequestSpan | None = None,
         follower: "Callable[[Request], None] | None" = None,
     ) -> None:
-        """`span` is for a traced request; `follower(request)` has it `follow` with heads of the current revision."""
+        """`span` is for a traced request; `follower(request)` has it `follow` later, with the current heads."""
         self.number = next(self._numbers)
         self.question, self.clock = question, Clock(deadline)
         self.future: Future[Features] = Future()
@@ -155,9 +155,9 @@ class Request:
     @property
     def done(self) -> bool:
         """Whether it is answered, failed or cancelled."""
-        return self.future.done()
+        return self.future._state not in _GOING_ON  # as `future.done()`, without its lock
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of the inputs."""
         return self.question.nbytes
@@ -251,15 +251,16 @@ class Request:
     def refuse(self, error: SchoolhouseError) -> None:
         """Fail a request that no replica can answer, or have it follow to the current revision if it may."""
         if isinstance(error, RevisionChangedError) and self._follower is not None and not self.done:
-            with contextlib.suppress(RuntimeError):  # if no thread can be started, it fails
-                follow = functools.partial(self._follower, self)
-                background.thread(follow, name="schoolhouse-follow", on_death=self.give_up).start()
-                return
-        self.fail(error)
+            self._follower(self)
+        else:
+            self.fail(error)
 
     def or_fail(self, step: Callable[..., None], *args: object) -> None:
-        """Run the next step of this request in a thread of many; an error in it fails this request alone."""
-        background.run(functools.partial(step, *args), "a request's way", self.give_up)
+        """Run the next step of this request; an error in it fails this request alone."""
+        try:
+            step(*args)
+        except BaseException as err:
+            background.failed(err, "a request's way", self.give_up)
 
     def give_up(self, error: BaseException) -> None:
         """Fail the request for an error in this client."""
@@ -290,7 +291,7 @@ def traced(tracer: Tracer | None, question: Question, teacher: str, job: str) ->
 def features_of(question: Question, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Features:
     """The features of a reply; raises unless they are of the batch, the taps and the revision of the question."""
     given = (list(reply.taps), reply.revision, reply.input_digest)
-    expected = (list(question.wanted.to_wire()), question.revision, question.outgoing.digest)
+    expected = (question.wanted.wire, question.revision, question.outgoing.digest)
     if given != expected:
         raise FeatureMismatchError(
             f"the features that arrived are of {_in_words(*given)}, where {_in_words(*expected)} was asked for"

@@ -1,16 +1,20 @@
 """One session with one replica: many requests in flight on one stream, each ended by its own reply or failure."""
 
+import asyncio
 import contextlib
-import threading
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from google.protobuf.message import Message
 from schoolhouse_wire import background, framing, memory
-from schoolhouse_wire.outbox import Outbox
+from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.outbox import Elsewhere, LoopOutbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.rpc.forks import grpc
 from schoolhouse_wire.rpc.security import ClientSecurity
+from schoolhouse_wire.same_host.pipes import Later, LoopPipes
+from schoolhouse_wire.same_host.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
 from schoolhouse.errors import (
@@ -21,17 +25,22 @@ from schoolhouse.errors import (
     TeacherInternalError,
     TeacherUnavailableError,
 )
+from schoolhouse.remote.connections import Connections
 from schoolhouse.remote.flow_control import Window
-from schoolhouse.remote.request import Request, Traffic, features_of
+from schoolhouse.remote.request import Question, Request, Traffic, features_of
 from schoolhouse.remote.same_host import SameHost
 from schoolhouse.remote.settings import Transport
+from schoolhouse.teachers.protocol import Features
 
 _WRONG = (CorruptPayloadError, ProtocolError, FeatureMismatchError)  # found here: the answer is not what was asked for
 _BROKEN = (TeacherInternalError, CorruptPayloadError)  # reported by a replica: another one may do better
+_Begun: TypeAlias = framing.Incoming | SchoolhouseError
+_Made: TypeAlias = Features | Exception
+_LONG_BYTES = 1 << 20  # what is made of so many bytes, or checked of them, is done in another thread
 
 
 class SessionListener(Protocol):
-    """What a session calls as its state changes, in the thread that receives its answers."""
+    """What a session calls as its state changes, in the event loop."""
 
     def on_opened(self, session: "Session") -> None:
         """The replica has answered `Opened`: requests may be sent."""
@@ -53,7 +62,7 @@ class SessionListener(Protocol):
 
 
 class Session:
-    """A stream to one replica."""
+    """A stream to one replica: a task that reads and one that writes. All of it happens in the event loop."""
 
     def __init__(
         self,
@@ -67,13 +76,15 @@ class Session:
         revision: str = "",
         listener: SessionListener,
         clock: Callable[[], float],
+        connections: Connections,
     ) -> None:
         self.address = address
         self.alive = self.draining = False
         self.others_queued = 0  # other clients' requests that waited for the replica's device when it last answered
         self.answered_at = float("-inf")
         self.slowest_s = 0.0  # the longest time from asking the replica to its answer
-        self._same_host = SameHost(wanted=transport.shared_memory, checksums=transport.checksums)
+        self._connections, self._loop = connections, connections.loop
+        self._same_host = SameHost(connections.loop, wanted=transport.shared_memory, checksums=transport.checksums)
         self._requests = self._sent_bytes = self._received_bytes = 0
         self._open_message = teacher_pb2.Open(
             protocol=channel.PROTOCOL,
@@ -88,12 +99,15 @@ class Session:
         self._security = security
         self._listener = listener
         self._clock = clock
-        self._outbox: Outbox[Message | bytes] = Outbox()
+        self._outbox: LoopOutbox[Message | bytes] = LoopOutbox(connections.loop)
         self._attached: Message | None = None  # the last message on the stream; later ones go through the pipes
         self._window: Window[Request] = Window()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
         self._hello = teacher_pb2.Opened()
         self._said_at = self._heard_at = self._busy_since = clock()
+        self._call: Any = None
+        self._through: LoopPipes | None = None  # once all messages to the replica go through the pipes
+        self._draining = self._closed = False
 
     @property
     def transport(self) -> str:
@@ -117,11 +131,6 @@ class Session:
         return self._window.asked()
 
     @property
-    def reads_here(self) -> bool:
-        """Whether the calling thread is the one that receives answers, as it is in a callback of a future."""
-        return self._reader is threading.current_thread()
-
-    @property
     def traffic(self) -> Traffic:
         """Number of requests answered in this session, and the bytes that they moved."""
         return Traffic(self._requests, self._sent_bytes, self._received_bytes)
@@ -135,17 +144,8 @@ class Session:
         """Begin to connect; the listener's `on_opened` or `on_loss` says how that ends."""
         if self._tune_allocator:
             memory.keep_freed_memory()
-        self._channel = channel.connect(self.address, self._security)
-        stub = self._channel.stream_stream(
-            channel.SESSION_METHOD,
-            request_serializer=framing.write_message,
-            response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
-        )
         self._outbox.put(iter([teacher_pb2.ClientMessage(open=self._open_message)]))
-        self._call: Any = stub(self._sent())
-        name = f"schoolhouse-session-{self.address}"
-        self._reader = background.thread(self._read, name=name, on_death=self._on_error)
-        self._reader.start()
+        self._loop.task(self._run(), name="schoolhouse-session", on_death=background.go_on)
 
     def send(self, request: Request) -> bool:
         """Queue a request for this replica; False if the session has ended."""
@@ -159,38 +159,35 @@ class Session:
         return self._window.take_back()
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, and tell the replica when the stream is ready for the message.
-
-        It takes no lock, since the garbage collector may call it in a thread that holds one.
-        """
-        self._outbox.put(self._cancellation(request))
-
-    def _cancellation(self, request: Request) -> Iterator[Message]:
+        """Forget a request, and tell the replica if it has it."""
         request_id = self._window.remove(request)
         self._pump()
-        if request_id is None:
-            return
-        self._partial.pop(request_id, None)
-        yield teacher_pb2.ClientMessage(cancel=teacher_pb2.Cancel(request_id=request_id))
+        if request_id is not None:
+            self._partial.pop(request_id, None)
+            cancel = teacher_pb2.Cancel(request_id=request_id)
+            self._outbox.put(iter([teacher_pb2.ClientMessage(cancel=cancel)]))
 
     def close(self) -> None:
-        """End the stream; requests without an answer go to the listener's `on_loss`."""
+        """End the stream; requests without an answer go to the listener's `on_loss`. Any thread may call this."""
+        self._loop.here(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
         self._outbox.close()
         self._same_host.close()
-        self._call.cancel()
-        self._channel.close()
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until the thread of a closed session has ended."""
-        self._reader.join(timeout_s)
+        if self._call is not None:
+            self._call.cancel()
 
     def _pump(self) -> None:
         """Send the waiting requests for which the window has room."""
-        idle = not self._window.in_flight  # read first, since another thread may send meanwhile
+        if not self._window.waits:
+            return
+        idle = not self._window.in_flight
         while (found := self._window.next(now := self._clock())) is not None:
             if idle:
                 self._busy_since, idle = now, False
-            self._outbox.put(self._messages(*found))
+            self._outbox.add(self._messages(*found))
+        self._drain()
 
     def renew(self) -> float | None:
         """Tell the replica that this client is alive, unless something was sent lately; returns when to call again."""
@@ -202,22 +199,21 @@ class Session:
         self._outbox.put(iter([teacher_pb2.ClientMessage(renew=teacher_pb2.Renew())]))
         return now + every
 
-    def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes]:
+    # Sending.
+
+    def _messages(self, request_id: int, request: Request) -> Iterator[Message | bytes | Elsewhere]:
         question = request.question
 
         def head(payload: teacher_pb2.Payload) -> Message:
-            call = teacher_pb2.Call(
-                request_id=request_id,
-                taps=question.wanted.to_wire(),
-                revision=question.revision,
-                timeout_s=max(request.clock.deadline - self._clock(), 0.001),
-                inputs=question.outgoing.header,
-                payload=payload,
-                traceparent=request.traceparent(),
-                alone=question.alone,
-            )
+            message = teacher_pb2.ClientMessage(released=segment.released() if segment is not None else ())
+            call = message.call  # filled in place, since it may hold the inputs
+            call.request_id, call.revision, call.alone = request_id, question.revision, question.alone
+            call.taps.extend(question.wanted.wire)
+            call.timeout_s = max(request.clock.deadline - self._clock(), 0.001)
+            call.inputs, call.traceparent = question.outgoing.header, request.traceparent()
+            call.payload.CopyFrom(payload)
             framing.add_checksum(call)
-            return teacher_pb2.ClientMessage(call=call, released=segment.released() if segment is not None else ())
+            return message
 
         segment = self._same_host.segment
         try:
@@ -228,50 +224,82 @@ class Session:
             self.cancel(request)
             background.failed(err, "sending a request", request.give_up)
 
-    def _sent(self) -> Iterator[Message | bytes]:
-        """The messages for the stream, which gRPC's thread takes."""
-        try:
-            yield from self._outgoing()
-        except GeneratorExit:
-            raise
-        except BaseException as err:
-            background.failed(err, "what is sent to a replica", lambda _error: self._call.cancel())
-
-    def _outgoing(self) -> Iterator[Message | bytes]:
-        """Yield the messages for the stream; from `Attached` with pipes on, send them through the pipes instead."""
-        through = None
-        for message in self._outbox:
+    async def _write(self) -> None:
+        """Send what there is on the stream, up to `Attached` with pipes on: later messages go through the pipes."""
+        while (message := await self._outbox.next()) is not None:
             self._said_at = self._clock()
-            if through is None:
-                yield message
-                through = self._same_host.pipes if message is self._attached else None
-            elif not through.send(framing.write_message(message)):
+            await self._call.write(framing.write_message(message))
+            if message is self._attached and self._same_host.pipes is not None:
+                self._through = self._same_host.pipes
+                self._outbox.when_ready(self._drain)
                 return
 
-    def _arrivals(self) -> Iterator[Any]:
-        for message in self._call:
-            yield message
-            if self._same_host.pipes is not None:
-                break
-        for data in self._same_host.pipes or ():
-            yield framing.read_message(teacher_pb2.ServerMessage, data)
-        yield from self._call  # raises the reason for the end
+    def _drain(self) -> None:
+        """Send what there is through the pipes, at once, as far as there is room; before they are used, by the task."""
+        if self._through is None:
+            self._outbox.wake()
+        elif not self._draining:
+            self._draining = True  # as what is sent may have the window changed, and that calls this again
+            try:
+                self._post(self._through)
+            except BaseException as err:
+                background.failed(err, "sending to a replica", self._hang_up)
+            self._draining = False
 
-    def _read(self) -> None:
-        error: SchoolhouseError
+    def _post(self, through: LoopPipes) -> None:
+        while through.idle and (message := self._outbox.take()) is not None:
+            self._said_at = self._clock()
+            through.post(framing.write_message(message), self._drain)
+
+    async def _write_or_end(self) -> None:
         try:
-            for message in self._arrivals():
-                self._receive(message)
-            error = TeacherUnavailableError(f"the teacher at {self.address} ended the session")
+            await self._write()
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            return  # the stream has ended, and the reading task sees why
+
+    # Receiving.
+
+    async def _run(self) -> None:
+        error: SchoolhouseError = TeacherUnavailableError(f"the teacher at {self.address} ended the session")
+        try:
+            await self._talk()
         except grpc.RpcError as err:
             error = status.from_rpc_error(err, self.address)
         except SchoolhouseError as err:  # the stream itself is broken, as by a frame that cannot be parsed
-            error = err
+            error = err.with_traceback(None)
+        except asyncio.CancelledError:
+            pass  # it was closed here
+        except BaseException as err:
+            background.failed(err, "schoolhouse-session", background.go_on)
+            what = f"{self.address} sent a message that this client cannot read: {type(err).__name__}"
+            error = ProtocolError(f"{what}; the log says more")
         self._end(error)
 
-    def _on_error(self, error: BaseException) -> None:
-        what = f"{self.address} sent a message that this client cannot read: {type(error).__name__}; the log says more"
-        self._end(ProtocolError(what))
+    async def _talk(self) -> None:
+        """Read until the RPC ends; raises unless that is as it should."""
+        with self._connections.channel(self.address, self._security) as opened:
+            if self._closed:
+                return
+            stub: Any = opened.stream_stream(channel.SESSION_METHOD)
+            self._call = call = stub(metadata=channel.metadata(self._security))
+            writing = self._loop.task(self._write_or_end(), name="schoolhouse-sending", on_death=self._hang_up)
+            try:
+                await self._read(call)
+            finally:
+                call.cancel()
+                writing.cancel()  # it would wait forever for an RPC that has not begun
+
+    def _hang_up(self, _error: BaseException) -> None:
+        self._call.cancel()
+
+    async def _read(self, call: Any) -> None:
+        while self._same_host.pipes is None and (data := await call.read()) is not grpc.aio.EOF:
+            if (later := self._receive(data)) is not None:
+                await later
+        if (pipes := self._same_host.pipes) is not None:
+            await pipes.each(self._receive)
+        while await call.read() is not grpc.aio.EOF:  # raises the reason for the end
+            pass
 
     def _end(self, error: SchoolhouseError) -> None:
         self.alive = False
@@ -290,31 +318,35 @@ class Session:
         with contextlib.ExitStack() as freeing:  # so that each of these runs even if another raises
             freeing.callback(self._same_host.clear)
             freeing.callback(self._outbox.clear)
-            freeing.callback(self.close)
+            freeing.callback(self._close)
 
-    def _receive(self, message: Any) -> None:
+    def _receive(self, data: bytes) -> Later:
+        """Deal with a message; what takes long is returned, to be awaited before the next message."""
+        message = framing.read_message(teacher_pb2.ServerMessage, data)
         self._heard_at = self._clock()
         if isinstance(message, framing.Frame):
-            self._on_frame(message)
-            return
-        self._same_host.free(message.released)
-        if message.HasField("reply"):
-            self._on_reply(message.reply)
-        elif message.HasField("failure"):
+            return self._on_frame(message)
+        if message.released:
+            self._same_host.free(message.released)
+        kind = message.WhichOneof("kind")
+        if kind == "reply":
+            return self._on_reply(message.reply)
+        if kind == "failure":
             request = self._take(message.failure.request_id)
             if request is not None:
                 request.or_fail(self._on_failure, request, status.from_failure(message.failure))
             self._pump()
-        elif message.HasField("wait"):
+        elif kind == "wait":
             self._window.wait(message.wait.request_id)
-        elif message.HasField("resume"):
+        elif kind == "resume":
             self._window.resume()
             self._pump()
-        elif message.HasField("opened"):
+        elif kind == "opened":
             self._on_opened(message.opened)
-        elif message.HasField("draining"):
+        elif kind == "draining":
             self.draining = True
             self._listener.on_draining(self)
+        return None
 
     def _on_failure(self, request: Request, error: SchoolhouseError) -> None:
         if isinstance(error, TeacherUnavailableError):
@@ -339,7 +371,7 @@ class Session:
         self._attach(opened)
         self._hello = opened
         self._window.grant(opened)
-        self.alive = True
+        self.alive = not self._closed
         self._listener.on_opened(self)
 
     def _attach(self, opened: teacher_pb2.Opened) -> None:
@@ -348,61 +380,93 @@ class Session:
             return
         if (pipes := self._same_host.pipes) is not None:
             end = pipes.end
-            if not self._call.add_callback(background.called(end, "ending pipes", background.go_on)):
-                end()  # the RPC has ended already
+            self._call.add_done_callback(background.called(lambda _call: end(), "ending pipes", background.go_on))
         self._attached = teacher_pb2.ClientMessage(attached=attached)
         self._outbox.put(iter([self._attached]))
 
-    def _on_reply(self, reply: teacher_pb2.Reply) -> None:
-        request = self._window.get(reply.request_id)
+    def _on_reply(self, reply: teacher_pb2.Reply) -> Later:
+        request, segment = self._window.get(reply.request_id), self._same_host.segment
         if request is None:  # cancelled
             self._same_host.refuse(reply.payload)
-            return
-        try:
-            incoming = framing.Incoming(reply.features, reply.payload, request.question.limits, self._same_host.segment)
-        except SchoolhouseError as err:
+            return None
+        begin = functools.partial(_begun, reply, request.question.limits, segment)
+        if segment is not None and segment.receives_checksums and reply.payload.shared.nbytes > _LONG_BYTES:
+            return self._begin_elsewhere(reply, begin)
+        return self._on_begun(reply, begin())
+
+    async def _begin_elsewhere(self, reply: teacher_pb2.Reply, begin: Callable[[], _Begun]) -> None:
+        if (later := self._on_begun(reply, await self._loop.elsewhere(begin))) is not None:
+            await later
+
+    def _on_begun(self, reply: teacher_pb2.Reply, incoming: _Begun) -> Later:
+        if isinstance(incoming, SchoolhouseError):
             self._same_host.refuse(reply.payload)
-            self._on_bad_answer(reply.request_id, err)
-            return
-        if incoming.complete:
-            self._finish(reply, incoming)
+            self._on_bad_answer(reply.request_id, incoming)
+        elif incoming.complete:
+            return self._finish(reply, incoming)
         else:
             self._partial[reply.request_id] = reply, incoming
-            if reply.request_id not in self._window:  # cancelled before it stood in `_partial`
-                self._partial.pop(reply.request_id, None)
+        return None
 
-    def _on_frame(self, frame: framing.Frame) -> None:
+    def _on_frame(self, frame: framing.Frame) -> Later:
         partial = self._partial.get(frame.request_id)
         if partial is None:
-            return  # cancelled
+            return None  # cancelled
         reply, incoming = partial
         try:
             incoming.add(frame.offset, frame.data, frame.digest)
         except SchoolhouseError as err:
             self._on_bad_answer(frame.request_id, err)
-            return
-        if incoming.complete:
-            self._same_host.overflowed()
-            self._finish(reply, incoming)
+            return None
+        if not incoming.complete:
+            return None
+        self._same_host.overflowed()
+        return self._finish(reply, incoming)
 
-    def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> None:
-        request = self._take(reply.request_id)
+    def _finish(self, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> Later:
+        request = self._window.get(reply.request_id)
         if request is None:
-            return
+            return None
+        now, nbytes = self._clock(), incoming.nbytes + len(reply.features)
         self._requests += 1
         self._sent_bytes += request.nbytes
-        self._received_bytes += incoming.nbytes + len(reply.features)
-        self.slowest_s = max(self.slowest_s, self._clock() - request.asked_at)
-        self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight, 0), self._clock()
-        try:
-            request.received(incoming.nbytes + len(reply.features))
-            request.answer(features_of(request.question, reply, incoming), self.address)
-        except _WRONG as err:
-            request.or_fail(self._listener.on_wrong, self, request, err)
-        except Exception as err:  # such as no memory to unpack it, which fails this request alone
-            request.fail(err)
+        self._received_bytes += nbytes
+        self.slowest_s = max(self.slowest_s, now - request.asked_at)
+        self.others_queued, self.answered_at = max(reply.queued - self._window.in_flight + 1, 0), now
+        request.received(nbytes)
+        make = functools.partial(_features, request.question, reply, incoming)
+        if nbytes > _LONG_BYTES and not request.question.wanted.as_computed:
+            return self._finish_elsewhere(request, reply.request_id, make)
+        self._on_features(request, reply.request_id, make())
+        return None
+
+    async def _finish_elsewhere(self, request: Request, request_id: int, make: Callable[[], _Made]) -> None:
+        self._on_features(request, request_id, await self._loop.elsewhere(make))
+
+    def _on_features(self, request: Request, request_id: int, made: _Made) -> None:
+        self._take(request_id)
+        if isinstance(made, _WRONG):
+            request.or_fail(self._listener.on_wrong, self, request, made)
+        elif isinstance(made, Exception):
+            request.fail(made)
+        else:
+            request.answer(made, self.address)
         self._pump()  # last, so that the thread that waits for the answer already goes on
 
     def _take(self, request_id: int) -> Request | None:
         self._partial.pop(request_id, None)
         return self._window.take(request_id)
+
+
+def _begun(reply: teacher_pb2.Reply, limits: Limits, segment: ClientSegment | None) -> _Begun:
+    try:
+        return framing.Incoming(reply.features, reply.payload, limits, segment)
+    except SchoolhouseError as err:
+        return err.with_traceback(None)
+
+
+def _features(question: Question, reply: teacher_pb2.Reply, incoming: framing.Incoming) -> _Made:
+    try:
+        return features_of(question, reply, incoming)
+    except Exception as err:  # such as no memory to unpack it, which fails this request alone
+        return err.with_traceback(None)

@@ -93,15 +93,23 @@ class Sharing:
         weight: the job's share of a busy teacher relative to other jobs, from 0.01 to 100. If clients of one job give
             different weights, the last one counts.
         max_pending: how many requests may be without an answer before `submit` raises `TeacherBusyError`.
+        max_replicas: with how many replicas this client keeps sessions at the same time; None means with all. Each
+            client chooses its own ones, so that many clients use all replicas evenly without each of them holding a
+            session with each replica. It goes beyond them while they are gone, fail or refuse, and exchanges one if all
+            are busier than others. A job of few processes that is to use more replicas at once raises it.
     """
 
     weight: float = 1.0
     max_pending: int = 1024
+    max_replicas: int | None = 4
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, int | float) or not _WEIGHTS[0] <= self.weight <= _WEIGHTS[1]:
             raise ConfigError(f"weight is {self.weight!r}; it must be a number from {_WEIGHTS[0]} to {_WEIGHTS[1]}")
         _check_positive(self, "max_pending")
+        most = self.max_replicas
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+            raise ConfigError(f"max_replicas is {most!r}; it must be None, or a whole number from 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,13 @@
 """RemoteTeacher: the Teacher protocol over gRPC."""
 
+import asyncio
 import contextlib
 import copy
 import dataclasses
 import functools
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,12 +15,15 @@ import torch
 from schoolhouse_wire import background, framing
 from schoolhouse_wire.encodings import Encoding
 from schoolhouse_wire.limits import Limits
+from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.rpc import forks
+from schoolhouse_wire.values import codec
 from schoolhouse_wire.values.codec import Arguments
 
 from schoolhouse.errors import RevisionChangedError, SchoolhouseError, TeacherUnavailableError, UsageError
 from schoolhouse.lm_head.head import Head
 from schoolhouse.remote import directory
+from schoolhouse.remote.connections import Connections, connections
 from schoolhouse.remote.dispatcher import Dispatcher
 from schoolhouse.remote.facts import Facts
 from schoolhouse.remote.heads import FetchedHeads
@@ -34,6 +37,7 @@ from schoolhouse.tracing import tracer
 
 _LIMITS, _HEAD_LIMITS = Limits(), Limits(max_payload_bytes=16 << 30)
 _ASK_AGAIN_S = 0.25
+_LONG_BYTES = 1 << 20  # inputs from this size on are copied in another thread than that of an event loop
 _FOLLOW_TIMEOUT_S = 2.0  # how long a submit waits for the facts of a new revision before it goes on with the last one
 
 
@@ -53,7 +57,7 @@ class RemoteTeacher:
         self._tracer = tracer(self._settings.tracing)
         self._closed = False
         self._pinned = self._settings.revision  # the revision to keep to, also in a pickled copy; "" for any
-        self._lock = threading.RLock()
+        self._connecting = asyncio.Lock()  # held in the event loop, while the facts are asked for
         self._facts: Facts | None = None
         self._dispatcher: Dispatcher | None = None
         self._follow_at = 0.0  # when to ask for the facts of a new revision again
@@ -74,7 +78,7 @@ class RemoteTeacher:
     def describe(self) -> TeacherDescription:
         """Describe the teacher, and how its features travel, for which a session with a replica is opened."""
         facts, dispatcher = self._connected()
-        dispatcher.open_one(facts.revision)
+        connections().wait(dispatcher.open_one(facts.revision), "a session is not open yet")
         found = sorted({session.transport for session in self.open_sessions()})
         return dataclasses.replace(facts.description, transport="; ".join(found) or "none: no session is open")
 
@@ -83,55 +87,72 @@ class RemoteTeacher:
         return self._connected()[0].description
 
     def _connected(self) -> tuple[Facts, Dispatcher]:
+        """What a request needs; waits for it if it is not there yet."""
+        found = self._if_connected()
+        return found or connections().wait(self._connect(), f"{self!r} is not connected yet")
+
+    def _if_connected(self) -> tuple[Facts, Dispatcher] | None:
+        """What a request needs, unless it must be waited for."""
         forks.check()
-        with self._lock:
+        facts, dispatcher = self._facts, self._dispatcher
+        if facts is None or dispatcher is None:
+            return None
+        if self._is_behind(facts, dispatcher) and not connections().loop.runs_here:
+            return None
+        return facts, dispatcher
+
+    def _is_behind(self, facts: Facts, dispatcher: Dispatcher) -> bool:
+        """Whether the facts of a new revision are to be asked for."""
+        changed = self._settings.follow_revisions and dispatcher.current not in ("", facts.revision)
+        return changed and time.monotonic() >= self._follow_at
+
+    async def _connect(self) -> tuple[Facts, Dispatcher]:
+        """Connect, and learn the facts of the current revision; in the event loop."""
+        async with self._connecting:
             if self._facts is None or self._dispatcher is None:
-                self._facts, self._dispatcher = self._connect()
+                self._facts, self._dispatcher = await self._first()
                 if self._closed:  # `close` was called meanwhile, and found no dispatcher yet
                     self._dispatcher.close()
-            elif self._settings.follow_revisions and self._dispatcher.current not in ("", self._facts.revision):
-                self._follow(self._dispatcher)
+            elif self._is_behind(self._facts, self._dispatcher):
+                await self._follow(self._dispatcher)
             return self._facts, self._dispatcher
 
-    def _connect(self) -> tuple[Facts, Dispatcher]:
-        found, facts = self._first_facts()
+    async def _first(self) -> tuple[Facts, Dispatcher]:
+        there = connections()
+        found, facts = await self._first_facts(there)
         if not self._settings.follow_revisions:
             self._pinned = facts.revision
-        dispatcher = Dispatcher(self._target, self.name, self._pinned, self._settings, self._security, found)
+        dispatcher = Dispatcher(self._target, self.name, self._pinned, self._settings, self._security, found, there)
         weakref.finalize(self, dispatcher.close).atexit = False
         return facts, dispatcher
 
-    def _first_facts(self) -> tuple[directory.ReplicaSet, Facts]:
+    async def _first_facts(self, there: Connections) -> tuple[directory.ReplicaSet, Facts]:
         """Ask the directory and then a replica; as long as no replica answers, repeat both until the timeout."""
         timeout_s = self._settings.timeouts.connect_s
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = max(deadline - time.monotonic(), 0.001)
-            found = self._find(left_s)
+            found = await directory.find(there, self._target, self.name, self._settings.zone, left_s, self._security)
             revision = self._pinned or (found.current if found.serves(found.current) else "")
             try:
-                return found, self._learn(found, revision, max(deadline - time.monotonic(), 0.001))
+                return found, await self._learn(found, revision, max(deadline - time.monotonic(), 0.001))
             except TeacherUnavailableError:
                 if time.monotonic() + _ASK_AGAIN_S > deadline:
                     raise
-            time.sleep(_ASK_AGAIN_S)
+            await asyncio.sleep(_ASK_AGAIN_S)
 
-    def _find(self, timeout_s: float) -> directory.ReplicaSet:
-        return directory.find(self._target, self.name, self._settings.zone, timeout_s, self._security)
-
-    def _learn(self, found: directory.ReplicaSet, revision: str, timeout_s: float) -> Facts:
+    async def _learn(self, found: directory.ReplicaSet, revision: str, timeout_s: float) -> Facts:
         addresses = [replica.address for replica in found.of(revision)]
         if not addresses and found.replicas:
             raise directory.revision_changed(self.name, self._target, revision, found.revisions())
-        return Facts(*directory.describe(addresses, self.name, revision, timeout_s, self._security))
+        described = directory.describe(connections(), addresses, self.name, revision, timeout_s, self._security)
+        return Facts(*await described)
 
-    def _follow(self, dispatcher: Dispatcher) -> None:
+    async def _follow(self, dispatcher: Dispatcher) -> None:
         """Learn the facts of a new revision; without an answer, go on with the last one."""
-        if time.monotonic() < self._follow_at:
-            return
         timeout_s = min(_FOLLOW_TIMEOUT_S, self._settings.timeouts.connect_s)
         with contextlib.suppress(SchoolhouseError):
-            self._facts = self._learn(dispatcher.known, dispatcher.current, timeout_s)
+            self._facts = await self._learn(dispatcher.known, dispatcher.current, timeout_s)
         self._follow_at = time.monotonic() + timeout_s
 
     def submit(
@@ -149,17 +170,52 @@ class RemoteTeacher:
         `encodings` say how taps travel; `positions` is the mask `[batch, length]` for encodings that need one. The
         first request whose hidden states travel instead of logits waits for the teacher's head.
 
+        Callbacks of the future run in the thread in which all connections of this process live: one that blocks holds
+        them all up.
+
         Raises:
             UnknownTapError: for a tap that the teacher does not have; nothing is sent.
             ConfigError: for encodings of other taps, or positions that are missing or not needed.
-            UsageError: after `close`; in a fork, as `connect` says; and if a callback of a future is the first to need
-                a head.
+            UsageError: after `close`; in a fork, as `connect` says; and in a callback of a future that would have to
+                wait, for a head or for the connection.
             UnsupportedValueError, MessageTooLargeError: for inputs that cannot travel.
             TeacherBusyError: if `Sharing.max_pending` requests are already without an answer.
         """
-        return self.ask(args, kwargs, taps, encodings, positions, alone=False).future
+        return self.begin(args, kwargs, taps, encodings, positions, alone=False).future
 
-    def ask(
+    async def ask(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        taps: Iterable[TapLike],
+        *,
+        encodings: Mapping[TapLike, Encoding | None] | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> Features:
+        """As `submit`, for coroutines: `await teacher.ask(...)` is the features. Its event loop is never held up.
+
+        Cancelling it cancels the request. The inputs must not change before it returns.
+
+        Raises:
+            As `submit`, and what the future of that would raise.
+        """
+        there = self._open()
+        found = self._if_connected()
+        if found is None:
+            found = await asyncio.wrap_future(there.loop.run(self._connect()))
+        facts, dispatcher = found
+        wanted = facts.wanted(taps, encodings, positions)
+        heads = self._heads.known(facts.revision, wanted)
+        if heads is None:
+            fetch = there.waiters.submit(self._with_heads, facts, wanted, self._deadline())
+            facts, heads = await asyncio.wrap_future(fetch)
+        declared = codec.pack(_given(args, kwargs, wanted))
+        declare = functools.partial(framing.Outgoing, declared, limits=facts.limits, snapshot=True)
+        outgoing = declare() if declared.nbytes < _LONG_BYTES else await asyncio.to_thread(declare)
+        request = self._request(facts, wanted, outgoing, heads)
+        return await asyncio.wrap_future(self._send(dispatcher, request))
+
+    def begin(
         self,
         args: Sequence[Any],
         kwargs: Mapping[str, Any] | None,
@@ -170,31 +226,38 @@ class RemoteTeacher:
         alone: bool,
     ) -> Request:
         """As `submit`, but returns the request. If it is to be `alone`, it is computed unmerged and anew."""
-        if self._closed:
-            raise UsageError(f"{self!r} is closed; connect again")
+        self._open()
         facts, dispatcher = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
-        facts, heads = self._with_heads(facts, wanted, time.monotonic() + self._settings.timeouts.request_s)
-        inputs = Arguments(args, kwargs)
-        given = inputs if wanted.mask is None else (inputs, wanted.mask)
-        outgoing = framing.Outgoing(given, limits=facts.limits, snapshot=True)
-        question = Question(
-            outgoing=outgoing, wanted=wanted, revision=facts.revision, heads=heads, limits=_LIMITS, alone=alone
-        )
-        request = self._request(question, self._follow_with if heads and self._settings.follow_revisions else None)
+        facts, heads = self._with_heads(facts, wanted, self._deadline())
+        outgoing = framing.Outgoing(_given(args, kwargs, wanted), limits=facts.limits, snapshot=True)
+        request = self._request(facts, wanted, outgoing, heads, alone=alone)
         self._send(dispatcher, request)
         return request
 
-    def ask_again(self, request: Request) -> Request:
+    def begin_again(self, request: Request) -> Request:
         """Send an answered request once more, to be computed alone, by another replica than before if there is one."""
         assert self._dispatcher is not None
         asked = request.question
         question = dataclasses.replace(
             asked, outgoing=copy.copy(asked.outgoing), alone=True, apart_from=request.answered_by
         )
-        again = Request(question, time.monotonic() + self._settings.timeouts.request_s)
+        again = Request(question, self._deadline())
         self._send(self._dispatcher, again)
         return again
+
+    @property
+    def loop(self) -> Loop:
+        """The event loop of this process, in which futures are completed."""
+        return connections().loop
+
+    def _open(self) -> Connections:
+        if self._closed:
+            raise UsageError(f"{self!r} is closed; connect again")
+        return connections()
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._settings.timeouts.request_s
 
     def _with_heads(self, facts: Facts, wanted: Wanted, deadline: float) -> tuple[Facts, dict[Tap, Head]]:
         """The heads that a request needs; if their revision is gone and may be followed, those of the current one."""
@@ -208,48 +271,51 @@ class RemoteTeacher:
             time.sleep(_ASK_AGAIN_S)
             facts, _ = self._connected()
 
-    def _follow_with(self, request: Request) -> None:
-        """Have a request whose revision is gone answered by the current revision, with the heads of that one.
+    def _follow_later(self, request: Request) -> None:
+        """Have a request whose revision is gone answered by the current one; elsewhere, since it may wait for heads."""
+        follow = functools.partial(self._follow_with, request)
+        connections().waiters.submit(background.run, follow, "following to another revision", request.give_up)
 
-        Runs in a thread of its own, since it may have to wait for heads.
-        """
+    def _follow_with(self, request: Request) -> None:
         try:
             facts, dispatcher = self._connected()
             while facts.revision == request.question.revision and not (request.done or self._closed):
                 time.sleep(_ASK_AGAIN_S)
                 facts, dispatcher = self._connected()
             facts, heads = self._with_heads(facts, request.question.wanted, request.clock.deadline)
-            request.follow(facts.revision, heads)
-            dispatcher.dispatch(request)
+            dispatcher.follow(request, facts.revision, heads)
         except Exception as err:
             request.fail(err)
 
-    def _request(self, question: Question, follower: Callable[[Request], None] | None = None) -> Request:
-        deadline = time.monotonic() + self._settings.timeouts.request_s
+    def _request(
+        self,
+        facts: Facts,
+        wanted: Wanted,
+        outgoing: framing.Outgoing,
+        heads: Mapping[Tap, Head],
+        *,
+        alone: bool = False,
+    ) -> Request:
+        question = Question(
+            outgoing=outgoing, wanted=wanted, revision=facts.revision, heads=heads, limits=_LIMITS, alone=alone
+        )
         span = traced(self._tracer, question, self.name, self._settings.job)
-        return Request(question, deadline, span, follower)
+        follower = self._follow_later if heads and self._settings.follow_revisions else None
+        return Request(question, self._deadline(), span, follower)
 
     def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
         dispatcher.outstanding.add(request)
         # The future must not refer to the request: in a reference cycle, its features would outlive their use.
         done = functools.partial(self._done, dispatcher, request.number)
         request.future.add_done_callback(background.called(done, "forgetting a request", background.go_on))
-        try:
-            dispatcher.dispatch(request)
-        except BaseException:  # such as no thread left: the caller gets the error and not the future
-            request.cancel()
-            raise
+        dispatcher.ask(request)
         return request.future
 
-    def _done(self, dispatcher: Dispatcher, number: int, future: "Future[Features]") -> None:
+    def _done(self, dispatcher: Dispatcher, number: int, _future: "Future[Features]") -> None:
         """Forget the request. The future's callback refers to this method, which keeps the teacher alive until here."""
         request = dispatcher.outstanding.remove(number)
-        if request is None:
-            return
-        if future.cancelled():
-            dispatcher.cancel(request)
-        else:
-            dispatcher.forget(request)
+        if request is not None:
+            dispatcher.ended(request)
 
     def traffic(self) -> Traffic:
         """Number of requests answered so far, and the bytes that they moved."""
@@ -276,15 +342,17 @@ def _rebuild(url: str, settings: Settings, pinned: str) -> RemoteTeacher:
     return teacher
 
 
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any] | None, wanted: Wanted) -> Any:
+    inputs = Arguments(args, kwargs)
+    return inputs if wanted.mask is None else (inputs, wanted.mask)
+
+
 def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments, wanted: Wanted) -> Features:
     found = teacher()
     assert found is not None
+    connections().check_wait(f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet")
     facts, dispatcher = found._connected()
-    if dispatcher.answers_here():
-        raise UsageError(
-            f"the head {wanted.heads()[wanted.taps[0]]!r} is not here yet, and a callback of a future cannot wait for "
-            "it, since it runs in the thread that receives answers. Submit one such request elsewhere first"
-        )
     outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
     question = Question(outgoing=outgoing, wanted=wanted, revision=revision, heads={}, limits=_HEAD_LIMITS)
-    return found._send(dispatcher, found._request(question)).result()
+    span = traced(found._tracer, question, found.name, found._settings.job)
+    return found._send(dispatcher, Request(question, found._deadline(), span)).result()

@@ -116,7 +116,7 @@ class VerifiedTeacher:
         """
         if next(self._turns) % self.every and not self._counts.differed:
             return self.teacher.submit(args, kwargs, taps, encodings=encodings, positions=positions)
-        return Pair(self, self.teacher.ask(args, kwargs, taps, encodings, positions, alone=True)).start()
+        return Pair(self, self.teacher.begin(args, kwargs, taps, encodings, positions, alone=True)).start()
 
     def traffic(self) -> Traffic:
         """Number of requests answered so far, second ones included, and the bytes that they moved."""
@@ -173,7 +173,7 @@ class Pair:
             self._end(error=_error_of(first.future))
             return
         try:
-            second = self._second = self._by.teacher.ask_again(first)
+            second = self._second = self._by.teacher.begin_again(first)
         except Exception as err:  # such as max_pending, or a closed teacher, for which the features are still good
             self._unchecked(first.future.result(), err)
             return
@@ -194,15 +194,17 @@ class Pair:
         elif error is not None:
             self._unchecked(features, error)
         else:
-            self._compare(first, second, features, second.future.result())
+            loop = self._by.teacher.loop
+            comparing = self._compare(first, second, features, second.future.result())
+            loop.here(functools.partial(loop.task, comparing, name="schoolhouse-comparison", on_death=self._failed))
 
-    def _compare(self, first: Request, second: Request, features: Features, others: Features) -> None:
+    async def _compare(self, first: Request, second: Request, features: Features, others: Features) -> None:
         if others.revision != features.revision:
             error = FeatureMismatchError(f"the teacher has the revision {others.revision} by now")
             self._unchecked(features, error)
             return
         try:
-            found = difference(features, others, self._by.tolerance)
+            found = await self._by.teacher.loop.elsewhere(difference, features, others, self._by.tolerance)
         except Exception as err:  # such as no memory for the comparison
             self._unchecked(features, err)
             return

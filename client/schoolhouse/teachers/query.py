@@ -49,6 +49,11 @@ class Wanted:
         """Whether no tap has an encoding."""
         return not any(self.encodings)
 
+    @functools.cached_property
+    def wire(self) -> list[teacher_pb2.Tap]:
+        """What `to_wire` returns, made once; it must not be changed."""
+        return list(self.to_wire())
+
     @classmethod
     def of(
         cls, taps: Iterable[TapLike], encodings: Mapping[Any, Encoding | None] | None = None, positions: Any = None

@@ -31,7 +31,7 @@ CLIENT_OPTIONS: list[tuple[str, int | str]] = [
 ]
 SERVER_OPTIONS: list[tuple[str, int | str]] = [
     *_COMMON,
-    ("grpc.max_concurrent_streams", 64),  # per connection
+    ("grpc.max_concurrent_streams", 1024),  # per connection, which all sessions of a process share
     ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
     ("grpc.server_handshake_timeout_ms", 20_000),  # for connections on which nothing is sent
     ("grpc.max_connection_idle_ms", 60_000),  # without a stream; a channel connects again at its next use
@@ -48,20 +48,31 @@ def connect(target: str, security: ClientSecurity = ClientSecurity()) -> grpc.Ch
         ConfigError: if `target` may be on another machine, and `security` is plaintext without `insecure`.
         UsageError: in a process that was forked from one that has used gRPC.
     """
-    security.allow(target)
-    forks.before_grpc()
-    opened = _opened(target, security)
+    opened: grpc.Channel = _opened(grpc, target, security)
     if not security.token:
         return opened
     return grpc.intercept_channel(opened, _WithToken(security.token))
 
 
-def _opened(target: str, security: ClientSecurity) -> grpc.Channel:
+def connect_aio(target: str, security: ClientSecurity = ClientSecurity()) -> grpc.aio.Channel:
+    """As `connect`, for the event loop that runs in this thread; each RPC is given `metadata(security)`."""
+    opened: grpc.aio.Channel = _opened(grpc.aio, target, security)
+    return opened
+
+
+def metadata(security: ClientSecurity) -> tuple[tuple[str, str], ...]:
+    """What each RPC carries: the token, if there is one."""
+    return ((TOKEN_KEY, f"{TOKEN_PREFIX}{security.token}"),) if security.token else ()
+
+
+def _opened(of: Any, target: str, security: ClientSecurity) -> Any:
+    security.allow(target)
+    forks.before_grpc()
     if not security.tls:
-        return grpc.insecure_channel(target, options=CLIENT_OPTIONS)
+        return of.insecure_channel(target, options=CLIENT_OPTIONS)
     credentials = grpc.ssl_channel_credentials(security.ca, security.key, security.cert)
     options = [*CLIENT_OPTIONS, ("grpc.ssl_target_name_override", security.server_name)]
-    return grpc.secure_channel(target, credentials, options=options)
+    return of.secure_channel(target, credentials, options=options)
 
 
 class _Details(NamedTuple):

@@ -8,8 +8,8 @@ import stat
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.loop import Loop
@@ -19,6 +19,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 _LENGTH = struct.Struct("<I")  # the length before each message
 _READ_BYTES = 64 << 10  # the usual capacity of a pipe
 P = TypeVar("P")
+Later: TypeAlias = Coroutine[Any, Any, None] | None
 _LAST_READS = 16  # reads after `end`: enough for what a pipe holds, and a bound for a peer that keeps writing
 
 
@@ -140,8 +141,9 @@ class LoopPipes:
         self._loop = loop.asyncio
         self._incoming, self._outgoing = incoming, outgoing
         self._ended = self._closed = False
-        self._waiting: dict[int, asyncio.Future[None]] = {}  # tasks that wait until they can use a file descriptor
+        self._waiting: dict[int, asyncio.Future[Any]] = {}  # tasks that wait until they can use a file descriptor
         self._held = bytearray()  # read, and not returned yet
+        self._unsent: list[memoryview] = []  # posted, and not written yet
         self._last_reads = _LAST_READS
         self._release = weakref.finalize(self, _close, incoming, outgoing)
         self._release.atexit = False
@@ -163,11 +165,13 @@ class LoopPipes:
         for fd in list(self._waiting):
             self._ready(fd)
 
-    def _ready(self, fd: int) -> None:
+    def _ready(self, fd: int, result: Later = None) -> None:
         self._loop.remove_reader(fd) if fd == self._incoming else self._loop.remove_writer(fd)
         waiter = self._waiting.pop(fd)
         if not waiter.done():  # else its task was cancelled
-            waiter.set_result(None)
+            waiter.set_result(result)
+        elif result is not None:
+            result.close()
 
     async def _until_ready(self, fd: int) -> None:
         add = self._loop.add_reader if fd == self._incoming else self._loop.add_writer
@@ -181,20 +185,98 @@ class LoopPipes:
 
     async def send(self, message: bytes) -> bool:
         """Write a message, waiting for room in the pipe; False if the other side is gone, or after `end` or `close`."""
-        parts = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
+        self._unsent = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
+        while not self._write():
+            await self._until_ready(self._outgoing)
+        return not self._unsent
+
+    def _write(self) -> bool:
+        """Write what there is room for; False if more must wait for room."""
+        parts = self._unsent
         while parts and not (self._ended or self._closed):
             try:
                 written = os.writev(self._outgoing, parts)
             except BlockingIOError:
-                await self._until_ready(self._outgoing)
-                continue
-            except BrokenPipeError:
                 return False
+            except BrokenPipeError:
+                return True
             while parts and written >= parts[0].nbytes:
                 written -= parts.pop(0).nbytes
             if written:
                 parts[0] = parts[0][written:]
-        return not parts
+        return True
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was posted is written, or will never be."""
+        return not self._unsent or self._ended or self._closed
+
+    def post(self, message: bytes, then: Callable[[], None]) -> None:
+        """Write a message, when the pipe is `idle`; if there is no room, `then()` is called once it is again."""
+        self._unsent = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
+        if not self._write():
+            waiter = self._waiting[self._outgoing] = self._loop.create_future()
+            self._loop.add_writer(self._outgoing, self._write_more, waiter, then)
+
+    def _write_more(self, waiter: "asyncio.Future[Any]", then: Callable[[], None]) -> None:
+        if self._write() and not waiter.done():
+            self._ready(self._outgoing)
+            then()
+
+    async def each(self, heard: Callable[[bytes], Later]) -> None:
+        """Call `heard` with each message as it arrives; if it returns a coroutine, that is awaited before the next.
+
+        It returns after `end` or `close`, or once the other side is gone.
+
+        Raises:
+            ProtocolError: if the next message is larger than the limit; and what `heard` raises.
+        """
+        while not self._closed and self._last_reads:
+            while (message := self._message()) is not None:
+                if (later := heard(message)) is not None:
+                    await later
+            self._last_reads -= self._ended
+            data = self._read()
+            if data:
+                self._held += data
+            elif data is not None or self._ended:
+                return
+            elif (later := await self._hearing(heard)) is not None:
+                await later
+
+    async def _hearing(self, heard: Callable[[bytes], Later]) -> Later:
+        """Have messages heard until one needs a coroutine, which is returned, or until there is an end."""
+        fd = self._incoming
+        waiter = self._waiting[fd] = self._loop.create_future()
+        self._loop.add_reader(fd, self._hear, heard, waiter)
+        try:
+            later: Later = await waiter
+            return later
+        finally:
+            if self._waiting.get(fd) is waiter:
+                self._ready(fd)
+
+    def _hear(self, heard: Callable[[bytes], Later], waiter: "asyncio.Future[Any]") -> None:
+        try:
+            if not (data := self._read()):
+                if data is not None:
+                    self._ready(self._incoming)
+                return
+            self._held += data
+            while not waiter.done() and (message := self._message()) is not None:
+                if (later := heard(message)) is not None:
+                    self._ready(self._incoming, later)
+        except BaseException as err:
+            if waiter.done():
+                raise
+            waiter.set_exception(err)
+
+    def _read(self) -> bytes | None:
+        """What can be read now: nothing if the other side is gone, and None if it has to be waited for."""
+        try:
+            return os.read(self._incoming, _READ_BYTES)
+        except BlockingIOError:
+            return None
 
     async def read(self) -> bytes | None:
         """The next message; None after `end` or `close`, or once the other side is gone.
@@ -206,17 +288,14 @@ class LoopPipes:
             if self._closed or not self._last_reads:
                 return None
             self._last_reads -= self._ended
-            try:
-                data = os.read(self._incoming, _READ_BYTES)
-            except BlockingIOError:
-                if self._ended:
-                    return None
-                await self._until_ready(self._incoming)
-                continue
-            if not data:
+            data = self._read()
+            if data:
+                self._held += data
+                await asyncio.sleep(0)  # other tasks of the loop have their turns between two reads
+            elif data is not None or self._ended:
                 return None
-            self._held += data
-            await asyncio.sleep(0)  # other tasks of the loop have their turns between two reads
+            else:
+                await self._until_ready(self._incoming)
         return message
 
     def _message(self) -> bytes | None:
