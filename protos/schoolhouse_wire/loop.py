@@ -10,8 +10,9 @@ import functools
 import os
 import threading
 import time
+import types
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -181,6 +182,30 @@ class Loop:
         self.asyncio.run_until_complete(self.asyncio.shutdown_asyncgens())
         self.asyncio.close()
         self._calls.clear()
+
+
+def eager(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | None:
+    """Run a coroutine up to the first time that it waits; returns the rest, to be awaited, or None if it has ended."""
+    try:
+        waits_for = work.send(None)
+    except StopIteration:
+        return None
+    return _rest(work, waits_for)
+
+
+@types.coroutine
+def _rest(work: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    while True:
+        try:
+            value = yield waits_for
+        except BaseException as err:
+            step = functools.partial(work.throw, err)
+        else:
+            step = functools.partial(work.send, value)
+        try:
+            waits_for = step()
+        except StopIteration:
+            return
 
 
 def _rung(alarm: Alarm) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from memfd import soon
-from schoolhouse_wire.loop import Loop
+from schoolhouse_wire.loop import Loop, eager
 from traps import Trap, each_error
 
 
@@ -113,6 +113,57 @@ def test_what_is_done_elsewhere_holds_up_nobody(loop):
     assert waiting.result(20)
     with pytest.raises(ZeroDivisionError):
         loop.run(loop.elsewhere(lambda: 1 // 0)).result(20)
+
+
+def test_what_is_run_eagerly_waits_only_where_it_must(loop):
+    seen, go = [], threading.Event()
+
+    async def work(waits):
+        seen.append("begun")
+        if waits:
+            seen.append(await loop.elsewhere(go.wait, 20))
+            with pytest.raises(ZeroDivisionError):
+                await loop.elsewhere(lambda: 1 // 0)
+            await asyncio.sleep(0)
+        seen.append("ended")
+
+    assert eager(work(False)) is None
+    assert seen == ["begun", "ended"]
+
+    async def later():
+        rest = eager(work(True))
+        assert seen == ["begun", "ended", "begun"]
+        go.set()
+        await rest
+
+    loop.run(later()).result(20)
+    assert seen[2:] == ["begun", True, "ended"]
+    with pytest.raises(ZeroDivisionError):
+        eager(_raises())
+
+
+async def _raises():
+    raise ZeroDivisionError
+
+
+def test_what_is_run_eagerly_can_be_cancelled(loop):
+    begun, seen = threading.Event(), []
+
+    async def work():
+        try:
+            begun.set()
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            seen.append("cancelled")
+            raise
+
+    async def later():
+        await eager(work())
+
+    running = loop.run(later())
+    assert begun.wait(20)
+    running.cancel()
+    assert soon(lambda: seen == ["cancelled"])
 
 
 def test_its_end_cancels_tasks_and_refuses_more():

@@ -20,7 +20,7 @@ from schoolhouse_wire.errors import (
     SchoolhouseError,
     TeacherInternalError,
 )
-from schoolhouse_wire.loop import Alarm
+from schoolhouse_wire.loop import Alarm, eager
 from schoolhouse_wire.outbox import Elsewhere, LoopOutbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.v1 import teacher_pb2
@@ -81,6 +81,7 @@ class ServerSession:
         self._member: Member | None = None  # None before Open
         self._unopened: Alarm | None = None  # ends the session if no Open comes
         self._writer: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()
         self._closed = False
         self._same_host = SameHost(self._loop, context.shared_memory_bytes)
 
@@ -107,6 +108,7 @@ class ServerSession:
         first, self._closed = not self._closed, True
         with contextlib.ExitStack() as ending:  # so that each of these is done, whatever another one raises
             ending.callback(self._same_host.close)
+            ending.callback(self._over.set)
             ending.callback(self.outbox.close)
             ending.callback(self._spans.dropped)
             if first and self._member is not None:
@@ -144,28 +146,30 @@ class ServerSession:
         """Send what there is to send, over the stream or, once the client has them, through pipes."""
         with contextlib.suppress(grpc.aio.InternalError):  # raised once the client is gone
             while (message := await self.outbox.next()) is not None:
-                if (pipes := self._same_host.pipes) is None:
-                    await self._rpc.write(message)
-                elif not await pipes.send(framing.write_message(message)):
+                if (pipes := self._same_host.pipes) is not None:
+                    pipes.post(framing.write_message(message), self._drain)
+                    self.outbox.when_ready(self._drain)
+                    await self._over.wait()
                     return
+                await self._rpc.write(message)
 
-    async def _next(self) -> Any:
-        """The next message of the client; None if no more will come."""
-        if (pipes := self._same_host.pipes) is not None:
-            data = await pipes.read()
-            return None if data is None else framing.received(teacher_pb2.ClientMessage, data)
-        message = await self._rpc.read()
-        return None if message is grpc.aio.EOF else message
+    def _drain(self) -> None:
+        """Send what there is through the pipes, as far as there is room."""
+        try:
+            while (pipes := self._same_host.pipes) is not None and pipes.idle:
+                if (message := self.outbox.take()) is None:
+                    return
+                pipes.post(framing.write_message(message), self._drain)
+        except BaseException as err:
+            background.failed(err, "sending through pipes", self._on_error)
 
     async def _read(self) -> None:
         try:
-            while (message := await self._next()) is not None and not self._closed:
-                if self._member is not None:
-                    self._member.hear(listening=False)
-                await self._receive(message)
-                if self._member is not None:
-                    self._member.hear(listening=True)
-            if self._same_host.pipes is None and not self._closed:
+            while self._same_host.pipes is None and (message := await self._rpc.read()) is not grpc.aio.EOF:
+                await self._hear(message)
+            if (pipes := self._same_host.pipes) is not None:
+                await pipes.each(lambda data: eager(self._hear(framing.received(teacher_pb2.ClientMessage, data))))
+            elif not self._closed:
                 self._asked_all = True
                 self._receiving.give_up()
                 self._end_if_answered()
@@ -174,6 +178,15 @@ class ServerSession:
             self.end(err.with_traceback(None))  # whose frames refer to the session, which refers to it
             return
         self.close()
+
+    async def _hear(self, message: Any) -> None:
+        if self._closed:
+            return
+        if self._member is not None:
+            self._member.hear(listening=False)
+        await self._receive(message)
+        if self._member is not None:
+            self._member.hear(listening=True)
 
     def _on_error(self, _error: BaseException) -> None:
         self.end(TeacherInternalError(_FAILED))
