@@ -19,11 +19,14 @@ and tasks that are made in another way.
 | `schoolhouse-handshake` | the caller that asks why a server is silent | the reason stays unknown |
 | callbacks of a request's future | the caller that waits for verified features | it gets the error instead |
 | `schoolhouse-copier` | the thread that copies into shared memory | it raises the error; the copier goes on |
-| `schoolhouse-reader` (replica) | the client of that session | the session ends with `TeacherInternalError` |
+| `schoolhouse-replica`, the thread of a replica's loop | all its clients | it logs the error, and goes on |
+| `schoolhouse-session-reads`, a task | the client of that session | it ends with `TeacherInternalError` |
+| `schoolhouse-session-writes`, a task | the client of that session | it ends with `TeacherInternalError` |
 | `schoolhouse-engine-in`, `-out` | all requests of that teacher | other replicas answer them; this one is replaced |
-| `schoolhouse-head` | the request for a head | the request fails |
-| `schoolhouse-timer` | all alarms | the other alarms still ring in time |
-| `schoolhouse-rpc`, `-directory` | gRPC, for each call | the call fails; the thread takes the next one |
+| `schoolhouse-head`, a task | the request for a head | the request fails |
+| leases, deadlines, the watchdog: alarms of the replica | whose time it is | the other alarms still ring in time |
+| an RPC, in gRPC's task | its client | it is told an error without the text of the exception |
+| `schoolhouse-directory`, the thread of a directory's loop | all its clients | it logs the error, and goes on |
 | `schoolhouse-tokens` | the operator who revokes a token | it reads the file again a moment later |
 | `schoolhouse-http` | readers of the page or the metrics | it serves again a second later |
 | `schoolhouse-keeper` | the whole pool | its process ends, and Ray starts it again |
