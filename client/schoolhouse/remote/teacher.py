@@ -199,7 +199,8 @@ class RemoteTeacher:
         Raises:
             As `submit`, and what the future of that would raise.
         """
-        there = self._open()
+        self._check_open()
+        there = connections()
         found = self._if_connected()
         if found is None:
             found = await asyncio.wrap_future(there.loop.run(self._connect()))
@@ -226,7 +227,7 @@ class RemoteTeacher:
         alone: bool,
     ) -> Request:
         """As `submit`, but returns the request. If it is to be `alone`, it is computed unmerged and anew."""
-        self._open()
+        self._check_open()
         facts, dispatcher = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
         facts, heads = self._with_heads(facts, wanted, self._deadline())
@@ -251,10 +252,9 @@ class RemoteTeacher:
         """The event loop of this process, in which futures are completed."""
         return connections().loop
 
-    def _open(self) -> Connections:
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError(f"{self!r} is closed; connect again")
-        return connections()
 
     def _deadline(self) -> float:
         return time.monotonic() + self._settings.timeouts.request_s
