@@ -34,7 +34,6 @@ and tasks that are made in another way.
 """
 
 import contextlib
-import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -71,7 +70,14 @@ def thread(body: Callable[[], None], *, name: str, on_death: Callable[[BaseExcep
 
 def called(body: Callable[P, T], what: str, on_death: Callable[[BaseException], T]) -> Callable[P, T]:
     """A callback for somebody else's thread, which takes the arguments of `body`."""
-    return lambda *args, **kwargs: run(functools.partial(body, *args, **kwargs), what, on_death)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return body(*args, **kwargs)
+        except BaseException as err:
+            return failed(err, what, on_death)
+
+    return call
 
 
 def go_on(_error: BaseException) -> None:

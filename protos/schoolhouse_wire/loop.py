@@ -62,6 +62,11 @@ class Loop:
         """Whether the calling thread is the loop's."""
         return self._thread is threading.current_thread() and self._pid == os.getpid()
 
+    @property
+    def busy(self) -> bool:
+        """Whether tasks are under way."""
+        return bool(self._tasks)
+
     def start(self) -> "Loop":
         """Start the thread, unless it runs; raises `RuntimeError` if there can be no more threads."""
         with self._lock:

@@ -13,8 +13,8 @@ from directories import DRAINING, DirectoryServer, Scale, addresses, answer, ask
 from memfd import soon
 from schoolhouse import errors
 from schoolhouse.remote.directory import ELSEWHERE, SAME_HOST, SAME_ZONE, ReplicaSet, backoff_s, choose
-from schoolhouse_server.session.server_session import ServerSession
 from schoolhouse_wire.v1 import directory_pb2, teacher_pb2
+from traps import opened
 
 # The choice, as a function.
 
@@ -228,13 +228,7 @@ def test_a_replica_that_is_not_listed_any_more(pair):
 
 
 def test_a_replica_that_says_itself_that_it_is_draining(monkeypatch):
-    started, start = [], ServerSession.start
-
-    def remembered(session):
-        started.append(session)
-        start(session)
-
-    monkeypatch.setattr(ServerSession, "start", remembered)
+    started = opened(monkeypatch)
     modules = Scale(2), Scale(2)
     with replicas(*modules) as servers, DirectoryServer() as directory:
         directory.publish(*servers)

@@ -3,7 +3,6 @@
 import atexit
 import time
 import weakref
-from collections.abc import Sequence
 from typing import Protocol
 
 from schoolhouse_wire import background
@@ -15,8 +14,6 @@ _LOOK_AGAIN_S = 0.005
 
 
 class _Connection(Protocol):
-    def sessions(self) -> Sequence[object]: ...
-
     def close(self) -> None: ...
 
 
@@ -34,11 +31,10 @@ def close_first(connection: _Connection) -> None:
 
 
 def _close_all() -> None:
-    """Close all, wait for the end of their sessions, and end the event loop's thread."""
-    closing = list(_in_use)
-    for connection in closing:
+    """Close all, wait until sessions and channels have ended, and end the event loop's thread."""
+    for connection in list(_in_use):
         background.run(connection.close, "closing a connection at exit", background.go_on)
     deadline = time.monotonic() + _TIMEOUT_S
-    while any(connection.sessions() for connection in closing) and time.monotonic() < deadline:
+    while connections.busy() and time.monotonic() < deadline:
         time.sleep(_LOOK_AGAIN_S)
     connections.stop()

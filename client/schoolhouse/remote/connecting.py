@@ -40,7 +40,7 @@ def connect(
         url: where the teacher is.
         job: name of this job. Clients with the same name, such as the ranks of one training run, share the job's part
             of the teacher and its quota; a client without a name is a job by itself.
-        sharing: the job's share of the teacher, and how many requests may be without an answer.
+        sharing: the job's share of the teacher, and how many requests and replicas the client uses at once.
         timeouts: how long to wait for a server, for an answer, and for a teacher that is away.
         security: certificates, and the token.
         transport: how features travel, and how they are checked.

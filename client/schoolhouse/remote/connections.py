@@ -112,6 +112,11 @@ def connections() -> Connections:
         return _connections
 
 
+def busy() -> bool:
+    """Whether sessions, watches or channels are open."""
+    return _connections is not None and _connections.loop.busy
+
+
 def stop() -> None:
     """End the loop's thread, at the end of the process."""
     if _connections is not None:

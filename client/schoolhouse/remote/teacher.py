@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -199,7 +199,8 @@ class RemoteTeacher:
         Raises:
             As `submit`, and what the future of that would raise.
         """
-        there = self._open()
+        self._check_open()
+        there = connections()
         found = self._if_connected()
         if found is None:
             found = await asyncio.wrap_future(there.loop.run(self._connect()))
@@ -212,7 +213,7 @@ class RemoteTeacher:
         declared = codec.pack(_given(args, kwargs, wanted))
         declare = functools.partial(framing.Outgoing, declared, limits=facts.limits, snapshot=True)
         outgoing = declare() if declared.nbytes < _LONG_BYTES else await asyncio.to_thread(declare)
-        request = self._request(facts, wanted, outgoing, heads)
+        request = self._asked(facts, wanted, outgoing, heads)
         return await asyncio.wrap_future(self._send(dispatcher, request))
 
     def begin(
@@ -226,12 +227,12 @@ class RemoteTeacher:
         alone: bool,
     ) -> Request:
         """As `submit`, but returns the request. If it is to be `alone`, it is computed unmerged and anew."""
-        self._open()
+        self._check_open()
         facts, dispatcher = self._connected()
         wanted = facts.wanted(taps, encodings, positions)
         facts, heads = self._with_heads(facts, wanted, self._deadline())
         outgoing = framing.Outgoing(_given(args, kwargs, wanted), limits=facts.limits, snapshot=True)
-        request = self._request(facts, wanted, outgoing, heads, alone=alone)
+        request = self._asked(facts, wanted, outgoing, heads, alone=alone)
         self._send(dispatcher, request)
         return request
 
@@ -251,10 +252,9 @@ class RemoteTeacher:
         """The event loop of this process, in which futures are completed."""
         return connections().loop
 
-    def _open(self) -> Connections:
+    def _check_open(self) -> None:
         if self._closed:
             raise UsageError(f"{self!r} is closed; connect again")
-        return connections()
 
     def _deadline(self) -> float:
         return time.monotonic() + self._settings.timeouts.request_s
@@ -287,7 +287,7 @@ class RemoteTeacher:
         except Exception as err:
             request.fail(err)
 
-    def _request(
+    def _asked(
         self,
         facts: Facts,
         wanted: Wanted,
@@ -299,8 +299,10 @@ class RemoteTeacher:
         question = Question(
             outgoing=outgoing, wanted=wanted, revision=facts.revision, heads=heads, limits=_LIMITS, alone=alone
         )
+        return self._request(question, self._follow_later if heads and self._settings.follow_revisions else None)
+
+    def _request(self, question: Question, follower: Callable[[Request], None] | None = None) -> Request:
         span = traced(self._tracer, question, self.name, self._settings.job)
-        follower = self._follow_later if heads and self._settings.follow_revisions else None
         return Request(question, self._deadline(), span, follower)
 
     def _send(self, dispatcher: Dispatcher, request: Request) -> "Future[Features]":
@@ -354,5 +356,4 @@ def _ask(teacher: "weakref.ref[RemoteTeacher]", revision: str, inputs: Arguments
     facts, dispatcher = found._connected()
     outgoing = framing.Outgoing(inputs, limits=facts.limits, snapshot=True)
     question = Question(outgoing=outgoing, wanted=wanted, revision=revision, heads={}, limits=_HEAD_LIMITS)
-    span = traced(found._tracer, question, found.name, found._settings.job)
-    return found._send(dispatcher, Request(question, found._deadline(), span)).result()
+    return found._send(dispatcher, found._request(question)).result()
