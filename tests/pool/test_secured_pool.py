@@ -79,7 +79,7 @@ def test_directory_and_replicas_ask_for_the_same_tokens(load, actors):
     with contextlib.ExitStack() as stack:
         for each in (directory, actor):
             stack.callback(logging.getLogger().removeHandler, each._ring)
-        stack.callback(lambda: directory._server.stop(0).wait(5))
+        stack.callback(directory._server.stop, 0)
         stack.callback(directory._gate.close)
         replica = stack.enter_context(actor._make(Net()))
         entry = directory_pb2.Replica(

@@ -98,7 +98,7 @@ class Engine:
         self.counters = Counters()
         self._cost_of = COSTS[cost]
         self._owns_loop = loop is None
-        self.loop = loop or Loop("schoolhouse-engine-loop")
+        self.loop = loop or Loop("schoolhouse-replica")
         self.merger: Merger[Job] | None = None
         if merge.mode != "never":
             self_check.check_modules(teacher.module, self.description, merge)

@@ -7,16 +7,15 @@ small file says where it runs, so that `schoolhouse status` and `schoolhouse dow
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
 from schoolhouse_wire.errors import TeacherUnavailableError
-from schoolhouse_wire.loop import Loop
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
@@ -47,11 +46,10 @@ def start() -> str:
             text=True,
             start_new_session=True,
         )
-    timer = Loop("schoolhouse-start").start()
-    timer.at(time.monotonic() + _START_TIMEOUT_S, process.kill)
     assert process.stdout is not None
+    if not select.select([process.stdout], [], [], _START_TIMEOUT_S)[0]:
+        process.kill()
     address = process.stdout.readline().strip()
-    timer.stop()
     if not address:
         raise TeacherUnavailableError(f"a local Ray cluster could not be started; {log} says why")
     created = psutil.Process(process.pid).create_time()
