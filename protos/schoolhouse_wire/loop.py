@@ -65,7 +65,7 @@ class Loop:
     @property
     def busy(self) -> bool:
         """Whether tasks are under way."""
-        return bool(self._tasks)
+        return bool(self._tasks) and self._pid == os.getpid()
 
     def start(self) -> "Loop":
         """Start the thread, unless it runs; raises `RuntimeError` if there can be no more threads."""
@@ -158,6 +158,8 @@ class Loop:
 
     def stop(self) -> None:
         """Cancel all tasks and timers, and end the thread; not to be called in it."""
+        if self._pid != os.getpid():
+            return
         with self._lock:
             self._stopped = True
             thread = self._thread

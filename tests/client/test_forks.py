@@ -26,6 +26,20 @@ for _ in range(int(sys.argv[2])):
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 assert codes == [7] * len(codes), codes
 """
+EXITS = """
+import os, sys, time, torch
+import schoolhouse as sh
+with sh.connect(sys.argv[1]) as teacher:
+    teacher.submit((torch.ones(1, 2),), {}, [""]).result()
+    for _ in range(5):
+        began = time.monotonic()
+        if os.fork() == 0:
+            sys.exit(7)  # with all that an interpreter does at its end
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+        assert time.monotonic() - began < 4  # it waits for nothing of the parent
+        assert teacher.submit((torch.ones(1, 2),), {}, [""]).result(30)[""].tolist() == [[1, 1]]
+    assert len(teacher.open_sessions()) == teacher.traffic().requests - 5 == 1
+"""
 FIRST = """
 import os, torch
 import schoolhouse_server
@@ -41,6 +55,11 @@ os.wait()
 def test_a_fork_that_does_not_ask_ends_as_it_likes():
     with serve(nn.Identity()) as server:
         subprocess.run([sys.executable, "-c", CROWD, server.url, str(FORKS)], check=True, timeout=100)
+
+
+def test_a_fork_that_ends_as_interpreters_do_leaves_the_parent_alone():
+    with serve(nn.Identity()) as server:
+        subprocess.run([sys.executable, "-c", EXITS, server.url], check=True, timeout=100)
 
 
 def test_a_fork_that_asks_is_told_what_to_do():

@@ -3,15 +3,18 @@
 import subprocess
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import schoolhouse as sh
+import torch
 from directories import Scale, answer, ask, tasks
 from memfd import soon
 from schoolhouse import errors
-from schoolhouse.remote import connections
+from schoolhouse.remote import connections, session
 from schoolhouse_server import serve
+from schoolhouse_wire import framing
 from torch import nn
 
 CONNECTIONS = 128
@@ -92,3 +95,25 @@ def test_many_threads_connect_one_teacher_once():
         found = list(pool.map(lambda i: (gate.wait(20), answer(teacher, i))[1], range(16)))
         assert found == [2 * i for i in range(16)]
         assert len(teacher.open_sessions()) == 1
+
+
+def test_what_takes_long_is_done_elsewhere(monkeypatch):
+    """Features of many bytes are decoded, and checked where all of them are, in another thread than the loop's."""
+    made, checked, features_of, incoming = [], [], session.features_of, framing.Incoming
+
+    def spied(found, original):
+        def spy(*args):
+            found.append(connections.connections().loop.runs_here)
+            return original(*args)
+
+        return spy
+
+    monkeypatch.setattr(session, "features_of", spied(made, features_of))
+    here = types.SimpleNamespace(**vars(framing) | {"Incoming": spied(checked, incoming)})  # and not in the server
+    monkeypatch.setattr(session, "framing", here)
+    with serve(nn.Identity()) as server, sh.connect(server.url, transport=sh.Transport(checksums=True)) as teacher:
+        for size in (4, 4_000_000):
+            x = torch.linspace(-1, 1, size)
+            found = teacher.submit((x,), {}, [""], encodings={"": sh.encodings.bf16}).result(30)[""]
+            assert torch.equal(found.to(torch.bfloat16), x.to(torch.bfloat16))
+    assert (made, checked) == ([True, False], [True, False])

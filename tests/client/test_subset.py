@@ -1,9 +1,12 @@
 """Many clients of many replicas: each keeps to a few, evenly, goes beyond them only if it must, and comes back."""
 
 import collections
+import contextlib
 import dataclasses
 import random
+import socket
 import statistics
+import time
 
 import pytest
 import schoolhouse as sh
@@ -12,6 +15,7 @@ from memfd import soon
 from schoolhouse import errors
 from schoolhouse.remote.directory import ELSEWHERE, SAME_HOST, SAME_ZONE, Replica
 from schoolhouse.remote.subset import Subset
+from schoolhouse_wire.v1 import directory_pb2
 
 CLIENTS, REPLICAS, MOST = 512, 16, 4
 
@@ -204,3 +208,17 @@ def test_features_come_from_the_right_revision_and_from_beyond_the_few_if_it_is_
                 assert sessions(one) < addresses(*servers[:3])
                 directory.publish(*servers[1:], revision=entry(servers[-1]).revision)
                 assert soon(lambda: answer(one, 4) == 8 and sessions(one) <= addresses(*servers[1:3]))
+
+
+def test_where_those_that_are_kept_to_hang_another_one_is_asked_soon():
+    with contextlib.ExitStack() as stack, replicas(Scale(2)) as (server,), DirectoryServer() as directory:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(6)]  # they never answer
+        hanging = [f"127.0.0.1:{one.getsockname()[1]}" for one in silent]
+        revision = entry(server).revision
+        listed = [directory_pb2.Replica(id=address, address=address, revision=revision) for address in hanging]
+        directory.publish(server, *listed)
+        few, patient = sh.Sharing(max_replicas=1), sh.Timeouts(connect_s=120, request_s=100)
+        with sh.connect(directory.url, sharing=few, timeouts=patient) as teacher:
+            began = time.monotonic()
+            assert answer(teacher, timeout_s=100) == 2
+            assert time.monotonic() - began < 40  # 2 s for each that hangs

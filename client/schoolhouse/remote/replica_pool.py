@@ -366,7 +366,8 @@ class Links:
         if wanted:
             fresh = [link for link in self if link.session is None and not link.leaving]
             times += [max(link.retry_at, self._next_opening_at) for link in fresh]
-        return min((at for at in times if at > now), default=None)
+            times.append(self._subset.changes_at(list(self), now))
+        return min((at for at in times if now < at < float("inf")), default=None)
 
     def hopeless(self, revision: str, now: float) -> SchoolhouseError | None:
         """The error for a request of that revision if waiting for a replica would not help it; otherwise None."""
