@@ -11,26 +11,39 @@ Full: TypeAlias = Literal["job", "replica"]
 
 
 @dataclass(eq=False)
-class Share:
-    """The bytes of one reply, which count against the bounds; 0 as long as they are not known."""
+class _Counted:
+    """Bytes that count against the bounds; 0 as long as they are not known."""
 
-    among: "Unsent"
     job: str
     nbytes: int
-    known: bool = True
+    known: bool
+    users: int = 1  # how many replies they are for
+
+
+@dataclass(eq=False)
+class Share:
+    """A reply's part in the bytes that count against the bounds, which replies with the same features have together."""
+
+    among: "Unsent"
+    counted: _Counted
     ended: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes they are; 0 as long as they are not known."""
+        return self.counted.nbytes
 
     def resize(self, nbytes: int) -> None:
         """Set the reply's size, once it is known."""
-        if nbytes != self.nbytes or not self.known:
+        if nbytes != self.counted.nbytes or not self.counted.known:
             self.among.change(self, nbytes)
 
     def beside(self) -> "Share":
-        """Another share, for another reply to the same job with the same features; it needs no room."""
-        return self.among.add(self.job, self.nbytes)
+        """A share for another reply to the same job with the same features, which are in memory once."""
+        return self.among.beside(self)
 
     def end(self) -> None:
-        """Give the bytes back, as the reply is sent or not wanted; may be called more than once."""
+        """Give the bytes back with the last reply that is sent or not wanted; may be called more than once."""
         self.among.change(self, 0, ended=True)
 
 
@@ -66,15 +79,16 @@ class Unsent:
                 return "replica"
             if nbytes is None:
                 self._unknown.add(job)
-                return Share(self, job, 0, known=False)
+                return Share(self, _Counted(job, 0, known=False))
             self._count(job, least)
-        return Share(self, job, least)
+        return Share(self, _Counted(job, least, known=True))
 
-    def add(self, job: str, nbytes: int) -> Share:
-        """A share, whether or not there is room."""
+    def beside(self, share: Share) -> Share:
+        """One more share of the same bytes; `Share` calls this."""
         with self._lock:
-            self._count(job, nbytes)
-        return Share(self, job, nbytes)
+            assert not share.ended
+            share.counted.users += 1
+        return Share(self, share.counted)
 
     def check(self, nbytes: int) -> None:
         """Raises `MessageTooLargeError` for features that are larger than a job's bound."""
@@ -90,11 +104,15 @@ class Unsent:
         with self._lock:
             if share.ended:
                 return
-            frees = nbytes < share.nbytes or not share.known
-            if not share.known:
-                self._unknown.remove(share.job)
-            self._count(share.job, nbytes - share.nbytes)
-            share.nbytes, share.known, share.ended = nbytes, True, ended
+            counted, share.ended = share.counted, ended
+            counted.users -= ended
+            if ended and counted.users:
+                return
+            frees = nbytes < counted.nbytes or not counted.known
+            if not counted.known:
+                self._unknown.remove(counted.job)
+            self._count(counted.job, nbytes - counted.nbytes)
+            counted.nbytes, counted.known = nbytes, True
         if frees:
             for freed in self._followers:
                 freed()
