@@ -88,8 +88,9 @@ class Loop:
         self._calls.append((step, args))
         if not self._waking and self._asyncio is not None:
             self._waking = True
+            here = self._thread is threading.current_thread()
             try:
-                self._asyncio.call_soon_threadsafe(self._make_calls)
+                (self._asyncio.call_soon if here else self._asyncio.call_soon_threadsafe)(self._make_calls)
             except RuntimeError:  # closed
                 self._calls.clear()
 

@@ -82,7 +82,7 @@ def submit(engine, job):
     """Have an engine's loop submit a request, as sessions do."""
 
     async def prepared():
-        await engine.prepare(job)
+        await engine.prepare(job, 0)
         engine.submit(job)
 
     engine.loop.run(prepared()).result(20)

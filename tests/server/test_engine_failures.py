@@ -148,7 +148,7 @@ def test_a_request_that_comes_while_the_engine_closes_is_refused():
     engine = Engine(LocalTeacher(nn.Linear(8, 5)), max_queued=10)
     engine.start()
     one = job(torch.ones(1, 8))[0]
-    engine.loop.run(engine.prepare(one)).result(20)
+    engine.loop.run(engine.prepare(one, 0)).result(20)
     engine.close()
     with pytest.raises(errors.TeacherUnavailableError, match="shutting down"):
         engine.submit(one)

@@ -65,7 +65,7 @@ def _is_cache_class(kind: type) -> bool:
 
 def _is_used(cache: Any) -> bool:
     if not hasattr(cache, "get_seq_length"):
-        return next(tensors_of(cache), None) is not None or not isinstance(cache, tuple | list)
+        return bool(tensors_of(cache)) or not isinstance(cache, tuple | list)
     try:
         return int(cache.get_seq_length()) > 0
     except ValueError:  # a recurrent model's cache, which has states and no length

@@ -283,6 +283,6 @@ def eager(function: Any) -> Any:
 
 def on_device_of(outputs: Any, value: Any) -> Any:
     """A nested value with its tensors on the device of the first tensor in `outputs`; the copies may still run."""
-    first = next(tensors_of(outputs), None)
+    first = next(iter(tensors_of(outputs)), None)
     device = torch.device("cpu") if first is None else first.device
     return map_tensors(value, lambda tensor: to_device(tensor, device))

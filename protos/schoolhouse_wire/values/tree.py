@@ -1,7 +1,7 @@
 """Walking through nested values: tuples, lists, mappings, and objects with named fields keep their structure."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -48,19 +48,31 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return made
 
 
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors of a nested value."""
+    found: list[torch.Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[torch.Tensor]) -> None:
+    kind = type(value)
     if isinstance(value, torch.Tensor):
-        yield value
-    elif (record := record_of(value)) is not None:
-        yield from tensors_of(list(record.fields.values()))
-    elif isinstance(value, tuple | list):
+        found.append(value)
+    elif kind is list or kind is tuple:  # the common ones first, as each request is looked through several times
         for item in value:
-            yield from tensors_of(item)
+            _collect(item, found)
+    elif kind is dict:
+        for item in value.values():
+            _collect(item, found)
+    elif (record := record_of(value)) is not None:
+        _collect([*record.fields.values()], found)
+    elif isinstance(value, tuple | list):
+        _collect([*value], found)
         if isinstance(value, Arguments):
-            yield from tensors_of(value.kwargs)
+            _collect(value.kwargs, found)
     elif isinstance(value, Mapping):
-        yield from tensors_of(list(value.values()))
+        _collect([*value.values()], found)
 
 
 def signature_of(value: Any, other: Callable[[Any], Hashable] = lambda _value: object()) -> Hashable:

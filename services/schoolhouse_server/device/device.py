@@ -19,7 +19,7 @@ T = TypeVar("T")
 _RECENT = 0.2  # the weight of the last piece of work in the running mean of its time
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Span:
     """A piece of work on a stream; its begin and end are events, or seconds of the host's clock."""
 

@@ -32,7 +32,7 @@ from schoolhouse_server.engine.cache import FeatureCache
 from schoolhouse_server.engine.fair_queue import FairQueue
 from schoolhouse_server.engine.jobs import Answer, Job, Ticket
 from schoolhouse_server.engine.reply_pipeline import CLOSED, Outlet
-from schoolhouse_server.engine.runner import LATE, Runner
+from schoolhouse_server.engine.runner import LATE, SHORT_S, TURN_S, Runner
 from schoolhouse_server.engine.shares import Shares
 from schoolhouse_server.engine.unsent import Unsent
 from schoolhouse_server.merge import self_check
@@ -40,8 +40,6 @@ from schoolhouse_server.merge.merging import Merger
 from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_server.observe.counters import Counters
 
-_SHORT_S = 1e-3  # forwards that take no longer than this are waited for in the loop
-_PATIENCE_S = 5e-3  # the longest such wait
 _AT_ONCE_BYTES = 1 << 20  # inputs up to this are prepared faster than they are handed to another thread
 _log = logging.getLogger(__name__)
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
@@ -107,7 +105,7 @@ class Engine:
         self._shares = Shares(unsent, self.description.name)
         self._queue: FairQueue[Job] = FairQueue(max_queued, self._shares.reserve, lambda job: job.has_room)
         if unsent is not None:
-            unsent.follow(self._queue.wake)
+            unsent.follow(self._room_is_free)
         self._answers = Answers(self.loop, self.device, self._end)
         self._outlet = Outlet(teacher, self.device, self.cache, self.merger, self._shares, self._queue, self._answers)
         self.runner = Runner(teacher, self.device, self.merger, self._queue, self._outlet, self.counters, self._answers)
@@ -169,9 +167,8 @@ class Engine:
         if self._closed:
             raise TeacherUnavailableError(CLOSED)
 
-    async def prepare(self, job: Job) -> None:
+    async def prepare(self, job: Job, nbytes: int) -> None:
         """Do what must be done with all bytes of a request's inputs before `submit`; for many, in another thread."""
-        nbytes = sum(tensor.nbytes for tensor in tensors_of(job.inputs))
         if nbytes > _AT_ONCE_BYTES and (self.device.pins or self.cache is not None or self.merger is not None):
             await self.loop.elsewhere(self._prepare, job)
         else:
@@ -207,7 +204,7 @@ class Engine:
     def _enqueue(self, job: Job) -> None:
         self.check()
         job.queued_at = time.perf_counter()
-        gives_way = self.runner.recent_s <= _SHORT_S
+        gives_way = self.runner.recent_s <= SHORT_S
         self._queue.put(job, wake=not gives_way)
         self._jobs.add(job)
         self._in_flight[job.key] = job
@@ -215,16 +212,26 @@ class Engine:
             ticket.job = job
         if job.deadline < math.inf:
             job.alarm = self.loop.at(job.deadline, functools.partial(self._expire, job))
-        if gives_way and not self._gives_way:
+        if gives_way:
+            self._give_way_soon()
+
+    def _room_is_free(self) -> None:
+        if self._queue.wake() and self.loop.runs_here:
+            self._give_way_soon()
+
+    def _give_way_soon(self) -> None:
+        if not self._gives_way:
             self._gives_way = True
             self.loop.call(self._give_way)
 
     def _give_way(self) -> None:
-        """Wait for the forwards of all that has been submitted in this turn of the loop, if they are short."""
+        """Wait for the forwards of all that has been submitted up to this turn of the loop, if they are short."""
         self._gives_way = False
         self._queue.go()
-        if time.monotonic() - self.runner.pulse.since < _PATIENCE_S:  # not if a forward takes longer than others did
-            self._answers.wait(self._queue, _PATIENCE_S)
+        if time.monotonic() - self.runner.pulse.since < TURN_S:  # not if a forward takes longer than others did
+            self._answers.wait(self._queue, TURN_S)
+            if not self._queue.idle.is_set() and self.runner.recent_s <= SHORT_S:
+                self._give_way_soon()
 
     def cancel(self, ticket: Ticket) -> None:
         """Forget a ticket; its job leaves the queue at once if nobody else waits for it."""

@@ -149,10 +149,11 @@ class FairQueue(Generic[T]):
         with self._changed:
             self._changed.notify()
 
-    def wake(self) -> None:
-        """Have `take` look again, if it waits for room, as there may be some now."""
-        if self._lacks_room:
+    def wake(self) -> bool:
+        """Have `take` look again, if it waits for room, as there may be some now; returns whether it does."""
+        if lacks_room := self._lacks_room:
             self.go()
+        return lacks_room
 
     def take(
         self,

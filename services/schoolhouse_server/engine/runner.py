@@ -38,6 +38,8 @@ from schoolhouse_server.observe.counters import Counters
 
 _AHEAD = 4
 _ON_DEVICE_TRIES = 2  # for a request whose features had no room on the device; then they are encoded on the host
+SHORT_S = 1e-3  # while forwards take no longer than this, the loop and the engine take turns
+TURN_S = 5e-3  # how long each waits for the other at most
 _RECENT = 0.2  # the weight of the last requests in the running mean of their time
 LATE = "the request's deadline passed while it waited for the teacher"
 _log = logging.getLogger(__name__)
@@ -78,6 +80,8 @@ class Runner:
         # kernel of its own. MKL's kernels may run before that, and sum in another order: the bits would differ.
         torch.get_num_threads()
         while jobs := self._take():
+            if self.recent_s <= SHORT_S and not jobs[0].again:
+                self._answers.wait_for_turn(TURN_S)
             began = time.thread_time()
             self.compute(jobs)
             del jobs

@@ -64,7 +64,7 @@ class Former:
         assert self._pad is not None
         if form.mask is not None:
             return inputs
-        device = next(tensors_of(inputs)).device
+        device = tensors_of(inputs)[0].device
         ones = torch.ones(form.rows, form.length, dtype=dtype, device=device)
         return in_order(Arguments(inputs, {**inputs.kwargs, self._pad.mask: ones}))
 
