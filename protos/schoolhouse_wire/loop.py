@@ -95,8 +95,8 @@ class Loop:
                 self._calls.clear()
 
     def _make_calls(self) -> None:
-        self._waking = False  # first, so that what is added from here on wakes the loop again
-        while self._calls:
+        self._waking = False  # first: what is added from here on wakes the loop again, which has other work before it
+        for _ in range(len(self._calls)):
             step, args = self._calls.popleft()
             try:
                 step(*args)

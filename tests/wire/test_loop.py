@@ -87,6 +87,19 @@ def test_many_calls_of_another_thread_wake_it_once(loop, monkeypatch):
     assert len(woken) <= 2
 
 
+def test_what_is_called_again_and_again_keeps_nothing_else_out(loop):
+    again, made = [True], threading.Event()
+
+    def once_more():
+        if again:
+            loop.call(once_more)
+
+    loop.call(once_more)
+    loop.at(time.monotonic(), made.set)
+    assert made.wait(20)
+    again.clear()
+
+
 def test_calls_that_come_before_it_starts_are_made():
     loop, made = Loop("test-late"), threading.Event()
     loop.call(made.set)

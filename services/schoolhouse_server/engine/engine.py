@@ -189,7 +189,7 @@ class Engine:
             TeacherUnavailableError: the engine is closed, or has failed.
         """
         self.check()
-        job.rows = rows_of(job.inputs)
+        job.rows = job.rows or rows_of(job.inputs)
         job.cost = max(float(job.rows if self._cost_of is rows_of else self._cost_of(job.inputs)), 1.0)
         self._shares.sized(job)
         if self.cache is not None and job.cache_key is not None:

@@ -77,7 +77,7 @@ class FairQueue(Generic[T]):
         reserve: Callable[[T], Room] = lambda _request: "taken",
         has_room: Callable[[T], bool] = lambda _request: False,
     ) -> None:
-        self.idle = threading.Event()  # set while `take` waits
+        self.idle = threading.Event()  # set while `take` waits, and once it returns nothing any more
         self._max_queued = max_queued
         self._reserve, self._has_room = reserve, has_room
         self._changed = threading.Condition()
@@ -201,6 +201,7 @@ class FairQueue(Generic[T]):
             self._again.clear()
             self._count = 0
             self._changed.notify_all()
+            self.idle.set()
             return left
 
     def _list(self, flow: _Flow[T], turns: "deque[_Flow[T]]") -> None:

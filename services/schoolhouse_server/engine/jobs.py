@@ -59,7 +59,7 @@ class Job:
     source: Hashable = None  # the session that sent it
     form: Form | None = None  # jobs of one form may be merged; None if it may not be merged
     cost: float = 1.0  # in rows or tokens, whichever the engine charges
-    rows: int = 1
+    rows: int = 0  # counted if it is not known
     kind: Hashable = None  # for jobs of one kind, features take as many bytes for each element of the inputs
     elements: int = 1
     alarm: Alarm | None = None  # rings at the deadline

@@ -27,6 +27,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import read_layout
 
 from schoolhouse_server.common.logs import SessionLog
+from schoolhouse_server.common.rows import rows_of
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.engine.jobs import Answer, Job, Ticket
 from schoolhouse_server.engine.unsent import Share
@@ -314,9 +315,11 @@ class ServerSession:
             answer_head(self._loop, self._engine, wanted, inputs, answer, allowed=self._context.allow_head)
             return
 
+        rows = rows_of(inputs)
+
         def done(result: Answer | BaseException) -> None:
             if (ticket := self._tickets.pop(request_id, None)) is not None:  # not cancelled
-                answer(result, job.rows, ticket.share)
+                answer(result, rows, ticket.share)
 
         assert self._member is not None
         ticket = Ticket(done, self._member.account)
@@ -325,7 +328,7 @@ class ServerSession:
         # A request that is to be computed alone must equal no other, so that neither joins the other.
         own = object() if call.alone else None
         key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps), own)
-        job = Job(inputs, wanted, key, deadline, [ticket], source=id(self), alone=call.alone)
+        job = Job(inputs, wanted, key, deadline, [ticket], rows=rows, source=id(self), alone=call.alone)
         await self._engine.prepare(job, incoming.nbytes)
         if self._closed or not self._member.has(request_id):  # it was cancelled meanwhile
             return
