@@ -9,6 +9,7 @@ import threading
 import grpc
 import torch
 import xxhash
+from ends import Ends
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 from schoolhouse_server import serve
@@ -16,7 +17,6 @@ from schoolhouse_wire import framing
 from schoolhouse_wire.errors import SchoolhouseError
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.rpc import channel
-from schoolhouse_wire.same_host import pipes
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Arguments
 from torch import nn
@@ -290,7 +290,7 @@ class Live:
         told.put(OPEN.SerializeToString())
         answers = self._session(iter(told.get, None), timeout=self._timeout_s)
         offer = framing.read_message(teacher_pb2.ServerMessage, next(answers)).opened.shared_memory
-        ours = pipes.open_offered(offer)
+        ours = Ends.of(offer)
         told.put(teacher_pb2.ClientMessage(attached={"attached": True, "pipes": True}).SerializeToString())
         alarm = threading.Timer(self._timeout_s, ours.close)
         alarm.start()

@@ -1,9 +1,9 @@
 """A client of sessions that says what it likes."""
 
 import grpc
+from ends import Said
 from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.rpc import channel
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -12,7 +12,7 @@ class Stub:
     """A client that says what it likes."""
 
     def __init__(self, server, shared_memory=True, options=(), **opening):
-        self.outbox = Outbox()
+        self.outbox = Said()
         options = [*channel.CLIENT_OPTIONS, *options]
         self.channel = grpc.insecure_channel(f"127.0.0.1:{server.port}", options=options)
         call = self.channel.stream_stream(
@@ -20,7 +20,7 @@ class Stub:
             request_serializer=framing.write_message,
             response_deserializer=lambda data: framing.read_message(teacher_pb2.ServerMessage, data),
         )
-        self.answers = call(self.outbox, timeout=30)
+        self.answers = call(iter(self.outbox), timeout=30)
         opening = {"protocol": channel.PROTOCOL, "teacher": "teacher", "shared_memory": shared_memory} | opening
         self.say(open=teacher_pb2.Open(**opening))
         self.offer = next(self.answers).opened.shared_memory

@@ -9,6 +9,7 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
+from ends import Said
 from fuzzing import Tiny
 from memfd import no_collector, soon
 from models import Net
@@ -18,7 +19,6 @@ from schoolhouse_server.replica.replica import Replica
 from schoolhouse_server.session import receiving, server_session
 from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Arguments
@@ -91,9 +91,9 @@ def test_streams_of_a_connection_are_few(narrow):
 
 def open_stream(plain, opening, timeout=20):
     session = plain.stream_stream(channel.SESSION_METHOD, request_serializer=framing.write_message)
-    outbox = Outbox()  # which does not end
+    outbox = Said()  # which does not end
     outbox.put(iter([opening]))
-    stream = session(outbox, timeout=timeout)
+    stream = session(iter(outbox), timeout=timeout)
     if timeout > 1:
         next(stream)
     stream.add_callback(outbox.close)

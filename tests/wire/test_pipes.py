@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
 import schoolhouse as sh
 import torch
 from deaf import deafness
+from ends import Ends, loop
 from memfd import soon
 from schoolhouse import errors
 from schoolhouse_server import serve
@@ -23,6 +25,7 @@ from schoolhouse_wire.v1 import teacher_pb2
 from stub import Stub
 from torch import nn
 
+HELPERS = str(Path(__file__).parents[1] / "helpers")
 SIZES = [0, 1, 3, 4, 100, 65_531, 65_532, 65_533, 65_536, 200_000, 3 << 20, 5, 0, 7]
 
 
@@ -45,11 +48,10 @@ def offer_of(made):
 
 def offered():
     """Both sides of a pair of pipes, as replica and client have them."""
-    made = pipes.Offered()
-    offer = offer_of(made)
-    client = pipes.open_offered(offer)
+    made = pipes.Offered(loop())
+    client = Ends.of(offer_of(made))
     made.withdraw()
-    return made.pipes, client
+    return Ends(made.pipes), client
 
 
 def fds():
@@ -63,11 +65,6 @@ def pipe_ends():
         with contextlib.suppress(OSError):
             found[os.readlink(f"/proc/self/fd/{fd}")] += 1
     return collections.Counter({name: count for name, count in found.items() if name.startswith("pipe:")})
-
-
-def session_threads():
-    names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith(("schoolhouse-session", "schoolhouse-reader"))]
 
 
 def in_thread(target):
@@ -116,21 +113,21 @@ def test_when_the_other_side_is_gone_what_it_sent_is_read_and_then_it_ends():
     replica, client = offered()
     assert client.send(b"one")
     assert client.send(b"two")
-    del client
+    client.close()
     assert list(replica) == [b"one", b"two"]
     assert not replica.send(b"three")
 
 
 def test_a_message_cut_short_by_the_end_is_not_a_message():
     replica, client = offered()
-    os.write(client._outgoing, (5).to_bytes(4, "little") + b"abc")
-    del client
+    os.write(client.pipes._outgoing, (5).to_bytes(4, "little") + b"abc")
+    client.close()
     assert list(replica) == []
 
 
 def test_a_length_over_the_limit_is_refused_before_memory_is_taken():
     replica, client = offered()
-    os.write(client._outgoing, (channel.MAX_MESSAGE_BYTES + 1).to_bytes(4, "little"))
+    os.write(client.pipes._outgoing, (channel.MAX_MESSAGE_BYTES + 1).to_bytes(4, "little"))
     with pytest.raises(
         errors.ProtocolError, match=f"{channel.MAX_MESSAGE_BYTES + 1} bytes.*limit of {channel.MAX_MESSAGE_BYTES}"
     ):
@@ -142,13 +139,13 @@ def test_every_descriptor_is_closed():
     for _ in range(20):
         replica, client = offered()
         del replica, client
-    made = pipes.Offered()  # never opened, never withdrawn
+    made = pipes.Offered(loop())  # never opened, never withdrawn
     del made
     assert soon(lambda: fds() <= before), (before, fds())  # those of earlier tests may be closed meanwhile
 
 
 def test_what_is_not_the_offered_pipe_is_not_opened(tmp_path):
-    made, others = pipes.Offered(), pipes.Offered()
+    made, others = pipes.Offered(loop()), pipes.Offered(loop())
     before = pipe_ends()
     with open(tmp_path / "file", "w") as file:
         changes = [
@@ -165,29 +162,24 @@ def test_what_is_not_the_offered_pipe_is_not_opened(tmp_path):
             for name, value in change.items():
                 setattr(offer, name, value)
             with pytest.raises(OSError, match=r"not the replica|No such file"):
-                pipes.open_offered(offer)
+                pipes.open_offered(loop(), offer)
     assert not pipe_ends() - before
 
 
-@pytest.mark.parametrize("refused", ["first pipe2", "second pipe2", "eventfd"])
+@pytest.mark.parametrize("refused", ["first pipe2", "second pipe2"])
 def test_without_descriptors_left_none_is_lost(refused, monkeypatch):
-    made = pipes.Offered()
-    offer, before = offer_of(made), pipe_ends()
+    before = pipe_ends()
     pipe2, calls = os.pipe2, []
 
     def counted(flags):
         calls.append(flags)
-        if len(calls) == ["first pipe2", "second pipe2", "eventfd"].index(refused) + 1:
+        if len(calls) == ["first pipe2", "second pipe2"].index(refused) + 1:
             raise OSError(24, "Too many open files")
         return pipe2(flags)
 
     monkeypatch.setattr(os, "pipe2", counted)
-    if refused == "eventfd":
-        monkeypatch.setattr(os, "eventfd", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
-        with pytest.raises(OSError, match="Too many"):
-            pipes.open_offered(offer)
     with pytest.raises(OSError, match="Too many"):
-        pipes.Offered()
+        pipes.Offered(loop())
     assert not pipe_ends() - before
 
 
@@ -210,21 +202,22 @@ def test_after_the_end_what_has_arrived_is_read_but_no_more_than_a_pipe_holds():
 
 
 def test_after_kill_9_of_the_other_side_both_directions_end():
-    made = pipes.Offered()
+    made = pipes.Offered(loop())
     code = (
-        "import sys, time; from schoolhouse_wire.same_host import pipes; "
-        "from schoolhouse_wire.v1 import teacher_pb2 as pb; "
-        "p = pipes.open_offered(pb.SharedMemory(pid=int(sys.argv[1]), to_replica_fd=int(sys.argv[2]), "
+        "import sys, time; from ends import Ends; from schoolhouse_wire.v1 import teacher_pb2 as pb; "
+        "p = Ends.of(pb.SharedMemory(pid=int(sys.argv[1]), to_replica_fd=int(sys.argv[2]), "
         "to_client_fd=int(sys.argv[3]), to_replica_inode=int(sys.argv[4]), to_client_inode=int(sys.argv[5]))); "
         "p.send(b'here'); time.sleep(60)"
     )
     offer = offer_of(made)
     ends = [offer.pid, offer.to_replica_fd, offer.to_client_fd, offer.to_replica_inode, offer.to_client_inode]
-    with subprocess.Popen([sys.executable, "-c", code, *map(str, ends)]) as child:
-        arrivals = iter(made.pipes)
+    path = os.pathsep.join([HELPERS, os.environ.get("PYTHONPATH", "")])
+    command, own = [sys.executable, "-c", code, *map(str, ends)], Ends(made.pipes)
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}) as child:
+        arrivals = iter(own)
         assert next(arrivals) == b"here"
         made.withdraw()
-        sender, sent = in_thread(lambda: made.pipes.send(bytes(1 << 20)))
+        sender, sent = in_thread(lambda: own.send(bytes(1 << 20)))
         child.send_signal(signal.SIGKILL)
         assert list(arrivals) == []
         sender.join(20)
@@ -233,8 +226,13 @@ def test_after_kill_9_of_the_other_side_both_directions_end():
 
 def test_a_session_uses_them_and_replies_without_room_in_the_segment_go_through_them_too(monkeypatch):
     through = []
-    send = pipes.Pipes.send
-    monkeypatch.setattr(pipes.Pipes, "send", lambda self, message: through.append(len(message)) or send(self, message))
+    post = pipes.Pipes.post
+
+    def posted(self, message, then):
+        through.append(len(message))
+        post(self, message, then)
+
+    monkeypatch.setattr(pipes.Pipes, "post", posted)
     with serve(Filled(), shared_memory_bytes=1 << 20) as server, sh.connect(server.url) as teacher:
         sizes = [10, 100_000, 5 << 20, 100_000, 7 << 20, 10]
         asked = [teacher.submit((torch.tensor(size), torch.tensor(i)), {}, [""]) for i, size in enumerate(sizes)]
@@ -264,7 +262,7 @@ def test_a_replica_without_descriptors_left_offers_no_shared_memory(monkeypatch,
 def test_rubbish_in_a_pipe_ends_the_session_with_a_typed_status_and_no_other():
     with serve(Filled()) as server, sh.connect(server.url) as teacher:
         stub = Stub(server)
-        ours = pipes.open_offered(stub.offer)
+        ours = Ends.of(stub.offer)
         stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
         ours.send(b"\xff" * 50)
         with pytest.raises(grpc.RpcError, match="cannot be parsed"):
@@ -280,7 +278,7 @@ def test_a_client_that_hangs_up_frees_its_session_and_the_other_way_round():
         future = teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""])
         assert future.result(20)[""].tolist() == [1] * 5
         teacher.close()
-        assert soon(lambda: not session_threads()), session_threads()
+        assert soon(lambda: server._servicer.sessions == 0)
         assert soon(lambda: fds() <= before), (before, fds())
         teacher = sh.connect(server.url, timeouts=sh.Timeouts(teacher_s=0.5))
         teacher.describe()  # has a session open
@@ -289,12 +287,12 @@ def test_a_client_that_hangs_up_frees_its_session_and_the_other_way_round():
         teacher.submit((torch.tensor(5), torch.tensor(1)), {}, [""]).result(20)
 
 
-def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_keeps_no_thread():
+def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_keeps_no_session():
     with serve(Filled()) as server:
         kept = []
         for _ in range(3):
             stub = Stub(server)
-            kept.append(pipes.open_offered(stub.offer))
+            kept.append(Ends.of(stub.offer))
             stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
             for i in range(1000):  # failures that nobody reads
                 call = teacher_pb2.Call(request_id=i, revision="no")
@@ -307,11 +305,11 @@ def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_
             with pytest.raises(grpc.RpcError, match="Open came twice"):
                 list(stub.answers)
         stub = Stub(server)  # and one that just goes
-        kept.append(pipes.open_offered(stub.offer))
+        kept.append(Ends.of(stub.offer))
         stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
-        assert soon(lambda: session_threads() == ["schoolhouse-reader"])
+        assert soon(lambda: server._servicer.sessions == 1)
         stub.answers.cancel()
-        assert soon(lambda: not session_threads() and server._servicer.sessions == 0), session_threads()
+        assert soon(lambda: server._servicer.sessions == 0)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import schoolhouse as sh
 import torch
 import xxhash
+from ends import loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memfd import MIB, Double
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("no_segments")
 @pytest.fixture
 def pair():
     """A replica's segment of 4 MiB of replies, and a client's mapping of it."""
-    theirs = shared_memory.create(4 * MIB, Outbox(), checksums=True)
-    return theirs, shared_memory.attach(theirs.offer, Outbox(), checksums=True)
+    theirs = shared_memory.create(4 * MIB, Outbox(loop()), checksums=True)
+    return theirs, shared_memory.attach(theirs.offer, Outbox(loop()), checksums=True)
 
 
 # The allocator.
@@ -152,9 +153,9 @@ def test_what_a_client_changes_later_was_not_what_was_checked(pair):
 
 def test_a_request_can_be_sent_again_elsewhere(pair):
     outgoing = framing.Outgoing([torch.randn(100_000)], limits=Limits(), snapshot=True)
-    others = shared_memory.create(4 * MIB, Outbox(), checksums=True)
+    others = shared_memory.create(4 * MIB, Outbox(loop()), checksums=True)
     first = sent_through(outgoing, pair[1])
-    second = sent_through(outgoing, shared_memory.attach(others.offer, Outbox(), checksums=True))
+    second = sent_through(outgoing, shared_memory.attach(others.offer, Outbox(loop()), checksums=True))
     for payload, receiver in ((first, pair[0]), (second, others)):
         assert framing.Incoming(outgoing.header, payload, Limits(), receiver).digest == outgoing.digest
 
@@ -162,8 +163,8 @@ def test_a_request_can_be_sent_again_elsewhere(pair):
 @pytest.mark.parametrize("checksums", [True, False])
 def test_large_payloads_arrive_whole(checksums):
     for sizes in ((5_000_001, 3), (17, 9_000_000), (20 * MIB + 5,)):
-        theirs = shared_memory.create(64 * MIB, Outbox(), checksums=checksums)
-        ours = shared_memory.attach(theirs.offer, Outbox(), checksums=checksums)
+        theirs = shared_memory.create(64 * MIB, Outbox(loop()), checksums=checksums)
+        ours = shared_memory.attach(theirs.offer, Outbox(loop()), checksums=checksums)
         values = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
         outgoing = framing.Outgoing(values, limits=Limits(), snapshot=False)
         payload = sent_through(outgoing, theirs)
@@ -177,11 +178,11 @@ def test_large_payloads_arrive_whole(checksums):
 
 
 def test_without_a_thread_left_one_copies_alone(monkeypatch):
-    theirs = shared_memory.create(16 * MIB, Outbox(), checksums=False)
+    theirs = shared_memory.create(16 * MIB, Outbox(loop()), checksums=False)
     outgoing = framing.Outgoing(
         [torch.randint(0, 256, (5_000_001,), dtype=torch.uint8)], limits=Limits(), snapshot=False
     )
-    ours = shared_memory.attach(theirs.offer, Outbox(), checksums=False)
+    ours = shared_memory.attach(theirs.offer, Outbox(loop()), checksums=False)
 
     def refused(_thread):
         raise RuntimeError("can't start new thread")
@@ -196,8 +197,8 @@ def test_without_a_thread_left_one_copies_alone(monkeypatch):
 
 
 def test_without_checksums_a_reply_is_checked_in_spots():
-    theirs = shared_memory.create(4 * MIB, Outbox(), checksums=False)
-    ours = shared_memory.attach(theirs.offer, Outbox(), checksums=False)
+    theirs = shared_memory.create(4 * MIB, Outbox(loop()), checksums=False)
+    ours = shared_memory.attach(theirs.offer, Outbox(loop()), checksums=False)
     values = [torch.randint(0, 256, (200_000,), dtype=torch.uint8)]
     outgoing = framing.Outgoing(values, limits=Limits(), snapshot=False)
     for at, seen in ((0, True), (1023, True), (1024, False), (65535, False), (65536, True), (199_999, False)):
@@ -231,7 +232,7 @@ def test_what_is_not_wanted_any_more_gives_its_block_back(monkeypatch):
     monkeypatch.setattr(framing, "_TURN_BYTES", 2 << 20)
     outgoing = framing.Outgoing([torch.randn(1_500_000)], limits=Limits(), snapshot=False)
     for pauses in range(4):  # three turns of 2 MiB
-        segment = shared_memory.create(8 * MIB, Outbox(), checksums=True)
+        segment = shared_memory.create(8 * MIB, Outbox(loop()), checksums=True)
         wanted = iter([True] * pauses + [False])
         list(outgoing.messages(1, lambda payload: payload, segment, wanted.__next__))
         assert not segment._blocks._taken
@@ -245,7 +246,7 @@ def test_neither_side_can_cut_the_memory_short(pair):
     os.close(fd)
     pair[0].withdraw()
     with pytest.raises(OSError, match=r"No such file|not the replica"):
-        shared_memory.attach(pair[0].offer, Outbox(), checksums=True)
+        shared_memory.attach(pair[0].offer, Outbox(loop()), checksums=True)
 
 
 def test_a_client_that_lies_harms_only_itself(segments):

@@ -1,13 +1,12 @@
 """What a session shares with a replica on the same host: a memory segment for payloads, and pipes for messages."""
 
 import contextlib
-import functools
 import sys
 from collections.abc import Iterable
 
 from google.protobuf.message import Message
 from schoolhouse_wire.loop import Loop
-from schoolhouse_wire.outbox import LoopOutbox
+from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.same_host import pipes, shared_memory
 from schoolhouse_wire.same_host.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
@@ -21,7 +20,7 @@ class SameHost:
         lacks = shared_memory.lacks()
         self.wanted = wanted and not lacks
         self.segment: ClientSegment | None = None
-        self.pipes: pipes.LoopPipes | None = None
+        self.pipes: pipes.Pipes | None = None
         self._checksums = checksums
         self._overflowed = 0  # replies that found no room in the segment
         self._transport = (  # until the replica has answered `Opened`
@@ -37,7 +36,7 @@ class SameHost:
             return self._transport
         return f"{self._transport}, and the stream for {self._overflowed} replies that found no room there"
 
-    def attach(self, opened: teacher_pb2.Opened, outbox: LoopOutbox[Message | bytes]) -> teacher_pb2.Attached | None:
+    def attach(self, opened: teacher_pb2.Opened, outbox: Outbox[Message | bytes]) -> teacher_pb2.Attached | None:
         """Attach what the replica offers; returns what to tell it, or None if it offers nothing."""
         if not self.wanted:
             return None
@@ -52,8 +51,7 @@ class SameHost:
             self._transport = f"stream: the replica is on another machine or its memory cannot be opened: {reason}"
         if self.segment is not None:
             with contextlib.suppress(OSError):
-                make = functools.partial(pipes.LoopPipes, self._loop)
-                self.pipes = pipes.open_offered(opened.shared_memory, make)
+                self.pipes = pipes.open_offered(self._loop, opened.shared_memory)
         return teacher_pb2.Attached(attached=self.segment is not None, pipes=self.pipes is not None)
 
     def free(self, offsets: Iterable[int]) -> None:

@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypeAlias
 from google.protobuf.message import Message
 from schoolhouse_wire import background, framing, memory
 from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.outbox import Elsewhere, LoopOutbox
+from schoolhouse_wire.outbox import Elsewhere, Outbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.rpc.forks import grpc
 from schoolhouse_wire.rpc.security import ClientSecurity
-from schoolhouse_wire.same_host.pipes import Later, LoopPipes
+from schoolhouse_wire.same_host.pipes import Later, Pipes
 from schoolhouse_wire.same_host.shared_memory import ClientSegment
 from schoolhouse_wire.v1 import teacher_pb2
 
@@ -99,14 +99,14 @@ class Session:
         self._security = security
         self._listener = listener
         self._clock = clock
-        self._outbox: LoopOutbox[Message | bytes] = LoopOutbox(connections.loop)
+        self._outbox: Outbox[Message | bytes] = Outbox(connections.loop)
         self._attached: Message | None = None  # the last message on the stream; later ones go through the pipes
         self._window: Window[Request] = Window()
         self._partial: dict[int, tuple[teacher_pb2.Reply, framing.Incoming]] = {}
         self._hello = teacher_pb2.Opened()
         self._said_at = self._heard_at = self._busy_since = clock()
         self._call: Any = None
-        self._through: LoopPipes | None = None  # once all messages to the replica go through the pipes
+        self._through: Pipes | None = None  # once all messages to the replica go through the pipes
         self._draining = self._closed = False
 
     @property
@@ -246,7 +246,7 @@ class Session:
                 background.failed(err, "sending to a replica", self._hang_up)
             self._draining = False
 
-    def _post(self, through: LoopPipes) -> None:
+    def _post(self, through: Pipes) -> None:
         while through.idle and (message := self._outbox.take()) is not None:
             self._said_at = self._clock()
             through.post(framing.write_message(message), self._drain)

@@ -1,15 +1,12 @@
-"""Messages between processes of one machine through two unnamed pipes, with a quarter of a stream's thread wake-ups."""
+"""Messages between processes of one machine through two unnamed pipes, which cost a fraction of what a stream costs."""
 
 import asyncio
-import contextlib
 import os
-import select
 import stat
 import struct
-import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Generic, TypeAlias, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
 
 from schoolhouse_wire.errors import ProtocolError
 from schoolhouse_wire.loop import Loop
@@ -18,123 +15,12 @@ from schoolhouse_wire.v1 import teacher_pb2
 
 _LENGTH = struct.Struct("<I")  # the length before each message
 _READ_BYTES = 64 << 10  # the usual capacity of a pipe
-P = TypeVar("P")
 Later: TypeAlias = Coroutine[Any, Any, None] | None
 _LAST_READS = 16  # reads after `end`: enough for what a pipe holds, and a bound for a peer that keeps writing
 
 
 class Pipes:
-    """The two ends that one process has: one thread sends, and another iterates over what arrives."""
-
-    def __init__(self, incoming: int, outgoing: int) -> None:
-        """Own two file descriptors; closes them and raises `OSError` if no third one is left."""
-        self._incoming, self._outgoing = incoming, outgoing
-        self._ended = self._closed = False
-        self._pid = os.getpid()
-        self._users = 0  # number of threads inside `send` or an iteration
-        self._lock = threading.RLock()  # reentrant, since the garbage collector may call `close` anywhere
-        try:
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable from `end` or `close` on
-        except OSError:
-            _close(incoming, outgoing)
-            raise
-        # Called only when no thread uses the descriptors any more, since another file may get their numbers.
-        self._release = weakref.finalize(self, _close, incoming, outgoing, self._wake)
-        self._release.atexit = False
-        self._readable, self._writable = select.poll(), select.poll()
-        for fd, poll, event in (incoming, self._readable, select.POLLIN), (outgoing, self._writable, select.POLLOUT):
-            os.set_blocking(fd, False)
-            poll.register(fd, event)
-            poll.register(self._wake, select.POLLIN)
-
-    def end(self) -> None:
-        """End sending, and end iterating after what has arrived by now, since the other side will send no more."""
-        with self._lock:
-            if not self._closed:
-                self._ended = True
-                os.eventfd_write(self._wake, 1)
-
-    def close(self) -> None:
-        """End sending and iterating at once, from any thread."""
-        if self._pid != os.getpid():
-            return  # in a fork the descriptors are still the parent's to use
-        with self._lock:
-            self._closed = True
-            if self._users:
-                os.eventfd_write(self._wake, 1)
-            else:
-                self._release()
-
-    @contextlib.contextmanager
-    def _used(self) -> Iterator[None]:
-        with self._lock:
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._closed and not self._users:
-                    self._release()
-
-    def send(self, message: bytes) -> bool:
-        """Write a message, waiting for room in the pipe; False if the other side is gone, or after `end` or `close`."""
-        parts = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
-        with self._used():
-            while parts and not (self._ended or self._closed):
-                try:
-                    written = os.writev(self._outgoing, parts)
-                except BlockingIOError:
-                    self._writable.poll()
-                    continue
-                except BrokenPipeError:
-                    return False
-                while parts and written >= parts[0].nbytes:
-                    written -= parts.pop(0).nbytes
-                if written:
-                    parts[0] = parts[0][written:]
-        return not parts
-
-    def __iter__(self) -> Iterator[bytes]:
-        """The messages that arrive, until `end` or `close`, or until the other side is gone.
-
-        Raises:
-            ProtocolError: if the next message is larger than the limit.
-        """
-        with self._used():
-            yield from self._messages()
-
-    def _messages(self) -> Iterator[bytes]:
-        held, last_reads = bytearray(), _LAST_READS
-        while not self._closed and last_reads:
-            last_reads -= self._ended
-            try:
-                data = os.read(self._incoming, _READ_BYTES)
-            except BlockingIOError:
-                if self._ended:
-                    return
-                self._readable.poll()
-                continue
-            if not data:
-                return
-            held += data
-            at = 0
-            while len(held) - at >= _LENGTH.size:
-                [size] = _LENGTH.unpack_from(held, at)
-                if size > MAX_MESSAGE_BYTES:
-                    raise ProtocolError(f"a message of {size} bytes arrived, over the limit of {MAX_MESSAGE_BYTES}")
-                end = at + _LENGTH.size + size
-                if end > len(held):
-                    break
-                with memoryview(held) as view:
-                    message = bytes(view[at + _LENGTH.size : end])
-                at = end
-                yield message
-            del held[:at]
-
-
-class LoopPipes:
-    """The two ends that one process has, for one task that sends and one that reads; all happens in the loop."""
+    """The two ends that one process has. What is posted is sent, and `each` hears what arrives; all in the loop."""
 
     def __init__(self, loop: Loop, incoming: int, outgoing: int) -> None:
         """Own two file descriptors."""
@@ -173,23 +59,6 @@ class LoopPipes:
         elif result is not None:
             result.close()
 
-    async def _until_ready(self, fd: int) -> None:
-        add = self._loop.add_reader if fd == self._incoming else self._loop.add_writer
-        self._waiting[fd] = waiter = self._loop.create_future()
-        add(fd, self._ready, fd)
-        try:
-            await waiter
-        finally:
-            if self._waiting.get(fd) is waiter:
-                self._ready(fd)
-
-    async def send(self, message: bytes) -> bool:
-        """Write a message, waiting for room in the pipe; False if the other side is gone, or after `end` or `close`."""
-        self._unsent = [memoryview(_LENGTH.pack(len(message))), memoryview(message)]
-        while not self._write():
-            await self._until_ready(self._outgoing)
-        return not self._unsent
-
     def _write(self) -> bool:
         """Write what there is room for; False if more must wait for room."""
         parts = self._unsent
@@ -199,6 +68,7 @@ class LoopPipes:
             except BlockingIOError:
                 return False
             except BrokenPipeError:
+                self._ended = True  # the other side is gone, and sends no more either
                 return True
             while parts and written >= parts[0].nbytes:
                 written -= parts.pop(0).nbytes
@@ -278,26 +148,6 @@ class LoopPipes:
         except BlockingIOError:
             return None
 
-    async def read(self) -> bytes | None:
-        """The next message; None after `end` or `close`, or once the other side is gone.
-
-        Raises:
-            ProtocolError: if the next message is larger than the limit.
-        """
-        while (message := self._message()) is None:
-            if self._closed or not self._last_reads:
-                return None
-            self._last_reads -= self._ended
-            data = self._read()
-            if data:
-                self._held += data
-                await asyncio.sleep(0)  # other tasks of the loop have their turns between two reads
-            elif data is not None or self._ended:
-                return None
-            else:
-                await self._until_ready(self._incoming)
-        return message
-
     def _message(self) -> bytes | None:
         """Take a message from what was read, if one is whole."""
         if len(self._held) < _LENGTH.size:
@@ -314,11 +164,11 @@ class LoopPipes:
         return message
 
 
-class Offered(Generic[P]):
+class Offered:
     """Two pipes of this process, whose other ends another process may open until `withdraw()`."""
 
-    def __init__(self, make: Callable[[int, int], P] = Pipes) -> None:  # type: ignore[assignment]
-        """Make the pipes; raises `OSError` if no file descriptors are left."""
+    def __init__(self, loop: Loop) -> None:
+        """Make the pipes, for use in `loop`; raises `OSError` if no file descriptors are left."""
         incoming, self.to_replica_fd = os.pipe2(os.O_CLOEXEC)
         try:
             self.to_client_fd, outgoing = os.pipe2(os.O_CLOEXEC)
@@ -327,7 +177,7 @@ class Offered(Generic[P]):
             raise
         self.withdraw = weakref.finalize(self, _close, self.to_replica_fd, self.to_client_fd)
         self.withdraw.atexit = False
-        self.pipes = make(incoming, outgoing)
+        self.pipes = Pipes(loop, incoming, outgoing)
 
     def describe_in(self, offer: teacher_pb2.SharedMemory) -> None:
         """Name the pipes in an offer."""
@@ -336,7 +186,7 @@ class Offered(Generic[P]):
         offer.to_client_inode = os.fstat(self.to_client_fd).st_ino
 
 
-def open_offered(offer: teacher_pb2.SharedMemory, make: Callable[[int, int], P] = Pipes) -> P:  # type: ignore[assignment]
+def open_offered(loop: Loop, offer: teacher_pb2.SharedMemory) -> Pipes:
     """Open the client's ends of the pipes that a replica offers.
 
     Raises:
@@ -348,7 +198,7 @@ def open_offered(offer: teacher_pb2.SharedMemory, make: Callable[[int, int], P] 
     except OSError:
         os.close(incoming)
         raise
-    return make(incoming, outgoing)
+    return Pipes(loop, incoming, outgoing)
 
 
 def _open(pid: int, fd: int, inode: int, mode: int) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from google.protobuf.message import Message
-from schoolhouse_wire.outbox import LoopOutbox
+from schoolhouse_wire.outbox import Outbox
 
 from schoolhouse_server.session.admission import FloodError
 
@@ -13,7 +13,7 @@ _MAX_UNTOLD = 1024  # messages that a client may leave unread
 class Telling:
     """Sends small messages; `taken()` is called after the stream has taken each."""
 
-    def __init__(self, outbox: "LoopOutbox[Message | bytes]", taken: Callable[[], None]) -> None:
+    def __init__(self, outbox: Outbox[Message | bytes], taken: Callable[[], None]) -> None:
         self._outbox, self._taken = outbox, taken
         self._untold = 0
 

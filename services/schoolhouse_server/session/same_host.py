@@ -1,12 +1,11 @@
 """What a session shares with a client on the same host: a memory segment for payloads, and pipes for messages."""
 
 import contextlib
-import functools
 from collections.abc import Iterable
 
 from google.protobuf.message import Message
 from schoolhouse_wire.loop import Loop
-from schoolhouse_wire.outbox import LoopOutbox
+from schoolhouse_wire.outbox import Outbox
 from schoolhouse_wire.same_host import pipes, shared_memory
 from schoolhouse_wire.same_host.shared_memory import ReplicaSegment
 from schoolhouse_wire.v1 import teacher_pb2
@@ -19,17 +18,17 @@ class SameHost:
         """Offer `replies_bytes` of memory for replies; with 0, offer nothing."""
         self._loop = loop
         self.segment: ReplicaSegment | None = None
-        self.pipes: pipes.LoopPipes | None = None
+        self.pipes: pipes.Pipes | None = None
         self._replies_bytes = replies_bytes
-        self._offered: tuple[ReplicaSegment, pipes.Offered[pipes.LoopPipes]] | None = None
+        self._offered: tuple[ReplicaSegment, pipes.Offered] | None = None
         self._closed = False
 
-    def offer(self, opened: teacher_pb2.Opened, outbox: "LoopOutbox[Message | bytes]", *, checksums: bool) -> None:
+    def offer(self, opened: teacher_pb2.Opened, outbox: Outbox[Message | bytes], *, checksums: bool) -> None:
         """Write the offer into Opened, if this system supports shared memory."""
         if not self._replies_bytes or shared_memory.lacks():
             return
         with contextlib.suppress(OSError):  # without memory for it, all goes over the stream
-            offered_pipes = pipes.Offered(functools.partial(pipes.LoopPipes, self._loop))
+            offered_pipes = pipes.Offered(self._loop)
             offered = shared_memory.create(self._replies_bytes, outbox, checksums=checksums)
             opened.shared_memory.CopyFrom(offered.offer)
             offered_pipes.describe_in(opened.shared_memory)

@@ -21,7 +21,7 @@ from schoolhouse_wire.errors import (
     TeacherInternalError,
 )
 from schoolhouse_wire.loop import Alarm, eager
-from schoolhouse_wire.outbox import Elsewhere, LoopOutbox
+from schoolhouse_wire.outbox import Elsewhere, Outbox
 from schoolhouse_wire.rpc import channel, status
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import read_layout
@@ -65,7 +65,7 @@ class ServerSession:
     """
 
     def __init__(self, context: ReplicaContext, rpc: "grpc.aio.ServicerContext[Any, Any]", grant: Grant) -> None:
-        self.outbox: LoopOutbox[Message | bytes] = LoopOutbox(context.loop)
+        self.outbox: Outbox[Message | bytes] = Outbox(context.loop)
         self._telling = Telling(self.outbox, self._end_if_answered)
         self._asked_all = False  # whether the client has ended its half of the stream, and waits for the last answers
         self.error: SchoolhouseError | None = None
