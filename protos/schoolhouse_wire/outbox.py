@@ -93,12 +93,10 @@ class Outbox(Generic[T]):
 
     async def next(self) -> T | None:
         """The next message; None once the outbox is closed. Only one task may wait for it."""
-        while not self._closed:
-            if (message := self.take()) is not None:
-                return message
+        while (message := self.take()) is None and not self._closed:  # a source may close it as it ends
             self._waiter = self._loop.asyncio.create_future()
             await self._waiter
-        return None
+        return message
 
     def _send_away(self, source: Source[T], work: Elsewhere) -> None:
         self._away.append((source, work))

@@ -1,6 +1,8 @@
 """Connections, streams and sessions are bounded, and those that say nothing, or dribble, are ended in time."""
 
+import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import socket
 import time
@@ -9,7 +11,7 @@ import grpc
 import pytest
 import schoolhouse as sh
 import torch
-from ends import Said
+from ends import Said, loop
 from fuzzing import Tiny
 from memfd import no_collector, soon
 from models import Net
@@ -137,6 +139,29 @@ def test_sessions_are_few_and_leave_room_for_other_calls():
         assert soon(lambda: server._servicer.sessions == 1)
         Stub(server, shared_memory=False).channel.close()
         stubs[1].channel.close()
+
+
+def test_the_reason_of_a_refusal_is_not_lost_while_the_client_writes():
+    """gRPC's aio client has an internal error in place of a status that comes in the middle of a write."""
+    opening = teacher_pb2.ClientMessage(open=teacher_pb2.Open(protocol=channel.PROTOCOL, teacher="teacher"))
+
+    async def refused(address):
+        async with grpc.aio.insecure_channel(address) as opened:
+            for _ in range(200):
+                call = channel.with_its_own_status(opened.stream_stream(channel.SESSION_METHOD)())
+                with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+                    for _ in range(3):
+                        await call.write(opening.SerializeToString())
+                yield await call.code()
+
+    async def codes(address):
+        return {code async for code in refused(address)}
+
+    with Replica({"teacher": Tiny()}, max_sessions=1) as server:
+        stub = Stub(server, shared_memory=False)
+        found = loop().run(codes(f"127.0.0.1:{server.port}")).result(60)
+        assert found == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        stub.channel.close()
 
 
 def test_a_client_beyond_the_sessions_of_a_replica_waits_for_one_to_end():

@@ -281,7 +281,7 @@ class Session:
             if self._closed:
                 return
             stub: Any = opened.stream_stream(channel.SESSION_METHOD)
-            self._call = call = stub(metadata=channel.metadata(self._security))
+            self._call = call = channel.with_its_own_status(stub(metadata=channel.metadata(self._security)))
             writing = self._loop.task(self._write_or_end(), name="schoolhouse-sending", on_death=self._hang_up)
             try:
                 await self._read(call)

@@ -75,6 +75,27 @@ def _opened(of: Any, target: str, security: ClientSecurity) -> Any:
     return of.secure_channel(target, credentials, options=options)
 
 
+def with_its_own_status(call: Any) -> Any:
+    """Have a stream of `grpc.aio` end with the status that its server gave, also if a message was being written then.
+
+    gRPC puts an internal error in place of a status that has not been read yet, so that the reason would be lost. It
+    has no setting for that; `_cython_call` is private.
+    """
+    call._cython_call = _OwnStatus(call._cython_call)
+    return call
+
+
+class _OwnStatus:
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def set_internal_error(self, _error: str) -> None:
+        """Wait for the status."""
+
+
 class _Details(NamedTuple):
     """The settings of an RPC, in the form that gRPC's interceptors take."""
 
