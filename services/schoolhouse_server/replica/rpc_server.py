@@ -1,13 +1,11 @@
 """The gRPC server of a replica or of a directory, in an event loop of its own."""
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
-from schoolhouse_wire.errors import TeacherUnavailableError
 from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.rpc import channel, forks
 
@@ -71,8 +69,8 @@ class RpcServer:
         """Listen no more, and end all RPCs that last longer than `grace_s`."""
         try:
             self._loop.run(_awaited(self._server.stop(grace_s))).result(grace_s + _STOP_TIMEOUT_S)
-        except (TimeoutError, asyncio.CancelledError) as err:
-            raise TeacherUnavailableError("the server does not stop") from err
+        except TimeoutError:
+            _log.warning("RPCs have not ended within %g s, and are left", grace_s + _STOP_TIMEOUT_S)
 
 
 def _allow_files(wanted: int) -> None:
