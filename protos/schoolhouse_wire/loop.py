@@ -9,7 +9,6 @@ import asyncio
 import functools
 import os
 import threading
-import time
 import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
@@ -118,7 +117,7 @@ class Loop:
 
     def _set(self, alarm: Alarm, when: float) -> None:
         if alarm.ring is not None:
-            alarm.handle = self.asyncio.call_later(max(when - time.monotonic(), 0.0), _rung, alarm)
+            alarm.handle = self.asyncio.call_at(when, _rung, alarm)
 
     def cancel(self, alarm: Alarm) -> None:
         """Cancel a call, unless it has been made, or is being made just now."""

@@ -106,15 +106,15 @@ class Outbox(Generic[T]):
     async def _work(self) -> None:
         while self._away:
             source, work = self._away[0]
-            first: list[T | Elsewhere] = []
             try:
                 await self._loop.elsewhere(work.step)
-            except Exception as err:
-                with contextlib.suppress(StopIteration):
-                    first.append(source.throw(err))  # type: ignore[attr-defined]  # sources that work are generators
+            except asyncio.CancelledError:
+                raise
+            except BaseException as err:
+                source = itertools.chain(_thrown(source, err), source)
             self._away.popleft()
             if not self._closed:
-                self._active.append(itertools.chain(first, source) if first else source)
+                self._active.append(source)
             self._wake()
 
     def close(self) -> None:
@@ -128,3 +128,9 @@ class Outbox(Generic[T]):
         self._ready = None
         self._active.clear()
         self._arrivals.clear()
+
+
+def _thrown(source: Source[T], error: BaseException) -> Source[T]:
+    """What a source yields when the error is raised in it, which happens in its turn."""
+    with contextlib.suppress(StopIteration):
+        yield source.throw(error)  # type: ignore[attr-defined]  # sources that work elsewhere are generators

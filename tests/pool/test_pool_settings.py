@@ -56,7 +56,7 @@ def test_what_is_right(load):
         ("threads: 1", "ports: 0-99999", "from 1 to 65535"),
         ("threads: 1", "drain_timeout_s: -1", "drain_timeout_s"),
         ("max_sessions: 0", "", "max_sessions: Input should be greater than or equal to 1"),
-        ("max_sessions: 2000", "", "max_sessions: Input should be less than or equal to 1024"),
+        ("max_sessions: 70000", "", "max_sessions: Input should be less than or equal to 65536"),
     ],
 )
 def test_what_is_wrong(load, teacher, pool, says):

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+from memfd import soon
 from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.outbox import Elsewhere, Outbox
 
@@ -71,9 +72,9 @@ def test_an_error_elsewhere_is_raised_in_its_source_alone(loop):
     outbox.put(iter("a"))
     assert taken(loop, outbox, 2) == ["a", "failed"]
     waiting = loop.run(outbox.next())
+    assert soon(lambda: raised == [True, False])
     outbox.close()
     assert waiting.result(20) is None
-    assert raised == [True, False]
 
 
 def test_its_end_is_seen_by_who_waits(loop):

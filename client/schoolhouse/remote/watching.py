@@ -86,6 +86,7 @@ class Watch:
         finally:
             if self._call is not None:
                 self._call.cancel()
+                self._call = None  # gRPC keeps a thread and descriptors as long as it is here
         self._tell(error)
 
     def _ended(self) -> SchoolhouseError:
