@@ -306,3 +306,21 @@ def test_where_the_time_goes_is_counted_by_stage():
         assert spent["forward"] > 0
         assert spent["receive"] > 0
         assert isinstance(load_of(server), directory_pb2.Load)
+
+
+def test_forwards_are_short_by_cpu_time_unless_they_sleep():
+    runner = Engine(LocalTeacher(nn.Linear(8, 5)), max_queued=9).runner
+    assert not runner.short  # nothing is known yet
+    runner._took(2e-4, 3e-4)
+    assert runner.short
+    runner._took(2e-4, 1.0)  # once the machine did something else
+    assert runner.short
+    for _ in range(30):
+        runner._took(2e-4, 0.03)  # as an emulated device sleeps
+    assert not runner.short
+    for _ in range(30):
+        runner._took(2e-4, 3e-4)
+    assert runner.short
+    for _ in range(30):
+        runner._took(5e-3, 5e-3)
+    assert not runner.short

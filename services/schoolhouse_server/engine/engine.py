@@ -32,7 +32,7 @@ from schoolhouse_server.engine.cache import FeatureCache
 from schoolhouse_server.engine.fair_queue import FairQueue
 from schoolhouse_server.engine.jobs import Answer, Job, Ticket
 from schoolhouse_server.engine.reply_pipeline import CLOSED, Outlet
-from schoolhouse_server.engine.runner import LATE, SHORT_S, TURN_S, Runner
+from schoolhouse_server.engine.runner import LATE, TURN_S, Runner
 from schoolhouse_server.engine.shares import Shares
 from schoolhouse_server.engine.unsent import Unsent
 from schoolhouse_server.merge import self_check
@@ -204,7 +204,7 @@ class Engine:
     def _enqueue(self, job: Job) -> None:
         self.check()
         job.queued_at = time.perf_counter()
-        gives_way = self.runner.recent_s <= SHORT_S
+        gives_way = self.runner.short
         self._queue.put(job, wake=not gives_way)
         self._jobs.add(job)
         self._in_flight[job.key] = job
@@ -230,7 +230,7 @@ class Engine:
         self._queue.go()
         if time.monotonic() - self.runner.pulse.since < TURN_S:  # not if a forward takes longer than others did
             self._answers.wait(self._queue, TURN_S)
-            if not self._queue.idle.is_set() and self.runner.recent_s <= SHORT_S:
+            if not self._queue.idle.is_set() and self.runner.short:
                 self._give_way_soon()
 
     def cancel(self, ticket: Ticket) -> None:

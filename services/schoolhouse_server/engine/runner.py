@@ -49,7 +49,9 @@ T = TypeVar("T")
 class Runner:
     """Takes requests from the queue and starts their forwards; those that failed go to `answers`.
 
-    `recent_s` is a running mean of the CPU time of its thread for what it takes from the queue at once.
+    Forwards are `short` while what it takes from the queue at once takes its thread little CPU time, by a running mean,
+    and does not sleep, as an emulated device may: then it takes turns with the loop. By the clock alone they would not
+    stay short where they have to take turns with something else.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Runner:
         answers: Answers,
     ) -> None:
         self.pulse = Pulse()
-        self.recent_s = math.inf
+        self._cpu_s = self._clock_s = math.inf  # of what was taken at once: a running mean, and about the median
         self._teacher, self._device, self._merger = teacher, device, merger
         self._queue, self._outlet, self._counters = queue, outlet, counters
         self._answers = answers
@@ -80,14 +82,24 @@ class Runner:
         # kernel of its own. MKL's kernels may run before that, and sum in another order: the bits would differ.
         torch.get_num_threads()
         while jobs := self._take():
-            if self.recent_s <= SHORT_S and not jobs[0].again:
+            if self.short and not jobs[0].again:
                 self._answers.wait_for_turn(TURN_S)
-            began = time.thread_time()
+            began = time.thread_time(), time.perf_counter()
             self.compute(jobs)
             del jobs
-            took_s = time.thread_time() - began
-            self.recent_s = took_s if self.recent_s == math.inf else self.recent_s + _RECENT * (took_s - self.recent_s)
+            self._took(time.thread_time() - began[0], time.perf_counter() - began[1])
         self._outlet.finish()
+
+    @property
+    def short(self) -> bool:
+        """Whether forwards lately took so little time that the loop does better to wait for them."""
+        return self._cpu_s <= SHORT_S and self._clock_s <= TURN_S
+
+    def _took(self, cpu_s: float, clock_s: float) -> None:
+        if self._cpu_s == math.inf:
+            self._cpu_s, self._clock_s = cpu_s, clock_s
+        self._cpu_s += _RECENT * (cpu_s - self._cpu_s)
+        self._clock_s *= 1 + _RECENT if clock_s > self._clock_s else 1 / (1 + _RECENT)
 
     def _take(self) -> list[Job]:
         if self._merger is None:
