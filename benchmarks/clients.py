@@ -35,7 +35,7 @@ from schoolhouse_server import serve
 from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.rpc import channel
-from schoolhouse_wire.same_host.pipes import open_offered
+from schoolhouse_wire.same_host.pipes import open_ends
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Arguments
 from torch import nn
@@ -139,7 +139,7 @@ class Session:
 
     async def _use_pipes(self, offer: teacher_pb2.SharedMemory) -> None:
         loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
-        incoming, outgoing = open_offered(offer, lambda *ends: ends)
+        incoming, outgoing = open_ends(offer)
         made = asyncio.StreamReaderProtocol(reader)
         self._reading = await loop.connect_read_pipe(lambda: made, os.fdopen(incoming, "rb", buffering=0))
         writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(outgoing, "wb", buffering=0))

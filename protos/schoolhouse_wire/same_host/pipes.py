@@ -187,7 +187,12 @@ class Offered:
 
 
 def open_offered(loop: Loop, offer: teacher_pb2.SharedMemory) -> Pipes:
-    """Open the client's ends of the pipes that a replica offers.
+    """Open the client's ends of the pipes that a replica offers; raises as `open_ends` does."""
+    return Pipes(loop, *open_ends(offer))
+
+
+def open_ends(offer: teacher_pb2.SharedMemory) -> tuple[int, int]:
+    """The file descriptors from which the client reads, and to which it writes.
 
     Raises:
         OSError: if they cannot be opened, or are not the replica's pipes.
@@ -198,7 +203,7 @@ def open_offered(loop: Loop, offer: teacher_pb2.SharedMemory) -> Pipes:
     except OSError:
         os.close(incoming)
         raise
-    return Pipes(loop, incoming, outgoing)
+    return incoming, outgoing
 
 
 def _open(pid: int, fd: int, inode: int, mode: int) -> int:
