@@ -1,6 +1,5 @@
 """The way from an engine's threads back to the loop: what became of each job, many with one wake-up."""
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ class Answers:
         self._loop, self._device, self._end = loop, device, end
         self._arrived: deque[tuple[Job, Declared | BaseException | BrokenDevice]] = deque()
         self._awaited = False  # whether the loop waits here, so that it needs no wake-up
-        self._turn = threading.Event()  # set while it does
 
     def put(self, job: Job, result: Declared | BaseException) -> None:
         """Give back a job, from any thread."""
@@ -56,15 +54,9 @@ class Answers:
         """Let the engine's threads have the interpreter until nothing waits in the queue or runs; then deliver.
 
         A forward of few kernels gives the interpreter up at each of them, and takes it back from the loop. That costs
-        more than the forward itself. So while forwards are short, the loop and the engine take turns.
+        more than the forward itself.
         """
         self._awaited = True
-        self._turn.set()
         queue.idle.wait(at_most_s)
-        self._turn.clear()
         self._awaited = False
         self.deliver()
-
-    def wait_for_turn(self, at_most_s: float) -> None:
-        """Wait until the loop waits for the engine, in the thread that runs forwards."""
-        self._turn.wait(at_most_s)

@@ -38,8 +38,8 @@ from schoolhouse_server.observe.counters import Counters
 
 _AHEAD = 4
 _ON_DEVICE_TRIES = 2  # for a request whose features had no room on the device; then they are encoded on the host
-SHORT_S = 1e-3  # while forwards take no longer than this, the loop and the engine take turns
-TURN_S = 5e-3  # how long each waits for the other at most
+SHORT_S = 1e-3  # while forwards take no longer than this, the loop waits for them
+TURN_S = 5e-3  # for so long at most, before it has a turn of its own
 _RECENT = 0.2  # the weight of the last requests in the running mean of their time
 LATE = "the request's deadline passed while it waited for the teacher"
 _log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class Runner:
     """Takes requests from the queue and starts their forwards; those that failed go to `answers`.
 
     Forwards are `short` while what it takes from the queue at once takes its thread little CPU time, by a running mean,
-    and does not sleep, as an emulated device may: then it takes turns with the loop. By the clock alone they would not
-    stay short where they have to take turns with something else.
+    and does not sleep, as an emulated device may: then the loop waits for them. By the clock alone they would not stay
+    short beside other work.
     """
 
     def __init__(
@@ -82,8 +82,6 @@ class Runner:
         # kernel of its own. MKL's kernels may run before that, and sum in another order: the bits would differ.
         torch.get_num_threads()
         while jobs := self._take():
-            if self.short and not jobs[0].again:
-                self._answers.wait_for_turn(TURN_S)
             began = time.thread_time(), time.perf_counter()
             self.compute(jobs)
             del jobs
