@@ -12,12 +12,16 @@ import time
 import programs
 import pytest
 import schoolhouse as sh
+import torch
 from directories import DirectoryServer
 from loads import Running, load, sets
 from models import Net
 from rich.console import Console
+from schoolhouse.errors import AuthenticationError
 from schoolhouse_server import serve
 from schoolhouse_server.observe.top import Screen, target_of, watch
+from schoolhouse_server.security.tokens import digest_of, new_token
+from schoolhouse_wire.rpc.security import ClientSecurity
 from schoolhouse_wire.v1.directory_pb2 import JobLoad, Replica, ReplicaSet
 
 TOP = [sys.executable, "-c", "from schoolhouse_server.cli.main import main; main()", "top"]
@@ -178,3 +182,14 @@ class _Terminal:
             self.process.kill()
         self.process.wait(10)
         os.close(self._ours)
+
+
+def test_it_shows_its_token(tmp_path):
+    token, path = new_token(), tmp_path / "tokens.yaml"
+    path.write_text(f'tokens:\n- {{sha256: "{digest_of(token)}", teachers: ["*"]}}\n')
+    with serve(torch.nn.Linear(2, 2), tokens=path) as server:
+        target, console = f"127.0.0.1:{server.port}", Console(file=io.StringIO(), width=120)
+        watch(target, console, interval_s=0.1, once=True, security=ClientSecurity(token=token))
+        assert "teacher" in console.file.getvalue()
+        with pytest.raises(AuthenticationError):
+            watch(target, console, interval_s=0.1, once=True)

@@ -1,6 +1,6 @@
 """Channel and server options that both sides must agree on."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from schoolhouse_wire.limits import FRAME_BYTES, Limits
 from schoolhouse_wire.rpc import forks
@@ -42,20 +42,18 @@ SERVER_OPTIONS: list[tuple[str, int | str]] = [
 
 
 def connect(target: str, security: ClientSecurity = ClientSecurity()) -> grpc.Channel:
-    """A channel to `target`, which connects at its first use. Each of its RPCs carries the token, if there is one.
+    """A channel to `target`, which connects at its first use; each RPC is given `metadata(security)`.
 
     Raises:
         ConfigError: if `target` may be on another machine, and `security` is plaintext without `insecure`.
         UsageError: in a process that was forked from one that has used gRPC.
     """
     opened: grpc.Channel = _opened(grpc, target, security)
-    if not security.token:
-        return opened
-    return grpc.intercept_channel(opened, _WithToken(security.token))
+    return opened
 
 
 def connect_aio(target: str, security: ClientSecurity = ClientSecurity()) -> grpc.aio.Channel:
-    """As `connect`, for the event loop that runs in this thread; each RPC is given `metadata(security)`."""
+    """As `connect`, for the event loop that runs in this thread."""
     opened: grpc.aio.Channel = _opened(grpc.aio, target, security)
     return opened
 
@@ -94,34 +92,3 @@ class _OwnStatus:
 
     def set_internal_error(self, _error: str) -> None:
         """Wait for the status."""
-
-
-class _Details(NamedTuple):
-    """The settings of an RPC, in the form that gRPC's interceptors take."""
-
-    method: str
-    timeout: float | None
-    metadata: list[tuple[str, str | bytes]]
-    credentials: Any
-    wait_for_ready: bool | None
-    compression: Any
-
-
-class _WithToken(
-    grpc.UnaryUnaryClientInterceptor,
-    grpc.UnaryStreamClientInterceptor,
-    grpc.StreamUnaryClientInterceptor,
-    grpc.StreamStreamClientInterceptor,
-):
-    """Adds the token to the metadata of each RPC; the messages of a stream do not pass through it."""
-
-    def __init__(self, token: str) -> None:
-        self._entry = (TOKEN_KEY, f"{TOKEN_PREFIX}{token}")
-
-    def _continued(self, continuation: Any, given: Any, request: Any) -> Any:
-        metadata = [*(given.metadata or ()), self._entry]
-        rest = (given.credentials, given.wait_for_ready, given.compression)
-        return continuation(_Details(given.method, given.timeout, metadata, *rest), request)
-
-    intercept_unary_unary = intercept_unary_stream = _continued  # type: ignore[assignment]
-    intercept_stream_unary = intercept_stream_stream = _continued  # type: ignore[assignment]

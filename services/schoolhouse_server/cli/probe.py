@@ -22,7 +22,7 @@ def serves(address: str, timeout_s: float = _TIMEOUT_S, security: ClientSecurity
     with channel.connect(address, security) as opened:
         stub = health_pb2_grpc.HealthStub(opened)
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s, metadata=channel.metadata(security))
         except grpc.RpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

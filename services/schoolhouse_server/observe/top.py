@@ -118,7 +118,8 @@ def _listed(
     stub: directory_pb2_grpc.DirectoryServiceStub, target: str, security: ClientSecurity
 ) -> Sequence[ReplicaSet]:
     try:
-        return list(stub.ListTeachers(ListTeachersRequest(), timeout=_TIMEOUT_S).teachers)
+        told = channel.metadata(security)
+        return list(stub.ListTeachers(ListTeachersRequest(), timeout=_TIMEOUT_S, metadata=told).teachers)
     except grpc.RpcError as err:
         error = status.from_rpc_error(err, target)
         if isinstance(error, TeacherUnavailableError):
