@@ -1,5 +1,6 @@
 """Each task and callback of a client is made to fail: who waits is told, and the work goes on."""
 
+import functools
 import weakref
 
 import pytest
@@ -68,7 +69,8 @@ def test_where_a_client_fails_who_waits_is_told_and_the_work_goes_on(what, error
             directory.publish(server, zone="a")
             teacher._dispatcher._loop.call(lambda: watch._call and watch._call.cancel())  # it begins again in any case
             if at_end:
-                begun[-1].end(errors.TeacherUnavailableError("a restart"))
+                end = functools.partial(begun[-1].end, errors.TeacherUnavailableError("a restart"))
+                server._loop.call(end)  # as a lease does
             module.gate.set()
             second = teacher.submit((torch.ones(3_000_000),), {}, [""])
             for future in (first, second):
