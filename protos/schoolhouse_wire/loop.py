@@ -48,7 +48,6 @@ class Loop:
         self._helpers = DaemonExecutor(_HELPERS, f"{name}-helper")
         self._tasks: set[_Task] = set()  # the loop itself holds only weak references
         self._asyncio: asyncio.AbstractEventLoop | None = None
-        self._pid = os.getpid()
 
     @property
     def asyncio(self) -> asyncio.AbstractEventLoop:
@@ -59,7 +58,7 @@ class Loop:
     @property
     def runs_here(self) -> bool:
         """Whether the calling thread is the loop's."""
-        return self._thread is threading.current_thread() and self._pid == os.getpid()
+        return self._thread is not None and self._thread.ident == threading.get_ident() and self._pid == os.getpid()
 
     @property
     def busy(self) -> bool:
@@ -87,9 +86,8 @@ class Loop:
         self._calls.append((step, args))
         if not self._waking and self._asyncio is not None:
             self._waking = True
-            here = self._thread is threading.current_thread()
             try:
-                (self._asyncio.call_soon if here else self._asyncio.call_soon_threadsafe)(self._make_calls)
+                (self._asyncio.call_soon if self.runs_here else self._asyncio.call_soon_threadsafe)(self._make_calls)
             except RuntimeError:  # closed
                 self._calls.clear()
 

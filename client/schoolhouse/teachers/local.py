@@ -127,6 +127,8 @@ class LocalTeacher:
         Raises:
             UnsupportedValueError: for features that an encoding cannot hold.
         """
+        if wanted.as_computed:
+            return values
         encodings = dict(zip(wanted.taps, wanted.encodings, strict=True))
         return {tap: encode(value, encodings[tap], wanted.mask) for tap, value in values.items()}
 

@@ -80,10 +80,10 @@ class Declared:
     header: bytes
     nbytes: int
     tensors: list[torch.Tensor]  # contiguous in memory order, on CPU, in the order of their declarations
-    item_bytes: tuple[int, ...] = ()  # bytes of each item of a list, if they were counted
+    item_bytes: tuple[int, ...] = ()  # bytes of each item of a list, as `pack` was given them
 
 
-def pack(value: Any, *, opaque: bool = False) -> Declared:
+def pack(value: Any, *, opaque: bool = False, item_bytes: tuple[int, ...] = ()) -> Declared:
     """Declare `value` and list the memory of its tensors, without copying those that are dense on CPU.
 
     With `opaque`, an object of a type that cannot travel becomes an `Opaque` at the receiver.
@@ -95,11 +95,11 @@ def pack(value: Any, *, opaque: bool = False) -> Declared:
     flat = _flat_spec(value)
     if flat is not None:
         tensors = [in_memory_order(tensor, order) for tensor, (_, _, order) in zip(value, flat, strict=True)]
-        return Declared(*_flat_header(type(value) is list, flat), tensors)
+        return Declared(*_flat_header(type(value) is list, flat), tensors, item_bytes)
     packer = _Packer(opaque)
     packer.put(packer.bundle.root, value, "value", 0)
     *_, nbytes = offsets(tensor_nbytes(header) for header in packer.bundle.tensors)
-    return Declared(packer.bundle.SerializeToString(), nbytes, packer.tensors)
+    return Declared(packer.bundle.SerializeToString(), nbytes, packer.tensors, item_bytes)
 
 
 _Spec: TypeAlias = tuple[tuple[torch.dtype, torch.Size, DimOrder], ...]

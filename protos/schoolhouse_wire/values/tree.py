@@ -62,6 +62,11 @@ def _collect(value: Any, found: list[torch.Tensor]) -> None:
     elif kind is list or kind is tuple:  # the common ones first, as each request is looked through several times
         for item in value:
             _collect(item, found)
+    elif kind is Arguments:
+        for item in value:
+            _collect(item, found)
+        if value.kwargs:
+            _collect(value.kwargs, found)
     elif kind is dict:
         for item in value.values():
             _collect(item, found)
@@ -69,8 +74,6 @@ def _collect(value: Any, found: list[torch.Tensor]) -> None:
         _collect([*record.fields.values()], found)
     elif isinstance(value, tuple | list):
         _collect([*value], found)
-        if isinstance(value, Arguments):
-            _collect(value.kwargs, found)
     elif isinstance(value, Mapping):
         _collect([*value.values()], found)
 

@@ -18,7 +18,7 @@ from schoolhouse_wire.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
-from schoolhouse_wire.loop import Loop
+from schoolhouse_wire.loop import Alarm, Loop
 from schoolhouse_wire.v1 import directory_pb2
 from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
@@ -40,6 +40,7 @@ from schoolhouse_server.merge.merging import Merger
 from schoolhouse_server.merge.settings import MergeSettings
 from schoolhouse_server.observe.counters import Counters
 
+_LATE_BY_S = 0.05  # what waits is looked through for late requests no more often than this
 _AT_ONCE_BYTES = 1 << 20  # inputs up to this are prepared faster than they are handed to another thread
 _log = logging.getLogger(__name__)
 STAGES = ("receive", "queue", "h2d", "forward", "encode", "d2h", "send")
@@ -111,6 +112,8 @@ class Engine:
         self.runner = Runner(teacher, self.device, self.merger, self._queue, self._outlet, self.counters, self._answers)
         self._in_flight: dict[Hashable, Job] = {}  # those that others may join
         self._jobs: set[Job] = set()  # all that are queued, or have begun and are not answered yet
+        self._rings_at = math.inf  # when the requests that wait are next looked through for late ones
+        self._alarm: Alarm | None = None
         self._gives_way = False  # whether the loop is about to wait for forwards
         self._outside_s = dict.fromkeys(("receive", "send"), 0.0)
         self._threads = [
@@ -210,8 +213,8 @@ class Engine:
         self._in_flight[job.key] = job
         for ticket in job.tickets:
             ticket.job = job
-        if job.deadline < math.inf:
-            job.alarm = self.loop.at(job.deadline, functools.partial(self._expire, job))
+        if job.deadline < self._rings_at:
+            self._ring_at(job.deadline)
         if gives_way:
             self._give_way_soon()
 
@@ -243,21 +246,27 @@ class Engine:
             self._forget(job)
         ticket.drop()
 
-    def _expire(self, job: Job) -> None:
-        """Fail a request whose deadline has come if it still waits for the device."""
-        if time.monotonic() < job.deadline:  # another one joined it and has more time
-            job.alarm = self.loop.at(job.deadline, functools.partial(self._expire, job))
-        elif self._queue.remove(job):
-            self.counters.began(job.tickets[0].account, cost=0.0, waited_s=time.perf_counter() - job.queued_at)
-            self._end(job, TeacherTimeoutError(LATE))
+    def _ring_at(self, when: float) -> None:
+        """Have `_expire` called at this time, instead of later."""
+        if self._alarm is not None:
+            self.loop.cancel(self._alarm)
+        self._rings_at, self._alarm = when, self.loop.at(when, self._expire) if when < math.inf else None
+
+    def _expire(self) -> None:
+        """Fail the requests whose deadlines have come while they waited for the device."""
+        now = time.monotonic()
+        for job in [job for job in self._jobs if job.deadline <= now]:
+            if self._queue.remove(job):
+                self.counters.began(job.tickets[0].account, cost=0.0, waited_s=time.perf_counter() - job.queued_at)
+                self._end(job, TeacherTimeoutError(LATE))
+        waiting = (job.deadline for job in self._jobs if not job.begun_at)
+        self._ring_at(max(min(waiting, default=math.inf), now + _LATE_BY_S))
 
     def _forget(self, job: Job) -> None:
-        """Let nobody join a job any more, and forget its deadline."""
+        """Let nobody join a job any more."""
         self._jobs.discard(job)
         if self._in_flight.get(job.key) is job:
             del self._in_flight[job.key]
-        if job.alarm is not None:
-            self.loop.cancel(job.alarm)
 
     def _join(self, job: Job) -> bool:
         """Let a job in flight on the same inputs answer this one; inputs are compared, as equal digests may collide."""
@@ -276,7 +285,7 @@ class Engine:
 
     def _queue_again(self, job: Job, tickets: list[Ticket]) -> None:
         """Queue a job again for those of its tickets that had no room, to wait for their own room."""
-        left = dataclasses.replace(job, tickets=tickets, again=0, alarm=None, begun_at=0.0)
+        left = dataclasses.replace(job, tickets=tickets, again=0, begun_at=0.0)
         try:
             self._enqueue(left)
         except SchoolhouseError as err:
@@ -303,6 +312,7 @@ class Engine:
     def _close(self) -> None:
         self._closed = True  # nothing is queued from here on
         self._watchdog.end()
+        self._ring_at(math.inf)
         self._drop(self._queue.close(), CLOSED)
 
     def _drop_all(self) -> None:
@@ -378,7 +388,7 @@ class Engine:
         if isinstance(answer, BaseException) or ticket.cancelled:
             ticket.drop()
         if not ticket.cancelled:
-            background.run(functools.partial(ticket.done, answer), "telling of an answer", background.go_on)
+            ticket.done(answer)
 
 
 def _equal(a: Any, b: Any) -> bool:

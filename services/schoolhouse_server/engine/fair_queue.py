@@ -157,7 +157,7 @@ class FairQueue(Generic[T]):
 
     def take(
         self,
-        fits: Callable[[list[T], T], bool] = lambda _taken, _other: False,
+        fits: Callable[[list[T], T], bool] | None = None,
         linger: Callable[[list[T]], float] = lambda _taken: 0.0,
     ) -> list[T]:
         """Wait for a request, and take it with others that may run with it; returns [] once the queue is closed.
@@ -178,10 +178,11 @@ class FairQueue(Generic[T]):
             taken = [self._charge(flow, at)]
             if turns is None:  # nothing is taken along, as room that becomes free is for the request that waits for it
                 return taken
-            self._take_along(taken, fits)
-            while not self._count and not self._closed and (pause_s := linger(taken)) > 0:
-                self._pause(pause_s)
+            if fits is not None:
                 self._take_along(taken, fits)
+                while not self._count and not self._closed and (pause_s := linger(taken)) > 0:
+                    self._pause(pause_s)
+                    self._take_along(taken, fits)
             if flow.served_next:
                 self._list(flow, turns)
             return taken

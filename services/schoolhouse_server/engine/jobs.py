@@ -6,7 +6,6 @@ from typing import Any
 
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.limits import Limits
-from schoolhouse_wire.loop import Alarm
 from schoolhouse_wire.values.codec import Arguments, Declared
 
 from schoolhouse_server.engine.unsent import Share
@@ -28,7 +27,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Ticket:
-    """One client's wait for a job; `done` is called once, in the loop, unless it was cancelled."""
+    """One client's wait for a job; `done` is called once, in the loop, unless it was cancelled, and must not raise."""
 
     done: Callable[[Answer | BaseException], None]
     account: JobCounters = field(default_factory=lambda: JobCounters(""))  # the counters of the client's job
@@ -62,7 +61,6 @@ class Job:
     rows: int = 0  # counted if it is not known
     kind: Hashable = None  # for jobs of one kind, features take as many bytes for each element of the inputs
     elements: int = 1
-    alarm: Alarm | None = None  # rings at the deadline
     alone: bool = False  # whether it is computed anew and by itself, as its client compares the bits
     again: int = 0  # how many times it has run without being answered
 

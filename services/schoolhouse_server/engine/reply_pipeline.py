@@ -1,6 +1,5 @@
 """The way out of a device: features are encoded, brought to the host, declared, and handed to those who wait."""
 
-import dataclasses
 import logging
 import queue
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ class Part:
     job: "Job"
     values: dict[Tap, Any]
     here: dict[Tap, Any] = field(default_factory=dict)
+    item_bytes: tuple[int, ...] = ()  # of each tap's feature, as encoded
     spans: list[Span] = field(default_factory=list)
 
 
@@ -58,8 +58,7 @@ class Landing:
     @property
     def is_small(self) -> bool:
         """Whether sending its features off takes less time than handing them to another thread."""
-        tensors = (tensor for part in self.parts for tensor in tensors_of(part.values))
-        return sum(tensor.numel() * tensor.itemsize for tensor in tensors) <= INLINE_BYTES
+        return sum(_nbytes(part.values) for part in self.parts) <= INLINE_BYTES
 
 
 class Outlet:
@@ -150,7 +149,8 @@ class Outlet:
         device = self._device
         try:
             encoded, made = device.encode.run(computed, self._teacher.encode, part.values, part.job.wanted)
-            self._shares.measured(part.job, encoded)
+            part.item_bytes = tuple(_nbytes(encoded[tap]) for tap in part.job.wanted.taps)
+            self._shares.measured(part.job, sum(part.item_bytes))
             part.here, landed = device.d2h.run(made, device.fetch, encoded)
         except BaseException as err:
             self._failed(part.job, err)
@@ -167,7 +167,7 @@ class Outlet:
             work.settled = True
             tell_stages(job.tickets, job.queued_at, (*work.spans, *part.spans))
             here = unshared(part.here) if len(work.parts) > 1 else part.here
-            features = declare([here[tap] for tap in job.wanted.taps])
+            features = pack([here[tap] for tap in job.wanted.taps], opaque=True, item_bytes=part.item_bytes)
             self._keep(job, features)
         except BaseException as err:
             self._failed(job, err)
@@ -186,8 +186,9 @@ class Outlet:
             _log.warning("there is no memory to cache features: %s", err)
 
 
-def declare(features: list[Any]) -> Declared:
-    """The features of all taps as they travel, with the bytes that each takes."""
-    declared = pack(features, opaque=True)
-    sizes = tuple(sum(tensor.nbytes for tensor in tensors_of(value)) for value in features)
-    return dataclasses.replace(declared, item_bytes=sizes)
+def _nbytes(value: Any) -> int:
+    """The bytes that the tensors of a nested value take when they travel."""
+    nbytes = 0
+    for tensor in tensors_of(value):
+        nbytes += tensor.numel() * tensor.itemsize
+    return nbytes

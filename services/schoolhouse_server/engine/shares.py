@@ -84,7 +84,7 @@ class Shares:
         of_its_own = any(one.account.job == ticket.account.job for one in other.tickets)
         return of_its_own or self.take(ticket, self._sizes.of(other.kind, other.elements)) == "taken"
 
-    def measured(self, job: Job, features: Any) -> None:
+    def measured(self, job: Job, nbytes: int) -> None:
         """Set the shares to the size of a request's features, before they go to the host.
 
         Raises:
@@ -92,9 +92,6 @@ class Shares:
         """
         if self._unsent is None:
             return
-        nbytes = 0
-        for tensor in tensors_of(features):
-            nbytes += tensor.numel() * tensor.itemsize
         self._sizes.learn(job.kind, job.elements, nbytes)
         self._unsent.check(nbytes)
         _resize(job, nbytes)

@@ -108,15 +108,13 @@ class Counters:
         with self._lock:
             job.waits += 1
 
-    def answered(self, job: JobCounters, *, rows: int) -> None:
-        """Count a request that has its features."""
+    def answered(
+        self, job: JobCounters, *, rows: int, header_bytes: int = 0, by_encoding: Iterable[tuple[str, int]] = ()
+    ) -> None:
+        """Count a request that has its features, and their bytes in each encoding."""
         with self._lock:
             job.requests += 1
             job.rows += rows
-
-    def sent(self, job: JobCounters, header_bytes: int, by_encoding: Iterable[tuple[str, int]]) -> None:
-        """Count features that go to the client, by the bytes in each encoding."""
-        with self._lock:
             job.sent_bytes += header_bytes
             for name, nbytes in by_encoding:
                 job.sent_bytes += nbytes

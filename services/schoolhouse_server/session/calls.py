@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from schoolhouse_server.engine.jobs import Answer
 from schoolhouse_server.session.quotas import Sharing
 
 _log = logging.getLogger(__name__)
+_KEPT_BYTES = 4 << 10  # of taps; longer ones are not cached
 _HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
 
 
@@ -123,16 +125,33 @@ def check_describe(request: teacher_pb2.DescribeRequest | ProtocolError) -> None
     _check_length("Describe", "teacher's name", request.teacher, MAX_NAME)
 
 
-def check_call(call: teacher_pb2.Call) -> None:
-    """Raises `ProtocolError` for more taps, or longer names, than a call may have."""
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks for, apart from its mask of positions; `key` is equal where the same is asked for."""
+
+    wanted: Wanted
+    key: tuple[bytes, ...]
+
+
+def asked_by(call: teacher_pb2.Call) -> Asked:
+    """Raises `ProtocolError` for more taps, or longer names, than a call may have, and for what it cannot ask for."""
     if len(call.taps) > MAX_TAPS:
         raise ProtocolError(f"a call has {len(call.taps)} taps; {MAX_TAPS} are allowed")
-    for tap in call.taps:
+    _check_length("a call", "revision", call.revision, MAX_NAME)
+    _check_length("a call", "traceparent", call.traceparent, MAX_NAME)
+    key = tuple([tap.SerializeToString(deterministic=True) for tap in call.taps])
+    return (_asked if sum(map(len, key)) <= _KEPT_BYTES else _asked.__wrapped__)(key)
+
+
+@functools.lru_cache(maxsize=256)
+def _asked(key: tuple[bytes, ...]) -> Asked:
+    """Cached, as training asks for the same at every step."""
+    taps = [*map(teacher_pb2.Tap.FromString, key)]
+    for tap in taps:
         _check_length("a call", "tap", tap.module, MAX_MODULE_NAME)
         if tap.HasField("encoding"):
             _check_length("a call", "head", tap.encoding.hidden.head, MAX_MODULE_NAME)
-    _check_length("a call", "revision", call.revision, MAX_NAME)
-    _check_length("a call", "traceparent", call.traceparent, MAX_NAME)
+    return Asked(Wanted.from_wire(taps, None), key)
 
 
 def check_released(offsets: Sized) -> None:

@@ -95,8 +95,8 @@ class Member:
         self, request_id: int, rows: int, wanted: Wanted, features: Declared, share: Share | None = None
     ) -> None:
         """Count a request whose features are about to be sent; its share ends once they are."""
-        self._counters.answered(self.account, rows=rows)
-        self._counters.sent(self.account, len(features.header), _by_encoding(wanted, features))
+        sent = _by_encoding(wanted, features)
+        self._counters.answered(self.account, rows=rows, header_bytes=len(features.header), by_encoding=sent)
         self._admission.reply(self._place, request_id, share)
 
     def failed(self, request_id: int, error: BaseException) -> None:

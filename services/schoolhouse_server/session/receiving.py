@@ -9,6 +9,8 @@ from schoolhouse_wire.errors import ProtocolError, TeacherTimeoutError
 from schoolhouse_wire.loop import Alarm, Loop
 from schoolhouse_wire.v1 import teacher_pb2
 
+from schoolhouse_server.session.calls import Asked
+
 SLOWEST_BYTES_S = 64 << 10  # the least rate at which a call's payload must come, after a grace period
 
 
@@ -17,6 +19,7 @@ class Partial:
     """A call whose payload is still coming."""
 
     call: teacher_pb2.Call
+    asked: Asked
     incoming: framing.Incoming
     began: float  # on time.perf_counter's clock
 

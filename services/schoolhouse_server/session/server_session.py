@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -37,7 +38,7 @@ from schoolhouse_server.session.admission import FloodError
 from schoolhouse_server.session.calls import (
     answer_head,
     as_told,
-    check_call,
+    asked_by,
     check_open,
     check_released,
     check_revision,
@@ -268,7 +269,7 @@ class ServerSession:
             if self._member.has(call.request_id):
                 self._refuse_twin(call.request_id)
                 return
-            check_call(call)
+            asked = asked_by(call)
             # Admitted before memory is taken for it. The header is parsed only once, if it is short.
             nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
             if not self._member.admit(call.request_id, nbytes):
@@ -278,7 +279,7 @@ class ServerSession:
             began = time.perf_counter()
             read = functools.partial(framing.Incoming, call.inputs, call.payload, self._limits, self._same_host.segment)
             small = nbytes <= _AT_ONCE_BYTES or not call.payload.HasField("shared")
-            partial = Partial(call, read() if small else await self._loop.elsewhere(read), began)
+            partial = Partial(call, asked, read() if small else await self._loop.elsewhere(read), began)
             if partial.incoming.complete:
                 await self._queue(partial)
             else:
@@ -307,7 +308,7 @@ class ServerSession:
         assert self._engine is not None
         call, incoming = partial.call, partial.incoming
         inputs, mask = inputs_of(incoming.value())
-        wanted = Wanted.from_wire(call.taps, mask)
+        wanted = partial.asked.wanted if mask is None else dataclasses.replace(partial.asked.wanted, mask=mask)
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
         answer = functools.partial(self._or_end, self._answer, request_id, digest, wanted)
@@ -327,7 +328,7 @@ class ServerSession:
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         # A request that is to be computed alone must equal no other, so that neither joins the other.
         own = object() if call.alone else None
-        key = (digest, call.inputs, tuple(tap.SerializeToString(deterministic=True) for tap in call.taps), own)
+        key = (digest, call.inputs, partial.asked.key, own)
         job = Job(inputs, wanted, key, deadline, [ticket], rows=rows, source=id(self), alone=call.alone)
         await self._engine.prepare(job, incoming.nbytes)
         if self._closed or not self._member.has(request_id):  # it was cancelled meanwhile
