@@ -60,6 +60,7 @@ protos: $(STAMP)  ## regenerate the committed wire code
 bench: $(STAMP)
 	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/clients.py
+	$(BIN)/python benchmarks/beside.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/sharing.py

@@ -48,6 +48,13 @@ def test_clients():
     assert [*found["ratios"]] == ["server_us_of_aio_1", "server_us_of_aio_4"]
 
 
+def test_beside():
+    found = figures("beside", "--layers", "20", "--rates", "20", "--seconds", "0.5", "--rounds", "1")
+    assert found["bare_forwards_per_s"] > 0
+    assert set(found["rates"]["20"]) == {"calls_per_s", "forwards_of_bare"}
+    assert all(figure > 0 for figure in found["rates"]["20"].values())
+
+
 @pytest.mark.ray
 def test_wire():
     peers = ["schoolhouse", "grpc_aio", "arrow_flight", "ray_actor"]
