@@ -6,9 +6,11 @@ of it: a fork shares the file descriptors that wake the parent's loop, but has n
 """
 
 import asyncio
+import errno
 import functools
 import os
 import threading
+import traceback
 import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
@@ -69,7 +71,9 @@ class Loop:
         """Start the thread, unless it runs; raises `RuntimeError` if there can be no more threads."""
         with self._lock:
             if self._thread is None and not self._stopped:
-                self._asyncio = self._asyncio or asyncio.new_event_loop()
+                if self._asyncio is None:
+                    self._asyncio = asyncio.new_event_loop()
+                    self._asyncio.set_exception_handler(_on_exception)
                 thread = background.thread(self._run, name=self._name, on_death=background.go_on)
                 thread.start()
                 self._thread = thread  # only now: if starting it raises, the next call tries again
@@ -211,6 +215,20 @@ def _rest(work: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any
             waits_for = step()
         except StopIteration:
             return
+
+
+def _on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what a callback raised, unless gRPC's own has come too late.
+
+    Whichever thread drops the last of its objects closes the socket that wakes the loops, also while one of them is
+    about to read from it; then there are no events left to be told of.
+    """
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno == errno.EBADF:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name.endswith("_handle_events"):
+            return
+    loop.default_exception_handler(context)
 
 
 def _rung(alarm: Alarm) -> None:

@@ -1,5 +1,6 @@
 """What goes wrong in an engine ends one request: no thread, no memory, no count and no later request with it."""
 
+import math
 import threading
 import time
 import weakref
@@ -181,7 +182,7 @@ def test_nobody_joins_a_request_that_is_about_to_fail():
 
     def both():
         engine.submit(late)
-        late.alarm.ring = None  # the device is asked, and finds that it is late
+        engine._ring_at(math.inf)  # the device is asked, and finds that it is late
         engine.submit(other)
 
     engine.loop.ask(both)

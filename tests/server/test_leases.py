@@ -200,7 +200,7 @@ def test_a_request_without_deadline_that_joins_one_with_leaves_the_deadlines_of_
         submit(engine, second.job)
         assert engine.joined == 1
         looked = threading.Event()
-        engine.loop.call(lambda: (engine._expire(first.job), looked.set()))  # as at the first one's deadline
+        engine.loop.call(lambda: (engine._expire(), looked.set()))  # as at the first one's deadline
         assert looked.wait(20)
         late = Asked(randn(2, 8), timeout_s=0.1)
         submit(engine, late.job)

@@ -1,6 +1,7 @@
 """The event loop: calls and alarms from any thread, tasks whose failures are told, and its end."""
 
 import asyncio
+import os
 import threading
 import time
 
@@ -198,3 +199,20 @@ def test_its_end_cancels_tasks_and_refuses_more():
     with pytest.raises(RuntimeError, match="stopped"):
         loop.ask(lambda: 3)
     assert ended == [True]
+
+
+def test_only_events_that_grpc_hears_of_too_late_are_not_logged(loop, caplog):
+    """The name is that of gRPC's callback, which reads from a socket that another thread may have closed."""
+    socket = os.open(os.devnull, os.O_RDONLY)
+    os.close(socket)
+
+    def _handle_events():
+        os.read(socket, 1)
+
+    def another():
+        os.read(socket, 1)
+
+    for callback in (_handle_events, another):
+        loop.call(loop.asyncio.call_soon, callback)
+    assert soon(lambda: "another" in caplog.text)
+    assert len(caplog.records) == 1

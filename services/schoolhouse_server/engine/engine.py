@@ -388,7 +388,10 @@ class Engine:
         if isinstance(answer, BaseException) or ticket.cancelled:
             ticket.drop()
         if not ticket.cancelled:
-            ticket.done(answer)
+            try:
+                ticket.done(answer)
+            except BaseException as err:
+                background.failed(err, "telling of an answer", background.go_on)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -27,7 +27,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Ticket:
-    """One client's wait for a job; `done` is called once, in the loop, unless it was cancelled, and must not raise."""
+    """One client's wait for a job; `done` is called once, in the loop, unless it was cancelled."""
 
     done: Callable[[Answer | BaseException], None]
     account: JobCounters = field(default_factory=lambda: JobCounters(""))  # the counters of the client's job
