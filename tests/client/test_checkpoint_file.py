@@ -84,6 +84,47 @@ def test_damaged_files(path, make):
             function(student, path.parent)
 
 
+@pytest.mark.parametrize("make", [lambda: Net(seed=2), lambda: Extra({"a": torch.ones(3)})])
+def test_a_bit_that_was_flipped_is_found(path, make):
+    """Wherever it is: in a weight, a name, a shape or the record of the distillation."""
+    sh.save(make(), path)
+    whole, student, chance, unchanged = path.read_bytes(), make(), random.Random(1), 0
+    before = bits(student)
+    with torch.no_grad():
+        student.fc.weight.zero_()
+    zeroed = bits(student)
+    for bit in [chance.randrange(8 * len(whole)) for _ in range(400)]:
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            sh.restore(student, path)
+        except errors.CheckpointError:
+            assert bits(student) == zeroed
+        else:  # in what a zip file has between its parts
+            assert bits(student) == before
+            unchanged += 1
+            with torch.no_grad():
+                student.fc.weight.zero_()
+    assert unchanged < 200
+    assert not unchanged or isinstance(student, Extra)
+
+
+def test_files_of_other_programs_have_no_digest(path):
+    safetensors.torch.save_file(dict(Net(seed=2).state_dict()), path, {"format": "pt"})
+    assert same(sh.restore(Net(seed=3), path), Net(seed=2))
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    pipe, student = tmp_path / "pipe", Net(seed=3)
+    os.mkfifo(pipe)  # to open it would wait for a writer
+    for where in (pipe, "/dev/zero"):
+        for function in (sh.save, sh.restore):
+            with pytest.raises(errors.CheckpointError, match="regular file"):
+                function(student, where)
+    assert same(student, Net(seed=3))
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 
 

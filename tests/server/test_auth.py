@@ -195,6 +195,66 @@ def test_the_tokens_quota_holds_beside_the_teachers(path):
             future.result(20)
 
 
+def test_a_session_ends_when_its_name_is_bound_to_another_token(server, path):
+    with connected(server, "one", STUDENT, job="mine") as teacher, connected(server, "one", BOUND) as other:
+        assert result(teacher) == result(other) == [2, 2]
+        write(path, LINES | {OTHER: "teachers: [one], job: mine"})
+        assert soon(lambda: {job.job: job.sessions for job in server.load("one").jobs} == {"exp": 1, "mine": 0})
+        with pytest.raises(errors.PermissionDeniedError, match="'mine' is bound to another token"):
+            result(teacher)
+        assert result(other) == [2, 2]  # whose token is as it was
+        with connected(server, "one", OTHER, job="whatever") as owner:
+            assert result(owner) == [2, 2]
+
+
+def test_who_is_no_admin_sees_only_its_own_numbers(server, ask):
+    with connected(server, "one", BOUND) as mine, connected(server, "one", STUDENT, job="sweep") as other:
+        result(mine), result(other), result(other)
+        assert soon(lambda: sum(job.requests for job in server.load("one").jobs) == 3)
+        seen = {
+            token: next(one for one in ask("list", f"Bearer {token}").teachers if one.teacher == "one").replicas[0].load
+            for token in (ADMIN, BOUND, STUDENT)
+        }
+    assert (seen[ADMIN].served, len(seen[ADMIN].jobs)) == (3, 2)
+    assert [job.job for job in seen[BOUND].jobs] == ["exp"]
+    assert not seen[STUDENT].jobs
+    for token in (BOUND, STUDENT):
+        assert {field.name for field, _ in seen[token].ListFields()} <= {"queued", "jobs"}
+
+
+@pytest.mark.parametrize(("scope", "tokens", "shared"), [("auto", True, False), ("auto", False, True),
+                                                         ("teacher", True, True), ("job", False, False)])  # fmt: skip
+def test_who_gets_what_was_computed_for_another_job(path, scope, tokens, shared):
+    module = Scale(2)
+    more = {"tokens": path} if tokens else {}
+    with (
+        serve(module, name="one", cache_bytes=1 << 20, cache_scope=scope, **more) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        token = STUDENT if tokens else None
+        security = sh.Security(token=token)
+        a, b = (stack.enter_context(sh.connect(server.url, job=job, security=security)) for job in ("a", "b"))
+        for teacher in (a, a, b, b):
+            assert result(teacher, 7) == [14, 14]
+        assert server.load("one").forwards == (1 if shared else 2)  # from the cache
+        module.gate.clear()
+        futures = [one.submit((torch.full((2,), 8.0),), {}, [""]) for one in (a, a, b, b)]
+        assert soon(lambda: server.load("one").joined == (3 if shared else 2))  # in flight
+        module.gate.set()
+        assert [future.result(20)[""].tolist() for future in futures] == [[16, 16]] * 4
+
+
+def test_no_request_takes_more_bytes_than_its_token_has(server):
+    with connected(server, "one", BOUND) as teacher:
+        fits, large = (torch.ones(1, size) for size in (20_000, 30_000))  # 80,000 and 120,000 bytes
+        with pytest.raises(errors.MessageTooLargeError, match="max_job_bytes is 100000"):
+            teacher.submit((large,), {}, [""]).result(20)
+        assert torch.equal(teacher.submit((fits,), {}, [""]).result(20)[""], 2 * fits)
+        assert server.load("one").forwards == 1
+    with connected(server, "one", STUDENT, job="free") as teacher:
+        assert torch.equal(teacher.submit((large,), {}, [""]).result(20)[""], 2 * large)
+
+
 def test_a_client_is_told_its_tokens_quota(ask):
     told = {token: framing.read_message(teacher_pb2.ServerMessage, ask("session", f"Bearer {token}")).opened
             for token in (BOUND, STUDENT)}  # fmt: skip

@@ -53,6 +53,17 @@ def test_an_authority_is_not_overwritten(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_it_warns_of_what_other_users_can_read_or_change(tmp_path):
+    folder = tmp_path / "certs"
+    assert "warning" not in certs(folder, "--host", "h").stderr
+    folder.chmod(0o777)
+    (folder / "ca-key.pem").chmod(0o640)
+    warned = certs(folder, "--add-client", "team-b").stderr
+    assert f"chmod go-w {folder}\n" in warned
+    assert f"chmod go-rwx {folder / 'ca-key.pem'}" in warned
+    assert "server-key.pem" not in warned
+
+
 def test_more_certificates_of_the_same_authority(tmp_path):
     certs(tmp_path, "--host", "h")
     certs(tmp_path, "--add-server", "second", "--host", "other", "--days", 3)

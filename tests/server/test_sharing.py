@@ -371,14 +371,20 @@ def test_weights_and_settings_out_of_bounds():
 def test_clients_without_a_name_are_jobs_of_their_own():
     with (
         serve(nn.Identity()) as server,
-        sh.connect(server.url, job="anonymous-2") as named,
         sh.connect(server.url) as a,
         sh.connect(server.url) as b,
     ):
-        for teacher in (named, a, b, b):
+        for teacher in (a, b, b):
             ask(teacher, 1).result(20)
-        assert sorted((job.job, job.requests) for job in load_of(server).jobs) == [
-            ("anonymous-1", 1),
-            ("anonymous-2", 1),
-            ("anonymous-3", 2),
-        ]
+        jobs = sorted((job.job, job.requests) for job in load_of(server).jobs)
+        assert jobs == [("anonymous-1", 1), ("anonymous-2", 2)]
+
+
+@pytest.mark.parametrize("name", ["anonymous-1", "anonymous-40", "(ended)"])
+def test_names_that_the_replica_gives_cannot_be_taken(name):
+    with (
+        serve(nn.Identity()) as server,
+        sh.connect(server.url, job=name) as teacher,
+        pytest.raises(errors.ProtocolError, match="keeps for itself"),
+    ):
+        ask(teacher, 1).result(20)

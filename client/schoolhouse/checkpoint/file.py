@@ -11,12 +11,17 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import xxhash
+from schoolhouse_wire.memory import memory_of
+from schoolhouse_wire.values.tensors import bytes_of
 from torch.nn.parameter import is_lazy
 
 from schoolhouse.errors import CheckpointError
 from schoolhouse.files import write_whole
 
-_FORMAT = "schoolhouse.student.v1"
+_FORMAT = "schoolhouse.student.v1"  # in the format of torch, which has checksums of its own
+_DIGESTED = "schoolhouse.student.v2"  # a safetensors file with the digest of all that it holds
+_DIGEST = "schoolhouse.digest"
 _MAX_NAMES = 5  # how many names an error message lists
 _SAFETENSORS_DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -30,7 +35,7 @@ def write(path: Path, facts: Mapping[str, str], state: Mapping[str, Any]) -> Non
     Raises:
         CheckpointError: if the file could not be read back; the former file stays as it was.
     """
-    _check_is_no_folder(path)
+    _check_is_a_file(path)
     for name, value in state.items():
         _check_has_values(name, value)
     content = _content({"format": _FORMAT, **facts}, state)
@@ -44,7 +49,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: if the file is damaged, or of another format.
         FileNotFoundError: if there is no such file.
     """
-    _check_is_no_folder(path)
+    _check_is_a_file(path)
     with path.open("rb") as file:
         head = file.read(9)
     if head.startswith(b"PK\x03\x04"):
@@ -59,9 +64,12 @@ def shortened(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + (", …" if len(names) > _MAX_NAMES else "")
 
 
-def _check_is_no_folder(path: Path) -> None:
+def _check_is_a_file(path: Path) -> None:
+    """Raises if there is something else at `path`: a pipe may block for ever, and a device has no end."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is a pipe, a socket or a device; give the name of a regular file")
 
 
 # Writing.
@@ -92,7 +100,8 @@ def _content(facts: Mapping[str, str], state: Mapping[str, Any]) -> bytes:
     try:
         if all(map(_fits_safetensors, state, state.values())):
             tensors, tied = _untied(state)
-            content: bytes = safetensors.torch.save(tensors, {**facts, "tied": json.dumps(tied)})
+            facts = {**facts, "format": _DIGESTED, "tied": json.dumps(tied)}
+            content: bytes = safetensors.torch.save(tensors, {**facts, _DIGEST: _digest(facts, tensors)})
             return content
         return _torch_content({**facts, "state": dict(state)})
     except MemoryError:
@@ -152,15 +161,35 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _check_digest(facts, state)
         tied = json.loads(facts.get("tied", "{}"))
         return facts, {**state, **{name: state[kept] for name, kept in tied.items()}}
     except Exception as err:  # a damaged file may make any of this raise anything
         raise CheckpointError(f"{path} is damaged: {err!r}") from err
 
 
+def _digest(facts: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str:
+    """The XXH3 digest of the facts and of each tensor's name, dtype, shape and bytes, in the order of the names."""
+    digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        here = tensor.cpu()
+        digest.update(json.dumps([name, str(here.dtype), [*here.shape]]).encode())
+        digest.update(memory_of(bytes_of(here)))
+    return digest.hexdigest()
+
+
+def _check_digest(facts: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises `ValueError` if something was changed in a file that has a digest; those of other programs have none."""
+    if _DIGEST not in facts and facts.get("format") != _DIGESTED:
+        return
+    given = {name: value for name, value in facts.items() if name != _DIGEST}
+    if _digest(given, tensors) != facts.get(_DIGEST):
+        raise ValueError("its digest does not match what it holds, so something in it was changed")
+
+
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        _check_is_not_inflated(path)
+        _check_zip(path)
         with path.open("rb") as file:  # not by path, whose name torch may take for another format
             content = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
@@ -177,9 +206,14 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return (content if state is not content else {}), state
 
 
-def _check_is_not_inflated(path: Path) -> None:
-    """Refuse compressed parts, which torch.save never writes, and which may take a thousand times the file's size."""
+def _check_zip(path: Path) -> None:
+    """Refuse parts whose checksums do not match, at which torch does not look, and compressed ones.
+
+    torch.save never compresses, and a compressed part may take a thousand times the file's size.
+    """
     with zipfile.ZipFile(path) as archive:
         packed = [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise CheckpointError(f"{path} has compressed parts, which torch.save does not write: {shortened(packed)}")
+        if packed:
+            raise CheckpointError(f"{path} has compressed parts, which torch.save does not write: {shortened(packed)}")
+        if (changed := archive.testzip()) is not None:
+            raise CheckpointError(f"{path} is damaged: the checksum of its part {changed} does not match")

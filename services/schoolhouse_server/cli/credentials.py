@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from schoolhouse_wire.errors import ConfigError
 
-from schoolhouse_server.cli.console import out
+from schoolhouse_server.cli.console import err, out
 
 
 def certs(
@@ -35,7 +35,7 @@ def certs(
     connect("grpcs://HOST:PORT/NAME", security=Security(ca="ca.pem")), and where they must have a certificate, also
     client.pem as cert and client-key.pem as key.
     """
-    from schoolhouse_server.security.certs import Authority, check_hosts
+    from schoolhouse_server.security.certs import Authority, check_hosts, open_to_others
 
     if add_server or add_client:
         if host and not add_server:
@@ -51,6 +51,8 @@ def certs(
     paths += authority.add_client(add_client, days) if add_client else []
     for path in paths:
         out.print(str(path), markup=False, highlight=False, soft_wrap=True)
+    for fault in open_to_others(folder):
+        err.print(f"warning: {fault}", markup=False, highlight=False, soft_wrap=True)
 
 
 def token() -> None:

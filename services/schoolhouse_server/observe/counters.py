@@ -63,7 +63,7 @@ class Counters:
         """Note that a session of a job begins; one without a job's name counts as a job of its own."""
         with self._lock:
             if not job:
-                job = next(name for name in self._unnamed if name not in self._live and name not in self._ended)
+                job = next(self._unnamed)  # `Member` refuses such names
             found = self._live.get(job) or self._ended.pop(job, None) or JobCounters(job)
             self._live[job] = found
             found.weight = weight

@@ -19,7 +19,6 @@ from schoolhouse_server.security.tokens import Grant
 MAX_WATCHERS = 4096
 _NOT_READY = "the directory has just started and does not know the replicas yet"
 _LOADS_S = 2.0  # how often a watcher hears of loads that have changed
-_UNBALANCED = ("jobs", "stage_s", "queue_delay_counts", "errors", "feature_bytes")  # no use in choosing a replica
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -157,8 +156,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
             if self._load is not None:
                 replica.load.CopyFrom(self._load(replicas.teacher))
             if for_choice:
-                for name in _UNBALANCED:
-                    replica.load.ClearField(name)
+                replica.load.CopyFrom(_for_choice(replica.load))
 
     def _check_ready(self) -> None:
         if not self._ready:
@@ -176,13 +174,21 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
 
 
 def _seen(replicas: directory_pb2.ReplicaSet, grant: Grant) -> directory_pb2.ReplicaSet:
-    """What a token's holder may see of a teacher's load: only its own job, unless it is an admin."""
+    """What a token's holder may see of a teacher's load; unless it is an admin, its own job and what clients choose by.
+
+    From totals it could tell what other jobs do, and from the cache's counters whether another one asked for the same.
+    """
     if not grant.admin:
         for replica in replicas.replicas:
             own = [job for job in replica.load.jobs if grant.job is not None and job.job == grant.job]
-            del replica.load.jobs[:]
+            replica.load.CopyFrom(_for_choice(replica.load))
             replica.load.jobs.extend(own)
     return replicas
+
+
+def _for_choice(load: directory_pb2.Load) -> directory_pb2.Load:
+    """What clients choose among replicas by."""
+    return directory_pb2.Load(queued=load.queued)
 
 
 def _identity(replicas: directory_pb2.ReplicaSet) -> tuple[object, ...]:

@@ -47,6 +47,7 @@ def serve(
     max_job_unsent_bytes: int = MAX_JOB_UNSENT_BYTES,
     lease_s: float = LEASE_S,
     max_sessions: int = MAX_SESSIONS,
+    cache_scope: str = "auto",
     http_port: int | None = None,
     tracing: bool = False,
     tls: ServerTls | None = None,
@@ -62,6 +63,9 @@ def serve(
     `schoolhouse.LocalTeacher`; a merged forward stops after the last tap that any of its requests wants. A cache of
     `cache_bytes` of host memory keeps the features of each teacher, so that inputs that come again, in the next epoch
     or from another job, are not computed again. It holds features as they were computed, in a merged forward or alone.
+    With `cache_scope="job"` each job gets only what was computed for itself, from the cache as well as where equal
+    requests are in flight at the same time: otherwise it can tell by the time whether another job asked for the same.
+    With "teacher" all jobs share, and with "auto" they do unless there are `tokens`.
 
     Clients of the same machine and user get features through shared memory: each up to `shared_memory_bytes` at once,
     including features that it has not released yet, and the rest over the stream; 0 switches shared memory off. Inputs
@@ -170,6 +174,7 @@ def serve(
         max_unsent_bytes=max_unsent_bytes,
         max_job_unsent_bytes=max_job_unsent_bytes,
         lease_s=lease_s,
+        cache_scope=cache_scope,
         max_sessions=max_sessions,
         http_port=http_port,
         tracing=tracing,

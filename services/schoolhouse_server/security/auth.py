@@ -19,6 +19,7 @@ from schoolhouse_server.security.tokens import Grant, Tokens
 
 EVERYBODY = Grant(sha256="0" * 64, teachers=("*",), admin=True)  # for every client of a server without tokens
 _KEY, _SCHEME = "authorization", "bearer "
+_BOUND = "the job's name {!r} is bound to another token; give another one"
 _WEIGHT = 1.0  # the largest weight that a client may ask for if its token sets none
 
 _log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Gate:
     def __init__(self, tokens: Tokens | None = None) -> None:
         self.tokens = tokens
         self._lock = threading.Lock()
-        self._held: dict[object, tuple[Grant, Callable[[SchoolhouseError], None]]] = {}
+        self._held: dict[object, tuple[Grant, Callable[[SchoolhouseError], None], Callable[[], str]]] = {}
         if tokens is not None:
             tokens.on_change(self._look)
 
@@ -81,7 +82,7 @@ class Gate:
             return message
         check_teacher(message.teacher, grant)
         if grant.job is None and message.job and self.tokens.is_bound(message.job):
-            raise PermissionDeniedError(f"the job's name {message.job!r} is bound to another token; give another one")
+            raise PermissionDeniedError(_BOUND.format(message.job))
         found = teacher_pb2.Open()
         found.CopyFrom(message)
         found.job = grant.job or message.job
@@ -89,16 +90,21 @@ class Gate:
         return found
 
     @contextlib.contextmanager
-    def held(self, grant: Grant, end: Callable[[SchoolhouseError], None]) -> Iterator[None]:
-        """Within the `with`, call `end` with the reason, in any thread, once the token's grant is no longer `grant`."""
+    def held(
+        self, grant: Grant, end: Callable[[SchoolhouseError], None], job: Callable[[], str] = str
+    ) -> Iterator[None]:
+        """Within the `with`, call `end` with the reason, in any thread, once the client may not go on as it is.
+
+        That is once its token's grant is no longer `grant`, or another token is bound to the name that `job()` returns.
+        """
         if self.tokens is None:
             yield
             return
         own = object()
         with self._lock:
-            self._held[own] = grant, end
+            self._held[own] = grant, end, job
         try:
-            self._compare(grant, end)  # the grant may have changed since it was looked up
+            self._compare(grant, end, job)  # the grant may have changed since it was looked up
             yield
         finally:
             with self._lock:
@@ -107,19 +113,21 @@ class Gate:
     def _look(self) -> None:
         with self._lock:
             held = list(self._held.values())
-        for grant, end in held:
+        for one in held:
             try:
-                self._compare(grant, end)
+                self._compare(*one)
             except Exception:
                 _log.exception("a session whose token changed could not be ended")
 
-    def _compare(self, grant: Grant, end: Callable[[SchoolhouseError], None]) -> None:
+    def _compare(self, grant: Grant, end: Callable[[SchoolhouseError], None], job: Callable[[], str]) -> None:
         assert self.tokens is not None
         now = self.tokens.now(grant)
         if now is None:
             end(AuthenticationError("the token of this session was revoked; ask who runs the server for another one"))
         elif now != grant:  # the client then opens another session, with the new grant
             end(TeacherUnavailableError("what the token of this session may do has changed; connect again"))
+        elif grant.job is None and (name := job()) and self.tokens.is_bound(name):
+            end(PermissionDeniedError(_BOUND.format(name)))
 
 
 def bearer_of(value: str | bytes) -> str:

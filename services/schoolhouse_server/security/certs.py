@@ -106,6 +106,19 @@ class Authority:
         return paths
 
 
+def open_to_others(folder: Path) -> list[str]:
+    """What in an authority's folder other users of the machine may read or change, and how to mend each."""
+    found = []
+    if folder.stat().st_mode & 0o022:
+        found.append(f"other users may put files of their own in {folder}: chmod go-w {folder}")
+    for key in sorted(folder.glob("*-key.pem")):
+        if key.stat().st_mode & 0o077:
+            found.append(
+                f"other users may read or change the key {key}: chmod go-rwx {key}, and make it anew if they did"
+            )
+    return found
+
+
 def check_hosts(hosts: Sequence[str]) -> list[x509.GeneralName]:
     """The names and addresses as certificates hold them; raises `ConfigError` for invalid ones."""
     return [_general(host) for host in dict.fromkeys(hosts)]

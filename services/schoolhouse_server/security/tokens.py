@@ -39,8 +39,8 @@ class Grant:
     `sha256` is the token's digest. With a `job`, all its requests belong to that job, whatever the client says, and
     tokens without that job cannot take its name. Only with a `job` may it have a `weight` (without one, the client's
     own counts, up to 1), and `max_in_flight` and `max_job_bytes`, which bound the job on each replica in addition to
-    the teacher's own bounds. `teachers` are the teachers that it may use and see; `"*"` stands for all. An `admin` sees
-    all teachers, the loads of all jobs, and the HTTP port.
+    the teacher's own bounds; a request that alone has more bytes is refused. `teachers` are those that it may use
+    and see; `"*"` stands for all. An `admin` sees all teachers, the loads of all jobs, and the HTTP port.
     """
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.errors import (
+    MessageTooLargeError,
     PermissionDeniedError,
     ProtocolError,
     RevisionChangedError,
@@ -152,6 +153,15 @@ def _asked(key: tuple[bytes, ...]) -> Asked:
         if tap.HasField("encoding"):
             _check_length("a call", "head", tap.encoding.hidden.head, MAX_MODULE_NAME)
     return Asked(Wanted.from_wire(taps, None), key)
+
+
+def check_quota(nbytes: int, most: int | None) -> None:
+    """Raises `MessageTooLargeError` for inputs that alone are more than a token allows; None allows any."""
+    if most is not None and nbytes > most:
+        raise MessageTooLargeError(
+            f"the inputs of a request take {nbytes} bytes, and the token's max_job_bytes is {most}; send smaller "
+            "batches, or ask whoever runs the server for more"
+        )
 
 
 def check_released(offsets: Sized) -> None:

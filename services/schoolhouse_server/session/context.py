@@ -33,6 +33,10 @@ class ReplicaContext:
         self.limits = limits
         self.shared_memory_bytes = shared_memory_bytes
         self.sharing = sharing
+        # Whether a job may get what was computed for another one, by which it can tell that the other asked for it.
+        self.jobs_share_results = sharing.cache_scope == "teacher" or (
+            sharing.cache_scope == "auto" and gate.tokens is None
+        )
         self.loop = loop
         self.gate = gate
         self.allow_head = allow_head

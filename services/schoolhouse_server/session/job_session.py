@@ -1,5 +1,6 @@
 """One session's part in its job: its requests in flight, its lease, and its counters."""
 
+import re
 from collections.abc import Callable, Iterable
 
 from google.protobuf.message import Message
@@ -13,12 +14,13 @@ from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Declared
 
 from schoolhouse_server.engine.unsent import Share
-from schoolhouse_server.observe.counters import Counters
+from schoolhouse_server.observe.counters import ENDED, Counters
 from schoolhouse_server.session.admission import Admission, Place
 from schoolhouse_server.session.lease import Lease
 from schoolhouse_server.session.quotas import Sharing
 
 _WEIGHTS = (0.01, 100.0)
+_RESERVED = re.compile(rf"anonymous-\d+|{re.escape(ENDED)}")
 
 
 class Member:
@@ -35,6 +37,8 @@ class Member:
         """`tell` sends a message to the client; raises `ProtocolError` for an invalid weight, or too long a name."""
         if len(opened.job) > MAX_JOB_NAME:
             raise ProtocolError(f"Open has a job's name of {len(opened.job)} characters; {MAX_JOB_NAME} are allowed")
+        if _RESERVED.match(opened.job):
+            raise ProtocolError(f"Open has the job's name {opened.job!r}, which the replica keeps for itself")
         weight = opened.weight or 1.0
         if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
             raise ProtocolError(f"Open has the weight {weight}; it must be from {_WEIGHTS[0]} to {_WEIGHTS[1]}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from schoolhouse_wire.errors import ConfigError
 
 COSTS = ("rows", "tokens")  # `common/rows.py` counts them
+CACHE_SCOPES = ("auto", "job", "teacher")
 MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
 MAX_UNSENT_BYTES, MAX_JOB_UNSENT_BYTES = 16 << 30, 4 << 30  # a reply has 2 GiB at most
 MAX_LEASE_S = 86_400.0
@@ -27,6 +28,7 @@ class Sharing:
     max_job_unsent_bytes: int = MAX_JOB_UNSENT_BYTES
     lease_s: float = LEASE_S
     max_sessions: int = MAX_SESSIONS
+    cache_scope: str = "auto"
 
     def within(self, max_in_flight: int | None, max_job_bytes: int | None) -> "Sharing":
         """These settings, with a job's bounds lowered to the given ones; None leaves a bound as it is."""
@@ -39,6 +41,8 @@ class Sharing:
     def __post_init__(self) -> None:
         if self.cost not in COSTS:
             raise ConfigError(f"cost is {self.cost!r}; choices: {', '.join(map(repr, COSTS))}")
+        if self.cache_scope not in CACHE_SCOPES:
+            raise ConfigError(f"cache_scope is {self.cache_scope!r}; choices: {', '.join(map(repr, CACHE_SCOPES))}")
         counts = ("max_in_flight", "max_job_bytes", "max_queued", "max_sessions")
         for name in (*counts, "max_unsent_bytes", "max_job_unsent_bytes"):
             value = getattr(self, name)

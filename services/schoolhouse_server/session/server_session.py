@@ -40,6 +40,7 @@ from schoolhouse_server.session.calls import (
     as_told,
     asked_by,
     check_open,
+    check_quota,
     check_released,
     check_revision,
     inputs_of,
@@ -76,6 +77,7 @@ class ServerSession:
         self.log = SessionLog(_log, session=uuid.uuid4().hex[:8])
         self._limits = context.limits
         self._grant = grant
+        self._most_bytes: int | None = None  # of one request's inputs, for a token with such a bound
         self._receiving = Receiving(self._loop, context.sharing.lease_s or LEASE_S, self._fail)
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
@@ -85,6 +87,11 @@ class ServerSession:
         self._over = asyncio.Event()
         self._closed = False
         self._same_host = SameHost(self._loop, context.shared_memory_bytes)
+
+    @property
+    def job(self) -> str:
+        """The name of the client's job; empty before Open."""
+        return self._member.account.job if self._member is not None else ""
 
     async def run(self) -> None:
         """Read and answer until the client is gone, has got all that it asked for, or is to be told `error`.
@@ -235,7 +242,9 @@ class ServerSession:
         sharing = self._context.sharing.within(self._grant.max_in_flight, self._grant.max_job_bytes)
         engine = self._engine = self._context.find(message.teacher, self._grant)
         check_revision(message.revision, engine)
+        self._most_bytes = sharing.max_job_bytes if self._grant.max_job_bytes is not None else None
         self._enter(message, engine, sharing)
+        self._context.gate.opened(message, self._grant)  # again: the file may have changed before the job was known
         self.log.info("a session began")
         opened = opened_by(engine, sharing, self._limits)
         if message.shared_memory:
@@ -272,6 +281,7 @@ class ServerSession:
             asked = asked_by(call)
             # Admitted before memory is taken for it. The header is parsed only once, if it is short.
             nbytes = len(call.inputs) + read_layout(call.inputs, self._limits).nbytes
+            check_quota(nbytes, self._most_bytes)
             if not self._member.admit(call.request_id, nbytes):
                 return
             self._spans.begin(call, self._engine.description.name, self._member.account.job)
@@ -328,7 +338,8 @@ class ServerSession:
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         # A request that is to be computed alone must equal no other, so that neither joins the other.
         own = object() if call.alone else None
-        key = (digest, call.inputs, partial.asked.key, own)
+        scope = None if self._context.jobs_share_results else self._member.account.job
+        key = (digest, call.inputs, partial.asked.key, scope, own)
         job = Job(inputs, wanted, key, deadline, [ticket], rows=rows, source=id(self), alone=call.alone)
         await self._engine.prepare(job, incoming.nbytes)
         if self._closed or not self._member.has(request_id):  # it was cancelled meanwhile

@@ -1,5 +1,6 @@
 """The gRPC TeacherService of one replica: descriptions of its teachers, and a session for each client."""
 
+import functools
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
@@ -49,7 +50,8 @@ class TeacherServicer:
         session = ServerSession(self._context, rpc, grant)
         self.sessions += 1
         try:
-            with self._context.gate.held(grant, lambda error: self._context.loop.here(session.end, error)):
+            end = functools.partial(self._context.loop.here, session.end)
+            with self._context.gate.held(grant, end, lambda: session.job):
                 await session.run()
         finally:
             self.sessions -= 1
