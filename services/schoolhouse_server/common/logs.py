@@ -57,13 +57,13 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record, and the lines of the stack."""
-        record.message, record.asctime = _printable(scrub(record.getMessage())), self.formatTime(record)
+        record.message, record.asctime = printable(scrub(record.getMessage())), self.formatTime(record)
         about = " ".join(f"{name}={json.dumps(value)}" for name, value in _about(record, self._about).items())
         line = self.formatMessage(record) + (f" [{about}]" if about else "")
         error = _error_of(record)
         if not error:
             return line
-        text = ": ".join(_printable(error[key]) for key in ("error", "error_message") if key in error)
+        text = ": ".join(printable(error[key]) for key in ("error", "error_message") if key in error)
         return "\n".join([line, *(f"  at {frame}" for frame in error["stack"]), f"  {text}"])
 
 
@@ -168,6 +168,6 @@ def _causes(error: BaseException) -> list[str]:
     return found
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text, with characters escaped that would begin another line, or control a terminal."""
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

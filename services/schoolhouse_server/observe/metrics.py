@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from schoolhouse_wire.v1.directory_pb2 import JobLoad, Load, Replica, ReplicaSet
 
+from schoolhouse_server.common.logs import printable
 from schoolhouse_server.observe.counters import QUEUE_DELAY_BUCKETS_S
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -170,4 +171,6 @@ def _by_name(jobs: Iterable[JobLoad]) -> Iterable[JobLoad]:
 
 
 def _bounded(name: str) -> str:
-    return name if len(name) <= _MAX_LABEL else name[: _MAX_LABEL - 1] + "…"
+    """A name that a client chose, as a label: not too long, and with control characters escaped."""
+    text = printable(name)
+    return text if len(text) <= _MAX_LABEL else text[: _MAX_LABEL - 1] + "…"

@@ -215,7 +215,7 @@ class DirectoryActor(PoolActor):
         self._page = ""
         if pool.http_port is not None:
             context = tls.context() if tls is not None else None
-            gate = gate_of(self._gate, bound)
+            gate = gate_of(self._gate)
             web = WebServer(self._directory.sets, host=bound, port=pool.http_port, gate=gate, tls=context).start()
             self._page = f"{'http' if tls is None else 'https'}://{joined(host, web.port)}"
 

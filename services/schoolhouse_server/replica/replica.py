@@ -108,7 +108,7 @@ class Replica:
         self.web = None
         if http_port is not None:
             context = tls.context() if tls is not None else None
-            gate = gate_of(self._gate, host)
+            gate = gate_of(self._gate)
             self.web = WebServer(self._directory.sets, host=host, port=http_port, gate=gate, tls=context)
         self.engines: dict[str, Engine] = {}
 

@@ -130,7 +130,7 @@ def serve(
 
     With an `http_port` (0: any free one) the server can be watched: a page with charts at `server.web.url`, Prometheus
     metrics at `/metrics`, and the same as JSON at `/api/state`. Whoever reaches that port can read the names and loads
-    of jobs; if it is not on loopback and there are `tokens`, it wants an admin's token. `tracing` makes OpenTelemetry
+    of jobs; where there are `tokens`, it wants an admin's. `tracing` makes OpenTelemetry
     spans of the stages of each request, in the client's trace if the client traces too; it needs the extra `otel`, and
     a tracer provider set by the program.
 
