@@ -65,7 +65,8 @@ def test_a_roll_changes_no_tokens_file(load):
 
 
 def test_a_replica_shares_as_the_pool_file_says(load, actors):
-    said = {name: i + 2 for i, name in enumerate(vars(Sharing())) if name != "cost"} | {"cost": "tokens"}
+    words = {"cost": "tokens", "cache_scope": "job"}
+    said = {name: i + 2 for i, name in enumerate(vars(Sharing())) if name not in words} | words
     pool = load("{}")
     actor = actors.TeacherActor("net", replace(pool.teachers["net"], **said), pool)
     logging.getLogger().removeHandler(actor._ring)

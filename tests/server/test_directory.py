@@ -72,13 +72,14 @@ def test_one_that_was_restarted_is_unavailable_until_it_knows_all(serving):
 def test_watchers_hear_of_what_changed_at_once_and_of_loads_in_time(serving, monkeypatch):
     monkeypatch.setattr(module, "_LOADS_S", 0.3)
     directory = Directory(Loop("directory"))
-    directory.publish(replicas("a", served=1))
+    directory.publish(replicas("a", queued=1))
     stub = serving(directory)
     news = watch(stub)
-    assert next(news).replicas[0].load.served == 1
-    directory.publish(replicas("a", served=2, stage_s={"forward": 1.0}, jobs=[directory_pb2.JobLoad(job="x")]))
+    assert next(news).replicas[0].load.queued == 1
+    more = {"served": 7, "cached": 3, "joined": 2}
+    directory.publish(replicas("a", queued=2, stage_s={"forward": 1.0}, jobs=[directory_pb2.JobLoad(job="x")], **more))
     heard = next(news).replicas[0].load
-    assert heard == directory_pb2.Load(served=2)  # what a choice needs, and no more
+    assert heard == directory_pb2.Load(queued=2)  # what a choice needs, and no more
     listed = stub.ListTeachers(directory_pb2.ListTeachersRequest(), timeout=20).teachers[0].replicas[0].load
     assert listed.jobs[0].job == "x"
     for changed in (
@@ -95,11 +96,11 @@ def test_watchers_hear_of_what_changed_at_once_and_of_loads_in_time(serving, mon
 def test_loads_of_its_own_server_reach_watchers(serving, monkeypatch):
     monkeypatch.setattr(module, "_LOADS_S", 0.1)
     loads = iter(range(1000))
-    directory = Directory(Loop("directory"), lambda name: directory_pb2.Load(served=next(loads)))
+    directory = Directory(Loop("directory"), lambda name: directory_pb2.Load(queued=next(loads)))
     directory.publish(replicas("a"))
     news = watch(serving(directory))
     first, second = next(news), next(news)
-    assert second.replicas[0].load.served > first.replicas[0].load.served
+    assert second.replicas[0].load.queued > first.replicas[0].load.queued
 
 
 def test_as_many_watchers_as_it_takes_and_no_more(serving, monkeypatch):
