@@ -380,6 +380,12 @@ def test_clients_without_a_name_are_jobs_of_their_own():
         assert jobs == [("anonymous-1", 1), ("anonymous-2", 2)]
 
 
+def test_names_that_are_only_alike_can_be_taken():
+    with serve(nn.Identity()) as server, sh.connect(server.url, job="anonymous-1b") as teacher:
+        ask(teacher, 1).result(20)
+        assert [job.job for job in load_of(server).jobs] == ["anonymous-1b"]
+
+
 @pytest.mark.parametrize("name", ["anonymous-1", "anonymous-40", "(ended)"])
 def test_names_that_the_replica_gives_cannot_be_taken(name):
     with (

@@ -37,7 +37,7 @@ class Member:
         """`tell` sends a message to the client; raises `ProtocolError` for an invalid weight, or too long a name."""
         if len(opened.job) > MAX_JOB_NAME:
             raise ProtocolError(f"Open has a job's name of {len(opened.job)} characters; {MAX_JOB_NAME} are allowed")
-        if _RESERVED.match(opened.job):
+        if _RESERVED.fullmatch(opened.job):
             raise ProtocolError(f"Open has the job's name {opened.job!r}, which the replica keeps for itself")
         weight = opened.weight or 1.0
         if not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
