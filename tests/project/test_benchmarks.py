@@ -49,7 +49,7 @@ def test_clients():
 
 
 def test_beside():
-    found = figures("beside", "--layers", "20", "--rates", "20", "--seconds", "0.5", "--rounds", "1")
+    found = figures("beside", "--layers", "20", "--rates", "20", "--seconds", "1", "--rounds", "1")
     assert found["bare_forwards_per_s"] > 0
     assert set(found["rates"]["20"]) == {"calls_per_s", "forwards_of_bare"}
     assert all(figure > 0 for figure in found["rates"]["20"].values())
