@@ -8,7 +8,7 @@ import pytest
 from authority import ours
 from loads import fetch, sets
 from schoolhouse_server import serve
-from schoolhouse_server.observe.web import WebServer, gate_of
+from schoolhouse_server.observe.web import WebServer
 from schoolhouse_server.security.auth import Gate
 from schoolhouse_server.security.tokens import Tokens, new_token
 from torch import nn
@@ -47,8 +47,9 @@ def test_with_a_gate_only_an_admin_is_answered(gate, path):
 
 
 def test_where_the_port_asks(gate):
-    assert gate_of(Gate()) is None  # nobody is asked
-    assert gate_of(gate) is gate  # on loopback, too, which every user of the machine reaches
+    with WebServer(sets, gate=Gate()) as server:
+        assert fetch(server.url + "/metrics")[0] == 200  # nobody is asked
+    # On loopback, too, which every user of the machine reaches.
     with serve(nn.Identity(), tokens=gate.tokens._path, http_port=0) as server:
         assert fetch(server.web.url + "/metrics")[0] == 401
         assert fetch(server.web.url + "/metrics", headers={"Authorization": f"Bearer {ADMIN}"})[0] == 200

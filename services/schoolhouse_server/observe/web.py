@@ -66,11 +66,6 @@ _MORE = {  # further headers by status
 _log = logging.getLogger(__name__)
 
 
-def gate_of(gate: Gate) -> Gate | None:
-    """The gate for an HTTP port; None, which lets everybody in, without tokens."""
-    return None if gate.tokens is None else gate
-
-
 class WebServer:
     """Serves the replica sets that `source()` returns at each request.
 
@@ -88,7 +83,7 @@ class WebServer:
     ) -> None:
         """Make the server, which does not listen yet; of a range of ports it takes the first that is free.
 
-        With a `gate`, clients need an admin's token; without one, everybody is answered. With `tls` it speaks HTTPS.
+        Clients need an admin's token if the `gate` has tokens; else everybody is answered. With `tls` it speaks HTTPS.
 
         Raises:
             ConfigError: for an invalid port.
@@ -98,7 +93,7 @@ class WebServer:
             raise ConfigError(f"the HTTP port is {port!r}; it must be from 0, for any free one, to 65535")
         self._source = source
         self._watched, self._lock = Watched("this server"), threading.Lock()
-        self._gate, self._tls = gate, tls
+        self._gate, self._tls = gate or Gate(), tls
         self._host, self._port = host, 0
         self._server: _Server | None = None
         self._closing = threading.Event()
@@ -233,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     timeout = _TIMEOUT_S  # for sending the whole answer, as Python's sendall counts it
 
-    def __init__(self, source: Source, panels: Callable[[str], bytes], gate: Gate | None, *args: Any) -> None:
+    def __init__(self, source: Source, panels: Callable[[str], bytes], gate: Gate, *args: Any) -> None:
         self._source, self._panels, self._gate = source, panels, gate
         super().__init__(*args)
 
@@ -286,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_admin(self) -> None:
         """Raises `AuthenticationError` or `PermissionDeniedError` if an admin's token is needed and was not given."""
-        if self._gate is None:
+        if self._gate.tokens is None:
             return
         given = self.headers.get_all("Authorization", [])
         if len(given) != 1:

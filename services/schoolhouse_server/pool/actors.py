@@ -15,7 +15,7 @@ from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 from schoolhouse_server.common.logs import RingHandler, set_up
-from schoolhouse_server.observe.web import WebServer, gate_of
+from schoolhouse_server.observe.web import WebServer
 from schoolhouse_server.pool.config import PoolConfig, TeacherSpec
 from schoolhouse_server.pool.pool_state import Desired
 from schoolhouse_server.replica.directory import MAX_WATCHERS, Directory
@@ -215,8 +215,8 @@ class DirectoryActor(PoolActor):
         self._page = ""
         if pool.http_port is not None:
             context = tls.context() if tls is not None else None
-            gate = gate_of(self._gate)
-            web = WebServer(self._directory.sets, host=bound, port=pool.http_port, gate=gate, tls=context).start()
+            web = WebServer(self._directory.sets, host=bound, port=pool.http_port, gate=self._gate, tls=context)
+            web.start()
             self._page = f"{'http' if tls is None else 'https'}://{joined(host, web.port)}"
 
     def _add_service(self, server: grpc.aio.Server) -> Sequence[str]:

@@ -23,7 +23,7 @@ from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, checked_timeou
 from schoolhouse_server.engine.engine import Engine, Trouble
 from schoolhouse_server.engine.unsent import Unsent
 from schoolhouse_server.merge.settings import MergeSettings
-from schoolhouse_server.observe.web import WebServer, gate_of
+from schoolhouse_server.observe.web import WebServer
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_server.replica.rpc_server import RpcServer
 from schoolhouse_server.security.auth import Gate
@@ -108,8 +108,7 @@ class Replica:
         self.web = None
         if http_port is not None:
             context = tls.context() if tls is not None else None
-            gate = gate_of(self._gate)
-            self.web = WebServer(self._directory.sets, host=host, port=http_port, gate=gate, tls=context)
+            self.web = WebServer(self._directory.sets, host=host, port=http_port, gate=self._gate, tls=context)
         self.engines: dict[str, Engine] = {}
 
     @property
