@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 import torch
+from grpc._cython import cygrpc
 from memfd import soon
 from schoolhouse_server import serve
+from schoolhouse_server.session.server_session import ServerSession
 from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.rpc import channel
@@ -132,3 +134,26 @@ def test_a_session_without_a_call_ends(server, session):
     assert kinds(session(iter([OPEN]), timeout=30)) == [(0, "opened")]
     assert list(session(iter([]), timeout=30)) == []
     assert soon(lambda: not server.load("teacher").sessions)
+
+
+class Stopped:
+    """What a session reads from and writes to, once gRPC has stopped its server and not yet cancelled the call."""
+
+    async def read(self):
+        raise cygrpc._ServerStoppedError("Server already stopped.")
+
+    async def write(self, _message):
+        raise cygrpc._ServerStoppedError("Server already stopped.")
+
+
+def test_a_session_whose_server_has_stopped_ends(server, session, monkeypatch):
+    """`deaths` finds what it does not handle."""
+    receive = ServerSession._receive
+
+    async def last(held, message):
+        await receive(held, message)
+        held._rpc = Stopped()
+
+    monkeypatch.setattr(ServerSession, "_receive", last)
+    assert list(session(iter([OPEN]), timeout=30)) == []
+    assert soon(lambda: not server._loop.busy)

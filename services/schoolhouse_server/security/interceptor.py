@@ -89,8 +89,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
                 context.set_code(grpc.StatusCode.CANCELLED)
             except grpc.aio.AbortError as err:
                 err.__traceback__ = None  # gRPC raises it once more; its frames refer to the call, which refers to it
-            except grpc.aio.InternalError:
-                pass  # the client is gone, and cannot be told anything
+            except grpc.aio.BaseError:
+                pass  # the client is gone, or the server has stopped: nobody can be told anything
             except (asyncio.CancelledError, GeneratorExit):
                 raise
             except BaseException as err:

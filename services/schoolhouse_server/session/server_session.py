@@ -152,7 +152,7 @@ class ServerSession:
 
     async def _write(self) -> None:
         """Send what there is to send, over the stream or, once the client has them, through pipes."""
-        with contextlib.suppress(grpc.aio.InternalError):  # raised once the client is gone
+        with contextlib.suppress(grpc.aio.BaseError):  # the client is gone, or the server has stopped
             while (message := await self.outbox.next()) is not None:
                 if (pipes := self._same_host.pipes) is not None:
                     pipes.post(framing.write_message(message), self._drain)
@@ -185,6 +185,8 @@ class ServerSession:
         except SchoolhouseError as err:
             self.end(err.with_traceback(None))  # whose frames refer to the session, which refers to it
             return
+        except grpc.aio.BaseError:
+            pass  # as in `_write`
         self.close()
 
     async def _hear(self, message: Any) -> None:
