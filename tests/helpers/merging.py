@@ -43,9 +43,9 @@ class Asked:
 
     def __init__(self, *args, taps=("",), encodings=None, positions=None, timeout_s=60.0, **kwargs):
         self.answers = queue.SimpleQueue()
-        self.ticket = Ticket(lambda result: self.answers.put(result))
+        self.ticket = Ticket(lambda result: self.answers.put(result), deadline=time.monotonic() + timeout_s)
         wanted = Wanted.of(taps, encodings, positions)
-        self.job = Job(Arguments(args, kwargs), wanted, object(), time.monotonic() + timeout_s, [self.ticket])
+        self.job = Job(Arguments(args, kwargs), wanted, object(), [self.ticket])
 
     def result(self):
         """What comes: an answer or an error."""

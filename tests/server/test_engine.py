@@ -37,7 +37,7 @@ def job(x, key=None, **more):
     def done(result):
         answers.put(result)
 
-    return Job(Arguments((x,)), WHOLE, key, time.monotonic() + 60, [Ticket(done)], **more), answers
+    return Job(Arguments((x,)), WHOLE, key, [Ticket(done, deadline=time.monotonic() + 60)], **more), answers
 
 
 class Held(LocalTeacher):

@@ -1,6 +1,5 @@
 """What goes wrong in an engine ends one request: no thread, no memory, no count and no later request with it."""
 
-import math
 import threading
 import time
 import weakref
@@ -94,8 +93,8 @@ def test_an_answered_request_leaves_nothing_to_the_garbage_collector(value, monk
     tickets = []
 
     class Watched(Ticket):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
             tickets.append(weakref.ref(self))
 
     monkeypatch.setattr("schoolhouse_server.session.server_session.Ticket", Watched)
@@ -174,22 +173,66 @@ def test_closing_answers_those_who_wait_and_counts_them():
     assert (engine.running, engine.served, engine.queued) == (0, 4, 0)
 
 
-def test_nobody_joins_a_request_that_is_about_to_fail():
+def test_who_joins_a_request_that_turns_out_to_be_late_is_answered():
     engine = Engine(LocalTeacher(nn.Linear(8, 5)), max_queued=10)
+    engine.start()
     late, answers = job(torch.ones(1, 8), "key")
-    late.deadline = time.monotonic() - 1
+    late.tickets[0].deadline = time.monotonic() - 1
     other, others_answers = job(torch.ones(1, 8), "key")
 
     def both():
         engine.submit(late)
-        engine._ring_at(math.inf)  # the device is asked, and finds that it is late
+        engine._queue.go()
+        wait_until(lambda: engine._answers._arrived)  # it was taken, and nobody waited
         engine.submit(other)
 
     engine.loop.ask(both)
-    engine.start()
     assert isinstance(answers.get(timeout=20), errors.TeacherTimeoutError)
     assert whole(others_answers).shape == (1, 5)
-    assert engine.joined == 0
+    assert engine.joined == 1
+    engine.close()
+
+
+def test_each_of_those_who_wait_for_the_same_has_its_own_deadline_and_its_own_turn():
+    """A client that guesses what others ask for, and is in no hurry, holds nobody up."""
+    engine = Engine(LocalTeacher(nn.Linear(8, 5)), max_queued=100)
+    order = []
+
+    def ask(key, name, timeout_s=60.0):
+        found, answers = job(torch.full((1, 8), float(hash(key) % 97)), key)
+        ticket = found.tickets[0]
+        ticket.payer, ticket.deadline = name, time.monotonic() + timeout_s
+        done, ticket.done = ticket.done, lambda result: (order.append((name, key)), done(result))
+        engine.submit(found)
+        return answers
+
+    def all_of_them():
+        for i in range(20):
+            ask(f"other {i}", "hostile")
+        return [ask("guessed", name, s) for name, s in (("hostile", 60.0), ("honest", 60.0), ("hasty", 0.01))]
+
+    _, honest, hasty = engine.loop.ask(all_of_them)
+    assert engine.joined == 2
+    assert isinstance(hasty.get(timeout=20), errors.TeacherTimeoutError)  # the others wait on
+    order.clear()
+    engine.start()
+    assert whole(honest).shape == (1, 5)
+    wait_until(lambda: len(order) == 22)
+    assert order.index(("honest", "guessed")) <= 3
+    engine.close()
+
+
+def test_who_cancels_leaves_those_who_wait_for_the_same_where_they_were():
+    engine = Engine(LocalTeacher(nn.Linear(8, 5)), max_queued=100)
+    (first, _), (second, answers), (third, more) = [job(torch.ones(1, 8), "key") for _ in range(3)]
+    engine.loop.ask(lambda: [engine.submit(one) for one in (first, second, third)])
+    ticket = first.tickets[0]
+    engine.loop.ask(engine.cancel, ticket)
+    assert engine.queued == 1
+    assert ticket.job is None
+    engine.start()
+    assert whole(answers).shape == whole(more).shape == (1, 5)
+    assert engine.counters.forwards == 1
     engine.close()
 
 

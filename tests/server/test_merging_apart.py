@@ -82,7 +82,7 @@ def test_who_gave_up_or_came_too_late_is_left_out():
         at_once(engine, *pair(2, 2)[0])
         asked, expected = pair(2, 3, 4, 5)
         asked[1].ticket.cancelled = True
-        asked[2].job.deadline = time.monotonic() - 1
+        asked[2].ticket.deadline = time.monotonic() - 1
         ran = at_once(engine, *asked)
         close(asked[0].features[""], expected[0])
         close(asked[3].features[""], expected[3])

@@ -88,7 +88,7 @@ def test_waiting_that_gains_nothing_backs_off_and_is_tried_now_and_then(clock):
 
 
 def waiting_one(name):
-    return SimpleNamespace(name=name, job=name[0], weight=1.0, cost=1.0, queued_at=0.0)
+    return SimpleNamespace(name=name, payer=name[0], weight=1.0, cost=1.0, queued_at=0.0, twins=[])
 
 
 def names(taken):
@@ -107,7 +107,7 @@ def test_a_queue_lingers_while_nothing_else_waits():
         return 60.0
 
     def is_of_its_job(taken, other):
-        return other.job == taken[0].job
+        return other.payer == taken[0].payer
 
     taken = queue.take(is_of_its_job, lambda taken: 0.0 if len(taken) > 1 else meanwhile(queue.put, waiting_one("a2")))
     assert names(taken) == ["a1", "a2"]

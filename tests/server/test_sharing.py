@@ -27,13 +27,13 @@ class Gate(nn.Module):
     def __init__(self):
         super().__init__()
         self.opened, self.entered, self.seen = threading.Event(), threading.Semaphore(0), []
-        self.pause_s = 0.0
+        self.pause_s = self.row_s = 0.0
 
     def forward(self, x):
         self.seen.append(int(x.flatten()[0]))
         self.entered.release()
         assert self.opened.wait(30)
-        time.sleep(self.pause_s)
+        time.sleep(self.pause_s + len(x) * self.row_s)
         return x + 1
 
 
@@ -76,8 +76,10 @@ def test_a_light_job_does_not_wait_for_all_that_a_heavy_one_has_queued():
         light.close()
 
 
-def test_weights_and_rows_decide_about_shares():
+def test_weights_and_the_time_on_the_device_decide_about_shares():
+    """It takes as long as it has rows, here."""
     gate = Gate()
+    gate.row_s = 0.002
     settings = {"a": (3.0, 2), "b": (1.0, 4), "c": (1.0, 1)}  # weight and rows
     with serve(gate, max_in_flight=200) as server:
         teachers = {
@@ -94,14 +96,40 @@ def test_weights_and_rows_decide_about_shares():
         part = gate.seen[:101]  # while all wait
         rows = [sum(rows for n in part if n // 1000 == i + 1) for i, (_, rows) in enumerate(settings.values())]
         assert rows[0] / 3 == pytest.approx(rows[1], abs=10)
-        assert rows[1] == pytest.approx(rows[2], abs=10)
         assert job_of(server, "a").weight == 3
         assert job_of(server, "a").cost == 300
         for teacher in teachers.values():
             teacher.close()
 
 
-def test_tokens_are_charged_where_asked_for():
+def test_the_shape_of_the_inputs_does_not_make_a_request_cheap():
+    """Two jobs ask for one row each; a row of one of them takes fifty times as long, for its length."""
+
+    class Long(Gate):
+        def forward(self, x):
+            time.sleep(x.shape[1] * 1e-3)
+            return super().forward(x)
+
+    gate = Long()
+    with serve(gate, max_in_flight=200) as server:
+        teachers = {name: sh.connect(server.url, job=name) for name in ("long", "short", "first")}
+        first = ask(teachers["first"], 0)
+        assert gate.entered.acquire(timeout=20)
+        asked = [ask(teachers["long"], i, width=50) for i in range(1, 21)]
+        asked += [ask(teachers["short"], 100 + i, width=1) for i in range(100)]
+        assert soon(lambda: load_of(server).queued == 120)
+        gate.opened.set()
+        wait([first, *asked], 60)
+        long = [at for at, number in enumerate(gate.seen) if 0 < number < 100]
+        assert long[3] > 75  # of a hundred short ones; each takes a fiftieth of a long one
+        spent = {name: job_of(server, name).device_s for name in ("long", "short")}
+        assert spent["long"] > 20 * 0.05
+        assert spent["short"] > 100 * 1e-3
+        for teacher in teachers.values():
+            teacher.close()
+
+
+def test_tokens_are_counted_where_asked_for():
     with serve(nn.Identity(), cost="tokens") as server, sh.connect(server.url, job="t") as teacher:
         teacher.submit((torch.ones(3, 7, 2),), {}, [""]).result(20)
         teacher.submit((torch.ones(5),), {}, [""]).result(20)

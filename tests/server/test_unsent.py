@@ -324,17 +324,6 @@ def test_where_the_replica_is_full_nobody_passes_the_one_whose_turn_it_is():
     assert rooms.asked[:3] == ["a"] * 3
 
 
-def test_where_the_replica_is_full_nobody_is_taken_along_with_one_that_has_its_room():
-    rooms, has_room = Rooms(), {Request("b")}
-    queue = FairQueue(100, rooms, has_room.__contains__)
-    for one in (Request("a"), Request("a"), *has_room, Request("c")):
-        queue.put(one)
-    rooms.full = {"a": "replica"}
-    assert {*queue.take(lambda _taken, other: other.job == "c")} == has_room
-    rooms.full = {}
-    assert [queue.take()[0].job for _ in range(3)] == ["a", "c", "a"]
-
-
 def test_who_waits_behind_one_that_is_cancelled_is_served():
     rooms = Rooms()
     queue = FairQueue(100, rooms)

@@ -121,7 +121,7 @@ class Load(_message.Message):
     def __init__(self, queued: _Optional[int] = ..., in_flight: _Optional[int] = ..., served: _Optional[int] = ..., sessions: _Optional[int] = ..., joined: _Optional[int] = ..., cached: _Optional[int] = ..., missed: _Optional[int] = ..., cache_bytes: _Optional[int] = ..., stage_s: _Optional[_Mapping[str, float]] = ..., queue_delay_s: _Optional[float] = ..., queue_delay_counts: _Optional[_Iterable[int]] = ..., forwards: _Optional[int] = ..., rows: _Optional[int] = ..., batch_limit_rows: _Optional[float] = ..., errors: _Optional[_Mapping[str, int]] = ..., feature_bytes: _Optional[_Mapping[str, int]] = ..., uptime_s: _Optional[float] = ..., jobs: _Optional[_Iterable[_Union[JobLoad, _Mapping]]] = ...) -> None: ...
 
 class JobLoad(_message.Message):
-    __slots__ = ("job", "weight", "sessions", "queued", "in_flight", "requests", "rows", "cost", "queue_s", "errors", "waits", "received_bytes", "sent_bytes")
+    __slots__ = ("job", "weight", "sessions", "queued", "in_flight", "requests", "rows", "cost", "queue_s", "errors", "waits", "received_bytes", "sent_bytes", "device_s")
     JOB_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,7 @@ class JobLoad(_message.Message):
     WAITS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_S_FIELD_NUMBER: _ClassVar[int]
     job: str
     weight: float
     sessions: int
@@ -148,4 +149,5 @@ class JobLoad(_message.Message):
     waits: int
     received_bytes: int
     sent_bytes: int
-    def __init__(self, job: _Optional[str] = ..., weight: _Optional[float] = ..., sessions: _Optional[int] = ..., queued: _Optional[int] = ..., in_flight: _Optional[int] = ..., requests: _Optional[int] = ..., rows: _Optional[int] = ..., cost: _Optional[float] = ..., queue_s: _Optional[float] = ..., errors: _Optional[int] = ..., waits: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ...) -> None: ...
+    device_s: float
+    def __init__(self, job: _Optional[str] = ..., weight: _Optional[float] = ..., sessions: _Optional[int] = ..., queued: _Optional[int] = ..., in_flight: _Optional[int] = ..., requests: _Optional[int] = ..., rows: _Optional[int] = ..., cost: _Optional[float] = ..., queue_s: _Optional[float] = ..., errors: _Optional[int] = ..., waits: _Optional[int] = ..., received_bytes: _Optional[int] = ..., sent_bytes: _Optional[int] = ..., device_s: _Optional[float] = ...) -> None: ...

@@ -27,4 +27,4 @@ def _has_length(tensor: torch.Tensor) -> bool:
     return tensor.dim() == (3 if tensor.is_floating_point() else 2)
 
 
-COSTS: dict[str, Callable[[Any], int]] = {"rows": rows_of, "tokens": tokens_of}
+UNITS: dict[str, Callable[[Any], int]] = {"rows": rows_of, "tokens": tokens_of}

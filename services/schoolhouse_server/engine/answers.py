@@ -10,7 +10,7 @@ from schoolhouse_wire.values.codec import Declared
 
 from schoolhouse_server.device.device import Device, lacks_memory
 from schoolhouse_server.engine.fair_queue import FairQueue
-from schoolhouse_server.engine.jobs import Job
+from schoolhouse_server.engine.jobs import Job, Ticket
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,17 +21,25 @@ class BrokenDevice:
 
 
 class Answers:
-    """The engine's threads put each job here with its features or its error; the loop passes them to `end`."""
+    """The engine's threads put each job here with its features or its error; the loop passes them to `end`.
+
+    `settle` is called first, in the thread that puts.
+    """
 
     def __init__(
-        self, loop: Loop, device: Device, end: Callable[[Job, Declared | BaseException | BrokenDevice], None]
+        self,
+        loop: Loop,
+        device: Device,
+        settle: Callable[[Job], None],
+        end: Callable[[Job, Declared | BaseException | BrokenDevice], None],
     ) -> None:
-        self._loop, self._device, self._end = loop, device, end
+        self._loop, self._device, self._settle, self._end = loop, device, settle, end
         self._arrived: deque[tuple[Job, Declared | BaseException | BrokenDevice]] = deque()
         self._awaited = False  # whether the loop waits here, so that it needs no wake-up
 
     def put(self, job: Job, result: Declared | BaseException) -> None:
         """Give back a job, from any thread."""
+        self._settle(job)
         told = self._told(result) if isinstance(result, BaseException) else result
         self._arrived.append((job, told))
         if not self._awaited:
@@ -50,7 +58,7 @@ class Answers:
         while self._arrived:
             self._end(*self._arrived.popleft())
 
-    def wait(self, queue: FairQueue[Job], at_most_s: float) -> None:
+    def wait(self, queue: FairQueue[Ticket], at_most_s: float) -> None:
         """Let the engine's threads have the interpreter until nothing waits in the queue or runs; then deliver.
 
         A forward of few kernels gives the interpreter up at each of them, and takes it back from the loop. That costs

@@ -5,6 +5,7 @@ import functools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,16 +25,17 @@ from schoolhouse_wire.values.codec import Declared
 from schoolhouse_wire.values.tensors import bytes_of
 from schoolhouse_wire.values.tree import tensors_of
 
-from schoolhouse_server.common.rows import COSTS, rows_of
+from schoolhouse_server.common.rows import UNITS, rows_of
 from schoolhouse_server.device.device import Device
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, Watchdog, checked_timeout_s
 from schoolhouse_server.engine.answers import Answers, BrokenDevice
 from schoolhouse_server.engine.cache import FeatureCache
+from schoolhouse_server.engine.costs import Costs
 from schoolhouse_server.engine.fair_queue import FairQueue
 from schoolhouse_server.engine.jobs import Answer, Job, Ticket
 from schoolhouse_server.engine.reply_pipeline import CLOSED, Outlet
-from schoolhouse_server.engine.runner import LATE, TURN_S, Runner
-from schoolhouse_server.engine.shares import Shares
+from schoolhouse_server.engine.runner import LATE, TURN_S, NobodyWaitsError, Runner
+from schoolhouse_server.engine.shares import Shares, Sizes
 from schoolhouse_server.engine.unsent import Unsent
 from schoolhouse_server.merge import self_check
 from schoolhouse_server.merge.merging import Merger
@@ -66,6 +68,8 @@ class Engine:
     fail with `TeacherUnavailableError`, so that other replicas answer them, no more are taken, and `on_trouble` is
     called. A request that was the only one on the device when it broke is to blame, and fails with its own error.
 
+    Jobs are charged the device time that their requests take; `cost` says whether their `cost` counts rows or tokens.
+
     `submit` and `cancel` are called in the loop's thread, and so are the tickets' `done`. Without a `loop` it has one
     of its own.
 
@@ -95,7 +99,8 @@ class Engine:
         self.cache = FeatureCache(cache_bytes) if cache_bytes else None
         self.device = Device(self.description.device)
         self.counters = Counters()
-        self._cost_of = COSTS[cost]
+        self._units_of = UNITS[cost]
+        self._costs = Costs()
         self._owns_loop = loop is None
         self.loop = loop or Loop("schoolhouse-replica")
         self.merger: Merger[Job] | None = None
@@ -104,10 +109,10 @@ class Engine:
             self.merger = Merger(merge, self.description, lambda: self.device.forward.recent_s)
             self_check.check_example(teacher, self.device, self.merger.former, example)
         self._shares = Shares(unsent, self.description.name)
-        self._queue: FairQueue[Job] = FairQueue(max_queued, self._shares.reserve, lambda job: job.has_room)
+        self._queue: FairQueue[Ticket] = FairQueue(max_queued, self._shares.reserve)
         if unsent is not None:
             unsent.follow(self._room_is_free)
-        self._answers = Answers(self.loop, self.device, self._end)
+        self._answers = Answers(self.loop, self.device, self._settle, self._end)
         self._outlet = Outlet(teacher, self.device, self.cache, self.merger, self._shares, self._queue, self._answers)
         self.runner = Runner(teacher, self.device, self.merger, self._queue, self._outlet, self.counters, self._answers)
         self._in_flight: dict[Hashable, Job] = {}  # those that others may join
@@ -143,7 +148,9 @@ class Engine:
 
     def fill(self, load: directory_pb2.Load, in_flight: dict[str, int]) -> None:
         """Write the counters of jobs, and how long requests wait, into `load`; any thread may call this."""
-        self.counters.fill(load, self._queue.queued(), in_flight)
+        waiting = [job for job in list(self._jobs) if not job.begun_at]
+        queued = Counter(ticket.account.job for job in waiting for ticket in list(job.tickets))
+        self.counters.fill(load, queued, in_flight)
         load.queue_delay_s = self.counters.delay_s(self._queue.oldest())
 
     def stage_s(self) -> dict[str, float]:
@@ -193,8 +200,9 @@ class Engine:
         """
         self.check()
         job.rows = job.rows or rows_of(job.inputs)
-        job.cost = max(float(job.rows if self._cost_of is rows_of else self._cost_of(job.inputs)), 1.0)
-        self._shares.sized(job)
+        job.units = max(float(job.rows if self._units_of is rows_of else self._units_of(job.inputs)), 1.0)
+        job.kind, job.elements = Sizes.kind_of(job.inputs, job.wanted)
+        job.cost = self._costs.of(job.kind, job.elements)
         if self.cache is not None and job.cache_key is not None:
             found = self.cache.get(job.cache_key)
             if found is not None and self._shares.take(job.tickets[0], found.nbytes) == "taken":
@@ -206,15 +214,24 @@ class Engine:
 
     def _enqueue(self, job: Job) -> None:
         self.check()
-        job.queued_at = time.perf_counter()
-        gives_way = self.runner.short
-        self._queue.put(job, wake=not gives_way)
+        self._take_in(job, job.tickets[0])
         self._jobs.add(job)
         self._in_flight[job.key] = job
-        for ticket in job.tickets:
-            ticket.job = job
-        if job.deadline < self._rings_at:
-            self._ring_at(job.deadline)
+        for ticket in job.tickets[1:]:
+            self._take_in(job, ticket, beside=job.tickets[0])
+
+    def _take_in(self, job: Job, ticket: Ticket, beside: Ticket | None = None) -> None:
+        """Queue a ticket of a job, unless that has left the queue with `beside`."""
+        ticket.job, ticket.queued_at = job, time.perf_counter()
+        gives_way = self.runner.short
+        try:
+            if not self._queue.put(ticket, wake=not gives_way, beside=beside):
+                return
+        except SchoolhouseError:
+            ticket.job = None
+            raise
+        if ticket.deadline < self._rings_at:
+            self._ring_at(ticket.deadline)
         if gives_way:
             self._give_way_soon()
 
@@ -237,14 +254,21 @@ class Engine:
                 self._give_way_soon()
 
     def cancel(self, ticket: Ticket) -> None:
-        """Forget a ticket; its job leaves the queue at once if nobody else waits for it."""
+        """Forget a ticket; its place in the queue is free at once, and others who wait for the same keep theirs."""
         ticket.cancelled = True
-        job, ticket.job = ticket.job, None
-        if job is not None and job.begun_at:  # the features are computed all the same, and the share ends with them
-            return
-        if job is not None and job.cancelled and self._queue.remove(job):
+        if ticket.job is None:
+            ticket.drop()
+        elif self._queue.remove(ticket):
+            self._leave(ticket.job, ticket)
+            ticket.drop()
+        # else the features are computed all the same, and the share ends with them
+
+    def _leave(self, job: Job, ticket: Ticket) -> None:
+        """Let a job go on without a ticket that was removed from the queue."""
+        job.tickets.remove(ticket)
+        ticket.job = None
+        if not job.tickets:
             self._forget(job)
-        ticket.drop()
 
     def _ring_at(self, when: float) -> None:
         """Have `_expire` called at this time, instead of later."""
@@ -255,10 +279,13 @@ class Engine:
     def _expire(self) -> None:
         """Fail the requests whose deadlines have come while they waited for the device."""
         now = time.monotonic()
-        for job in [job for job in self._jobs if job.deadline <= now]:
-            if self._queue.remove(job):
-                self.counters.began(job.tickets[0].account, cost=0.0, waited_s=time.perf_counter() - job.queued_at)
-                self._end(job, TeacherTimeoutError(LATE))
+        late = [(job, ticket) for job in self._jobs for ticket in job.tickets if ticket.deadline <= now]
+        for job, ticket in late:
+            if self._queue.remove(ticket):
+                self.counters.began(ticket.account, cost=0.0, waited_s=time.perf_counter() - ticket.queued_at)
+                self._leave(job, ticket)
+                self.served += 1
+                self._tell(ticket, TeacherTimeoutError(LATE))
         waiting = (job.deadline for job in self._jobs if not job.begun_at)
         self._ring_at(max(min(waiting, default=math.inf), now + _LATE_BY_S))
 
@@ -270,22 +297,18 @@ class Engine:
 
     def _join(self, job: Job) -> bool:
         """Let a job in flight on the same inputs answer this one; inputs are compared, as equal digests may collide."""
-        other = self._in_flight.get(job.key)
-        if other is None or other.cancelled or time.monotonic() > other.deadline:  # late, it may be about to fail
+        other, [ticket] = self._in_flight.get(job.key), job.tickets
+        if other is None or other.cancelled or not _equal(other.content, job.content):
             return False
-        if not _equal(other.content, job.content) or not self._shares.joins(job.tickets[0], other):
-            return False
-        other.tickets += job.tickets
-        for ticket in job.tickets:
-            ticket.job = other
-        other.deadline = max(other.deadline, job.deadline)
+        beside = other.tickets[0]
+        other.tickets.append(ticket)  # first, so that whoever takes the other one takes this one too
+        self._take_in(other, ticket, beside)
         self.joined += 1
-        self._queue.wake()  # the job may have room now
         return True
 
     def _queue_again(self, job: Job, tickets: list[Ticket]) -> None:
-        """Queue a job again for those of its tickets that had no room, to wait for their own room."""
-        left = dataclasses.replace(job, tickets=tickets, again=0, begun_at=0.0)
+        """Queue a job again for those of its tickets that it has not answered, to wait for their own turns."""
+        left = dataclasses.replace(job, tickets=tickets, turn=None, again=0, begun_at=0.0, spent_s=None)
         try:
             self._enqueue(left)
         except SchoolhouseError as err:
@@ -313,7 +336,7 @@ class Engine:
         self._closed = True  # nothing is queued from here on
         self._watchdog.end()
         self._ring_at(math.inf)
-        self._drop(self._queue.close(), CLOSED)
+        self._drop([ticket.job for ticket in self._queue.close() if ticket.job is not None], CLOSED)
 
     def _drop_all(self) -> None:
         self._answers.deliver()
@@ -368,20 +391,33 @@ class Engine:
         if job not in self._jobs:
             return
         answer: Answer | BaseException
+        left: list[Ticket] = []  # those that it does not answer
         if isinstance(result, Declared):
             answer = Answer(result, self.description.revision)
-            no_room = self._shares.lacking(job, sum(result.item_bytes))
+            left = self._shares.lacking(job, sum(result.item_bytes))
+        elif isinstance(result, NobodyWaitsError):
+            answer, now = TeacherTimeoutError(LATE), time.monotonic()
+            left = [ticket for ticket in job.tickets if not ticket.cancelled and now <= ticket.deadline]
         else:
-            answer, no_room = self._broke(job, result.error) if isinstance(result, BrokenDevice) else result, []
+            answer = self._broke(job, result.error) if isinstance(result, BrokenDevice) else result
         self._forget(job)
-        if no_room:
-            job.tickets = [ticket for ticket in job.tickets if ticket not in no_room]
-        self.served += len(job.tickets)
-        for ticket in job.tickets:
+        tickets, job.tickets = job.tickets, []
+        for ticket in tickets:
             ticket.job = None
-            self._tell(ticket, answer)
-        if no_room:
-            self._queue_again(job, no_room)
+            if ticket not in left:
+                self.served += 1
+                self._tell(ticket, answer)
+        if left:
+            self._queue_again(job, left)
+
+    def _settle(self, job: Job) -> None:
+        """Charge what a job has taken of the device; what is not known of one that failed is as it was expected."""
+        if (turn := job.turn) is not None:
+            spent_s = (job.cost if job.spent_s is None else job.spent_s) + job.parse_s
+            self._queue.settle(turn, spent_s)
+            self.counters.ran(turn.account, spent_s)
+            if spent_s:
+                self._costs.learn(job.kind, job.elements, spent_s)
 
     def _tell(self, ticket: Ticket, answer: Answer | BaseException) -> None:
         """Answer a ticket, unless it was cancelled."""

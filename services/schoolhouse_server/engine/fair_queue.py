@@ -10,31 +10,35 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, Self, TypeVar
 
 from schoolhouse_wire.errors import TeacherBusyError
 
 _MAX_FLOWS = 1024  # jobs that are remembered, unless more of them wait
 _MAX_OFFERED = 64  # requests that one `take` offers to `fits`
 _MAX_PASSED = 16  # requests of one job among these that may be passed over as they do not fit
-_FADE = 0.9  # factor on the largest recent cost with each round
+_STEP = 1.1  # by which the quantum goes up or down with each request, so that it stays near the median of costs
 _MAX_RIDDEN = 8.0  # rounds that a job can owe for requests taken along in batches that had room for them
 
 
 class Queued(Protocol):
-    """What the queue reads of a request.
+    """What the queue reads of a request, and `charged`, which it sets.
 
-    `cost` is above 0; all requests of a job have its present `weight`.
+    `cost` is above 0, and an estimate. All requests of a payer, usually a job, have its present `weight`.
     """
 
+    charged: float
+
     @property
-    def job(self) -> str: ...
+    def payer(self) -> str: ...
     @property
     def weight(self) -> float: ...
     @property
     def cost(self) -> float: ...
     @property
     def queued_at(self) -> float: ...
+    @property
+    def twins(self) -> "Sequence[Self]": ...
 
 
 T = TypeVar("T", bound=Queued)
@@ -48,6 +52,7 @@ class _Flow(Generic[T]):
     weight: float
     deficit: float
     waiting: deque[T] = field(default_factory=deque)
+    running: int = 0  # requests that were taken, and whose costs are not known yet
     listed: bool = False  # whether it is in one of the lists of jobs to be served
     blocked: bool = False  # whether its job's bound was full at its last turn
 
@@ -57,35 +62,33 @@ class _Flow(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """The requests that wait for the device, at most `max_queued` of them.
+    """The requests that wait for the device, at most `max_queued` of them; twins count once.
 
     `reserve` takes room for the features of a request that is about to be taken. A job whose bound is full keeps its
-    turn, and meanwhile other jobs go first, and those of its own requests that have room already, as `has_room` says.
-    If the replica's bound is full, only requests that have room already go, as a large one might wait for ever
-    otherwise. `wake` makes the queue look again.
+    turn, and meanwhile other jobs go first. If the replica's bound is full, none goes, as a large one might wait for
+    ever otherwise. `wake` makes the queue look again.
+
+    Requests that one computation answers are `twins`. Each waits in its own job's line, so that the computation runs as
+    early as the first of their turns comes: that one is taken and charged, and the others leave the queue.
 
     Jobs with a deficit above 0 are served in turn, one request each, and charged its cost, with which the deficit may
-    fall below 0. When no waiting job has a deficit above 0, all jobs get as many rounds at once as the first of them
-    needs; a round is the job's weight times the largest recent cost. So the service of two jobs that both wait all the
-    time, divided by their weights, differs by at most two rounds and one request of each. A job that does not wait
-    loses what is left of its deficit within two rounds.
+    fall below 0. What it has cost is told by `settle`, which corrects the charge. When no waiting job has a deficit
+    above 0, all jobs get as many rounds at once as the first of them needs; a round is the job's weight times a
+    quantum, which is about the median of recent costs. So the service of two jobs that both wait all the time, divided
+    by their weights, differs by at most two rounds, one request of each, and what is not settled yet. A job that does
+    not wait loses what is left of its deficit within two rounds, and keeps what it owes.
     """
 
-    def __init__(
-        self,
-        max_queued: int,
-        reserve: Callable[[T], Room] = lambda _request: "taken",
-        has_room: Callable[[T], bool] = lambda _request: False,
-    ) -> None:
+    def __init__(self, max_queued: int, reserve: Callable[[T], Room] = lambda _request: "taken") -> None:
         self.idle = threading.Event()  # set while `take` waits, and once it returns nothing any more
         self._max_queued = max_queued
-        self._reserve, self._has_room = reserve, has_room
+        self._reserve = reserve
         self._changed = threading.Condition()
         self._flows: dict[str, _Flow[T]] = {}
         self._new: deque[_Flow[T]] = deque()  # jobs that have just become active, which go first
         self._old: deque[_Flow[T]] = deque()
         self._again: deque[list[T]] = deque()
-        self._largest = 0.0
+        self._quantum = 0.0  # 0 before the first request
         self._count = 0
         self._lacks_room = False  # whether requests wait, but none has room
         self._closed = False
@@ -93,36 +96,41 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._count
 
-    def queued(self) -> dict[str, int]:
-        """How many requests of each job wait."""
-        with self._changed:
-            return {name: len(flow.waiting) for name, flow in self._flows.items() if flow.waiting}
-
     def oldest(self) -> float | None:
         """When the oldest waiting request was queued, without jobs that wait for room; None if none waits."""
         with self._changed:
             found = (flow.waiting[0].queued_at for flow in self._flows.values() if flow.waiting and not flow.blocked)
             return min(found, default=None)
 
-    def put(self, request: T, *, wake: bool = True) -> None:
-        """Add a request; raises `TeacherBusyError` when the queue is full. Without `wake`, call `go` soon."""
+    def put(self, request: T, *, wake: bool = True, beside: T | None = None) -> bool:
+        """Add a request. Without `wake`, call `go` soon.
+
+        A twin is added only while another one, `beside`, waits, and whether or not the queue is full, as it needs no
+        forward of its own; returns False if `beside` was taken.
+
+        Raises:
+            TeacherBusyError: the queue is full.
+        """
         with self._changed:
-            if self._count >= self._max_queued:
+            if beside is not None and not self._waits(beside):
+                return False
+            if beside is None and self._count >= self._max_queued:
                 raise TeacherBusyError(f"{self._max_queued} requests are queued, as many as this teacher takes")
-            self._largest = max(self._largest, request.cost)
-            flow = self._flows.get(request.job)
+            self._quantum = self._quantum or request.cost
+            flow = self._flows.get(request.payer)
             if flow is None:
                 self._forget_idle()
-                flow = self._flows[request.job] = _Flow(request.weight, request.weight * self._largest)
+                flow = self._flows[request.payer] = _Flow(request.weight, request.weight * self._quantum)
                 self._list(flow, self._new)
             flow.weight = request.weight
             flow.waiting.append(request)
-            self._count += 1
+            self._count += beside is None
             if flow.served_next:
                 self._list(flow, self._old)
             self.idle.clear()
             if wake:
                 self._changed.notify()
+            return True
 
     def again(self, requests: Sequence[T]) -> bool:
         """Have a coming `take` return these requests, which were taken before, and no others; False once closed."""
@@ -136,13 +144,28 @@ class FairQueue(Generic[T]):
     def remove(self, request: T) -> bool:
         """Remove a request; False if it is not there, as it was taken already."""
         with self._changed:
-            flow = self._flows.get(request.job)
-            if flow is None or request not in flow.waiting:
-                return False
-            flow.waiting.remove(request)
-            self._count -= 1
-            self._changed.notify()  # requests behind it may have room
-            return True
+            if removed := self._waits(request):
+                self._flows[request.payer].waiting.remove(request)
+                self._count -= not any(map(self._waits, request.twins))
+                self._changed.notify()  # requests behind it may have room
+            return removed
+
+    def _waits(self, request: T) -> bool:
+        return (flow := self._flows.get(request.payer)) is not None and request in flow.waiting
+
+    def settle(self, request: T, cost: float) -> None:
+        """Charge a request that was taken what it has cost, in place of the estimate; to be called once for each."""
+        with self._changed:
+            if (flow := self._flows.get(request.payer)) is None:  # closed
+                return
+            flow.running -= 1
+            if request.charged:
+                flow.deficit -= cost - request.charged
+            if cost:
+                self._quantum *= _STEP if cost > self._quantum else 1 / _STEP
+            if flow.served_next:
+                self._list(flow, self._old)
+                self._changed.notify()
 
     def go(self) -> None:
         """Have `take` look at what was put without waking it."""
@@ -174,10 +197,8 @@ class FairQueue(Generic[T]):
                     return self._again.popleft()
                 self._pause(None)
             self._lacks_room = False
-            flow, turns, at = found
-            taken = [self._charge(flow, at)]
-            if turns is None:  # nothing is taken along, as room that becomes free is for the request that waits for it
-                return taken
+            flow, turns = found
+            taken = [self._charge(flow)]
             if fits is not None:
                 self._take_along(taken, fits)
                 while not self._count and not self._closed and (pause_s := linger(taken)) > 0:
@@ -210,12 +231,8 @@ class FairQueue(Generic[T]):
             flow.listed = True
             turns.append(flow)
 
-    def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]] | None, int] | None":
-        """The job whose turn it is, the list that it was removed from, and the index of its request that has room.
-
-        None if no request has room. If the replica's bound is full, a job with a request that has room already is
-        returned without a list: that request goes alone, and the job keeps its turn.
-        """
+    def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]]] | None":
+        """The job whose turn it is, and the list that it was removed from; None if no request has room."""
         self._lacks_room = True  # until one is found; first, so that no room that becomes free meanwhile is missed
         aside: list[tuple[_Flow[T], deque[_Flow[T]]]] = []  # jobs that keep their turns
         try:
@@ -228,56 +245,54 @@ class FairQueue(Generic[T]):
                             continue
                         room = self._reserve(flow.waiting[0])
                         flow.blocked = room == "job"
-                        if room == "replica":
-                            aside.append((flow, turns))
-                            rooms = ((one, self._first_with_room(one)) for one in self._flows.values())
-                            return next(((one, None, at) for one, at in rooms if at is not None), None)
-                        at = 0 if room == "taken" else self._first_with_room(flow)
-                        if at is not None:
+                        if room == "taken":
                             flow.listed = False
-                            return flow, turns, at
+                            return flow, turns
                         aside.append((flow, turns))
+                        if room == "replica":
+                            return None
                 if not self._give_rounds():
                     return None
         finally:
             for flow, turns in reversed(aside):
                 turns.appendleft(flow)
 
-    def _first_with_room(self, flow: _Flow[T]) -> int | None:
-        return next((at for at, request in enumerate(flow.waiting) if self._has_room(request)), None)
-
     def _give_rounds(self) -> bool:
         """Give all jobs as many rounds as the first waiting job needs; forget jobs that do not wait and owe nothing.
 
         False if no job waits for a round, because those that wait only lack room.
         """
-        quantum = self._largest
+        quantum = self._quantum
         waiting = [flow for flow in self._flows.values() if flow.waiting]
         owing = [math.floor(-flow.deficit / (flow.weight * quantum)) for flow in waiting if flow.deficit <= 0]
         if not owing:
             return False
         rounds = min(owing) + 1
         for name, flow in list(self._flows.items()):
-            if not flow.waiting and flow.deficit >= 0:
+            if not (flow.waiting or flow.running) and flow.deficit >= 0:
                 del self._flows[name]
                 continue
             most = flow.weight * quantum
             flow.deficit = min(flow.deficit + rounds * most, most)
             if flow.served_next:
                 self._list(flow, self._old)
-        self._largest = max(self._largest * _FADE, *(flow.waiting[0].cost for flow in waiting))
         return True
 
     def _forget_idle(self) -> None:
         """Forget jobs that do not wait, if many came and went without a round; they count as new when they return."""
         if len(self._flows) >= _MAX_FLOWS:
-            self._flows = {name: flow for name, flow in self._flows.items() if flow.waiting}
+            self._flows = {name: flow for name, flow in self._flows.items() if flow.waiting or flow.running}
 
-    def _charge(self, flow: _Flow[T], at: int) -> T:
+    def _charge(self, flow: _Flow[T], at: int = 0) -> T:
         request = flow.waiting[at]
         del flow.waiting[at]
         self._count -= 1
-        flow.deficit -= request.cost
+        for twin in [*request.twins]:
+            if twin is not request and self._waits(twin):
+                self._flows[twin.payer].waiting.remove(twin)
+        request.charged = request.cost
+        flow.deficit -= request.charged
+        flow.running += 1
         return request
 
     def _take_along(self, taken: list[T], fits: Callable[[list[T], T], bool]) -> None:
@@ -289,13 +304,15 @@ class FairQueue(Generic[T]):
                 return
             _, i, at = heapq.heappop(owed)
             flow = flows[i]
+            if at >= len(flow.waiting):  # a twin was taken
+                continue
             if fits(taken, flow.waiting[at]):
                 if self._reserve(flow.waiting[at]) != "taken":
                     continue
                 owing = flow.deficit
                 taken.append(self._charge(flow, at))
-                if owing < -_MAX_RIDDEN * flow.weight * self._largest:
-                    flow.deficit = owing
+                if owing < -_MAX_RIDDEN * flow.weight * self._quantum:
+                    flow.deficit, taken[-1].charged = owing, 0.0
             else:
                 at += 1
             if at < min(len(flow.waiting), _MAX_PASSED):

@@ -1,6 +1,7 @@
 """What an engine is asked for: a job is one forward, and its tickets are the clients that wait for it."""
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +32,33 @@ class Ticket:
 
     done: Callable[[Answer | BaseException], None]
     account: JobCounters = field(default_factory=lambda: JobCounters(""))  # the counters of the client's job
+    deadline: float = math.inf
+    payer: str = ""  # whose turn it waits for: that job, if nobody else is named
     cancelled: bool = False
     trace: AnswerSpan | None = None
     job: "Job | None" = None  # the job in flight that answers it
     share: Share | None = None  # of the bytes that may be unsent; passed on with the features
+    queued_at: float = 0.0
+    charged: float = 0.0  # device time, in seconds
+
+    def __post_init__(self) -> None:
+        self.payer = self.payer or self.account.job
+
+    @property
+    def weight(self) -> float:
+        """The weight of the client's job."""
+        return self.account.weight
+
+    @property
+    def cost(self) -> float:
+        """How many seconds of the device it is expected to take."""
+        assert self.job is not None
+        return self.job.cost
+
+    @property
+    def twins(self) -> "Sequence[Ticket]":
+        """All tickets that the same job answers."""
+        return self.job.tickets if self.job is not None else ()
 
     def drop(self) -> None:
         """Give the share back, as nothing will be sent."""
@@ -45,19 +69,24 @@ class Ticket:
 
 @dataclass(eq=False)
 class Job:
-    """One forward, and the tickets that wait for it: several, if the same was asked for while it was in flight."""
+    """One forward, and the tickets that wait for it: several, if the same was asked for while it was in flight.
+
+    It runs as soon as one of them comes to its turn, and is charged to that one.
+    """
 
     inputs: Arguments
     wanted: Wanted
     key: Hashable  # equal for requests of equal structure, digest of the inputs, taps and encodings
-    deadline: float
     tickets: list[Ticket] = field(default_factory=list)
-    queued_at: float = 0.0
+    turn: Ticket | None = None  # the ticket in whose turn it runs
     begun_at: float = 0.0  # when it left the queue for the device; 0 before
     cache_key: bytes | None = None
     source: Hashable = None  # the session that sent it
     form: Form | None = None  # jobs of one form may be merged; None if it may not be merged
-    cost: float = 1.0  # in rows or tokens, whichever the engine charges
+    cost: float = 1.0  # the device time that it is expected to take, in seconds
+    spent_s: float | None = None  # the time that it has taken, as far as it is known
+    parse_s: float = 0.0  # what it took to parse the inputs, which is charged too
+    units: float = 1.0  # rows or tokens, whichever the engine counts
     rows: int = 0  # counted if it is not known
     kind: Hashable = None  # for jobs of one kind, features take as many bytes for each element of the inputs
     elements: int = 1
@@ -65,19 +94,9 @@ class Job:
     again: int = 0  # how many times it has run without being answered
 
     @property
-    def job(self) -> str:
-        """The name of the client's job whose turn it takes in the queue."""
-        return self.tickets[0].account.job
-
-    @property
-    def weight(self) -> float:
-        """The weight of that job."""
-        return self.tickets[0].account.weight
-
-    @property
-    def has_room(self) -> bool:
-        """Whether at least one of its tickets has room for its features among those that are not sent yet."""
-        return any(ticket.share is not None for ticket in self.tickets)
+    def deadline(self) -> float:
+        """The first deadline of those who wait for it."""
+        return min((ticket.deadline for ticket in [*self.tickets] if not ticket.cancelled), default=math.inf)
 
     @property
     def content(self) -> tuple[Any, ...]:
@@ -88,3 +107,10 @@ class Job:
     def cancelled(self) -> bool:
         """Whether nobody waits for it any more."""
         return all(ticket.cancelled for ticket in self.tickets)
+
+
+def charge(jobs: Sequence[Job], seconds: float) -> None:
+    """Add to the time that jobs have taken; of a common forward, each has its part by what it was expected to take."""
+    expected = sum(job.cost for job in jobs)
+    for job in jobs:
+        job.spent_s = (job.spent_s or 0.0) + seconds * job.cost / expected

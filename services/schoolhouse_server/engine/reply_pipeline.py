@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from schoolhouse_server.device.watchdog import Pulse
 from schoolhouse_server.engine.answers import Answers
 from schoolhouse_server.engine.cache import FeatureCache
 from schoolhouse_server.engine.fair_queue import FairQueue
-from schoolhouse_server.engine.jobs import Job
+from schoolhouse_server.engine.jobs import Job, Ticket, charge
 from schoolhouse_server.engine.shares import Shares
 from schoolhouse_server.merge.merging import Joint, Merger
 from schoolhouse_server.merge.splitting import unshared
@@ -56,6 +57,11 @@ class Landing:
     total: torch.Tensor | None = None  # the sum of a merged forward's numbers; see `nonfinite.total`
 
     @property
+    def seconds(self) -> float:
+        """How long the forward has taken, inputs included; the device must have finished it."""
+        return sum(span.seconds_to(span) for span in self.spans)
+
+    @property
     def is_small(self) -> bool:
         """Whether sending its features off takes less time than handing them to another thread."""
         return sum(_nbytes(part.values) for part in self.parts) <= INLINE_BYTES
@@ -75,7 +81,7 @@ class Outlet:
         cache: FeatureCache | None,
         merger: Merger[Job] | None,
         shares: Shares,
-        queue_of_jobs: FairQueue[Job],
+        queue_of_jobs: FairQueue[Ticket],
         answers: Answers,
     ) -> None:
         self._teacher, self._device, self._cache = teacher, device, cache
@@ -114,6 +120,7 @@ class Outlet:
         """Encode and fetch the features of all jobs of a forward, then answer one job after another."""
         sent = [part for part in work.parts if self._send_off(part, work.spans[-1])]
         if sent and work.joint is not None and work.total is not None and self._is_strange(work.joint, work):
+            charge(work.joint.jobs, work.seconds)
             self._run_again([part.job for part in sent])
             return
         for part in sent:
@@ -134,7 +141,7 @@ class Outlet:
     def _run_again(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             job.again += 1
-        if not self._queue.again(jobs):
+        if not self._queue.again([job.turn for job in jobs if job.turn is not None]):
             for job in jobs:
                 self._answers.put(job, TeacherUnavailableError(CLOSED))
 
@@ -164,11 +171,15 @@ class Outlet:
             self._device.wait(part.spans[-1])
             for span in part.spans if work.settled else (*work.spans, *part.spans):
                 span.settle()
+            if not work.settled:
+                charge([one.job for one in work.parts], work.seconds)
             work.settled = True
-            tell_stages(job.tickets, job.queued_at, (*work.spans, *part.spans))
+            tell_stages(job.tickets, (*work.spans, *part.spans))
+            packs = time.perf_counter()
             here = unshared(part.here) if len(work.parts) > 1 else part.here
             features = pack([here[tap] for tap in job.wanted.taps], opaque=True, item_bytes=part.item_bytes)
             self._keep(job, features)
+            charge([job], sum(span.seconds_to(span) for span in part.spans) + time.perf_counter() - packs)
         except BaseException as err:
             self._failed(job, err)
             return

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,6 @@ from schoolhouse_wire.errors import (
     RevisionChangedError,
     TeacherForwardError,
     TeacherTimeoutError,
-    TeacherUnavailableError,
 )
 from schoolhouse_wire.torch_private import versions_of
 from schoolhouse_wire.values.codec import Arguments
@@ -29,7 +28,7 @@ from schoolhouse_server.device.device import Device, Span, lacks_memory
 from schoolhouse_server.device.watchdog import Pulse
 from schoolhouse_server.engine.answers import Answers
 from schoolhouse_server.engine.fair_queue import FairQueue
-from schoolhouse_server.engine.jobs import Job
+from schoolhouse_server.engine.jobs import Job, Ticket, charge
 from schoolhouse_server.engine.reply_pipeline import SENDING_S, Landing, Outlet, Part
 from schoolhouse_server.engine.split_on_oom import RowParts
 from schoolhouse_server.merge import self_check
@@ -48,6 +47,10 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class NobodyWaitsError(TeacherTimeoutError):
+    """Nobody waited for a job any more, as its turn came; those who have joined it since still do."""
+
+
 class Runner:
     """Takes requests from the queue and starts their forwards; those that failed go to `answers`.
 
@@ -61,7 +64,7 @@ class Runner:
         teacher: LocalTeacher,
         device: Device,
         merger: Merger[Job] | None,
-        queue: FairQueue[Job],
+        queue: FairQueue[Ticket],
         outlet: Outlet,
         counters: Counters,
         answers: Answers,
@@ -84,11 +87,12 @@ class Runner:
         # kernel of its own. MKL's kernels may run before that, and sum in another order: the bits would differ.
         torch.get_num_threads()
         for turn in itertools.count():
-            if not (jobs := self._take()):
+            if (jobs := self._take()) is None:
                 break
             looks = turn % _LOOK_EVERY == 0
             began = (time.thread_time(), time.perf_counter()) if looks else (0.0, 0.0)
-            self.compute(jobs)
+            if jobs:
+                self.compute(jobs)
             del jobs
             if looks:
                 self._took(time.thread_time() - began[0], time.perf_counter() - began[1])
@@ -105,16 +109,25 @@ class Runner:
         self._cpu_s += _RECENT * (cpu_s - self._cpu_s)
         self._clock_s *= 1 + _RECENT if clock_s > self._clock_s else 1 / (1 + _RECENT)
 
-    def _take(self) -> list[Job]:
+    def _take(self) -> list[Job] | None:
+        """What is to run next, without what was answered meanwhile; None once the queue is closed."""
         if self._merger is None:
-            return self._queue.take()
+            return _jobs_of(self._queue.take())
         with contextlib.suppress(Exception), self.pulse:  # the jobs of a forward that failed on the device are told so
             while len(self._ahead) > 1:  # the longer requests can gather, the fewer forwards are needed
                 self._device.wait(self._ahead.popleft())
         ask = functools.partial
-        jobs = self._queue.take(ask(_else, False, self._merger.fits), ask(_else, 0.0, self._merger.linger))
-        self._merger.waiting.ended(jobs)
+        jobs = _jobs_of(self._queue.take(ask(_else, False, self._fits), ask(_else, 0.0, self._linger)))
+        self._merger.waiting.ended(jobs or [])
         return jobs
+
+    def _fits(self, taken: list[Ticket], other: Ticket) -> bool:
+        jobs = _jobs_of(taken)
+        return bool(jobs and self._merger and other.job) and self._merger.fits(jobs, other.job)
+
+    def _linger(self, taken: list[Ticket]) -> float:
+        jobs = _jobs_of(taken)
+        return self._merger.linger(jobs) if jobs and self._merger else 0.0
 
     def compute(self, jobs: list[Job]) -> None:
         """Run requests that were taken together, and hand over their features."""
@@ -127,21 +140,22 @@ class Runner:
 
     def _admit(self, job: Job) -> bool:
         """Whether a request that has left the queue is still to run; if not, its clients are told why."""
-        job.begun_at = time.perf_counter()
-        self._counters.began(job.tickets[0].account, cost=job.cost, waited_s=job.begun_at - job.queued_at)
+        job.begun_at, turn = time.perf_counter(), job.turn
+        if turn is not None:
+            self._counters.began(turn.account, cost=job.units, waited_s=job.begun_at - turn.queued_at)
         try:
             self._check(job)
         except Exception as err:
+            charge([job], 0.0)
             self._answers.put(job, err)
             return False
         return True
 
     def _check(self, job: Job) -> None:
         """Raise the error that keeps a job from running, if there is one."""
-        if job.cancelled:
-            raise TeacherUnavailableError("nobody waits for the features any more")
-        if time.monotonic() > job.deadline:
-            raise TeacherTimeoutError(LATE)
+        now = time.monotonic()
+        if all(ticket.cancelled or now > ticket.deadline for ticket in [*job.tickets]):
+            raise NobodyWaitsError(LATE)
         if versions_of(self._weights) != self._versions:
             revision = self._teacher.describe().revision
             raise RevisionChangedError(
@@ -194,8 +208,9 @@ class Runner:
     def _in_parts(self, job: Job) -> Landing | None:
         whole = job.again >= _ON_DEVICE_TRIES
         try:
-            _, loaded = self._device.h2d.run(None, lambda _: None, ())
-            values, computed = self._device.forward.run(loaded, lambda _: self._parts.run(job, whole), ())
+            with _charged(job):
+                _, loaded = self._device.h2d.run(None, lambda _: None, ())
+                values, computed = self._device.forward.run(loaded, lambda _: self._parts.run(job, whole), ())
         except BaseException as err:
             self._answers.put(job, _as_forward_error(err))
             return None
@@ -221,7 +236,7 @@ class Runner:
         return here
 
     def _forward(self, job: Job, wanted: Wanted) -> Landing:
-        with self.pulse:
+        with self.pulse, _charged(job):
             inputs, loaded = self._device.h2d.run(None, self._device.load, job.inputs)
             values, computed = self._device.forward.run(loaded, self._teacher.forward, inputs, wanted)
         self._ran(job.rows, computed)
@@ -324,7 +339,7 @@ class Runner:
             values = self._teacher.forward(inputs, joint.wanted, joint.like)
             return values, nonfinite.total(values)
 
-        with self.pulse:
+        with self.pulse, _charged(*joint.jobs):
             inputs, loaded = device.h2d.run(None, self._load, [job.inputs for job in joint.jobs], joint)
             (values, total), computed = device.forward.run(loaded, forward, inputs)
         self._ran(joint.batch.layout.total, computed)
@@ -332,6 +347,27 @@ class Runner:
 
     def _load(self, inputs: list[Arguments], joint: Joint[Job]) -> Arguments:
         return joint.batch.inputs([self._device.load(one) for one in inputs])
+
+
+def _jobs_of(taken: list[Ticket]) -> list[Job] | None:
+    """The jobs that take their turns, without those that were answered meanwhile; None for no tickets."""
+    jobs = []
+    for ticket in taken:
+        if (job := ticket.job) is not None:
+            job.turn = ticket
+            jobs.append(job)
+    return jobs if taken else None
+
+
+@contextlib.contextmanager
+def _charged(*jobs: Job) -> Iterator[None]:
+    """Charge jobs the time of what raises, by the host's clock; how long the rest takes is known once it is done."""
+    began = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        charge(jobs, time.perf_counter() - began)
+        raise
 
 
 def _as_forward_error(error: BaseException) -> BaseException:

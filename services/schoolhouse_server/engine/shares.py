@@ -61,28 +61,17 @@ class Shares:
     def take(self, ticket: Ticket, nbytes: int | None) -> Room:
         """Take room for a reply of `nbytes`, None if unknown; each job has its bound with each teacher."""
         if self._unsent is not None:
-            found = self._unsent.take(f"{self._teacher}/{ticket.account.job}", nbytes)
+            found = self._unsent.take(f"{self._teacher}/{ticket.payer}", nbytes)
             if not isinstance(found, Share):
                 return found
             ticket.share = found
         return "taken"
 
-    def sized(self, job: Job) -> None:
-        """Note a new request's kind, from which the size of its reply is estimated."""
-        if self._unsent is not None:
-            job.kind, job.elements = self._sizes.kind_of(job.inputs, job.wanted)
-
-    def reserve(self, job: Job) -> Room:
-        """Take room for a request whose turn it is; if others have joined it, the room of one of them will do."""
-        if job.tickets[0].share is not None:
+    def reserve(self, ticket: Ticket) -> Room:
+        """Take room for the reply to a ticket whose turn it is."""
+        if ticket.share is not None or ticket.job is None:
             return "taken"
-        room = self.take(job.tickets[0], self._sizes.of(job.kind, job.elements))
-        return "taken" if job.has_room else room
-
-    def joins(self, ticket: Ticket, other: Job) -> bool:
-        """Whether a ticket may join a request: its job waits for that already, or there is room for its reply."""
-        of_its_own = any(one.account.job == ticket.account.job for one in other.tickets)
-        return of_its_own or self.take(ticket, self._sizes.of(other.kind, other.elements)) == "taken"
+        return self.take(ticket, self._sizes.of(ticket.job.kind, ticket.job.elements))
 
     def measured(self, job: Job, nbytes: int) -> None:
         """Set the shares to the size of a request's features, before they go to the host.
@@ -97,19 +86,26 @@ class Shares:
         _resize(job, nbytes)
 
     def lacking(self, job: Job, nbytes: int) -> list[Ticket]:
-        """The tickets of a request that cannot be answered, as there was room only for others.
+        """The tickets of a request that cannot be answered, as there is room only for others.
 
-        A ticket whose job has a share already gets another one. The shares of those that have joined since the features
-        were `measured` get their size, `nbytes`, now.
+        Only the one whose turn it was has a share yet. Others of its payer get a part in that, and the rest shares of
+        their own.
         """
-        if self._unsent is not None:
-            _resize(job, nbytes)
-        lack = [ticket for ticket in job.tickets if ticket.share is None] if self._unsent is not None else []
-        shares = {ticket.account.job: ticket.share for ticket in job.tickets if lack and ticket.share is not None}
-        for ticket in lack:
-            if (found := shares.get(ticket.account.job)) is not None:
+        if self._unsent is None:
+            return []
+        _resize(job, nbytes)
+        shares = {ticket.payer: ticket.share for ticket in job.tickets if ticket.share is not None}
+        lack = []
+        for ticket in job.tickets:
+            if ticket.share is not None or ticket.cancelled:
+                continue
+            if (found := shares.get(ticket.payer)) is not None:
                 ticket.share = found.beside()
-        return [ticket for ticket in lack if ticket.share is None and not ticket.cancelled]
+            elif self.take(ticket, nbytes) == "taken":
+                shares[ticket.payer] = ticket.share
+            else:
+                lack.append(ticket)
+        return lack
 
 
 def _resize(job: Job, nbytes: int) -> None:

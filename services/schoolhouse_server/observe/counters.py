@@ -30,6 +30,7 @@ class JobCounters:
     requests: int = 0
     rows: int = 0
     cost: float = 0.0
+    device_s: float = 0.0
     queue_s: float = 0.0
     errors: int = 0
     waits: int = 0
@@ -91,6 +92,11 @@ class Counters:
             mean = self._delay_s
             self._delay_s = mean + _RECENT * (waited_s - mean)
             self._delay_at = now
+
+    def ran(self, job: JobCounters, device_s: float) -> None:
+        """Count the device time that a request has taken."""
+        with self._lock:
+            job.device_s += device_s
 
     def forward(self, rows: int) -> None:
         """Count a forward that was started, on so many rows."""

@@ -14,6 +14,7 @@ _ON_DEVICE = ("h2d", "forward", "encode", "d2h")
 
 class _Ticket(Protocol):
     trace: "AnswerSpan | None"
+    queued_at: float
 
 
 class AnswerSpan:
@@ -79,17 +80,17 @@ class SessionSpans:
                 span.end(cancelled=True)
 
 
-def tell_stages(tickets: Iterable[_Ticket], queued_at: float, spans: Sequence[Span]) -> None:
+def tell_stages(tickets: Iterable[_Ticket], spans: Sequence[Span]) -> None:
     """Add the spans of a forward's stages to the traces of its tickets; `spans` are h2d, forward, encode and d2h.
 
     A device's clock is not the host's, so its stages are placed backwards from now, as the last one has just ended.
     """
-    traces = [ticket.trace for ticket in tickets if ticket.trace is not None]
-    if not traces:
+    traced = [(ticket.trace, ticket.queued_at) for ticket in tickets if ticket.trace is not None]
+    if not traced:
         return
     now = time.perf_counter()
     starts = [now - span.seconds_to(spans[-1]) for span in spans]
-    for trace in traces:
+    for trace, queued_at in traced:
         trace.stage("queue", queued_at, starts[0])
         for name, start, span in zip(_ON_DEVICE, starts, spans, strict=True):
             trace.stage(name, start, start + span.seconds_to(span))

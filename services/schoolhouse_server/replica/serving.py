@@ -72,9 +72,10 @@ def serve(
     may take another quarter of that size. The memory counts as this process's once it has been used. Unless
     `tune_allocator` is False, the C allocator of this process is told to keep up to 512 MiB of freed memory.
 
-    Jobs share each teacher fairly, by the weights that they connect with. A request costs its number of rows (the first
-    size that most of its tensors have) with `cost="rows"`, or its number of tokens (rows times length) with
-    `cost="tokens"`. A job may have `max_in_flight` requests and `max_job_bytes` of inputs in flight over all its
+    Jobs share each teacher's device time fairly, by the weights that they connect with. What a request takes is
+    estimated from those before it with the same taps, encodings and dimensions, and corrected once it is measured;
+    parsing and encoding count, too. In the metrics, a job's cost counts rows (the first size that most tensors of a
+    request have) with `cost="rows"`, or tokens (rows times length) with `cost="tokens"`. A job may have `max_in_flight` requests and `max_job_bytes` of inputs in flight over all its
     sessions, and all jobs together `max_queued` requests; when there is no room, clients wait. Features that are being
     computed, or are computed and not sent yet, take up to `max_job_unsent_bytes` of host memory for each job, and up to
     `max_unsent_bytes` for all jobs and teachers of this server. Beyond that, requests wait in the queue before their

@@ -89,6 +89,10 @@ class Gate:
         found.weight = grant.weight or min(message.weight or _WEIGHT, _WEIGHT)
         return found
 
+    def payer(self, grant: Grant) -> str:
+        """What stands for all jobs of a token that may name any job, so that many names get no more; else nothing."""
+        return f"\0{grant.sha256}" if self.tokens is not None and grant.job is None else ""
+
     @contextlib.contextmanager
     def held(
         self, grant: Grant, end: Callable[[SchoolhouseError], None], job: Callable[[], str] = str

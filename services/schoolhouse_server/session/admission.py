@@ -1,6 +1,7 @@
 """Which requests a teacher lets in, by the quotas of jobs and the bound of the queue; the others must wait."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ class FloodError(ProtocolError):
 
 @dataclass(eq=False)
 class _Quota:
-    """What a job has in flight over all of its sessions, reserved places included."""
+    """What a payer has in flight over all of its sessions, reserved places included."""
 
     sessions: int = 0
     requests: int = 0
@@ -43,12 +44,16 @@ class _Reply:
 
 @dataclass(eq=False)
 class Place:
-    """A session's part of its job's quota; `tell_wait(request_id)` and `tell_resume()` only queue a message."""
+    """A session's part of its payer's quota; `tell_wait(request_id)` and `tell_resume()` only queue a message.
+
+    The payer is its job, or what stands for several jobs.
+    """
 
     job: str
     sharing: Sharing  # its bounds of a job hold for this session
     tell_wait: Callable[[int], None]
     tell_resume: Callable[[], None]
+    payer: str = ""
     admitted: dict[int, int] = field(default_factory=dict)  # the bytes of each request in flight
     replying: dict[int, _Reply] = field(default_factory=dict)  # answers that are not sent yet, by request
     wanted: int = 0  # bytes of the first request that was refused
@@ -56,6 +61,9 @@ class Place:
     reserved: int | None = None  # bytes reserved with a place for its next request
     reserved_until: float = 0.0
     ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.payer = self.payer or self.job
 
 
 class Admission:
@@ -69,18 +77,19 @@ class Admission:
     def __init__(self, sharing: Sharing, loop: Loop) -> None:
         self._sharing = sharing
         self._loop = loop
-        self._jobs: dict[str, _Quota] = {}
+        self._payers: dict[str, _Quota] = {}
+        self._in_flight: Counter[str] = Counter()  # by job
         self._waiting: dict[Place, None] = {}  # those of all jobs, in the same order
         self._crowded = False  # whether a session of any job may wait for the whole queue
         self._requests = 0
 
     def in_flight(self) -> dict[str, int]:
         """How many requests of each job are in flight; any thread may ask."""
-        return {name: quota.requests for name, quota in list(self._jobs.items()) if quota.requests}
+        return {job: requests for job, requests in list(self._in_flight.items()) if requests}
 
     def enter(self, place: Place) -> None:
         """Note that a session of the job begins."""
-        self._jobs.setdefault(place.job, _Quota()).sessions += 1
+        self._payers.setdefault(place.payer, _Quota()).sessions += 1
 
     def leave(self, place: Place) -> None:
         """End a session, with all that it has in flight."""
@@ -92,11 +101,11 @@ class Admission:
         for reply in place.replying.values():
             reply.end()
         place.replying.clear()
-        quota = self._jobs[place.job]
+        quota = self._payers[place.payer]
         quota.sessions -= 1
         self._resume(quota)
         if not quota.sessions:
-            del self._jobs[place.job]
+            del self._payers[place.payer]
 
     def admit(self, place: Place, request_id: int, nbytes: int) -> bool:
         """Let a request in; if there is no place, tell its session to wait and return False.
@@ -128,7 +137,7 @@ class Admission:
         nbytes = place.admitted.pop(request_id, None)
         if nbytes is not None:
             self._free(place, nbytes)
-            self._resume(self._jobs[place.job])
+            self._resume(self._payers[place.payer])
 
     def cancelled(self, place: Place, request_id: int) -> None:
         """End a request that the client has cancelled; a reply that waits counts until the stream comes to drop it."""
@@ -142,14 +151,14 @@ class Admission:
         if (reply := place.replying.pop(request_id, None)) is not None:
             reply.end()
         if place in self._waiting:
-            self._resume(self._jobs[place.job])
+            self._resume(self._payers[place.payer])
 
     def _is_next(self, place: Place, nbytes: int) -> bool:
         if place.reserved is not None:
-            quota = self._jobs[place.job]
+            quota = self._payers[place.payer]
             return quota.requests == 1 or quota.nbytes - place.reserved + nbytes <= place.sharing.max_job_bytes
         # Sessions of other jobs wait because their own job is full, or have a place reserved: they may be passed.
-        return self._has_room(place, nbytes) and not any(map(self._reads, self._jobs[place.job].waiting))
+        return self._has_room(place, nbytes) and not any(map(self._reads, self._payers[place.payer].waiting))
 
     def _has_room(self, place: Place, nbytes: int) -> bool:
         if self._requests >= self._sharing.max_queued:
@@ -162,37 +171,41 @@ class Admission:
         return len(place.admitted) + len(place.replying) < _UNSENT * place.sharing.max_in_flight
 
     def _has_place_in_job(self, place: Place, nbytes: int) -> bool:
-        quota, sharing = self._jobs[place.job], place.sharing
+        quota, sharing = self._payers[place.payer], place.sharing
         if quota.requests >= sharing.max_in_flight:
             return False
         return not quota.requests or quota.nbytes + nbytes <= sharing.max_job_bytes  # a large one is taken if alone
 
     def _take(self, place: Place, nbytes: int) -> None:
-        quota = self._jobs[place.job]
+        quota = self._payers[place.payer]
         quota.requests += 1
         quota.nbytes += nbytes
+        self._in_flight[place.job] += 1
         self._requests += 1
 
     def _free(self, place: Place, nbytes: int) -> None:
-        quota = self._jobs[place.job]
+        quota = self._payers[place.payer]
         quota.requests -= 1
         quota.nbytes -= nbytes
+        self._in_flight[place.job] -= 1
+        if not self._in_flight[place.job]:
+            del self._in_flight[place.job]
         self._requests -= 1
 
     def _refuse(self, place: Place, request_id: int, nbytes: int) -> None:
         if place not in self._waiting:
             self._drop_reservation(place)
-            self._waiting[place] = self._jobs[place.job].waiting[place] = None
+            self._waiting[place] = self._payers[place.payer].waiting[place] = None
             place.wanted, place.refused = nbytes, set()
         place.refused.add(request_id)
         if len(place.refused) > place.sharing.max_in_flight:  # more than can have been sent before it was told
             raise FloodError(f"{len(place.refused)} calls came after the client was told to wait")
         place.tell_wait(request_id)
-        self._resume(self._jobs[place.job])  # others may use what was reserved for it
+        self._resume(self._payers[place.payer])  # others may use what was reserved for it
 
     def _stop_waiting(self, place: Place) -> None:
         self._waiting.pop(place, None)
-        self._jobs[place.job].waiting.pop(place, None)
+        self._payers[place.payer].waiting.pop(place, None)
 
     def _resume(self, job: _Quota) -> None:
         """Tell sessions for which there is room to resume, those that have waited longest first.
@@ -212,13 +225,13 @@ class Admission:
         """The first session in line that has room; in each job, one that reads is passed by no other."""
         passed_over: set[str] = set()
         for place in line:
-            if place.job in passed_over or not self._reads(place):
+            if place.payer in passed_over or not self._reads(place):
                 continue
             if self._has_room(place, place.wanted):
                 return place
             if not of_all_jobs:
                 return None
-            passed_over.add(place.job)
+            passed_over.add(place.payer)
         return None
 
     def _drop_reservation(self, place: Place) -> None:
@@ -230,4 +243,4 @@ class Admission:
         """Free a reserved place that was not used in time."""
         if place.reserved is not None and time.monotonic() >= place.reserved_until:
             self._drop_reservation(place)
-            self._resume(self._jobs[place.job])
+            self._resume(self._payers[place.payer])

@@ -33,8 +33,13 @@ class Member:
         admission: Admission,
         sharing: Sharing,
         tell: Callable[[Message], None],
+        payer: str = "",
     ) -> None:
-        """`tell` sends a message to the client; raises `ProtocolError` for an invalid weight, or too long a name."""
+        """`tell` sends a message to the client; `payer` is whose quota it has, if that is not its job's.
+
+        Raises:
+            ProtocolError: for an invalid weight, or too long a name.
+        """
         if len(opened.job) > MAX_JOB_NAME:
             raise ProtocolError(f"Open has a job's name of {len(opened.job)} characters; {MAX_JOB_NAME} are allowed")
         if _RESERVED.fullmatch(opened.job):
@@ -46,7 +51,7 @@ class Member:
         self._counters = counters
         self._admission = admission
         self._tell = tell
-        self._place = Place(self.account.job, sharing, self._tell_wait, self._tell_resume)
+        self._place = Place(self.account.job, sharing, self._tell_wait, self._tell_resume, payer)
         self._lease: Lease | None = None
         self.teacher = opened.teacher
         self.calls = 0  # how many requests have come so far
@@ -68,6 +73,11 @@ class Member:
             self._lease.end()
         self._admission.leave(self._place)
         self._counters.leave(self.account)
+
+    @property
+    def payer(self) -> str:
+        """Whose quota and whose turns in the queue it has: its job's, or those of what stands for several."""
+        return self._place.payer
 
     @property
     def outstanding(self) -> int:

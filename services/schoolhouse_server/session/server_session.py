@@ -257,7 +257,8 @@ class ServerSession:
 
     def _enter(self, message: teacher_pb2.Open, engine: Engine, sharing: Sharing) -> None:
         admission = self._context.admissions[message.teacher]
-        self._member = Member(message, engine.counters, admission, sharing, self._telling.tell)
+        payer = self._context.gate.payer(self._grant)
+        self._member = Member(message, engine.counters, admission, sharing, self._telling.tell, payer)
         self.log = self.log.of(job=self._member.account.job, teacher=message.teacher)
         self._stop_waiting_for_open()
         lease_s = self._context.sharing.lease_s
@@ -318,8 +319,9 @@ class ServerSession:
 
     async def _queue(self, partial: Partial) -> None:
         assert self._engine is not None
-        call, incoming = partial.call, partial.incoming
+        call, incoming, parses = partial.call, partial.incoming, time.perf_counter()
         inputs, mask = inputs_of(incoming.value())
+        parse_s = time.perf_counter() - parses
         wanted = partial.asked.wanted if mask is None else dataclasses.replace(partial.asked.wanted, mask=mask)
         request_id, digest = call.request_id, incoming.digest
         self._engine.count("receive", time.perf_counter() - partial.began)
@@ -335,14 +337,13 @@ class ServerSession:
                 answer(result, rows, ticket.share)
 
         assert self._member is not None
-        ticket = Ticket(done, self._member.account)
-        ticket.trace = self._spans.of(request_id)
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
+        ticket = Ticket(done, self._member.account, deadline, self._member.payer, trace=self._spans.of(request_id))
         # A request that is to be computed alone must equal no other, so that neither joins the other.
         own = object() if call.alone else None
         scope = None if self._context.jobs_share_results else self._member.account.job
         key = (digest, call.inputs, partial.asked.key, scope, own)
-        job = Job(inputs, wanted, key, deadline, [ticket], rows=rows, source=id(self), alone=call.alone)
+        job = Job(inputs, wanted, key, [ticket], rows=rows, source=id(self), alone=call.alone, parse_s=parse_s)
         await self._engine.prepare(job, incoming.nbytes)
         if self._closed or not self._member.has(request_id):  # it was cancelled meanwhile
             return
