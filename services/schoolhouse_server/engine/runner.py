@@ -123,7 +123,9 @@ class Runner:
 
     def _fits(self, taken: list[Ticket], other: Ticket) -> bool:
         jobs = _jobs_of(taken)
-        return bool(jobs and self._merger and other.job) and self._merger.fits(jobs, other.job)
+        if not jobs or self._merger is None or other.job is None:
+            return False
+        return self._merger.fits(jobs, other.job)
 
     def _linger(self, taken: list[Ticket]) -> float:
         jobs = _jobs_of(taken)

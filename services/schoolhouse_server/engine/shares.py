@@ -94,7 +94,9 @@ class Shares:
         if self._unsent is None:
             return []
         _resize(job, nbytes)
-        shares = {ticket.payer: ticket.share for ticket in job.tickets if ticket.share is not None}
+        shares: dict[str, Share | None] = {
+            ticket.payer: ticket.share for ticket in job.tickets if ticket.share is not None
+        }
         lack = []
         for ticket in job.tickets:
             if ticket.share is not None or ticket.cancelled:

@@ -38,9 +38,12 @@ class Request(Protocol):
 
     inputs: Arguments
     wanted: Wanted
-    deadline: float
     form: Form | None
     source: Hashable
+
+    @property
+    def deadline(self) -> float:
+        """The first deadline of those who wait for it, on time.monotonic's clock."""
 
     @property
     def cancelled(self) -> bool:

@@ -75,13 +75,14 @@ def serve(
     Jobs share each teacher's device time fairly, by the weights that they connect with. What a request takes is
     estimated from those before it with the same taps, encodings and dimensions, and corrected once it is measured;
     parsing and encoding count, too. In the metrics, a job's cost counts rows (the first size that most tensors of a
-    request have) with `cost="rows"`, or tokens (rows times length) with `cost="tokens"`. A job may have `max_in_flight` requests and `max_job_bytes` of inputs in flight over all its
-    sessions, and all jobs together `max_queued` requests; when there is no room, clients wait. Features that are being
-    computed, or are computed and not sent yet, take up to `max_job_unsent_bytes` of host memory for each job, and up to
-    `max_unsent_bytes` for all jobs and teachers of this server. Beyond that, requests wait in the queue before their
-    forward, so that a client that does not read its replies cannot fill the memory or hold up others. The size of a
-    request's features is predicted from the last request with the same taps and encodings, as features grow with the
-    inputs. The first of a kind counts once its features are computed, so each job may exceed the bounds by one such
+    request have) with `cost="rows"`, or tokens (rows times length) with `cost="tokens"`. A job may have
+    `max_in_flight` requests and `max_job_bytes` of inputs in flight over all its sessions, and all jobs together
+    `max_queued` requests; when there is no room, clients wait. Features that are being computed, or are computed
+    and not sent yet, take up to `max_job_unsent_bytes` of host memory for each job, and up to `max_unsent_bytes`
+    for all jobs and teachers of this server. Beyond that, requests wait in the queue before their forward, so that
+    a client that does not read its replies cannot fill the memory or hold up others. The size of a request's
+    features is predicted from the last request with the same taps and encodings, as features grow with the inputs.
+    The first of a kind counts once its features are computed, so each job may exceed the bounds by one such
     request. A request whose features are larger than one of the bounds fails with `MessageTooLargeError` once their
     size is known. A client that is silent for `lease_s` loses its session; with 0 it may be silent for ever. Up to
     `max_sessions` sessions are open at once; further clients wait, up to their `Timeouts.teacher_s`.
