@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 
 _MAX_KNOWN = 4096
-_NEAR = (0, -1, 1, -2, 2, -3, 3)  # powers of two between the sizes of requests that one estimate is made from another
+_NEAR = (-1, 1, -2, 2, -3, 3)  # powers of two between the sizes of requests that one estimate is made from another
 _RECENT = 0.3  # the weight of the last request in a running mean
 _FIRST_S = 1e-3  # before anything is known
 
@@ -22,6 +22,8 @@ class Costs:
     def of(self, kind: Hashable, elements: int) -> float:
         """The seconds that such a request is expected to take; above 0."""
         size = elements.bit_length()
+        if (found := self._known.get((kind, size))) is not None:
+            return found * elements
         for away in _NEAR:
             if (found := self._known.get((kind, size + away))) is not None:
                 return found * elements
@@ -29,9 +31,10 @@ class Costs:
 
     def learn(self, kind: Hashable, elements: int, seconds: float) -> None:
         """Note that such a request took so many seconds."""
-        key, each = (kind, elements.bit_length()), max(seconds, 1e-9) / elements
+        key, seconds = (kind, elements.bit_length()), max(seconds, 1e-9)
+        each = seconds / elements
         before = self._known.get(key, each)
         self._known[key] = before + _RECENT * (each - before)
-        self._mean_s += _RECENT * (max(seconds, 1e-9) - self._mean_s)
+        self._mean_s += _RECENT * (seconds - self._mean_s)
         if len(self._known) > _MAX_KNOWN:
             self._known.pop(next(iter(self._known)), None)  # what was seen first

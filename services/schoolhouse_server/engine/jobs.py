@@ -111,6 +111,6 @@ class Job:
 
 def charge(jobs: Sequence[Job], seconds: float) -> None:
     """Add to the time that jobs have taken; of a common forward, each has its part by what it was expected to take."""
-    expected = sum(job.cost for job in jobs)
+    expected = sum([job.cost for job in jobs])
     for job in jobs:
         job.spent_s = (job.spent_s or 0.0) + seconds * job.cost / expected

@@ -59,7 +59,7 @@ class Landing:
     @property
     def seconds(self) -> float:
         """How long the forward has taken, inputs included; the device must have finished it."""
-        return sum(span.seconds_to(span) for span in self.spans)
+        return sum([span.seconds_to(span) for span in self.spans])
 
     @property
     def is_small(self) -> bool:
@@ -179,7 +179,7 @@ class Outlet:
             here = unshared(part.here) if len(work.parts) > 1 else part.here
             features = pack([here[tap] for tap in job.wanted.taps], opaque=True, item_bytes=part.item_bytes)
             self._keep(job, features)
-            charge([job], sum(span.seconds_to(span) for span in part.spans) + time.perf_counter() - packs)
+            charge([job], sum([span.seconds_to(span) for span in part.spans], time.perf_counter() - packs))
         except BaseException as err:
             self._failed(job, err)
             return

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -156,7 +156,7 @@ class Runner:
     def _check(self, job: Job) -> None:
         """Raise the error that keeps a job from running, if there is one."""
         now = time.monotonic()
-        if all(ticket.cancelled or now > ticket.deadline for ticket in [*job.tickets]):
+        if not [ticket for ticket in job.tickets if not ticket.cancelled and now <= ticket.deadline]:
             raise NobodyWaitsError(LATE)
         if versions_of(self._weights) != self._versions:
             revision = self._teacher.describe().revision
@@ -361,15 +361,18 @@ def _jobs_of(taken: list[Ticket]) -> list[Job] | None:
     return jobs if taken else None
 
 
-@contextlib.contextmanager
-def _charged(*jobs: Job) -> Iterator[None]:
+class _charged:  # noqa: N801  # used as a function
     """Charge jobs the time of what raises, by the host's clock; how long the rest takes is known once it is done."""
-    began = time.perf_counter()
-    try:
-        yield
-    except BaseException:
-        charge(jobs, time.perf_counter() - began)
-        raise
+
+    def __init__(self, *jobs: Job) -> None:
+        self._jobs, self._began = jobs, time.perf_counter()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, _error: object, _traceback: object) -> None:
+        if kind is not None:
+            charge(self._jobs, time.perf_counter() - self._began)
 
 
 def _as_forward_error(error: BaseException) -> BaseException:
