@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+from schoolhouse_wire.limits import MAX_BROKE
 from schoolhouse_wire.v1 import teacher_pb2
 
 Code = teacher_pb2.Failure.Code
@@ -76,9 +77,13 @@ class ProtocolError(SchoolhouseError):
 
 
 class TeacherUnavailableError(SchoolhouseError, ConnectionError):
-    """No replica of the teacher can be reached, or the one that had the request is gone."""
+    """No replica of the teacher can be reached, or the one that had the request is gone.
+
+    `broke` says that the replica got stuck, or lost its device, while it ran the request.
+    """
 
     code = teacher_pb2.Failure.UNAVAILABLE
+    broke = False
 
 
 class LeaseExpiredError(TeacherUnavailableError):
@@ -154,6 +159,17 @@ BY_CODE: dict[int, type[SchoolhouseError]] = {
         PermissionDeniedError,
     )
 }
+
+
+def broke_too_often(times: int) -> TeacherForwardError | None:
+    """The error of a request under which so many replicas got stuck or broke; None if it may be tried once more."""
+    if times < MAX_BROKE:
+        return None
+    return TeacherForwardError(
+        f"{times} replicas got stuck, or lost their device, while they ran this request, so no other one is asked: a "
+        "forward did not return within forward_timeout_s, or a kernel failed; ask for fewer or shorter rows, or look "
+        "at the inputs"
+    )
 
 
 def typed(error: BaseException, whose: str) -> SchoolhouseError:

@@ -10,6 +10,7 @@ MAX_NAME = 256  # characters of a teacher's name, a revision or a trace's contex
 MAX_MODULE_NAME = 1024  # characters of a tap or a head: the search for close names takes time quadratic in it
 MAX_TYPE_NAME = 1024  # characters of a record's type
 MAX_TAPS = 4096  # in one call
+MAX_BROKE = 2  # replicas that may get stuck or break under one request
 MAX_RELEASED = 65_536  # released blocks in one message
 MAX_INTEGER_BYTES = 1024  # of an integer beyond 64 bits
 MAX_ODD_KEYS = 1024  # in a dict with a key that is not a string: a peer can make such keys collide, in quadratic time

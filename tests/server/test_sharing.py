@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import wait
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -27,13 +28,13 @@ class Gate(nn.Module):
     def __init__(self):
         super().__init__()
         self.opened, self.entered, self.seen = threading.Event(), threading.Semaphore(0), []
-        self.pause_s = self.row_s = 0.0
+        self.pause_s = 0.0
 
     def forward(self, x):
         self.seen.append(int(x.flatten()[0]))
         self.entered.release()
         assert self.opened.wait(30)
-        time.sleep(self.pause_s + len(x) * self.row_s)
+        time.sleep(self.pause_s)
         return x + 1
 
 
@@ -76,10 +77,21 @@ def test_a_light_job_does_not_wait_for_all_that_a_heavy_one_has_queued():
         light.close()
 
 
-def test_weights_and_the_time_on_the_device_decide_about_shares():
-    """It takes as long as it has rows, here."""
-    gate = Gate()
-    gate.row_s = 0.002
+class Timed(Gate):
+    """Takes `seconds(x)` of the device, by the clock of a device that is emulated."""
+
+    def __init__(self, monkeypatch, seconds):
+        super().__init__()
+        self.now, self._seconds = 0.0, seconds
+        monkeypatch.setattr("schoolhouse_server.device.device.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def forward(self, x):
+        self.now += self._seconds(x)
+        return super().forward(x)
+
+
+def test_weights_and_the_time_on_the_device_decide_about_shares(monkeypatch):
+    gate = Timed(monkeypatch, lambda x: len(x) * 0.1)
     settings = {"a": (3.0, 2), "b": (1.0, 4), "c": (1.0, 1)}  # weight and rows
     with serve(gate, max_in_flight=200) as server:
         teachers = {
@@ -102,15 +114,9 @@ def test_weights_and_the_time_on_the_device_decide_about_shares():
             teacher.close()
 
 
-def test_the_shape_of_the_inputs_does_not_make_a_request_cheap():
+def test_the_shape_of_the_inputs_does_not_make_a_request_cheap(monkeypatch):
     """Two jobs ask for one row each; a row of one of them takes fifty times as long, for its length."""
-
-    class Long(Gate):
-        def forward(self, x):
-            time.sleep(x.shape[1] * 1e-3)
-            return super().forward(x)
-
-    gate = Long()
+    gate = Timed(monkeypatch, lambda x: x.shape[1] * 0.1)
     with serve(gate, max_in_flight=200) as server:
         teachers = {name: sh.connect(server.url, job=name) for name in ("long", "short", "first")}
         first = ask(teachers["first"], 0)
@@ -120,11 +126,11 @@ def test_the_shape_of_the_inputs_does_not_make_a_request_cheap():
         assert soon(lambda: load_of(server).queued == 120)
         gate.opened.set()
         wait([first, *asked], 60)
-        long = [at for at, number in enumerate(gate.seen) if 0 < number < 100]
-        assert long[3] > 75  # of a hundred short ones; each takes a fiftieth of a long one
-        spent = {name: job_of(server, name).device_s for name in ("long", "short")}
-        assert spent["long"] > 20 * 0.05
-        assert spent["short"] > 100 * 1e-3
+        last = max(at for at, number in enumerate(gate.seen) if number >= 100)
+        # The short ones take as long as two long ones. A few more may begin before the first one's time is known.
+        assert sum(0 < number < 100 for number in gate.seen[:last]) <= 8
+        assert job_of(server, "long").device_s == pytest.approx(20 * 50 * 0.1, rel=0.05)
+        assert job_of(server, "short").device_s == pytest.approx(100 * 0.1, rel=0.05)
         for teacher in teachers.values():
             teacher.close()
 
@@ -371,6 +377,28 @@ def test_a_client_that_reads_is_told_of_all_that_failed():
         stub.channel.close()
 
 
+def test_the_work_of_one_request_is_bounded_before_it_runs():
+    gate = Gate()
+    gate.opened.set()
+    with (
+        serve(gate, max_request_tokens=100) as server,
+        sh.connect(server.url) as teacher,
+    ):
+        for fitting in ((100, 1), (50, 7)):  # matrices of numbers have no length
+            teacher.submit((torch.ones(fitting),), {}, [""]).result(20)
+        ran = load_of(server).forwards
+        for large in ((101, 1), (10, 11, 3)):
+            with pytest.raises(errors.MessageTooLargeError, match="max_request_tokens of the teacher is 100"):
+                teacher.submit((torch.ones(large),), {}, [""]).result(20)
+        assert load_of(server).forwards == ran
+    with serve(gate) as server, sh.connect(server.url) as teacher:
+        with pytest.raises(errors.MessageTooLargeError, match="5000 tokens with 65535 draws"):
+            teacher.submit((torch.ones(5000, 2),), {}, [""], encodings={"": sh.encodings.sampled(65_535)}).result(20)
+        with pytest.raises(errors.MessageTooLargeError, match="values"):
+            teacher.submit(([1, ""] * 10_000,), {}, [""]).result(20)
+        assert load_of(server).forwards == 0
+
+
 def test_weights_and_settings_out_of_bounds():
     with serve(nn.Identity()) as server:
         for weight in (0, 0.001, 101, "1"):
@@ -383,6 +411,8 @@ def test_weights_and_settings_out_of_bounds():
                 Stub(server, **wrong)
     for wrong in (
         {"cost": "bytes"},
+        {"max_request_tokens": 0},
+        {"max_request_tokens": 2.5},
         {"max_in_flight": 0},
         {"max_job_bytes": 0},
         {"max_queued": 0},

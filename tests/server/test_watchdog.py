@@ -1,5 +1,6 @@
 """A replica that is at its end, by a forward that never returns or a device that broke: it says so, and is replaced."""
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -67,6 +68,7 @@ def test_a_forward_that_never_returns_ends_the_replica_and_nobody_waits():
                 failures[message.failure.request_id] = message.failure
         assert {failure.code for failure in failures.values()} == {UNAVAILABLE}
         assert "not returned for 0.6 s" in failures[1].message
+        assert [failures[i].broke for i in (1, 2)] == [True, False]  # the one that ran
         ask(client, 3, torch.zeros(2))
         failure = next(a for a in client.answers if a.HasField("failure")).failure
         assert (failure.request_id, failure.code) == (3, UNAVAILABLE)
@@ -205,6 +207,37 @@ def test_a_student_goes_on_where_a_replica_hangs():
         modules[0].go.set()
 
 
+def test_one_request_does_not_end_every_replica():
+    """It gets two of four stuck, and then fails; what was queued behind it is answered by the others."""
+    modules = [Hanging() for _ in range(4)]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(serve(module, forward_timeout_s=0.5)) for module in modules]
+        [stack.callback(module.go.set) for module in modules]
+        directory = stack.enter_context(DirectoryServer())
+        directory.publish(*servers)
+        teacher = stack.enter_context(sh.connect(directory.url, timeouts=sh.Timeouts(request_s=60)))
+        bad = teacher.submit((torch.ones(2),), {}, [""])
+        good = [teacher.submit((torch.zeros(2),), {}, [""]) for _ in range(8)]
+        with pytest.raises(errors.TeacherForwardError, match="2 replicas got stuck"):
+            bad.result(60)
+        for future in good:
+            assert torch.equal(future.result(60)[""], torch.ones(2))
+        assert sum(server.trouble is not None for server in servers) == 2
+
+
+def test_a_request_that_says_that_it_broke_replicas_is_not_run():
+    with serve(Hanging(), forward_timeout_s=60) as server:
+        client = Stub(server, shared_memory=False)
+        outgoing = framing.Outgoing(Arguments([torch.ones(2)]), limits=Limits(), snapshot=True)
+        [payload] = outgoing.messages(1, lambda payload: payload, None, lambda: True)
+        tap = teacher_pb2.Tap(module="", side=teacher_pb2.Tap.OUTPUT)
+        client.say(call=teacher_pb2.Call(request_id=1, taps=[tap], inputs=outgoing.header, payload=payload, broke=2))
+        failure = next(a for a in client.answers if a.HasField("failure")).failure
+        assert failure.code == teacher_pb2.Failure.TEACHER_FORWARD
+        assert server.engines["teacher"].counters.forwards == 0
+        client.channel.close()
+
+
 def fails(_x):
     raise RuntimeError("CUDA error: device-side assert triggered")
 
@@ -249,6 +282,7 @@ def test_those_who_were_on_a_device_together_as_it_broke_are_sent_elsewhere():
         first.result()
         answers = [one.result() for one in (bad, *asked)]
         assert {type(answer) for answer in answers} == {errors.TeacherUnavailableError}
+        assert all(answer.broke for answer in answers)  # nobody knows which one it was
         assert engine.running == 0
 
 

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Mapping
 
+from schoolhouse_wire.errors import broke_too_often
 from schoolhouse_wire.rpc.security import ClientSecurity
 
 from schoolhouse.errors import (
@@ -278,7 +279,7 @@ class Dispatcher:
         """Send the request elsewhere; a replica that refuses a request in this way is about to stop."""
         session.draining = True
         self.on_draining(session)
-        request.turn_away()
+        request.turn_away(broke=isinstance(error, TeacherUnavailableError) and error.broke)
         self._send_again(request, error)
 
     def on_wrong(self, session: Session, request: Request, error: SchoolhouseError) -> None:
@@ -319,6 +320,8 @@ class Dispatcher:
         self.forget(request)
         if self.closed or request.done:
             request.fail(self._gone())  # not raised: its traceback would keep this frame and all lost requests alive
+        elif (refused := broke_too_often(request.broke)) is not None:
+            request.fail(refused)
         elif request.losses < _MAX_LOSSES:
             self.dispatch(request)
         elif isinstance(error, TeacherUnavailableError):

@@ -62,7 +62,10 @@ def to_failure(error: BaseException, request_id: int = 0) -> teacher_pb2.Failure
     error = typed(error, "the teacher's server")
     text = _short(scrub(error.message))
     choices = [_sendable(choice[:_MAX_TEXT]) for choice in error.choices[:_MAX_CHOICES]]
-    return teacher_pb2.Failure(request_id=request_id, code=error.code, message=_sendable(text), choices=choices)
+    broke = isinstance(error, TeacherUnavailableError) and error.broke
+    return teacher_pb2.Failure(
+        request_id=request_id, code=error.code, message=_sendable(text), choices=choices, broke=broke
+    )
 
 
 def _sendable(text: str) -> str:
@@ -73,9 +76,12 @@ def _sendable(text: str) -> str:
 def from_failure(failure: teacher_pb2.Failure) -> SchoolhouseError:
     """The error that a peer reported, cut to the length of one of ours."""
     choices = [_short(choice) for choice in failure.choices[:_MAX_CHOICES]]
-    return BY_CODE.get(failure.code, TeacherInternalError)(
+    error = BY_CODE.get(failure.code, TeacherInternalError)(
         _short(failure.message) or "no reason was given", choices=choices
     )
+    if isinstance(error, TeacherUnavailableError):
+        error.broke = failure.broke
+    return error
 
 
 def _short(text: str) -> str:

@@ -233,7 +233,7 @@ class Hidden(_message.Message):
     def __init__(self, head: _Optional[str] = ..., encoding: _Optional[_Union[Encoding, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("request_id", "taps", "revision", "timeout_s", "inputs", "payload", "traceparent", "alone", "checksum")
+    __slots__ = ("request_id", "taps", "revision", "timeout_s", "inputs", "payload", "traceparent", "alone", "broke", "checksum")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TAPS_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -242,6 +242,7 @@ class Call(_message.Message):
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     ALONE_FIELD_NUMBER: _ClassVar[int]
+    BROKE_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     taps: _containers.RepeatedCompositeFieldContainer[Tap]
@@ -251,8 +252,9 @@ class Call(_message.Message):
     payload: Payload
     traceparent: str
     alone: bool
+    broke: int
     checksum: int
-    def __init__(self, request_id: _Optional[int] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., revision: _Optional[str] = ..., timeout_s: _Optional[float] = ..., inputs: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., traceparent: _Optional[str] = ..., alone: _Optional[bool] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., taps: _Optional[_Iterable[_Union[Tap, _Mapping]]] = ..., revision: _Optional[str] = ..., timeout_s: _Optional[float] = ..., inputs: _Optional[bytes] = ..., payload: _Optional[_Union[Payload, _Mapping]] = ..., traceparent: _Optional[str] = ..., alone: _Optional[bool] = ..., broke: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
     __slots__ = ("request_id", "revision", "taps", "input_digest", "features", "payload", "queued")
@@ -301,7 +303,7 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("request_id", "code", "message", "choices")
+    __slots__ = ("request_id", "code", "message", "choices", "broke")
     class Code(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         CODE_UNSPECIFIED: _ClassVar[Failure.Code]
@@ -342,8 +344,10 @@ class Failure(_message.Message):
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
+    BROKE_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     code: Failure.Code
     message: str
     choices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, request_id: _Optional[int] = ..., code: _Optional[_Union[Failure.Code, str]] = ..., message: _Optional[str] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
+    broke: bool
+    def __init__(self, request_id: _Optional[int] = ..., code: _Optional[_Union[Failure.Code, str]] = ..., message: _Optional[str] = ..., choices: _Optional[_Iterable[str]] = ..., broke: _Optional[bool] = ...) -> None: ...

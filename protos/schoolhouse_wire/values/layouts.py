@@ -15,7 +15,7 @@ from schoolhouse_wire.v1 import values_pb2
 from schoolhouse_wire.values.tensors import DTYPE_OF_NUMBER, DimOrder, offsets, tensor_nbytes
 
 _CACHED_HEADER_BYTES = 4096
-_LARGE_HEADER_BYTES = 256 << 10  # smaller ones cannot hold more than `Limits.max_values`
+_VALUE_BYTES = 2  # the least that a value takes in a header
 _PARSING = threading.Lock()  # held for a large header, which may take 30 times its size until its values are counted
 
 
@@ -40,7 +40,7 @@ def read_layout(header: bytes, limits: Limits) -> Layout:
         raise MessageTooLargeError(f"a header of {len(header)} bytes is over the limit of {limits.max_header_bytes}")
     if len(header) <= _CACHED_HEADER_BYTES:
         return _small_layout(header, limits)
-    if len(header) <= _LARGE_HEADER_BYTES:
+    if len(header) <= _VALUE_BYTES * limits.max_values:  # it cannot hold more
         return _layout(header, limits)
     with _PARSING:
         layout = _layout(header, limits)

@@ -66,7 +66,8 @@ class Engine:
 
     If one of the two threads spends `forward_timeout_s` on one piece of work, or the device is broken, all requests
     fail with `TeacherUnavailableError`, so that other replicas answer them, no more are taken, and `on_trouble` is
-    called. A request that was the only one on the device when it broke is to blame, and fails with its own error.
+    called. Those that were running are told that it `broke` under them, which clients count: no request gets many
+    replicas stuck. One that was the only one on the device when it broke is to blame, and fails with its own error.
 
     Jobs are charged the device time that their requests take; `cost` says whether their `cost` counts rows or tokens.
 
@@ -345,7 +346,9 @@ class Engine:
     def _drop(self, jobs: Iterable[Job], why: str) -> None:
         """Fail jobs that were not answered."""
         for job in jobs:
-            self._end(job, TeacherUnavailableError(why))
+            error = TeacherUnavailableError(why)
+            error.broke = self.trouble is not None and bool(job.begun_at)
+            self._end(job, error)
 
     def _in_failed(self, _error: BaseException) -> None:
         self.loop.call(self._failed)
@@ -383,7 +386,9 @@ class Engine:
         why = f"the device of teacher {self.description.name!r} no longer works; ask another replica"
         self._break_down(Trouble("broken", why), job)
         if not alone:
-            return TeacherUnavailableError(why)
+            unavailable = TeacherUnavailableError(why)
+            unavailable.broke = True
+            return unavailable
         return TeacherForwardError(f"the forward on this input broke the teacher's device: {error}")
 
     def _end(self, job: Job, result: Declared | BaseException | BrokenDevice) -> None:

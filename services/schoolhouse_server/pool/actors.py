@@ -174,6 +174,7 @@ class TeacherActor(PoolActor):
             max_job_unsent_bytes=self._spec.max_job_unsent_bytes,
             lease_s=self._spec.lease_s,
             cache_scope=self._spec.cache_scope,
+            max_request_tokens=self._spec.max_request_tokens,
             max_sessions=self._spec.max_sessions,
             forward_timeout_s=self._spec.forward_timeout_s,
             merging=self._spec.merging,

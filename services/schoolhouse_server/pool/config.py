@@ -139,6 +139,7 @@ class TeacherSpec:
     max_job_unsent_bytes: Annotated[int, Field(ge=1)] = MAX_JOB_UNSENT_BYTES
     lease_s: Annotated[float, Field(ge=0, le=MAX_LEASE_S)] = LEASE_S
     cache_scope: Literal["auto", "job", "teacher"] = "auto"
+    max_request_tokens: Annotated[int, Field(ge=1)] | None = None
     max_sessions: Annotated[int, Field(ge=1, le=MOST_SESSIONS)] = MAX_SESSIONS
     forward_timeout_s: Annotated[float, Field(ge=0, le=MAX_FORWARD_TIMEOUT_S)] = FORWARD_TIMEOUT_S
     merge: Literal["never", "same-shape", "pad"] = "never"

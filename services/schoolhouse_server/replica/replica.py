@@ -35,6 +35,7 @@ from schoolhouse_server.session.quotas import Sharing
 from schoolhouse_server.session.servicer import TeacherServicer
 
 _MAX_SHARED_BYTES = 1 << 40
+_MAX_VALUES = 16_384  # in the structure of a request, nested ones included: reading them takes Python's time
 Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
 
 
@@ -93,7 +94,7 @@ class Replica:
         self._early_stop = early_stop
         self._merging = merging or MergeSettings()
         self._examples = _examples(example, self._merging, self._modules)
-        self._limits = Limits(max_payload_bytes=max_request_bytes)
+        self._limits = Limits(max_payload_bytes=max_request_bytes, max_values=_MAX_VALUES)
         self._sharing = Sharing(**sharing)
         self._cache_bytes = cache_bytes
         self._gate = Gate(Tokens.of(tokens))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from schoolhouse.teachers.query import Wanted
+from schoolhouse_wire.encodings import Sampled
 from schoolhouse_wire.errors import (
     MessageTooLargeError,
     PermissionDeniedError,
@@ -15,12 +16,14 @@ from schoolhouse_wire.errors import (
     RevisionChangedError,
     SchoolhouseError,
     TeacherMemoryError,
+    broke_too_often,
 )
 from schoolhouse_wire.limits import MAX_MODULE_NAME, MAX_NAME, MAX_RELEASED, MAX_TAPS, Limits
 from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Arguments, pack
 
+from schoolhouse_server.common.rows import tokens_of
 from schoolhouse_server.device.device import lacks_memory
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.engine.jobs import Answer
@@ -28,6 +31,7 @@ from schoolhouse_server.session.quotas import Sharing
 
 _log = logging.getLogger(__name__)
 _KEPT_BYTES = 4 << 10  # of taps; longer ones are not cached
+_MAX_DRAWS = 1 << 28  # of all tokens of one request
 _HEAD_LIMITS = Limits(max_payload_bytes=16 << 30)
 
 
@@ -161,6 +165,30 @@ def check_quota(nbytes: int, most: int | None) -> None:
         raise MessageTooLargeError(
             f"the inputs of a request take {nbytes} bytes, and the token's max_job_bytes is {most}; send smaller "
             "batches, or ask whoever runs the server for more"
+        )
+
+
+def check_broke(times: int) -> None:
+    """Raises `TeacherForwardError` for a request under which several replicas got stuck or broke."""
+    if (refused := broke_too_often(times)) is not None:
+        raise refused
+
+
+def check_work(inputs: Arguments, wanted: Wanted, most_tokens: int | None) -> None:
+    """Raises `MessageTooLargeError` for more tokens, or draws, than one request may have; None allows any tokens."""
+    draws = max((encoding.n for encoding in wanted.encodings if isinstance(encoding, Sampled)), default=0)
+    if most_tokens is None and not draws:
+        return
+    tokens = tokens_of(inputs)
+    if most_tokens is not None and tokens > most_tokens:
+        raise MessageTooLargeError(
+            f"a request has {tokens} tokens (rows times length), and max_request_tokens of the teacher is "
+            f"{most_tokens}; send smaller batches, or ask whoever runs the server for more"
+        )
+    if tokens * draws > _MAX_DRAWS:
+        raise MessageTooLargeError(
+            f"a request has {tokens} tokens with {draws} draws each, and {_MAX_DRAWS} draws are allowed; send smaller "
+            "batches, or ask for fewer draws"
         )
 
 

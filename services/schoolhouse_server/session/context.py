@@ -12,7 +12,7 @@ from schoolhouse_server.security.auth import EVERYBODY, Gate, check_teacher
 from schoolhouse_server.security.tokens import Grant
 from schoolhouse_server.session.admission import Admission
 from schoolhouse_server.session.draining import Drain
-from schoolhouse_server.session.quotas import Sharing
+from schoolhouse_server.session.quotas import MAX_REQUEST_TOKENS, Sharing
 
 
 class ReplicaContext:
@@ -36,6 +36,9 @@ class ReplicaContext:
         # Whether a job may get what was computed for another one, by which it can tell that the other asked for it.
         self.jobs_share_results = sharing.cache_scope == "teacher" or (
             sharing.cache_scope == "auto" and gate.tokens is None
+        )
+        self.max_request_tokens = sharing.max_request_tokens or (
+            MAX_REQUEST_TOKENS if gate.tokens is not None else None
         )
         self.loop = loop
         self.gate = gate

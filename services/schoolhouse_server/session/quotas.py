@@ -9,6 +9,7 @@ CACHE_SCOPES = ("auto", "job", "teacher")
 MAX_IN_FLIGHT, MAX_JOB_BYTES, MAX_QUEUED, LEASE_S = 64, 2 << 30, 4096, 30.0
 MAX_UNSENT_BYTES, MAX_JOB_UNSENT_BYTES = 16 << 30, 4 << 30  # a reply has 2 GiB at most
 MAX_LEASE_S = 86_400.0
+MAX_REQUEST_TOKENS = 262_144  # where there are tokens
 MAX_SESSIONS, MOST_SESSIONS = 1000, 65_536  # the default, and the largest allowed
 
 
@@ -29,6 +30,7 @@ class Sharing:
     lease_s: float = LEASE_S
     max_sessions: int = MAX_SESSIONS
     cache_scope: str = "auto"
+    max_request_tokens: int | None = None
 
     def within(self, max_in_flight: int | None, max_job_bytes: int | None) -> "Sharing":
         """These settings, with a job's bounds lowered to the given ones; None leaves a bound as it is."""
@@ -48,6 +50,9 @@ class Sharing:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1")
+        most = self.max_request_tokens
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+            raise ConfigError(f"max_request_tokens is {most!r}; it must be a whole number from 1, or None")
         if self.max_sessions > MOST_SESSIONS:
             raise ConfigError(f"max_sessions is {self.max_sessions}; it must be at most {MOST_SESSIONS}")
         if not isinstance(self.lease_s, int | float) or not 0 <= self.lease_s <= MAX_LEASE_S:

@@ -39,10 +39,12 @@ from schoolhouse_server.session.calls import (
     answer_head,
     as_told,
     asked_by,
+    check_broke,
     check_open,
     check_quota,
     check_released,
     check_revision,
+    check_work,
     inputs_of,
     opened_by,
     reply_of,
@@ -57,6 +59,7 @@ from schoolhouse_server.session.same_host import SameHost
 _log = logging.getLogger(__name__)
 _FAILED = "the session failed; the server's log says why"
 _END_S = 1.0  # how long a session may take to send what it is about to send, before it ends without that
+_SHORT_BYTES = 16 << 10  # the structure of inputs up to this is read faster than it is handed to another thread
 _AT_ONCE_BYTES = 1 << 20  # payloads up to this are read faster than they are handed to another thread
 
 
@@ -289,6 +292,7 @@ class ServerSession:
                 return
             self._spans.begin(call, self._engine.description.name, self._member.account.job)
             check_revision(call.revision, self._engine)
+            check_broke(call.broke)
             began = time.perf_counter()
             read = functools.partial(framing.Incoming, call.inputs, call.payload, self._limits, self._same_host.segment)
             small = nbytes <= _AT_ONCE_BYTES or not call.payload.HasField("shared")
@@ -320,7 +324,9 @@ class ServerSession:
     async def _queue(self, partial: Partial) -> None:
         assert self._engine is not None
         call, incoming, parses = partial.call, partial.incoming, time.perf_counter()
-        inputs, mask = inputs_of(incoming.value())
+        read = incoming.value
+        value = read() if len(call.inputs) <= _SHORT_BYTES else await self._loop.elsewhere(read)
+        inputs, mask = inputs_of(value)
         parse_s = time.perf_counter() - parses
         wanted = partial.asked.wanted if mask is None else dataclasses.replace(partial.asked.wanted, mask=mask)
         request_id, digest = call.request_id, incoming.digest
@@ -330,6 +336,7 @@ class ServerSession:
             answer_head(self._loop, self._engine, wanted, inputs, answer, allowed=self._context.allow_head)
             return
 
+        check_work(inputs, wanted, self._context.max_request_tokens)
         rows = rows_of(inputs)
 
         def done(result: Answer | BaseException) -> None:
@@ -340,10 +347,11 @@ class ServerSession:
         deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
         ticket = Ticket(done, self._member.account, deadline, self._member.payer, trace=self._spans.of(request_id))
         # A request that is to be computed alone must equal no other, so that neither joins the other.
-        own = object() if call.alone else None
+        alone = call.alone or call.broke > 0  # so that nobody else is with it, should it break this replica, too
+        own = object() if alone else None
         scope = None if self._context.jobs_share_results else self._member.account.job
         key = (digest, call.inputs, partial.asked.key, scope, own)
-        job = Job(inputs, wanted, key, [ticket], rows=rows, source=id(self), alone=call.alone, parse_s=parse_s)
+        job = Job(inputs, wanted, key, [ticket], rows=rows, source=id(self), alone=alone, parse_s=parse_s)
         await self._engine.prepare(job, incoming.nbytes)
         if self._closed or not self._member.has(request_id):  # it was cancelled meanwhile
             return
