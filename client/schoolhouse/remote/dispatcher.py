@@ -320,7 +320,7 @@ class Dispatcher:
         self.forget(request)
         if self.closed or request.done:
             request.fail(self._gone())  # not raised: its traceback would keep this frame and all lost requests alive
-        elif (refused := broke_too_often(request.broke)) is not None:
+        elif (refused := broke_too_often(request.breaks)) is not None:
             request.fail(refused)
         elif request.losses < _MAX_LOSSES:
             self.dispatch(request)

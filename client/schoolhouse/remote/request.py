@@ -133,7 +133,7 @@ class Request:
         self.question, self.clock = question, Clock(deadline)
         self.future: Future[Features] = Future()
         self.losses = 0  # replicas that were lost while they had it, or that gave a wrong answer
-        self.broke = 0  # replicas that got stuck or broke while they ran it
+        self.breaks = 0  # replicas that got stuck or broke while they ran it
         self.is_retry = False  # it was lost or turned away, and must be sent again
         self.moved = False  # it was taken away from a silent replica once
         self.told_to_wait = False  # a replica had no room for it
@@ -202,7 +202,7 @@ class Request:
         """Take it from a replica that does not want it, or that `broke` while it ran it."""
         if self._on("turn_away"):
             self.is_retry = True
-            self.broke += broke
+            self.breaks += broke
 
     def lose(self, apart_from: str = "") -> None:
         """Take it from a replica that is lost or at fault; that at `apart_from` is asked only if there is no other."""

@@ -211,7 +211,7 @@ class Session:
             call.taps.extend(question.wanted.wire)
             call.timeout_s = max(request.clock.deadline - self._clock(), 0.001)
             call.inputs, call.traceparent = question.outgoing.header, request.traceparent()
-            call.broke = request.broke
+            call.broke = request.breaks
             call.payload.CopyFrom(payload)
             framing.add_checksum(call)
             return message

@@ -85,9 +85,10 @@ def serve(
     features is predicted from the last request with the same taps and encodings, as features grow with the inputs.
     The first of a kind counts once its features are computed, so each job may exceed the bounds by one such
     request. A request whose features are larger than one of the bounds fails with `MessageTooLargeError` once their
-    size is known. One request may have `max_request_tokens` (rows times length, or rows where inputs have no length):
-    any number, or 262,144 where there are `tokens`; and 2**28 draws of `sampled`. A client that is silent for `lease_s` loses its session; with 0 it may be silent for ever. Up to
-    `max_sessions` sessions are open at once; further clients wait, up to their `Timeouts.teacher_s`.
+    size is known. One request may have `max_request_tokens` (rows times length, or rows where inputs have no
+    length): any number, or 262,144 where there are `tokens`; and 2**28 draws of `sampled`. A client that is silent
+    for `lease_s` loses its session; with 0 it may be silent for ever. Up to `max_sessions` sessions are open at
+    once; further clients wait, up to their `Timeouts.teacher_s`.
 
     `merge` says which requests may run as one forward, each getting its own rows and taps:
 
