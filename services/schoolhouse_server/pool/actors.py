@@ -21,6 +21,7 @@ from schoolhouse_server.pool.pool_state import Desired
 from schoolhouse_server.replica.directory import MAX_WATCHERS, Directory
 from schoolhouse_server.replica.rpc_server import RpcServer
 from schoolhouse_server.security.auth import Gate
+from schoolhouse_server.security.interceptor import SHORT_RPCS
 from schoolhouse_server.security.ports import EVERYWHERE, joined, own_address
 from schoolhouse_server.security.tokens import Tokens
 
@@ -33,7 +34,7 @@ NAMESPACE = "schoolhouse"
 KEEPER, DIRECTORY = "keeper", "directory"
 _HEAD_NODE = {"node:__internal_head__": 0.001}  # keeps the directory at its address when it is restarted
 _LOG_LINES = 2000
-_DIRECTORY_RPCS = MAX_WATCHERS + 64
+_DIRECTORY_RPCS = MAX_WATCHERS + SHORT_RPCS
 
 _log = logging.getLogger(__name__)
 

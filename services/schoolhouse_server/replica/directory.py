@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
-from schoolhouse_wire.errors import TeacherBusyError, TeacherUnavailableError, UnknownTeacherError
+from schoolhouse_wire.errors import SchoolhouseError, TeacherUnavailableError, UnknownTeacherError
 from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import directory_pb2, directory_pb2_grpc
 
 from schoolhouse_server.security.auth import Gate, check_teacher
+from schoolhouse_server.security.places import Places
 from schoolhouse_server.security.tokens import Grant
 
 MAX_WATCHERS = 4096
@@ -52,6 +53,7 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         *,
         ready: bool = True,
         gate: Gate | None = None,
+        max_watchers: int | None = None,
     ) -> None:
         self._loop = loop
         self._entries: dict[str, _Entry] = {}
@@ -61,6 +63,8 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
         self._ready = ready
         self._gate = gate or Gate()
         self._watchers: dict[asyncio.Event, str] = {}  # set when there is news of the teacher
+        most = max_watchers or MAX_WATCHERS
+        self._places = Places(most, f"{most} clients watch this directory, which is as many as it takes")
         self._closed = False
 
     def publish(self, replicas: directory_pb2.ReplicaSet) -> None:
@@ -116,10 +120,13 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
     ) -> AsyncIterator[directory_pb2.ReplicaSet]:
         """The replica set of one teacher, and each change of it; where only loads change, every two seconds."""
         self._check_ready()
-        self._check_known(request.teacher, self._grant(context, request.teacher))
-        with self._joined(request.teacher) as news:
+        grant = self._grant(context, request.teacher)
+        self._check_known(request.teacher, grant)
+        with self._joined(request.teacher, self._gate.holder(grant, context.peer())) as (news, ended):
             version, sent = 0, directory_pb2.ReplicaSet()
             while not self._closed:
+                if ended:
+                    raise ended[0]
                 self._grant(context, request.teacher)  # checked again: the token may have been revoked
                 told = self._now(request.teacher)
                 if told.version != version or told.replicas != sent:
@@ -131,15 +138,20 @@ class Directory(directory_pb2_grpc.DirectoryServiceServicer):
                 news.clear()
 
     @contextlib.contextmanager
-    def _joined(self, teacher: str) -> Any:
-        if len(self._watchers) >= MAX_WATCHERS:
-            raise TeacherBusyError(f"{MAX_WATCHERS} clients watch this directory, which is as many as it takes")
-        news = asyncio.Event()
-        self._watchers[news] = teacher
-        try:
-            yield news
-        finally:
-            del self._watchers[news]
+    def _joined(self, teacher: str, holder: str) -> Iterator[tuple[asyncio.Event, list[SchoolhouseError]]]:
+        """What is set when there is news, and the reason once the watch has to end."""
+        news, ended = asyncio.Event(), list[SchoolhouseError]()
+
+        def end(error: SchoolhouseError) -> None:
+            ended.append(error)
+            news.set()
+
+        with self._places.held(holder, end):
+            self._watchers[news] = teacher
+            try:
+                yield news, ended
+            finally:
+                del self._watchers[news]
 
     def _now(self, teacher: str) -> _Told:
         """What watchers are told now; loads may be a second old, so that they are read once for many watchers."""

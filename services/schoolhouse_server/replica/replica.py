@@ -27,6 +27,7 @@ from schoolhouse_server.observe.web import WebServer
 from schoolhouse_server.replica.directory import Directory
 from schoolhouse_server.replica.rpc_server import RpcServer
 from schoolhouse_server.security.auth import Gate
+from schoolhouse_server.security.interceptor import SHORT_RPCS
 from schoolhouse_server.security.ports import joined
 from schoolhouse_server.security.tls import ServerTls, check_exposure
 from schoolhouse_server.security.tokens import Tokens
@@ -35,6 +36,7 @@ from schoolhouse_server.session.quotas import Sharing
 from schoolhouse_server.session.servicer import TeacherServicer
 
 _MAX_SHARED_BYTES = 1 << 40
+_SPARE = 64
 _MAX_VALUES = 16_384  # in the structure of a request, nested ones included: reading them takes Python's time
 Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
 
@@ -100,7 +102,8 @@ class Replica:
         self._gate = Gate(Tokens.of(tokens))
         self._allow_head = allow_head
         self._loop = Loop("schoolhouse-replica")
-        self._directory = Directory(self._loop, self.load, gate=self._gate)
+        self._max_watchers = 2 * self._sharing.max_sessions + _SPARE  # those who wait for a session watch, too
+        self._directory = Directory(self._loop, self.load, gate=self._gate, max_watchers=self._max_watchers)
         self._tracing, self._id = tracing, replica_id
         self._forward_timeout_s = checked_timeout_s(forward_timeout_s)
         tracer(tracing)  # raises without OpenTelemetry
@@ -153,7 +156,7 @@ class Replica:
             )
             for name, module in self._modules.items()
         }
-        max_rpcs = 2 * self._sharing.max_sessions + 16  # each client has a session, and a watch of the directory
+        max_rpcs = self._sharing.max_sessions + self._max_watchers + SHORT_RPCS
         server = RpcServer(
             self._loop,
             self._add_services,

@@ -16,7 +16,7 @@ from schoolhouse_server.security.ports import listen
 from schoolhouse_server.security.tls import ServerTls
 
 _CONNECTIONS = "grpc.max_allowed_incoming_connections"
-_FILES_EACH = 8  # descriptors of a session: its connection, memory and pipes
+_FILES_EACH = 5  # descriptors of an RPC: one in three is a session, with its connection, memory and pipes
 _FILES = 512  # those of everything else
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
@@ -42,8 +42,8 @@ class RpcServer:
         self._loop = loop
         _allow_files(_FILES_EACH * max_rpcs + _FILES)
         options = dict(channel.SERVER_OPTIONS)
-        if 2 * max_rpcs > channel.MAX_CONNECTIONS:
-            options[_CONNECTIONS] = 2 * max_rpcs
+        if max_rpcs > channel.MAX_CONNECTIONS:
+            options[_CONNECTIONS] = max_rpcs
 
         async def make() -> int:
             self._server = grpc.aio.server(

@@ -93,6 +93,10 @@ class Gate:
         """What stands for all jobs of a token that may name any job, so that many names get no more; else nothing."""
         return f"\0{grant.sha256}" if self.tokens is not None and grant.job is None else ""
 
+    def holder(self, grant: Grant, peer: str) -> str:
+        """Whose places a client takes: its token's, or without tokens its host's, of gRPC's `ipv4:HOST:PORT`."""
+        return grant.sha256 if self.tokens is not None else peer.rpartition(":")[0]
+
     @contextlib.contextmanager
     def held(
         self, grant: Grant, end: Callable[[SchoolhouseError], None], job: Callable[[], str] = str

@@ -8,17 +8,23 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import grpc
-from schoolhouse_wire.errors import AuthenticationError, ProtocolError, SchoolhouseError, TeacherBusyError
+from schoolhouse_wire.errors import AuthenticationError, ProtocolError, SchoolhouseError
 from schoolhouse_wire.rpc import status
 
 from schoolhouse_server.security.auth import Gate
+from schoolhouse_server.security.places import Places
 
 _OPEN = ("/grpc.health.v1.Health/Check",)  # needs no token, as probes have none
+SHORT_RPCS = 128  # beside sessions and watches: those that wait for their request, and those that are answered
 _MAX_STRANGERS = 16  # calls without a token that may wait for their request at once
+_MAX_WAITING = 64  # the same of all others
 _REQUEST_S = 10.0  # how long a call with a single request may take to send it
+_PATIENCE_S = 1.0  # after which it gives its place up if that is wanted
 _QUIET_S = 10.0  # the least time between two log records about refused calls
 
 _log = logging.getLogger(__name__)
+_WAITING = f"{_MAX_WAITING} calls have not sent their request yet; try again"
+_STRANGERS = f"{_MAX_STRANGERS} calls without a token have not sent their request yet; try again"
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Behavior = Callable[[Any, _Context], Awaitable[None]]
 
@@ -31,7 +37,7 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
     """Refuses RPCs without a known token, ends those that send no request in time, and lets only our errors out.
 
     All RPCs are handled as streams, which is the same on the wire: so a call without a known token is refused before
-    its request is read, the others have `request_s` to send it, and an error comes without an answer before it, which
+    its request is read, the others have `request_s` to send it, unless their place is wanted, and an error comes without an answer before it, which
     gRPC would send with the status of a single answer. A handler raises the error that its
     client is to be told; gRPC would send the text of any exception.
     """
@@ -40,7 +46,8 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         self._gate = gate
         self._request_s = request_s
         self._refused, self._said_at = 0, -_QUIET_S
-        self._strangers = 0
+        self._strangers = Places(_MAX_STRANGERS, _STRANGERS, _PATIENCE_S)
+        self._waiting = Places(_MAX_WAITING, _WAITING, _PATIENCE_S)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -102,16 +109,17 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
 
     async def _given(self, handler: Any, context: _Context, stranger: bool) -> Any:
         """The only request of an RPC; raises `_LateError` if it does not come in time."""
-        if stranger and self._strangers >= _MAX_STRANGERS:
-            raise TeacherBusyError(f"{_MAX_STRANGERS} calls without a token have not sent their request yet; try again")
-        self._strangers += stranger
+        peer, began = context.peer(), time.monotonic()
+        if stranger:
+            places, holder = self._strangers, peer
+        else:
+            places, holder = self._waiting, self._gate.holder(self._gate.grant(context), peer)
         try:
-            async with asyncio.timeout(self._request_s):
-                data = await context.read()
+            async with asyncio.timeout(self._request_s) as clock:
+                with places.held(holder, lambda _error: clock.reschedule(0.0), lambda: began):
+                    data = await context.read()
         except TimeoutError:
             raise _LateError from None
-        finally:
-            self._strangers -= stranger
         if data is grpc.aio.EOF:
             raise ProtocolError("a call came without its request")
         try:

@@ -89,12 +89,18 @@ class ServerSession:
         self._writer: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
         self._closed = False
+        self._asked_at = time.monotonic()  # when the last call came, or the session began
         self._same_host = SameHost(self._loop, context.shared_memory_bytes)
 
     @property
     def job(self) -> str:
         """The name of the client's job; empty before Open."""
         return self._member.account.job if self._member is not None else ""
+
+    def idle_since(self) -> float:
+        """Since when it has nothing to do, on time.monotonic's clock; infinite while it has."""
+        at_work = self._member is not None and self._member.outstanding > 0
+        return float("inf") if at_work else self._asked_at
 
     async def run(self) -> None:
         """Read and answer until the client is gone, has got all that it asked for, or is to be told `error`.
@@ -278,6 +284,7 @@ class ServerSession:
 
     async def _on_call(self, call: teacher_pb2.Call) -> None:
         self._telling.check_read()
+        self._asked_at = time.monotonic()
         try:
             if self._engine is None or self._member is None:
                 raise ProtocolError("a call came before Open")

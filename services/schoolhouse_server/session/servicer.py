@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
 import grpc
-from schoolhouse_wire.errors import TeacherBusyError
 from schoolhouse_wire.v1 import teacher_pb2
 
+from schoolhouse_server.security.places import Places
 from schoolhouse_server.session.calls import check_describe
 from schoolhouse_server.session.context import ReplicaContext
 from schoolhouse_server.session.server_session import ServerSession
@@ -20,7 +20,13 @@ class TeacherServicer:
 
     def __init__(self, context: ReplicaContext) -> None:
         self._context = context
-        self.sessions = 0
+        most = context.sharing.max_sessions
+        self._places = Places(most, f"max_sessions is {most}, and as many are open at this replica")
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are open."""
+        return len(self._places)
 
     async def describe(self, request: teacher_pb2.DescribeRequest, rpc: _Context) -> teacher_pb2.DescribeResponse:
         """The Describe RPC: static facts of a teacher."""
@@ -42,19 +48,15 @@ class TeacherServicer:
 
     async def session(self, _messages: AsyncIterator[Any], rpc: _Context) -> None:
         """The Session RPC, one client's stream, for as long as that stays; raises the error with which it ends."""
-        if self.sessions >= self._context.sharing.max_sessions:
-            raise TeacherBusyError(
-                f"max_sessions is {self._context.sharing.max_sessions}, and as many are open at this replica"
-            )
-        grant = self._context.gate.grant(rpc)
+        gate = self._context.gate
+        grant = gate.grant(rpc)
         session = ServerSession(self._context, rpc, grant)
-        self.sessions += 1
-        try:
-            end = functools.partial(self._context.loop.here, session.end)
-            with self._context.gate.held(grant, end, lambda: session.job):
-                await session.run()
-        finally:
-            self.sessions -= 1
-            session.log.info("a session ended")
+        end = functools.partial(self._context.loop.here, session.end)
+        with self._places.held(gate.holder(grant, rpc.peer()), session.end, session.idle_since):
+            try:
+                with gate.held(grant, end, lambda: session.job):
+                    await session.run()
+            finally:
+                session.log.info("a session ended")
         if session.error is not None:
             raise session.error
