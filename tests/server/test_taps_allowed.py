@@ -80,6 +80,17 @@ def test_a_withheld_head_is_not_taken_from_the_embedding_that_is_tied_to_it(writ
                 assert torch.equal(found["body"], found["lm_head", "input"][0])
 
 
+def test_what_receives_the_embedding_as_it_is_takes_a_list_to_keep_back(write, unchecked):
+    module, places = LM(), [("body", "input"), ("body.0", "input")]
+    with serve(module, tokens=write()) as server, connected(server, TOKEN) as teacher:  # as the documentation says
+        assert torch.equal(asked(teacher, *places)["body", "input"][0][0], module.lm_head.weight)
+    listed = ["lm_head:output", "body*:output"]
+    with serve(module, tokens=write(), taps=listed) as server, connected(server, TOKEN) as teacher:
+        for tap in (*places, "wte", ("lm_head", "input"), ""):
+            with pytest.raises(errors.PermissionDeniedError):
+                asked(teacher, tap)
+
+
 def test_who_converts_a_student_is_told_at_once_what_may_be_tapped(write):
     with serve(LM(), tokens=write()) as server, connected(server, TOKEN) as teacher:
         described = teacher.describe()
