@@ -71,13 +71,18 @@ def module_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in original_of(model).named_modules(remove_duplicate=False))
 
 
-def check_modules(names: Iterable[str], known: Collection[str], whose: str) -> None:
-    """Raise `UnknownTapError`, with close matches, for the first name that is not among `known`."""
+def check_modules(names: Iterable[str], known: Collection[str], whose: str, *, tappable: bool = False) -> None:
+    """Raise `UnknownTapError`, with close matches, for the first name that is not among `known`.
+
+    Where `known` are those that the server lets this client tap, there may be more, and `tappable` says so.
+    """
+    which = " that you may tap" if tappable else ""
     for name in names:
         if name not in known:
             close = _close_to(name, known) or list(known)[:20]
             raise UnknownTapError(
-                f"{whose} has no submodule {name!r}; close to it are: {', '.join(map(repr, close))}", choices=close
+                f"{whose} has no submodule {name!r}{which}; close to it are: {', '.join(map(repr, close))}",
+                choices=close,
             )
 
 

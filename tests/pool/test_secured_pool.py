@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import schoolhouse as sh
+import torch
 from models import Net
 from schoolhouse import errors
 from schoolhouse_server.pool.config import load_pool
@@ -26,9 +27,9 @@ def load(tmp_path):
         "tokens:\n" + "".join(f"- {{sha256: '{digest}', teachers: [{name}]}}\n" for digest, name in lines)
     )
 
-    def read(security):
+    def read(security, more=""):
         path = tmp_path / "pool.yaml"
-        path.write_text(f"security: {security}\nteachers: {{net: {{build: 'models:Net'}}}}\n")
+        path.write_text(f"security: {security}\nteachers: {{net: {{build: 'models:Net'{more}}}}}\n")
         return load_pool(path)
 
     return read
@@ -55,6 +56,38 @@ def test_the_file_says_where_tokens_are(load, tmp_path):
 def test_what_is_wrong_is_told_as_the_file_is_read(load, security, said):
     with pytest.raises(errors.ConfigError, match=said):
         load(security)
+
+
+@pytest.mark.parametrize(
+    ("taps", "said"),
+    [
+        (
+            "['fc:both']",
+            "teachers.net: .*taps.0 has something else than a side .* choices: NAME, NAME:input, NAME:output",
+        ),
+        ("[]", "taps must be a list of 1 to 256 patterns"),
+        ("fc", "teachers.net.taps"),
+    ],
+)
+def test_wrong_patterns_of_taps_are_told_as_the_file_is_read(load, taps, said):
+    with pytest.raises(errors.ConfigError, match=said):
+        load("{}", f", taps: {taps}")
+
+
+def test_a_replica_lets_tap_what_the_pool_file_says(load, actors):
+    def made(pool):
+        actor = actors.TeacherActor("net", pool.teachers["net"], pool)
+        logging.getLogger().removeHandler(actor._ring)
+        return actor._make(Net())
+
+    with made(load("{tokens: tokens.yaml}", ", taps: ['fc', 'body:input']")) as replica:
+        security = sh.Security(token=STUDENT)
+        with sh.connect(replica.url, security=security, timeouts=sh.Timeouts(request_s=20)) as teacher:
+            assert teacher.describe().modules == ("body", "fc")
+            with pytest.raises(errors.PermissionDeniedError, match="body:output .* it may tap fc, body:input"):
+                teacher.submit((torch.ones(1, 8),), {}, ["body"]).result(20)
+    with pytest.raises(errors.ConfigError, match="'layer', which no module of 'net' matches"):
+        made(load("{}", ", taps: [layer]"))
 
 
 def test_a_roll_changes_no_tokens_file(load):

@@ -77,6 +77,9 @@ SECRET = "a-secret-of-the-operator"
         ("tokens:\n" + line(ONE, 'teachers: ["*"], job: j, weight: 1000'), "tokens.0.weight"),
         ("tokens:\n" + line(ONE, 'teachers: ["*"], job: j, max_job_bytes: 0'), "tokens.0.max_job_bytes"),
         ("tokens:\n" + line(ONE, "job: j"), "tokens.0.teachers"),
+        ("tokens:\n" + line(ONE, f'teachers: [], taps: ["a:{SECRET}"]'), "taps.0 has something else than a side after"),
+        ("tokens:\n" + line(ONE, "teachers: [], taps: []"), "taps must be a list of 1 to 256 patterns; choices: NAME"),
+        ("tokens:\n" + line(ONE, f"teachers: [], taps: {SECRET}"), "tokens.0.taps"),
         ("[" * 1000, "is not YAML"),
     ],
 )

@@ -107,7 +107,7 @@ def _teacher(
         local = made if isinstance(made, LocalTeacher) else LocalTeacher(module)
         return local, local.parameters
     description = module.describe()
-    check_modules(layers, description.modules, f"teacher {description.name!r}")
+    check_modules(layers, description.modules, f"teacher {description.name!r}", tappable=True)
     return module, description.parameters
 
 

@@ -54,4 +54,4 @@ class Facts:
         return found
 
     def _check(self, names: Iterable[str]) -> None:
-        check_modules(names, self._modules, f"teacher {self.description.name!r}")
+        check_modules(names, self._modules, f"teacher {self.description.name!r}", tappable=True)

@@ -187,6 +187,7 @@ class TeacherActor(PoolActor):
             insecure=self._pool.security.insecure,
             tokens=self._pool.tokens,
             allow_head=self._pool.security.allow_head,
+            taps=self._spec.taps,
         )
 
 

@@ -14,6 +14,7 @@ from schoolhouse_server.common.logs import LogFormat
 from schoolhouse_server.common.yaml_files import read_yaml
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S, MAX_FORWARD_TIMEOUT_S
 from schoolhouse_server.merge.settings import MergeSettings, Padding
+from schoolhouse_server.security.tap_patterns import check_patterns
 from schoolhouse_server.security.tls import ServerTls
 from schoolhouse_server.security.tokens import Tokens
 from schoolhouse_server.session.quotas import (
@@ -108,7 +109,7 @@ class TeacherSpec:
     `weights` is a safetensors file that is loaded into the model afterwards. `threads` is the number of torch's
     intra-op threads. A replica that takes longer than `load_timeout_s` to load counts as failed; time spent waiting for
     a node does not count. `early_stop` and the settings from `cache_bytes` to `pad` are those of `serve`, for each
-    replica; so is `example`, written as `module:callable`.
+    replica; so are `example`, written as `module:callable`, and `taps`, the patterns of what may be tapped.
 
     `replicas` is a number, or bounds such as `{min: 1, max: 4}`, between which `autoscale` chooses. `placement` says on
     which nodes they run: Ray's own choice (DEFAULT), spread where possible (SPREAD), no two on a node (STRICT_SPREAD),
@@ -148,6 +149,7 @@ class TeacherSpec:
     max_wait_ms: Annotated[float, Field(ge=0, le=1000)] = 2.0
     pad: PadSpec | None = None
     example: str | None = None
+    taps: tuple[str, ...] | None = None
     resources: Resources = Field(default_factory=Resources)
 
     @model_validator(mode="after")
@@ -160,6 +162,7 @@ class TeacherSpec:
             raise ValueError(f"example is {self.example!r}; expected 'module:callable'")
         if (self.merge == "pad") != (self.pad is not None):
             raise ValueError("merge: pad needs pad: {values: {argument: number}, mask: argument}, and only it does")
+        check_patterns(self.taps)
         if self.transformers is not None and self.kwargs:
             raise ValueError("kwargs go with build, not with transformers")
         if self.device.startswith("cuda") and self.resources.num_gpus <= 0:

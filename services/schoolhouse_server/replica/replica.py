@@ -34,11 +34,13 @@ from schoolhouse_server.security.tokens import Tokens
 from schoolhouse_server.session.context import ReplicaContext
 from schoolhouse_server.session.quotas import Sharing
 from schoolhouse_server.session.servicer import TeacherServicer
+from schoolhouse_server.session.tappable import TeacherTaps
 
 _MAX_SHARED_BYTES = 1 << 40
 _SPARE = 64
 _MAX_VALUES = 16_384  # in the structure of a request, nested ones included: reading them takes Python's time
 Example: TypeAlias = Callable[[], Any] | Mapping[str, Callable[[], Any]] | None
+Patterns: TypeAlias = Sequence[str] | Mapping[str, Sequence[str]] | None
 
 
 class Replica:
@@ -69,6 +71,7 @@ class Replica:
         insecure: bool = False,
         tokens: str | Path | None = None,
         allow_head: bool = False,
+        taps: Patterns = None,
         forward_timeout_s: float = FORWARD_TIMEOUT_S,
         **sharing: Any,
     ) -> None:
@@ -101,6 +104,9 @@ class Replica:
         self._cache_bytes = cache_bytes
         self._gate = Gate(Tokens.of(tokens))
         self._allow_head = allow_head
+        patterns = _patterns(taps, self._modules)
+        secured = {"has_tokens": tokens is not None, "allow_head": allow_head}
+        self._taps = {n: TeacherTaps(n, one, patterns.get(n), **secured) for n, one in self._modules.items()}
         self._loop = Loop("schoolhouse-replica")
         self._max_watchers = 2 * self._sharing.max_sessions + _SPARE  # those who wait for a session watch, too
         self._directory = Directory(self._loop, self.load, gate=self._gate, max_watchers=self._max_watchers)
@@ -274,6 +280,7 @@ class Replica:
             loop=self._loop,
             gate=self._gate,
             allow_head=self._allow_head,
+            taps=self._taps,
             tracing=self._tracing,
         )
         servicer = self._servicer = TeacherServicer(self._context)
@@ -308,5 +315,18 @@ def _examples(
         raise ConfigError(
             f"example is {example!r:.80}; expected a callable that returns what forward takes, or, with several "
             f"teachers, a dict of such callables by the teachers' names: {sorted(modules)}"
+        )
+    return given
+
+
+def _patterns(taps: Patterns, modules: Mapping[str, nn.Module]) -> Mapping[str, Any]:
+    """The patterns of taps of each teacher that has some."""
+    if taps is None:
+        return {}
+    given = {next(iter(modules)): taps} if isinstance(taps, list | tuple) and len(modules) == 1 else taps
+    if not isinstance(given, Mapping) or not given.keys() <= modules.keys():
+        raise ConfigError(
+            f"taps is {taps!r:.80}; expected a list of patterns such as ['layer*:output'], or, with several teachers, "
+            f"a dict of such lists by the teachers' names: {sorted(modules)}"
         )
     return given

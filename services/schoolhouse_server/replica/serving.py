@@ -9,7 +9,7 @@ from torch import nn
 
 from schoolhouse_server.device.watchdog import FORWARD_TIMEOUT_S
 from schoolhouse_server.merge.settings import MergeSettings, Padding
-from schoolhouse_server.replica.replica import Example, Replica
+from schoolhouse_server.replica.replica import Example, Patterns, Replica
 from schoolhouse_server.security.tls import ServerTls
 from schoolhouse_server.session.quotas import (
     LEASE_S,
@@ -55,6 +55,7 @@ def serve(
     insecure: bool = False,
     tokens: str | Path | None = None,
     allow_head: bool | None = None,
+    taps: Patterns = None,
     forward_timeout_s: float = FORWARD_TIMEOUT_S,
 ) -> Replica:
     """Serve a module, or several by name, from this process; returns when clients can connect.
@@ -149,6 +150,13 @@ def serve(
     are ended. Without it, everybody is answered. `allow_head` lets clients fetch the weights of a teacher's head, which
     `encodings.hidden` needs; None allows it where the server listens on loopback and has no tokens.
 
+    `taps` says what may be tapped: patterns of modules' names, in which `*` stands for anything, dots too, each with
+    `:input` or `:output` for one side only, as in `["", "model.layers.*:output"]`; `""` is the whole model. With
+    several teachers it is a dict of such lists by the teachers' names. A token's own `taps` narrow that. None allows
+    everything or, where there are tokens, everything but embeddings, and modules that share weights with them or with a
+    head that is not given out; see `schoolhouse_server.security.lookups.lookups`. That keeps nobody from computing
+    weights from features: those of enough inputs give a linear layer.
+
     Raises:
         ConfigError: for an invalid setting, or a module that cannot be merged as `merge` says.
     """
@@ -188,5 +196,6 @@ def serve(
         insecure=insecure,
         tokens=tokens,
         allow_head=allow_head,
+        taps=taps,
         forward_timeout_s=forward_timeout_s,
     ).start()

@@ -36,10 +36,10 @@ class _LateError(Exception):
 class Doorkeeper(grpc.aio.ServerInterceptor):
     """Refuses RPCs without a known token, ends those that send no request in time, and lets only our errors out.
 
-    All RPCs are handled as streams, which is the same on the wire: so a call without a known token is refused before
-    its request is read, the others have `request_s` to send it, unless their place is wanted, and an error comes without an answer before it, which
-    gRPC would send with the status of a single answer. A handler raises the error that its
-    client is to be told; gRPC would send the text of any exception.
+    All RPCs are handled as streams, which is the same on the wire: so a call without a known token is refused
+    before its request is read, the others have `request_s` to send it, unless their place is wanted, and an error
+    comes without an answer before it, which gRPC would send with the status of a single answer. A handler raises
+    the error that its client is to be told; gRPC would send the text of any exception.
     """
 
     def __init__(self, gate: Gate, request_s: float = _REQUEST_S) -> None:

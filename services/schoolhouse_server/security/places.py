@@ -22,9 +22,9 @@ class _Place:
 class Places:
     """Up to `most` places; all of it happens in the loop's thread.
 
-    If all are taken, whoever has most of them gives one up for a newcomer that would still have fewer: the one that has
-    been idle for longest. Otherwise one does that has been idle for `idle_s`, of the newcomer's own holder or of one who
-    has more. Without any of these, the newcomer is refused.
+    If all are taken, whoever has most of them gives one up for a newcomer that would still have fewer: the one that
+    has been idle for longest. Otherwise one does that has been idle for `idle_s`, of the newcomer's own holder or
+    of one who has more. Without any of these, the newcomer is refused.
     """
 
     def __init__(self, most: int, full: str, idle_s: float = IDLE_S) -> None:

@@ -18,6 +18,7 @@ from schoolhouse_wire.errors import ConfigError
 from schoolhouse_wire.limits import MAX_JOB_NAME
 
 from schoolhouse_server.common.yaml_files import read_bytes
+from schoolhouse_server.security.tap_patterns import check_patterns
 
 PREFIX = "sht_"  # lets scanners find a token that leaked into a log or a repository
 _BYTES = 32  # random bytes in a token
@@ -40,7 +41,8 @@ class Grant:
     tokens without that job cannot take its name. Only with a `job` may it have a `weight` (without one, the client's
     own counts, up to 1), and `max_in_flight` and `max_job_bytes`, which bound the job on each replica in addition to
     the teacher's own bounds; a request that alone has more bytes is refused. `teachers` are those that it may use
-    and see; `"*"` stands for all. An `admin` sees all teachers, the loads of all jobs, and the HTTP port.
+    and see; `"*"` stands for all. An `admin` sees all teachers, the loads of all jobs, and the HTTP port. `taps` are
+    patterns, as those of a teacher, of what it may tap of its teachers, within what each teacher's own allow.
     """
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
@@ -50,12 +52,18 @@ class Grant:
     max_in_flight: Annotated[int, Field(ge=1)] | None = None
     max_job_bytes: Annotated[int, Field(ge=1)] | None = None
     admin: bool = False
+    taps: tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _quota_of_a_job(self) -> "Grant":
         given = [name for name in ("weight", "max_in_flight", "max_job_bytes") if getattr(self, name) is not None]
         if given and self.job is None:
             raise ValueError(f"{given[0]} needs job: a token that may name any job would get that quota for each")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns(self) -> "Grant":
+        check_patterns(self.taps)
         return self
 
     def allows(self, teacher: str) -> bool:

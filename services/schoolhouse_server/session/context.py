@@ -13,6 +13,7 @@ from schoolhouse_server.security.tokens import Grant
 from schoolhouse_server.session.admission import Admission
 from schoolhouse_server.session.draining import Drain
 from schoolhouse_server.session.quotas import MAX_REQUEST_TOKENS, Sharing
+from schoolhouse_server.session.tappable import Tappable, TeacherTaps
 
 
 class ReplicaContext:
@@ -28,6 +29,7 @@ class ReplicaContext:
         loop: Loop,
         gate: Gate,
         allow_head: bool,
+        taps: Mapping[str, TeacherTaps],
         tracing: bool = False,
     ) -> None:
         self.limits = limits
@@ -47,6 +49,7 @@ class ReplicaContext:
         self.tracer = tracer(tracing)
         self.drain = Drain()
         self._engines = engines
+        self._taps = taps
 
     def find(self, name: str, grant: Grant = EVERYBODY) -> Engine:
         """The engine of a teacher, for a client with this grant.
@@ -62,3 +65,7 @@ class ReplicaContext:
             raise UnknownTeacherError(f"no teacher {name!r} here; there are: {', '.join(names)}", choices=names)
         self._engines[name].check()
         return self._engines[name]
+
+    def tappable(self, name: str, grant: Grant) -> Tappable:
+        """What a client with this grant may tap of a teacher that there is."""
+        return self._taps[name].within(grant.taps)

@@ -55,6 +55,7 @@ from schoolhouse_server.session.notices import Telling
 from schoolhouse_server.session.quotas import LEASE_S, Sharing
 from schoolhouse_server.session.receiving import Partial, Receiving
 from schoolhouse_server.session.same_host import SameHost
+from schoolhouse_server.session.tappable import Tappable
 
 _log = logging.getLogger(__name__)
 _FAILED = "the session failed; the server's log says why"
@@ -84,6 +85,7 @@ class ServerSession:
         self._receiving = Receiving(self._loop, context.sharing.lease_s or LEASE_S, self._fail)
         self._tickets: dict[int, Ticket] = {}
         self._engine: Engine | None = None
+        self._tappable: Tappable | None = None  # both None before Open
         self._member: Member | None = None  # None before Open
         self._unopened: Alarm | None = None  # ends the session if no Open comes
         self._writer: asyncio.Task[None] | None = None
@@ -252,6 +254,7 @@ class ServerSession:
         message = self._context.gate.opened(message, self._grant)
         sharing = self._context.sharing.within(self._grant.max_in_flight, self._grant.max_job_bytes)
         engine = self._engine = self._context.find(message.teacher, self._grant)
+        self._tappable = self._context.tappable(message.teacher, self._grant)
         check_revision(message.revision, engine)
         self._most_bytes = sharing.max_job_bytes if self._grant.max_job_bytes is not None else None
         self._enter(message, engine, sharing)
@@ -286,7 +289,7 @@ class ServerSession:
         self._telling.check_read()
         self._asked_at = time.monotonic()
         try:
-            if self._engine is None or self._member is None:
+            if self._engine is None or self._member is None or self._tappable is None:
                 raise ProtocolError("a call came before Open")
             if self._member.has(call.request_id):
                 self._refuse_twin(call.request_id)
@@ -300,6 +303,7 @@ class ServerSession:
             self._spans.begin(call, self._engine.description.name, self._member.account.job)
             check_revision(call.revision, self._engine)
             check_broke(call.broke)
+            self._tappable.check(asked.wanted)
             began = time.perf_counter()
             read = functools.partial(framing.Incoming, call.inputs, call.payload, self._limits, self._same_host.segment)
             small = nbytes <= _AT_ONCE_BYTES or not call.payload.HasField("shared")

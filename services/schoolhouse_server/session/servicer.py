@@ -31,13 +31,16 @@ class TeacherServicer:
     async def describe(self, request: teacher_pb2.DescribeRequest, rpc: _Context) -> teacher_pb2.DescribeResponse:
         """The Describe RPC: static facts of a teacher."""
         check_describe(request)
-        found = self._context.find(request.teacher, self._context.gate.grant(rpc)).description
+        grant = self._context.gate.grant(rpc)
+        found = self._context.find(request.teacher, grant).description
+        modules = self._context.tappable(request.teacher, grant).modules
+        classes = dict(zip(found.modules, found.module_classes, strict=True))
         return teacher_pb2.DescribeResponse(
             teacher=request.teacher,
             revision=found.revision,
             class_name=found.class_name,
-            modules=found.modules,
-            module_classes=found.module_classes,
+            modules=modules,
+            module_classes=[classes[name] for name in modules],
             parameters=found.parameters,
             dtype=found.dtype,
             device=found.device,
