@@ -258,7 +258,8 @@ class Runner:
 
     def _hand_over(self, work: Landing, at_once: bool) -> None:
         if at_once:
-            self._outlet.land(work)
+            with self.pulse:
+                self._outlet.land(work)
         else:
             self._outlet.put(work)
 
