@@ -29,16 +29,18 @@ _WIDE = teacher_pb2.Tap(module="body", side=teacher_pb2.Tap.OUTPUT)
 class Session:
     """A session that says what it likes, and reads when it likes; it knows when it last said anything."""
 
-    def __init__(self, connection, job, lease_s):
-        self._stream = connection.stream_stream(channel.SESSION_METHOD)()
-        self._opening = teacher_pb2.Open(protocol=channel.PROTOCOL, teacher="teacher", job=job)
+    def __init__(self, connection, job, lease_s, token=None, **opening):
+        metadata = [("authorization", f"Bearer {token}")] if token is not None else None
+        self._stream = connection.stream_stream(channel.SESSION_METHOD)(metadata=metadata)
+        self._opening = teacher_pb2.Open(protocol=channel.PROTOCOL, teacher="teacher", job=job, **opening)
         self._lease_s = lease_s
         self._said_at = time.monotonic()
         self.late = False  # whether it was silent for so long that the server may have ended it
 
     async def open(self):
         await self.say(open=self._opening)
-        assert (await self.hear()).opened.revision
+        self.opened = (await self.hear()).opened
+        assert self.opened.revision
         return self
 
     async def say(self, **message):
