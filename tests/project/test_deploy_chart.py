@@ -392,4 +392,4 @@ def test_versions_agree():
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert f'version = "{chart["appVersion"]}"' in (ROOT / "pyproject.toml").read_text()
     version = yaml.safe_load((CHART / "values.yaml").read_text())["rayVersion"]
-    assert f"ARG RAY_VERSION={version}\n" in (ROOT / "deploy/docker/Dockerfile").read_text()
+    assert f"ray[default]=={version}\n" in (ROOT / "deploy/locks/server.in").read_text()

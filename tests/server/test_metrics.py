@@ -1,6 +1,5 @@
 """What replicas report, as Prometheus reads it; and the HTTP server around it."""
 
-import contextlib
 import json
 import re
 import socket
@@ -13,7 +12,7 @@ from loads import fetch, load, sets
 from models import Net
 from prometheus_client.parser import text_string_to_metric_families
 from schoolhouse_server import serve
-from schoolhouse_server.observe import metrics, web
+from schoolhouse_server.observe import metrics
 from schoolhouse_server.observe.counters import QUEUE_DELAY_BUCKETS_S
 from schoolhouse_server.observe.web import WebServer
 from schoolhouse_wire.v1.directory_pb2 import JobLoad, Replica, ReplicaSet
@@ -201,31 +200,6 @@ def test_a_foreign_page_cannot_read_it_by_a_name_of_its_own(server):
     headers = fetch(server.url + "/")[1]
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert headers["X-Content-Type-Options"] == "nosniff"
-
-
-def test_slow_clients_hold_nobody_up_for_long(monkeypatch):
-    monkeypatch.setattr(web, "_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(web, "_MAX_CONNECTIONS", 2)
-    with WebServer(sets) as server:
-        slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(2)]
-        until = time.monotonic() + 20
-        refused = 0
-        while time.monotonic() < until:
-            for one in slow:
-                _drip(one)
-            status = fetch(server.url + "/api/state")[0]
-            if status == 200 and refused:
-                break
-            refused += status == 503
-            time.sleep(0.05)
-        assert status == 200, "the slow ones were not ended though they went on to drip"
-        for one in slow:
-            one.close()
-
-
-def _drip(connection):
-    with contextlib.suppress(OSError):  # it was ended
-        connection.sendall(b"G")
 
 
 def test_a_taken_port_and_what_is_none():

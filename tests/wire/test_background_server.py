@@ -176,7 +176,7 @@ def test_a_tokens_file_is_followed_again_after_an_error(error, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["service_actions", "process_request", "finish_request"])
 def test_a_page_is_served_again_after_an_error(name, error, monkeypatch, deaths):
     monkeypatch.setattr(web, "_REST_S", 0.01)
-    trap = Trap(monkeypatch, web._Server, name, error)
+    trap = Trap(monkeypatch, web.Server, name, error)
     with web.WebServer(sets) as server:
         sprung = trap.set()
         assert soon(lambda: (status_of(server.url), sprung.is_set()) == (200, True), collect=False)

@@ -1,23 +1,18 @@
 """A small HTTP server that shows replica sets: /metrics for Prometheus, /api/state as JSON, and the page at /.
 
 The page draws what /api/panels says. The server only reads, answers only GET and HEAD of the paths that it knows, and
-uses only a few threads. With a gate it answers only clients with an admin's token, given as a bearer token or as the
-password of a browser's login.
+uses only a few threads (see http_places.py). With a gate it answers only clients with an admin's token, given as a
+bearer token or as the password of a browser's login.
 """
 
 import base64
-import contextlib
 import functools
-import io
 import ipaddress
-import logging
-import socket
 import ssl
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
@@ -34,16 +29,17 @@ from schoolhouse_wire.scrubbing import scrub
 from schoolhouse_wire.v1.directory_pb2 import ReplicaSet
 
 from schoolhouse_server.observe import metrics
+from schoolhouse_server.observe.http_places import Handler, Server
 from schoolhouse_server.observe.state_json import state_json
 from schoolhouse_server.observe.watched import Watched
 from schoolhouse_server.security.auth import Gate, bearer_of
 from schoolhouse_server.security.ports import joined, own_address
 
 Source = Callable[[], Iterable[ReplicaSet]]
+_Answer = tuple[int, bytes, str]  # status, body, type of the body
 
-_MAX_CONNECTIONS = 16
 _REST_S = 1.0  # pause before serving again after a failure
-_TIMEOUT_S = 10.0  # for a request to come in, and for its answer to be read
+_CLOSE_S = 10.0
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -63,7 +59,6 @@ _MORE = {  # further headers by status
     401: {"WWW-Authenticate": 'Basic realm="schoolhouse: the password is an admin\'s token", charset="UTF-8"'},
     405: {"Allow": "GET, HEAD"},
 }
-_log = logging.getLogger(__name__)
 
 
 class WebServer:
@@ -95,7 +90,7 @@ class WebServer:
         self._watched, self._lock = Watched("this server"), threading.Lock()
         self._gate, self._tls = gate or Gate(), tls
         self._host, self._port = host, 0
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._closing = threading.Event()
 
     @property
@@ -123,17 +118,17 @@ class WebServer:
         self._thread.start()
         return self
 
-    def _serve(self, server: "_Server") -> None:
+    def _serve(self, server: Server) -> None:
         while True:
             background.run(server.serve_forever, "the HTTP server", background.go_on)
             if self._closing.wait(_REST_S):
                 return
 
-    def _listen(self) -> "_Server":
+    def _listen(self) -> Server:
         address = own_address(self._host)
         for port in self._ports:
             try:
-                return _Server(
+                return Server(
                     (address, port), functools.partial(_Handler, self._source, self._panels, self._gate), self._tls
                 )
             except OSError as err:
@@ -155,7 +150,7 @@ class WebServer:
         if server is not None:
             self._closing.set()
             server.shutdown()
-            self._thread.join(_TIMEOUT_S)
+            self._thread.join(_CLOSE_S)
             server.server_close()
 
     def __enter__(self) -> "WebServer":
@@ -165,78 +160,12 @@ class WebServer:
         self.close()
 
 
-class _Server(ThreadingHTTPServer):
-    """An HTTP server with a thread for each connection, and a small bound on connections."""
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 64
-
-    def __init__(
-        self, address: tuple[str, int], handler: Callable[..., BaseHTTPRequestHandler], tls: ssl.SSLContext | None
-    ) -> None:
-        self._tls = tls
-        self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, handler)
-
-    def server_bind(self) -> None:
-        """Bind, without asking a name server for this host's name, as HTTPServer does."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a restarted server can bind it
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = "", self.socket.getsockname()[1]
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a connection in a thread of its own; if there are too many, refuse it at once."""
-        if self._slots.acquire(blocking=False):
-            try:
-                super().process_request(request, client_address)
-            except BaseException:  # no thread could be started
-                self._slots.release()
-                raise
-            return
-        request.setblocking(False)
-        with contextlib.suppress(OSError):
-            request.send(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer one connection."""
-        answer = functools.partial(super().process_request_thread, request, client_address)
-        try:
-            background.run(answer, "an HTTP connection", background.go_on)
-        finally:
-            self._slots.release()
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Answer, with TLS if configured; the handshake is made here, in the connection's own thread."""
-        if self._tls is None:
-            super().finish_request(request, client_address)
-            return
-        request.settimeout(_TIMEOUT_S)
-        with self._tls.wrap_socket(request, server_side=True) as wrapped:
-            super().finish_request(wrapped, client_address)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log only for debugging, as a client that went away, or was too slow, is no error of this server."""
-        _log.debug("an HTTP connection ended early", exc_info=True)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """One connection with one request."""
-
-    timeout = _TIMEOUT_S  # for sending the whole answer, as Python's sendall counts it
+class _Handler(Handler):
+    """Answers a request for one of the paths."""
 
     def __init__(self, source: Source, panels: Callable[[str], bytes], gate: Gate, *args: Any) -> None:
         self._source, self._panels, self._gate = source, panels, gate
         super().__init__(*args)
-
-    def setup(self) -> None:
-        """Give the whole request one deadline, so that a client that sends a byte now and then cannot stay longer."""
-        super().setup()
-        self.rfile.close()
-        self.rfile = io.BufferedReader(_UntilDeadline(self.connection, time.monotonic() + _TIMEOUT_S))
 
     def version_string(self) -> str:
         """The name of the server in the answer."""
@@ -247,30 +176,29 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer with a line of text."""
-        text = message or self.responses.get(code, ("error",))[0]
-        self._send(int(code), f"{text}\n".encode(), "text/plain; charset=utf-8")
+        self._send(*_line(code, message or self.responses.get(code, ("error",))[0]))
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         """Answer a GET request for one of the paths."""
+        with self.server.answering(self.connection):
+            answer = self._answer()
+        self._send(*answer)
+
+    def _answer(self) -> _Answer:
         if not self._is_local_name():
-            self.send_error(403, "this server answers to localhost alone; open it as http://127.0.0.1")
-            return
+            return _line(403, "this server answers to localhost alone; open it as http://127.0.0.1")
         try:
             self._check_admin()
             found = self._content(*self.path.partition("?")[::2])
         except AuthenticationError as err:
-            self.send_error(401, err.message)
-            return
+            return _line(401, err.message)
         except PermissionDeniedError as err:
-            self.send_error(403, err.message)
-            return
+            return _line(403, err.message)
         except SchoolhouseError as err:  # for example of a directory that has just started
-            self.send_error(503, scrub(err.message))
-            return
+            return _line(503, scrub(err.message))
         if found is None:
-            self.send_error(404, f"not found; there are: {', '.join((*_DATA, *_PAGE))}")
-            return
-        self._send(200, *found)
+            return _line(404, f"not found; there are: {', '.join((*_DATA, *_PAGE))}")
+        return 200, *found
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -327,6 +255,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+def _line(code: int, text: str) -> _Answer:
+    return int(code), f"{text}\n".encode(), "text/plain; charset=utf-8"
+
+
 def _token_of(authorization: str) -> str:
     """The token in `Bearer TOKEN`, or the password in `Basic` with any user name."""
     scheme, _, value = authorization.partition(" ")
@@ -336,25 +268,6 @@ def _token_of(authorization: str) -> str:
         return base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
     except ValueError as err:  # also for invalid base64 or text
         raise AuthenticationError("the Authorization header is not a valid login") from err
-
-
-class _UntilDeadline(io.RawIOBase):
-    """Reads from a socket until a deadline on time.monotonic's clock."""
-
-    def __init__(self, connection: socket.socket, deadline: float) -> None:
-        self._connection, self._deadline = connection, deadline
-
-    def readable(self) -> bool:
-        """True, as it can be read from."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Wait for bytes until the deadline; raises `TimeoutError` then."""
-        self._connection.settimeout(max(self._deadline - time.monotonic(), 0.001))
-        try:
-            return self._connection.recv_into(buffer)
-        finally:
-            self._connection.settimeout(_TIMEOUT_S)
 
 
 @functools.cache
