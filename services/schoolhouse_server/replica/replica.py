@@ -271,7 +271,9 @@ class Replica:
             gate=self._gate,
             allow_head=self._allow_head,
             tracing=self._tracing,
+            tidies_allocator=self._tune_allocator,
         )
+        self._context.tidying.start()
         servicer = self._servicer = TeacherServicer(self._context)
         session = grpc.stream_stream_rpc_method_handler(
             servicer.session,
