@@ -35,6 +35,7 @@ from schoolhouse_server import serve
 from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.rpc import channel
+from schoolhouse_wire.same_host import shared_memory
 from schoolhouse_wire.same_host.pipes import open_ends
 from schoolhouse_wire.v1 import teacher_pb2
 from schoolhouse_wire.values.codec import Arguments
@@ -143,7 +144,8 @@ class Session:
         made = asyncio.StreamReaderProtocol(reader)
         self._reading = await loop.connect_read_pipe(lambda: made, os.fdopen(incoming, "rb", buffering=0))
         writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(outgoing, "wb", buffering=0))
-        attached = teacher_pb2.ClientMessage(attached=teacher_pb2.Attached(attached=True, pipes=True))
+        proof = shared_memory.attach(offer, queue.SimpleQueue(), checksums=False).proof
+        attached = teacher_pb2.ClientMessage(attached=teacher_pb2.Attached(attached=True, pipes=True, proof=proof))
         await self._write(attached.SerializeToString())
 
         async def write(message: bytes) -> None:

@@ -29,6 +29,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
+def give_back_freed() -> None:
+    """Give back to the system what glibc keeps, and what idle receive buffers hold."""
+    RECEIVE_BUFFERS.clear()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without copying. It does not keep the tensor alive; the caller must."""
     if tensor.nbytes == 0:
@@ -56,6 +64,10 @@ class ReceiveBuffers:
         owner = (ctypes.c_char * len(pages)).from_buffer(pages)  # kept alive by torch as long as a tensor views it
         weakref.finalize(owner, self._give, pages).atexit = False
         return owner
+
+    def clear(self) -> None:
+        """Free what is idle."""
+        self._idle.clear()
 
     def _find(self, nbytes: int) -> mmap.mmap | None:
         for _ in range(len(self._idle)):

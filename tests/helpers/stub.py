@@ -5,6 +5,7 @@ from ends import Said
 from schoolhouse_wire import framing
 from schoolhouse_wire.limits import Limits
 from schoolhouse_wire.rpc import channel
+from schoolhouse_wire.same_host import shared_memory
 from schoolhouse_wire.v1 import teacher_pb2
 
 
@@ -27,6 +28,11 @@ class Stub:
 
     def say(self, **message):
         self.outbox.put(iter([teacher_pb2.ClientMessage(**message)]))
+
+    def attach(self, **message):
+        """Open the segment that was offered, and say so with the proof."""
+        self.segment = shared_memory.attach(self.offer, Said(), checksums=False)
+        self.say(attached=teacher_pb2.Attached(attached=True, proof=self.segment.proof, **message))
 
     def ask(self, request_id, payload, header):
         tap = teacher_pb2.Tap(module="", side=teacher_pb2.Tap.OUTPUT)

@@ -28,6 +28,8 @@ from schoolhouse_wire.values.codec import Arguments
 from schoolhouse_wire.values.packed import CastTensor, ScaledRows
 from schoolhouse_wire.values.tree import map_tensors
 from test_codec import trip
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MASK = torch.tensor([[True, False, True], [False, False, True]])
 
@@ -298,12 +300,46 @@ def test_classes_of_tiny_probability_are_drawn_as_often_as_they_should():
 def test_rows_are_drawn_from_a_few_at_a_time(monkeypatch):
     logits, asked = some(2, 30, 9), Sampled(n=20, temperature=2.0, seed=3)
     whole, rows, draws = encode(logits, asked), [], encoder._draws
-    monkeypatch.setattr(encoder, "_DRAWN_ELEMENTS", 4 * (9 + 20))
+    monkeypatch.setattr(encoder, "_HOST_ELEMENTS", 4 * (9 + 20))
     monkeypatch.setattr(encoder, "_draws", lambda part, *rest: rows.append(len(part)) or draws(part, *rest))
     parted = encode(logits, asked)
     assert rows == [4] * 15
     assert torch.equal(parted.indices, whole.indices)
+    assert torch.equal(parted.counts, whole.counts)
     assert torch.equal(parted.log_probs, whole.log_probs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_of_a_few_rows_at_a_time_are_those_of_all(dtype, temperature, monkeypatch):
+    logits = some(3, 11, 500).to(dtype)
+    monkeypatch.setattr(encoder, "_HOST_ELEMENTS", 1000)
+    got = encode(logits, TopK(k=7, temperature=temperature))
+    scaled = logits.float() / temperature
+    values, indices = scaled.topk(7)
+    rest = scaled.double().exp().sum(-1) - values.double().exp().sum(-1)
+    assert got.values.dtype == (dtype if temperature == 1 else torch.float32)
+    assert torch.equal(got.values.float(), values)
+    assert torch.equal(got.indices.int(), indices.int())
+    torch.testing.assert_close(got.tail, rest.log().float())
+
+
+def test_no_temporary_tensor_is_much_larger_than_what_is_drawn():
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            for made in tree_leaves(result):
+                if isinstance(made, torch.Tensor):
+                    self.nbytes = max(self.nbytes, made.untyped_storage().nbytes())
+            return result
+
+    few, many = some(300, 100), some(30_000, 200)
+    with Largest() as largest:
+        encode(few, Sampled(n=65_535, seed=1))
+        encode(many, TopK(k=1))
+    assert largest.nbytes <= 24 << 20  # the 300 x 65,535 draws take 157 MB in the sort alone
 
 
 def test_a_row_that_never_varies_is_padded():

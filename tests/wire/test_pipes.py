@@ -263,7 +263,7 @@ def test_rubbish_in_a_pipe_ends_the_session_with_a_typed_status_and_no_other():
     with serve(Filled()) as server, sh.connect(server.url) as teacher:
         stub = Stub(server)
         ours = Ends.of(stub.offer)
-        stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
+        stub.attach(pipes=True)
         ours.send(b"\xff" * 50)
         with pytest.raises(grpc.RpcError, match="cannot be parsed"):
             list(stub.answers)
@@ -293,7 +293,7 @@ def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_
         for _ in range(3):
             stub = Stub(server)
             kept.append(Ends.of(stub.offer))
-            stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
+            stub.attach(pipes=True)
             for i in range(1000):  # failures that nobody reads
                 call = teacher_pb2.Call(request_id=i, revision="no")
                 if not kept[-1].send(teacher_pb2.ClientMessage(call=call).SerializeToString()):
@@ -306,7 +306,7 @@ def test_a_second_open_ends_the_session_and_a_client_that_keeps_its_descriptors_
                 list(stub.answers)
         stub = Stub(server)  # and one that just goes
         kept.append(Ends.of(stub.offer))
-        stub.say(attached=teacher_pb2.Attached(attached=True, pipes=True))
+        stub.attach(pipes=True)
         assert soon(lambda: server._servicer.sessions == 1)
         stub.answers.cancel()
         assert soon(lambda: server._servicer.sessions == 0)

@@ -256,7 +256,7 @@ def test_a_client_that_lies_harms_only_itself(segments):
         stub = Stub(server)
         before = teacher_pb2.Payload(digest=digest, shared=block(stub.offer.requests_at, 120_000))
         assert stub.call(1, before, outgoing.header).failure.code == teacher_pb2.Failure.PROTOCOL  # not attached
-        stub.say(attached=teacher_pb2.Attached(attached=True))
+        stub.attach()
         stub.say(attached=teacher_pb2.Attached(attached=False))  # once is enough
         stub.say(released=[0, 4096, stub.offer.replies_at, stub.offer.replies_at + 1, (1 << 64) - 1])
         for i, wrong in enumerate(wrong_blocks(range(stub.offer.requests_at, stub.offer.replies_at), 120_000)):
@@ -267,6 +267,7 @@ def test_a_client_that_lies_harms_only_itself(segments):
         answer = stub.call(21, before, outgoing.header)  # zeros, as the memory is
         assert answer.reply.payload.shared.offset >= stub.offer.replies_at
         stub.channel.close()
+        del stub
         with sh.connect(server.url) as teacher:
             x = torch.randn(30_000)
             assert torch.equal(teacher.submit((x,), {}, [""]).result(20)[""][0], x + x)

@@ -52,7 +52,9 @@ class SameHost:
         if self.segment is not None:
             with contextlib.suppress(OSError):
                 self.pipes = pipes.open_offered(self._loop, opened.shared_memory)
-        return teacher_pb2.Attached(attached=self.segment is not None, pipes=self.pipes is not None)
+        if self.segment is None:
+            return teacher_pb2.Attached(attached=False)
+        return teacher_pb2.Attached(attached=True, pipes=self.pipes is not None, proof=self.segment.proof)
 
     def free(self, offsets: Iterable[int]) -> None:
         """Free blocks of requests that the replica has released."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from schoolhouse_wire.values.records import record_of
 from schoolhouse_wire.values.tensors import DTYPES
 from schoolhouse_wire.values.tree import map_tensors
 
-_DRAWN_ELEMENTS = 16 << 20  # classes and draws processed at a time: 128 MiB of float64
+_DEVICE_ELEMENTS = 16 << 20  # classes and draws that an accelerator processes at a time: 128 MiB of float64
+_HOST_ELEMENTS = 1 << 20  # the same of the host, whose memory requests share; small enough for its caches, too
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -144,11 +145,21 @@ def _scaled_rows(tensor: torch.Tensor, dtype: torch.dtype, doubts: list[_Doubt])
 def _top_k(logits: torch.Tensor, encoding: TopK) -> TopKRows:
     """The k largest of logits `[..., classes]`."""
     classes = logits.shape[-1]
-    scaled = _scaled(logits, encoding.temperature)
-    values, indices = scaled.topk(min(encoding.k, classes), dim=-1)
-    tail = scaled.scatter(-1, indices, -torch.inf).logsumexp(dim=-1)
-    values = values.to(logits.dtype) if encoding.temperature == 1 else values
-    return TopKRows(values, indices.to(_index_dtype(classes)), tail, classes, float(encoding.temperature))
+    shape = (*logits.shape[:-1], min(encoding.k, classes))
+    dtype = torch.promote_types(logits.dtype, torch.float32) if encoding.temperature != 1 else logits.dtype
+    rows = logits.reshape(-1, classes)
+    values, indices = rows.new_empty(shape, dtype=dtype), rows.new_empty(shape, dtype=_index_dtype(classes))
+    tail = rows.new_empty(shape[:-1], dtype=torch.promote_types(logits.dtype, torch.float32))
+    into = (values.view(-1, shape[-1]), indices.view(-1, shape[-1]), tail.view(-1))
+    at = 0
+    for part in _parts(rows, classes) if rows.device.type == "cpu" else (rows,):
+        scaled = _scaled(part, encoding.temperature)
+        top, chosen = scaled.topk(shape[-1], dim=-1)
+        others = scaled.scatter(-1, chosen, -torch.inf).logsumexp(dim=-1)
+        for whole, found in zip(into, (top, chosen, others), strict=True):
+            whole[at : at + len(part)] = found
+        at += len(part)
+    return TopKRows(values, indices, tail, classes, float(encoding.temperature))
 
 
 def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
@@ -158,24 +169,81 @@ def _sampled(logits: torch.Tensor, encoding: Sampled) -> SampledRows:
     classes, n = logits.shape[-1], encoding.n
     rows = logits.reshape(-1, classes)
     generator = torch.Generator(logits.device).manual_seed(encoding.seed)
-    parts = torch.split(rows, max(1, _DRAWN_ELEMENTS // (classes + n)))
-    draws, norms = map(torch.cat, zip(*(_draws(part, encoding, generator) for part in parts), strict=True))
+    found = _Joined(len(rows))
+    for part in _parts(rows, classes + n):
+        found.add(_drawn(part, encoding, generator))
+    indices, counts, log_probs = found.whole()
+    shape = (*logits.shape[:-1], indices.shape[1])
+    return SampledRows(
+        indices.reshape(shape),
+        counts.reshape(shape),
+        log_probs.reshape(shape),
+        n,
+        classes,
+        float(encoding.temperature),
+    )
+
+
+def _parts(rows: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
+    """The rows in parts that are processed one after another, with `width` numbers for each row.
+
+    On the host the numbers are those of all rows at once: its generator draws one after another, and its kernels sum
+    each row alone, but for a single row, which several threads sum. So no part has one row unless there is but one. An
+    accelerator draws as many at a time as it always has, since its draws depend on that.
+    """
+    if rows.device.type != "cpu":
+        return torch.split(rows, max(1, _DEVICE_ELEMENTS // width))
+    count = -(-len(rows) // max(1, _HOST_ELEMENTS // width))
+    return torch.tensor_split(rows, max(1, min(count, len(rows) // 2)))
+
+
+def _drawn(
+    logits: torch.Tensor, encoding: Sampled, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The classes, counts and log-probabilities of a part of the rows, `[rows, width]`, as they travel."""
+    draws, norms = _draws(logits, encoding, generator)
     if not bool(norms.isfinite().all()):
         raise UnsupportedValueError(
             "a row of the logits holds NaN or inf, or nothing above -inf, so that nothing can be drawn from it; "
             "choices: topk, bf16, as computed, or at_positions, with a mask that leaves such rows out"
         )
     indices, counts = _distinct(draws)
-    log_probs = (_scaled(rows.gather(1, indices.long()), encoding.temperature) - norms).masked_fill(counts == 0, 0.0)
-    shape = (*logits.shape[:-1], indices.shape[1])
-    return SampledRows(
-        indices.to(_index_dtype(classes)).reshape(shape),
-        counts.to(torch.uint8 if n <= 255 else torch.uint16).reshape(shape),
-        log_probs.reshape(shape),
-        n,
-        classes,
-        float(encoding.temperature),
-    )
+    log_probs = (_scaled(logits.gather(1, indices.long()), encoding.temperature) - norms).masked_fill(counts == 0, 0.0)
+    counted = torch.uint8 if encoding.n <= 255 else torch.uint16
+    return indices.to(_index_dtype(logits.shape[1])), counts.to(counted), log_probs
+
+
+class _Joined:
+    """Tensors `[rows, width]` that come in parts of different widths, as one each, padded with 0.
+
+    No part is kept: small ones between the temporary tensors would keep the allocator from giving those back.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._at, self._width = rows, 0, 0
+        self._whole: list[torch.Tensor] = []
+
+    def add(self, parts: Sequence[torch.Tensor]) -> None:
+        """Append the rows of each part to its tensor."""
+        self._width = max(self._width, parts[0].shape[1])
+        if not self._whole or self._whole[0].shape[1] < self._width:
+            self._widen(parts)
+        end = self._at + len(parts[0])
+        for whole, part in zip(self._whole, parts, strict=True):
+            whole[self._at : end, : part.shape[1]] = part
+        self._at = end
+
+    def _widen(self, parts: Sequence[torch.Tensor]) -> None:
+        before, width = self._whole, self._width
+        if before:
+            width += width // 16  # so that it happens seldom
+        self._whole = [part.new_zeros(self._rows, width) for part in parts]
+        for whole, old in zip(self._whole, before, strict=False):
+            whole[: self._at, : old.shape[1]] = old[: self._at]
+
+    def whole(self) -> list[torch.Tensor]:
+        """The tensors, each as wide as its widest part."""
+        return [whole[:, : self._width].contiguous() for whole in self._whole]
 
 
 def _draws(logits: torch.Tensor, encoding: Sampled, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,10 +254,10 @@ def _draws(logits: torch.Tensor, encoding: Sampled, generator: torch.Generator) 
     """
     scaled = _scaled(logits, encoding.temperature)
     norm = scaled.logsumexp(dim=-1, keepdim=True)
-    cumulative = (scaled - norm).double().exp().cumsum_(dim=1)
+    cumulative = (scaled - norm).double().exp_().cumsum_(dim=1)
     shape = (len(logits), encoding.n)
     places = torch.rand(shape, dtype=torch.float64, device=logits.device, generator=generator)
-    return torch.searchsorted(cumulative, places * cumulative[:, -1:], right=True).int(), norm
+    return torch.searchsorted(cumulative, places.mul_(cumulative[:, -1:]), right=True, out_int32=True), norm
 
 
 def _distinct(draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

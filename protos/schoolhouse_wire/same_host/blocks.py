@@ -15,6 +15,7 @@ class Blocks:
 
     def __init__(self, start: int, end: int) -> None:
         self._lock = threading.Lock()
+        self._end = end
         self._free = [(start, end)] if start < end else []  # (start, end), sorted; adjacent parts are merged
         self._taken: dict[int, int] = {}  # end by start
 
@@ -56,6 +57,13 @@ class Blocks:
                 start = self._free.pop(i)[0]
             self._free.insert(i, (start, end))
             return True
+
+    def top(self) -> int:
+        """The end of the last block that is taken; the start of the region if none is."""
+        with self._lock:
+            if not self._free or self._free[-1][1] < self._end:
+                return self._end
+            return self._free[-1][0]
 
     def free_parts(self) -> list[tuple[int, int]]:
         """(start, end) of the free parts, in order."""

@@ -1,13 +1,16 @@
 """Payloads between processes of one machine: a memory segment without a name, made by the replica.
 
 The replica offers it as /proc/PID/fd/FD; the client opens that and compares the segment's first bytes with the nonce in
-the offer, so it knows that it has the right one. The segment is sealed: neither side can shrink it, which would end the
-other one by SIGBUS. Since it has no name, it cannot outlive the processes that map it, however they end.
+the offer, so it knows that it has the right one. It sends back the bytes that follow, which stand nowhere else, so the
+replica knows that the client has opened it, and does not merely say so from another machine. The segment is sealed:
+neither side can shrink it, which would end the other one by SIGBUS. Since it has no name, it cannot outlive the
+processes that map it, however they end.
 """
 
 import contextlib
 import ctypes
 import functools
+import hmac
 import importlib
 import mmap
 import os
@@ -28,6 +31,7 @@ from schoolhouse_wire.same_host.blocks import PAGE_BYTES, Blocks, whole_pages
 from schoolhouse_wire.v1 import teacher_pb2
 
 _NONCE_BYTES = 32
+_PROOF_BYTES = 32  # after the nonce
 _PIECE_BYTES = 256 << 10  # small enough to stay in a core's cache between the copy and the checksum
 _SPLIT_BYTES = 2 << 20  # the size from which waking a second thread pays off
 _SPOTS_EVERY_BYTES, _SPOT_BYTES = 64 << 10, 1 << 10
@@ -43,6 +47,16 @@ _Message: TypeAlias = teacher_pb2.ClientMessage | teacher_pb2.ServerMessage
 
 class _Outbox(Protocol):
     def put(self, messages: Iterator[Message]) -> None: ...
+
+
+class Budget(Protocol):
+    """Counts the bytes of a segment that the system has provided; any thread may call."""
+
+    def take(self, nbytes: int) -> bool:
+        """Count more bytes, if there is room for them."""
+
+    def add(self, nbytes: int) -> None:
+        """Count more bytes, also where there is no room; fewer if negative."""
 
 
 def lacks() -> str:
@@ -196,32 +210,97 @@ def _copy(to: int, source: int, nbytes: int) -> BaseException | None:
 
 
 class ReplicaSegment(Segment):
-    """The replica's side, which made the segment. It copies what it receives, so that the client cannot change it."""
+    """The replica's side, which made the segment. It copies what it receives, so that the client cannot change it.
 
-    def __init__(self, pages: mmap.mmap, offer: teacher_pb2.SharedMemory, outbox: _Outbox, *, checksums: bool) -> None:
+    What its budget counts are the bytes up to the end of the last block that was taken since memory was given back, and
+    of the client's region the bytes up to the end of the last block that came from there.
+    """
+
+    def __init__(
+        self,
+        pages: mmap.mmap,
+        offer: teacher_pb2.SharedMemory,
+        outbox: _Outbox,
+        *,
+        checksums: bool,
+        budget: Budget | None = None,
+    ) -> None:
         self.sends_checksums = checksums
         self.withdraw = weakref.finalize(self, os.close, offer.fd)
         self.offer = offer
-        pages[: len(offer.nonce)] = offer.nonce
+        self._proof = secrets.token_bytes(_PROOF_BYTES)
+        marks = offer.nonce + self._proof
+        pages[: len(marks)] = marks
         requests, replies = range(offer.requests_at, offer.replies_at), range(offer.replies_at, offer.nbytes)
         super().__init__(pages, teacher_pb2.ServerMessage, outbox, own=replies, peers=requests)
+        self._budget = budget
+        self._counting = threading.Lock()
+        self._replies_to, self._requests_to = replies.start, requests.start  # how far the budget counts
+        self._took = self._used = False  # since `give_back_if_idle` was called, and since it gave memory back
+
+    def take(self, nbytes: int) -> int | None:
+        """Take a block and return its offset; None if there is no room for it, or the budget is used up."""
+        self._took = self._used = True
+        if (offset := super().take(nbytes)) is None or self._budget is None:
+            return offset
+        with self._counting:
+            more = self._blocks.end_of(offset) - self._replies_to
+            if more <= 0 or self._budget.take(more):
+                self._replies_to += max(more, 0)
+                return offset
+        self._blocks.free(offset)
+        return None
+
+    def free(self, offset: int) -> None:
+        """Free a block; what lies beyond what is kept goes back to the system, and does not count any more."""
+        super().free(offset)
+        self._used = True
+        self._count_to(max(self._own.start + _KEPT_BYTES, self._blocks.top()))
+
+    def _count_to(self, end: int) -> None:
+        with self._counting:
+            if end < self._replies_to and self._budget is not None:
+                self._budget.add(end - self._replies_to)
+                self._replies_to = end
+
+    def give_back_if_idle(self) -> None:
+        """Give memory that no block takes back to the system, if no block was taken since the last call."""
+        took, self._took = self._took, False
+        if took or not self._used:
+            return
+        self._used = False
+        for start, end in self._blocks.free_parts():
+            if self._blocks.claim(start, end - start):  # so that nobody takes and fills it meanwhile
+                _give_to_system(self._pages, start, end)
+                self._blocks.free(start)
+        self._count_to(self._blocks.top())
+
+    def check_proof(self, proof: bytes) -> None:
+        """Raise `ProtocolError` unless these are the bytes that only who has opened the segment can read."""
+        if not hmac.compare_digest(proof, self._proof):
+            raise ProtocolError("the client says that it has attached shared memory, and cannot tell what stands in it")
 
     def receive(self, block: teacher_pb2.Block, nbytes: int) -> Any:
         """A private copy of a block of the client."""
         self._check(block, nbytes)
+        more = block.offset + whole_pages(nbytes) - self._requests_to
+        if more > 0 and self._budget is not None:
+            self._requests_to += more
+            self._budget.add(more)
         buffer = memory.RECEIVE_BUFFERS.take(nbytes)
         place = self._view[block.offset : block.offset + nbytes]
         ctypes.memmove(_address_of(memoryview(buffer).cast("B")), _address_of(place), nbytes)
         return buffer
 
 
-def create(replies_bytes: int, outbox: _Outbox, *, checksums: bool) -> ReplicaSegment:
+def create(replies_bytes: int, outbox: _Outbox, *, checksums: bool, budget: Budget | None = None) -> ReplicaSegment:
     """Make a segment for up to `replies_bytes` of replies at once, and a quarter as much for requests.
 
     `checksums` says whether the digests of replies are over all bytes or spot checks; those of requests are always over
     all bytes.
 
-    The system provides the memory when it is first used. Others can open the segment until `withdraw()`.
+    The system provides the memory when it is first used, which `budget` counts. Others can open the segment until
+    `withdraw()`.
 
     Raises:
         OSError: if the system has no memory or file descriptor for it.
@@ -241,7 +320,7 @@ def create(replies_bytes: int, outbox: _Outbox, *, checksums: bool) -> ReplicaSe
     try:
         os.ftruncate(fd, offer.nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return ReplicaSegment(mmap.mmap(fd, offer.nbytes), offer, outbox, checksums=checksums)
+        return ReplicaSegment(mmap.mmap(fd, offer.nbytes), offer, outbox, checksums=checksums, budget=budget)
     except OSError:
         os.close(fd)
         raise
@@ -254,6 +333,7 @@ class ClientSegment(Segment):
         self.receives_checksums = checksums
         requests, replies = range(offer.requests_at, offer.replies_at), range(offer.replies_at, offer.nbytes)
         super().__init__(pages, teacher_pb2.ClientMessage, outbox, own=requests, peers=replies)
+        self.proof = bytes(pages[len(offer.nonce) : len(offer.nonce) + _PROOF_BYTES])
         self._pid = os.getpid()
         self._lent = Blocks(replies.start, replies.stop)
 
@@ -319,11 +399,11 @@ def attach(offer: teacher_pb2.SharedMemory, outbox: _Outbox, *, checksums: bool)
 
 
 def _is_offered(fd: int, offer: teacher_pb2.SharedMemory) -> bool:
-    """Whether the file has room for the nonce and the regions of the offer, and its size is sealed."""
+    """Whether the file has room for the nonce, the proof and the regions of the offer, and its size is sealed."""
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode) or found.st_size < offer.nbytes or len(offer.nonce) < _NONCE_BYTES // 2:
         return False
-    marks = [len(offer.nonce), offer.requests_at, offer.replies_at, offer.nbytes]
+    marks = [len(offer.nonce) + _PROOF_BYTES, offer.requests_at, offer.replies_at, offer.nbytes]
     if marks != sorted(marks) or offer.requests_at % PAGE_BYTES or offer.replies_at % PAGE_BYTES:
         return False
     import fcntl

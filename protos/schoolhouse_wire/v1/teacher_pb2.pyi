@@ -155,12 +155,14 @@ class SharedMemory(_message.Message):
     def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., nbytes: _Optional[int] = ..., requests_at: _Optional[int] = ..., replies_at: _Optional[int] = ..., nonce: _Optional[bytes] = ..., to_replica_fd: _Optional[int] = ..., to_client_fd: _Optional[int] = ..., to_replica_inode: _Optional[int] = ..., to_client_inode: _Optional[int] = ...) -> None: ...
 
 class Attached(_message.Message):
-    __slots__ = ("attached", "pipes")
+    __slots__ = ("attached", "pipes", "proof")
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     PIPES_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     attached: bool
     pipes: bool
-    def __init__(self, attached: _Optional[bool] = ..., pipes: _Optional[bool] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, attached: _Optional[bool] = ..., pipes: _Optional[bool] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class Block(_message.Message):
     __slots__ = ("offset", "nbytes")

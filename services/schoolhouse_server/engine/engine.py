@@ -147,6 +147,11 @@ class Engine:
         """How many requests wait for the device."""
         return len(self._queue)
 
+    @property
+    def shares(self) -> Shares:
+        """The shares in the bytes that may be unsent."""
+        return self._shares
+
     def fill(self, load: directory_pb2.Load, in_flight: dict[str, int]) -> None:
         """Write the counters of jobs, and how long requests wait, into `load`; any thread may call this."""
         waiting = [job for job in list(self._jobs) if not job.begun_at]

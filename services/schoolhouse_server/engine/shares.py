@@ -14,7 +14,7 @@ from schoolhouse_wire.values.tree import tensors_of
 
 from schoolhouse_server.engine.fair_queue import Room
 from schoolhouse_server.engine.jobs import Job, Ticket
-from schoolhouse_server.engine.unsent import Share, Unsent
+from schoolhouse_server.engine.unsent import Full, Share, Unsent
 
 _MAX_KINDS = 4096
 
@@ -58,14 +58,33 @@ class Shares:
     def __init__(self, unsent: Unsent | None, teacher: str) -> None:
         self._unsent, self._teacher, self._sizes = unsent, teacher, Sizes()
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are unsent, of all teachers with these bounds."""
+        return self._unsent.nbytes if self._unsent is not None else 0
+
     def take(self, ticket: Ticket, nbytes: int | None) -> Room:
         """Take room for a reply of `nbytes`, None if unknown; each job has its bound with each teacher."""
         if self._unsent is not None:
-            found = self._unsent.take(f"{self._teacher}/{ticket.payer}", nbytes)
+            found = self._unsent.take(self._payer(ticket.payer), nbytes)
             if not isinstance(found, Share):
                 return found
             ticket.share = found
         return "taken"
+
+    def take_for(self, payer: str, nbytes: int) -> Share | Full | None:
+        """A share for what is sent without a ticket, or whose bound is full; None without bounds.
+
+        One that is larger than the bound counts as the bound until it is resized.
+        """
+        return self._unsent.take(self._payer(payer), nbytes) if self._unsent is not None else None
+
+    def add_for(self, payer: str, nbytes: int) -> Share | None:
+        """A share for what is there already, whether there is room or not; None without bounds."""
+        return self._unsent.add(self._payer(payer), nbytes) if self._unsent is not None else None
+
+    def _payer(self, payer: str) -> str:
+        return f"{self._teacher}/{payer}"
 
     def reserve(self, ticket: Ticket) -> Room:
         """Take room for the reply to a ticket whose turn it is."""

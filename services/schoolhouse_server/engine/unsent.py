@@ -83,6 +83,12 @@ class Unsent:
             self._count(job, least)
         return Share(self, _Counted(job, least, known=True))
 
+    def add(self, job: str, nbytes: int) -> Share:
+        """A share that counts also where a bound is full, for what is there already."""
+        with self._lock:
+            self._count(job, nbytes)
+        return Share(self, _Counted(job, nbytes, known=True))
+
     def beside(self, share: Share) -> Share:
         """One more share of the same bytes; `Share` calls this."""
         with self._lock:

@@ -282,7 +282,9 @@ class Replica:
             allow_head=self._allow_head,
             taps=self._taps,
             tracing=self._tracing,
+            tidies_allocator=self._tune_allocator,
         )
+        self._context.tidying.start()
         servicer = self._servicer = TeacherServicer(self._context)
         session = grpc.stream_stream_rpc_method_handler(
             servicer.session,

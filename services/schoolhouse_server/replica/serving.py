@@ -71,8 +71,11 @@ def serve(
 
     Clients of the same machine and user get features through shared memory: each up to `shared_memory_bytes` at once,
     including features that it has not released yet, and the rest over the stream; 0 switches shared memory off. Inputs
-    may take another quarter of that size. The memory counts as this process's once it has been used. Unless
-    `tune_allocator` is False, the C allocator of this process is told to keep up to 512 MiB of freed memory.
+    may take another quarter of that size. The memory counts as this process's once it has been used. All sessions of a
+    job together use up to `max_job_unsent_bytes` of it, and all of this server up to `max_unsent_bytes`; beyond that
+    replies come over the stream, and new sessions are offered none. What a session has not used for ten seconds goes
+    back to the system. Unless `tune_allocator` is False, the C allocator of this process is told to keep up to 512 MiB
+    of freed memory, which it gives back when the server has had nothing to do for ten seconds.
 
     Jobs share each teacher's device time fairly, by the weights that they connect with. What a request takes is
     estimated from those before it with the same taps, encodings and dimensions, and corrected once it is measured;

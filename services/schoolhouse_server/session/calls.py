@@ -2,11 +2,12 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sized
+from collections.abc import Awaitable, Callable, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from schoolhouse.lm_head.head import Head
 from schoolhouse.teachers.query import Wanted
 from schoolhouse_wire.encodings import Sampled
 from schoolhouse_wire.errors import (
@@ -21,12 +22,13 @@ from schoolhouse_wire.errors import (
 from schoolhouse_wire.limits import MAX_MODULE_NAME, MAX_NAME, MAX_RELEASED, MAX_TAPS, Limits
 from schoolhouse_wire.loop import Loop
 from schoolhouse_wire.v1 import teacher_pb2
-from schoolhouse_wire.values.codec import Arguments, pack
+from schoolhouse_wire.values.codec import Arguments, Declared, pack
 
 from schoolhouse_server.common.rows import tokens_of
 from schoolhouse_server.device.device import lacks_memory
 from schoolhouse_server.engine.engine import Engine
 from schoolhouse_server.engine.jobs import Answer
+from schoolhouse_server.engine.unsent import Share
 from schoolhouse_server.session.quotas import Sharing
 
 _log = logging.getLogger(__name__)
@@ -50,26 +52,45 @@ def answer_head(
     engine: Engine,
     wanted: Wanted,
     inputs: Arguments,
-    done: Callable[[Answer | BaseException], None],
+    done: Callable[[Answer | BaseException, int, Share | None], None],
     *,
     allowed: bool,
+    room: Callable[[int], Awaitable[Share | None]],
 ) -> None:
-    """Pass a head, or the error, to `done`; it is got in another thread, as that waits for the forward that runs."""
+    """Pass a head, or only its digest, with which a client checks the head that it has cached, or the error to `done`.
+
+    It is got in another thread, as that waits for the forward that runs. Before it is brought to the host, `room` waits
+    until its bytes may be unsent, and gives its share of them, which is passed on.
+    """
 
     async def answer() -> None:
+        share = None
         try:
-            found: Answer | BaseException = await loop.elsewhere(
-                functools.partial(_head_answer, engine, wanted, inputs, allowed=allowed)
-            )
+            head = await loop.elsewhere(functools.partial(_head, engine, wanted, allowed=allowed))
+            digest_only = bool(inputs.kwargs.get("digest_only"))
+            if not digest_only:
+                share = await room(head.nbytes)
+            features = await loop.elsewhere(_packed, head, digest_only)
+            found: Answer | BaseException = Answer(features, engine.description.revision, _HEAD_LIMITS)
         except Exception as err:
             found = err.with_traceback(None)
-        done(found)
+            if share is not None:
+                share.end()
+        except BaseException:  # cancelled
+            if share is not None:
+                share.end()
+            raise
+        done(found, 0, share)
 
-    loop.task(answer(), name="schoolhouse-head", on_death=done)
+    loop.task(answer(), name="schoolhouse-head", on_death=lambda err: done(err, 0, None))
 
 
-def _head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: bool) -> Answer:
-    """A head, or only its digest, with which a client checks the head that it has cached.
+def _packed(head: Head, digest_only: bool) -> Declared:
+    return pack([head.digest if digest_only else head.to_value()])
+
+
+def _head(engine: Engine, wanted: Wanted, *, allowed: bool) -> Head:
+    """The head that a call is for.
 
     Raises:
         PermissionDeniedError: heads are not given out.
@@ -86,9 +107,7 @@ def _head_answer(engine: Engine, wanted: Wanted, inputs: Arguments, *, allowed: 
         raise ProtocolError("a call for a head must name one, as the encoding of its only tap")
     [(tap, name)] = heads.items()
     engine.check()  # raises after a forward that never returned, for which the head would wait for ever
-    head = engine.teacher.head(name, tap.module)
-    value = head.digest if inputs.kwargs.get("digest_only") else head.to_value()
-    return Answer(pack([value]), engine.description.revision, _HEAD_LIMITS)
+    return engine.teacher.head(name, tap.module)
 
 
 def opened_by(engine: Engine, sharing: Sharing, limits: Limits) -> teacher_pb2.Opened:

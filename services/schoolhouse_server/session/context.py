@@ -13,7 +13,9 @@ from schoolhouse_server.security.tokens import Grant
 from schoolhouse_server.session.admission import Admission
 from schoolhouse_server.session.draining import Drain
 from schoolhouse_server.session.quotas import MAX_REQUEST_TOKENS, Sharing
+from schoolhouse_server.session.shared_bytes import SharedBytes
 from schoolhouse_server.session.tappable import Tappable, TeacherTaps
+from schoolhouse_server.session.tidying import Tidying
 
 
 class ReplicaContext:
@@ -30,10 +32,12 @@ class ReplicaContext:
         gate: Gate,
         allow_head: bool,
         taps: Mapping[str, TeacherTaps],
+        tidies_allocator: bool = False,
         tracing: bool = False,
     ) -> None:
         self.limits = limits
         self.shared_memory_bytes = shared_memory_bytes
+        self.shared_bytes = SharedBytes(sharing.max_unsent_bytes, sharing.max_job_unsent_bytes)
         self.sharing = sharing
         # Whether a job may get what was computed for another one, by which it can tell that the other asked for it.
         self.jobs_share_results = sharing.cache_scope == "teacher" or (
@@ -50,6 +54,13 @@ class ReplicaContext:
         self.drain = Drain()
         self._engines = engines
         self._taps = taps
+        self.tidying = Tidying(loop, self._work, allocator=tidies_allocator)
+
+    def _work(self) -> object:
+        """How much has been answered so far; None while there is something to answer or to send."""
+        if any(engine.running or engine.queued or engine.shares.nbytes for engine in self._engines.values()):
+            return None
+        return sum(engine.served for engine in self._engines.values())
 
     def find(self, name: str, grant: Grant = EVERYBODY) -> Engine:
         """The engine of a teacher, for a client with this grant.

@@ -84,6 +84,11 @@ class Member:
         """How many requests have no answer sent yet."""
         return len(self._place.admitted) + len(self._place.replying)
 
+    @property
+    def replying(self) -> bool:
+        """Whether replies are being sent."""
+        return bool(self._place.replying)
+
     def tell_draining(self) -> None:
         """Tell the client to send new requests elsewhere."""
         self._tell(teacher_pb2.ServerMessage(draining=teacher_pb2.Draining()))

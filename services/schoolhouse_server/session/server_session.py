@@ -20,6 +20,7 @@ from schoolhouse_wire.errors import (
     ProtocolError,
     SchoolhouseError,
     TeacherInternalError,
+    TeacherTimeoutError,
 )
 from schoolhouse_wire.loop import Alarm, eager
 from schoolhouse_wire.outbox import Elsewhere, Outbox
@@ -61,6 +62,8 @@ _log = logging.getLogger(__name__)
 _FAILED = "the session failed; the server's log says why"
 _END_S = 1.0  # how long a session may take to send what it is about to send, before it ends without that
 _SHORT_BYTES = 16 << 10  # the structure of inputs up to this is read faster than it is handed to another thread
+_LOOK_AGAIN_S = 0.05  # while a head waits for room
+_COPIES = 2  # of a frame: the serialized message, and gRPC's own
 _AT_ONCE_BYTES = 1 << 20  # payloads up to this are read faster than they are handed to another thread
 
 
@@ -92,6 +95,7 @@ class ServerSession:
         self._over = asyncio.Event()
         self._closed = False
         self._asked_at = time.monotonic()  # when the last call came, or the session began
+        self._copies: Share | None = None
         self._same_host = SameHost(self._loop, context.shared_memory_bytes)
 
     @property
@@ -223,6 +227,7 @@ class ServerSession:
         self.outbox.clear()
         self._receiving.clear()
         self._same_host.clear()
+        self._end_copies()
         self._writer = None
         del self._rpc
 
@@ -241,6 +246,8 @@ class ServerSession:
             self._on_cancel(message.cancel.request_id)
         elif message.HasField("attached"):
             self._same_host.attached(message.attached)
+            if (segment := self._same_host.segment) is not None:
+                self._context.tidying.add(segment)
         elif message.HasField("open"):
             self._on_open(message.open)
 
@@ -261,10 +268,11 @@ class ServerSession:
         self._context.gate.opened(message, self._grant)  # again: the file may have changed before the job was known
         self.log.info("a session began")
         opened = opened_by(engine, sharing, self._limits)
-        if message.shared_memory:
-            self._same_host.offer(opened, self.outbox, checksums=message.checksums)
-        self._telling.tell(teacher_pb2.ServerMessage(opened=opened))
         assert self._member is not None
+        if message.shared_memory:
+            account = self._context.shared_bytes.account(self._member.payer)
+            self._same_host.offer(opened, self.outbox, account, checksums=message.checksums)
+        self._telling.tell(teacher_pb2.ServerMessage(opened=opened))
         self._context.drain.join(self._member)
 
     def _enter(self, message: teacher_pb2.Open, engine: Engine, sharing: Sharing) -> None:
@@ -344,7 +352,9 @@ class ServerSession:
         self._engine.count("receive", time.perf_counter() - partial.began)
         answer = functools.partial(self._or_end, self._answer, request_id, digest, wanted)
         if any(tap.side == HEAD for tap in wanted.taps):
-            answer_head(self._loop, self._engine, wanted, inputs, answer, allowed=self._context.allow_head)
+            deadline = time.monotonic() + call.timeout_s if call.timeout_s > 0 else float("inf")
+            room = functools.partial(self._room_for_head, request_id, deadline)
+            answer_head(self._loop, self._engine, wanted, inputs, answer, allowed=self._context.allow_head, room=room)
             return
 
         check_work(inputs, wanted, self._context.max_request_tokens)
@@ -372,6 +382,18 @@ class ServerSession:
         except Exception:
             self._tickets.pop(request_id, None)
             raise
+
+    async def _room_for_head(self, request_id: int, deadline: float, nbytes: int) -> Share | None:
+        """Wait until the bytes of a head may be unsent, and count them."""
+        assert self._engine is not None
+        assert self._member is not None
+        while isinstance(found := self._engine.shares.take_for(self._member.payer, nbytes), str):
+            if self._closed or not self._member.has(request_id) or time.monotonic() >= deadline:
+                raise TeacherTimeoutError("the head was not sent, as other replies of the job or teacher were not read")
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        if found is not None:
+            found.resize(nbytes)
+        return found
 
     def _or_end(self, step: Callable[..., None], *args: Any) -> None:
         """Run a step on behalf of the engine; if it raises, the session fails."""
@@ -415,7 +437,10 @@ class ServerSession:
         assert member is not None
         began = time.perf_counter()
         try:
-            yield from outgoing.messages(request_id, head, segment, lambda: member.wants(request_id))
+            for message in outgoing.messages(request_id, head, segment, lambda: member.wants(request_id)):
+                if isinstance(message, bytes):
+                    self._count_copies(len(message))
+                yield message
         except Exception as err:  # only this request fails, and the stream goes on
             told = as_told(err)
             if not isinstance(told, SchoolhouseError):
@@ -424,9 +449,25 @@ class ServerSession:
             yield teacher_pb2.ServerMessage(failure=status.to_failure(told, request_id))
         finally:
             member.sent(request_id)
+            if not member.replying:
+                self._end_copies()
             self._engine.count("send", time.perf_counter() - began)
             self._spans.sent(request_id, began)
             self._end_if_answered()
+
+    def _count_copies(self, nbytes: int) -> None:
+        """Count the copies of a frame that this process and gRPC hold until the client reads: one frame at a time."""
+        assert self._engine is not None
+        assert self._member is not None
+        if self._copies is None:
+            self._copies = self._engine.shares.add_for(self._member.payer, _COPIES * nbytes)
+        elif self._copies.nbytes < _COPIES * nbytes:
+            self._copies.resize(_COPIES * nbytes)
+
+    def _end_copies(self) -> None:
+        copies, self._copies = self._copies, None
+        if copies is not None:
+            copies.end()
 
     def _fail(self, request_id: int, error: BaseException) -> None:
         self._or_end(self._tell_failed, request_id, error)
