@@ -33,8 +33,8 @@ fuzz: $(STAMP)  ## a million mutated frames for the codec and a live server, in 
 		> "$$(.venv-fuzz/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/schoolhouse.pth"
 	.venv-fuzz/bin/python tests/fuzz/run.py --frames 1000000 --seconds 540
 
-chaos: $(STAMP)  ## students train on while processes are killed and stopped, and connections cut, delayed and corrupted
-	$(BIN)/python -m pytest -m chaos tests/chaos tests/pool/test_nodes.py tests/project/test_benchmarks.py
+chaos: $(STAMP)  ## students train on while processes are killed, connections cut and corrupted, and other tokens mean harm
+	$(BIN)/python -m pytest -m chaos tests/chaos tests/hostile tests/pool/test_nodes.py tests/project/test_benchmarks.py
 
 cluster: $(STAMP)  ## takes a node of a Ray cluster off its network, in network namespaces; needs root
 	$(BIN)/python -m pytest -m cluster tests/pool/test_nodes.py

@@ -72,7 +72,7 @@ def test_where_a_session_fails_its_client_is_told_and_the_replica_goes_on(what, 
 
 
 @each_error
-@pytest.mark.parametrize(("owner", "name"), [(calls, "_head_answer"), (ServerSession, "_answer")])
+@pytest.mark.parametrize(("owner", "name"), [(calls, "_head"), (ServerSession, "_answer")])
 def test_who_asks_for_a_head_is_told(owner, name, error, monkeypatch, deaths):
     trap = Trap(monkeypatch, owner, name, error)
     with (

@@ -18,6 +18,7 @@ class _Counted:
     nbytes: int
     known: bool
     users: int = 1  # how many replies they are for
+    of_all: bool = True  # whether they count against the replica's bound, too
 
 
 @dataclass(eq=False)
@@ -80,14 +81,16 @@ class Unsent:
             if nbytes is None:
                 self._unknown.add(job)
                 return Share(self, _Counted(job, 0, known=False))
-            self._count(job, least)
-        return Share(self, _Counted(job, least, known=True))
+            counted = _Counted(job, least, known=True)
+            self._count(counted, least)
+        return Share(self, counted)
 
     def add(self, job: str, nbytes: int) -> Share:
-        """A share that counts also where a bound is full, for what is there already."""
+        """A share for what is there already, also where the job's bound is full; it keeps no other job from its own."""
+        counted = _Counted(job, nbytes, known=True, of_all=False)
         with self._lock:
-            self._count(job, nbytes)
-        return Share(self, _Counted(job, nbytes, known=True))
+            self._count(counted, nbytes)
+        return Share(self, counted)
 
     def beside(self, share: Share) -> Share:
         """One more share of the same bytes; `Share` calls this."""
@@ -117,14 +120,14 @@ class Unsent:
             frees = nbytes < counted.nbytes or not counted.known
             if not counted.known:
                 self._unknown.remove(counted.job)
-            self._count(counted.job, nbytes - counted.nbytes)
+            self._count(counted, nbytes - counted.nbytes)
             counted.nbytes, counted.known = nbytes, True
         if frees:
             for freed in self._followers:
                 freed()
 
-    def _count(self, job: str, more: int) -> None:
-        self.nbytes += more
-        left = self._jobs[job] = self._jobs.get(job, 0) + more
+    def _count(self, counted: _Counted, more: int) -> None:
+        self.nbytes += more if counted.of_all else 0
+        left = self._jobs[counted.job] = self._jobs.get(counted.job, 0) + more
         if not left:
-            del self._jobs[job]
+            del self._jobs[counted.job]

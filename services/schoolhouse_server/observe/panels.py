@@ -175,7 +175,8 @@ def _read(expression: Expression | None, own: Readings, among: Readings) -> floa
 
 
 _PRESENT_DELAY = now("present_queue_delay_seconds", max)
-_ROWS, _JOB_ROWS, _JOB_DEVICE = rate("rows_total"), rate("job_rows_total"), rate("job_device_seconds_total")
+_ROWS, _JOB_ROWS, _JOB_COST = rate("rows_total"), rate("job_rows_total"), rate("job_cost_total")
+_JOB_DEVICE = rate("job_device_seconds_total")
 _IN_FLIGHT, _QUEUED = now("in_flight_requests"), now("queued_requests")
 _HITS, _MISSES = "cache_hits_total", "cache_misses_total"
 _ROW_LIMIT = Expression(
@@ -240,6 +241,8 @@ JOB_CHARTS = (
     JOB_THROUGHPUT, JOB_SHARE,
     Panel("Share of device", SHARE, help="Of the device time that the fair queue charged.", by=_JOB,
           queries=(("", share(_JOB_DEVICE)),)),
+    Panel("Share of cost", SHARE, help="In rows or tokens, as `cost` of the teacher says.", by=_JOB,
+          queries=(("", share(_JOB_COST)),)),
     Panel("Queueing delay, mean", MS, by=_JOB,
           queries=(("", ratio(rate("job_queue_seconds_total"), rate("job_requests_total"))),)),
     JOB_WAITING, JOB_WAITS, JOB_ERRORS,
