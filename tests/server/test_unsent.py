@@ -17,7 +17,9 @@ from schoolhouse_server.engine.fair_queue import FairQueue
 from schoolhouse_server.engine.shares import Sizes
 from schoolhouse_server.engine.unsent import Share, Unsent
 from schoolhouse_server.observe.counters import JobCounters
+from schoolhouse_server.session import relief
 from schoolhouse_wire.values.codec import Arguments
+from stub import Stub, to_payload
 from test_queueing import Request
 from torch import nn
 
@@ -324,6 +326,23 @@ def test_where_the_replica_is_full_nobody_passes_the_one_whose_turn_it_is():
     thread.join(20)
     assert [one.job for one in found] == ["a", "b"]
     assert rooms.asked[:3] == ["a"] * 3
+
+
+def test_jobs_that_read_nothing_do_not_take_all_memory_for_ever(monkeypatch):
+    """Each stays within its bound, and says that it lives; together they have all that there is for replies."""
+    monkeypatch.setattr(relief, "UNREAD_S", 0.2)
+    monkeypatch.setattr(relief, "EVERY_S", 0.1)
+    with serve(Tall(), **(BOUNDS | {"shared_memory_bytes": 0})) as server:
+        stubs = [Stub(server, shared_memory=False, job=f"deaf-{i}") for i in range(4)]
+        for number, stub in enumerate(stubs):
+            stub.ask(1, **to_payload(Arguments((torch.full((7, 1), float(number)),))))
+        assert soon(lambda: server.unsent.nbytes > 13 * MIB)
+        with sh.connect(server.url, job="honest") as teacher:
+            for _ in range(3):
+                assert len(teacher.submit((torch.ones(7, 1),), {}, [""]).result(30)[""]) == 7
+        assert server.load("teacher").sessions < 4  # of the four that were there
+        for stub in stubs:
+            stub.channel.close()
 
 
 def test_who_waits_behind_one_that_is_cancelled_is_served():

@@ -143,6 +143,11 @@ class Engine:
         return max(len(self._jobs) - len(self._queue), 0)
 
     @property
+    def starves(self) -> bool:
+        """Whether requests wait since the features that are not sent yet take all memory that they may."""
+        return self._queue.starves and len(self._queue) > 0
+
+    @property
     def queued(self) -> int:
         """How many requests wait for the device."""
         return len(self._queue)

@@ -91,6 +91,7 @@ class FairQueue(Generic[T]):
         self._quantum = 0.0  # 0 before the first request
         self._count = 0
         self._lacks_room = False  # whether requests wait, but none has room
+        self.starves = False  # whether that is since the replica's bound is full
         self._closed = False
 
     def __len__(self) -> int:
@@ -234,6 +235,7 @@ class FairQueue(Generic[T]):
     def _next(self) -> "tuple[_Flow[T], deque[_Flow[T]]] | None":
         """The job whose turn it is, and the list that it was removed from; None if no request has room."""
         self._lacks_room = True  # until one is found; first, so that no room that becomes free meanwhile is missed
+        self.starves = False
         aside: list[tuple[_Flow[T], deque[_Flow[T]]]] = []  # jobs that keep their turns
         try:
             while True:
@@ -250,6 +252,7 @@ class FairQueue(Generic[T]):
                             return flow, turns
                         aside.append((flow, turns))
                         if room == "replica":
+                            self.starves = True
                             return None
                 if not self._give_rounds():
                     return None

@@ -285,6 +285,7 @@ class Replica:
             tidies_allocator=self._tune_allocator,
         )
         self._context.tidying.start()
+        self._context.relief.start()
         servicer = self._servicer = TeacherServicer(self._context)
         session = grpc.stream_stream_rpc_method_handler(
             servicer.session,

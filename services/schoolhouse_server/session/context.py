@@ -13,6 +13,7 @@ from schoolhouse_server.security.tokens import Grant
 from schoolhouse_server.session.admission import Admission
 from schoolhouse_server.session.draining import Drain
 from schoolhouse_server.session.quotas import MAX_REQUEST_TOKENS, Sharing
+from schoolhouse_server.session.relief import Relief, Session
 from schoolhouse_server.session.shared_bytes import SharedBytes
 from schoolhouse_server.session.tappable import Tappable, TeacherTaps
 from schoolhouse_server.session.tidying import Tidying
@@ -55,6 +56,8 @@ class ReplicaContext:
         self._engines = engines
         self._taps = taps
         self.tidying = Tidying(loop, self._work, allocator=tidies_allocator)
+        self.sessions: set[Session] = set()
+        self.relief = Relief(loop, lambda: any(engine.starves for engine in engines.values()), self.sessions)
 
     def _work(self) -> object:
         """How much has been answered so far; None while there is something to answer or to send."""

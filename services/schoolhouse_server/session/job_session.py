@@ -89,6 +89,11 @@ class Member:
         """Whether replies are being sent."""
         return bool(self._place.replying)
 
+    @property
+    def unsent(self) -> int:
+        """How many replies are not sent yet."""
+        return len(self._place.replying)
+
     def tell_draining(self) -> None:
         """Tell the client to send new requests elsewhere."""
         self._tell(teacher_pb2.ServerMessage(draining=teacher_pb2.Draining()))

@@ -95,6 +95,7 @@ class ServerSession:
         self._over = asyncio.Event()
         self._closed = False
         self._asked_at = time.monotonic()  # when the last call came, or the session began
+        self._took_at = 0.0  # when the client last took a message, or a reply came while there was nothing else to take
         self._copies: Share | None = None
         self._same_host = SameHost(self._loop, context.shared_memory_bytes)
 
@@ -107,6 +108,10 @@ class ServerSession:
         """Since when it has nothing to do, on time.monotonic's clock; infinite while it has."""
         at_work = self._member is not None and self._member.outstanding > 0
         return float("inf") if at_work else self._asked_at
+
+    def unread_since(self) -> float:
+        """Since when its client has taken nothing of what there is to send; infinite if there is nothing."""
+        return self._took_at if self._member is not None and self._member.unsent else float("inf")
 
     async def run(self) -> None:
         """Read and answer until the client is gone, has got all that it asked for, or is to be told `error`.
@@ -175,11 +180,13 @@ class ServerSession:
                     await self._over.wait()
                     return
                 await self._rpc.write(message)
+                self._took_at = time.monotonic()
 
     def _drain(self) -> None:
         """Send what there is through the pipes, as far as there is room."""
         try:
             while (pipes := self._same_host.pipes) is not None and pipes.idle:
+                self._took_at = time.monotonic()
                 if (message := self.outbox.take()) is None:
                     return
                 pipes.post(framing.write_message(message), self._drain)
@@ -418,6 +425,8 @@ class ServerSession:
             reply = reply_of(request_id, digest, wanted, result, outgoing.header)
             reply.queued = self._engine.queued
             assert self._member is not None
+            if not self._member.unsent:
+                self._took_at = time.monotonic()
             self._member.answered(request_id, rows, wanted, result.features, share)
             self.outbox.put(self._reply(request_id, reply, outgoing))
         except Exception as err:

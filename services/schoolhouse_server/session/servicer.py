@@ -56,10 +56,12 @@ class TeacherServicer:
         session = ServerSession(self._context, rpc, grant)
         end = functools.partial(self._context.loop.here, session.end)
         with self._places.held(gate.holder(grant, rpc.peer()), session.end, session.idle_since):
+            self._context.sessions.add(session)
             try:
                 with gate.held(grant, end, lambda: session.job):
                     await session.run()
             finally:
+                self._context.sessions.discard(session)
                 session.log.info("a session ended")
         if session.error is not None:
             raise session.error
