@@ -25,7 +25,7 @@ and tasks that are made in another way.
 | `schoolhouse-engine-in`, `-out` | all requests of that teacher | other replicas answer them; this one is replaced |
 | `schoolhouse-head`, a task | the request for a head | the request fails |
 | `schoolhouse-tidies-up`, a task | the replica, whose idle memory stays its own | it looks again ten seconds later |
-| leases, deadlines, the watchdog, relief: alarms of the replica | whose time it is | the other alarms still ring in time |
+| leases, deadlines, watchdog, relief: alarms of the replica | whose time it is | the other alarms still ring in time |
 | an RPC, in gRPC's task | its client | it is told an error without the text of the exception |
 | `schoolhouse-directory`, the thread of a directory's loop | all its clients | it logs the error, and goes on |
 | `schoolhouse-tokens` | the operator who revokes a token | it reads the file again a moment later |

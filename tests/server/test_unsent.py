@@ -339,7 +339,7 @@ def test_jobs_that_read_nothing_do_not_take_all_memory_for_ever(monkeypatch):
         assert soon(lambda: server.unsent.nbytes > 13 * MIB)
         with sh.connect(server.url, job="honest") as teacher:
             for _ in range(3):
-                assert len(teacher.submit((torch.ones(7, 1),), {}, [""]).result(30)[""]) == 7
+                assert len(teacher.submit((torch.ones(7, 1),), {}, [""]).result(15)[""]) == 7
         assert server.load("teacher").sessions < 4  # of the four that were there
         for stub in stubs:
             stub.channel.close()
