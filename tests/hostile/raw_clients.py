@@ -31,11 +31,13 @@ class Hostile:
 
     def call(self, method, requests):
         metadata = [("authorization", f"Bearer {self._token}")]
-        return self.connection.stream_stream(method)(requests, metadata=metadata)
+        return channel.with_its_own_status(self.connection.stream_stream(method)(requests, metadata=metadata))
 
     async def open(self, **opening):
         """A session of its own, within its token's job."""
-        return await Session(self.connection, "", LEASE_S, self._token, **opening).open()
+        session = Session(self.connection, "", LEASE_S, self._token, **opening)
+        channel.with_its_own_status(session._stream)
+        return await session.open()
 
     async def again_and_again(self, attack):
         """Do it for ever, from the beginning each time that it is thrown out."""
