@@ -70,15 +70,20 @@ async def _backlog(hostile, session, inputs, tap=None, depth=8):
             await session.ask(request_id, next(inputs), **more)
 
 
+async def _live_on(session):
+    """Say only that it lives, for ever."""
+    while True:
+        await session.say(renew=teacher_pb2.Renew())
+        await asyncio.sleep(1.0)
+
+
 async def silent(hostile):
     """Holds as many sessions as it gets, and says only that it lives."""
 
     async def hold(one):
         session = await one.open()
         one.told["opened"] += 1
-        while True:
-            await session.say(renew=teacher_pb2.Renew())
-            await asyncio.sleep(1.0)
+        await _live_on(session)
 
     await hostile.together(hold, 24)
 
@@ -139,9 +144,7 @@ async def deaf(hostile):
         for request_id in range(16):
             await session.ask(request_id, torch.full((512, 8), float(request_id)), _WIDE)
             one.told["asked"] += 1
-        while True:
-            await session.say(renew=teacher_pb2.Renew())
-            await asyncio.sleep(1.0)
+        await _live_on(session)
 
     await hostile.together(ask, 4)
 

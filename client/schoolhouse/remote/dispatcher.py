@@ -275,11 +275,11 @@ class Dispatcher:
         self._links.draining()
         self.outstanding.stir()
 
-    def on_unavailable(self, session: Session, request: Request, error: SchoolhouseError) -> None:
+    def on_unavailable(self, session: Session, request: Request, error: TeacherUnavailableError) -> None:
         """Send the request elsewhere; a replica that refuses a request in this way is about to stop."""
         session.draining = True
         self.on_draining(session)
-        request.turn_away(broke=isinstance(error, TeacherUnavailableError) and error.broke)
+        request.turn_away(broke=error.broke)
         self._send_again(request, error)
 
     def on_wrong(self, session: Session, request: Request, error: SchoolhouseError) -> None:

@@ -48,7 +48,7 @@ class SessionListener(Protocol):
     def on_draining(self, session: "Session") -> None:
         """The replica is about to stop: it answers what it has, and should get nothing more."""
 
-    def on_unavailable(self, session: "Session", request: Request, error: SchoolhouseError) -> None:
+    def on_unavailable(self, session: "Session", request: Request, error: TeacherUnavailableError) -> None:
         """The replica refused the request, since it is about to stop."""
 
     def on_wrong(self, session: "Session", request: Request, error: SchoolhouseError) -> None:

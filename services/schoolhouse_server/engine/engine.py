@@ -431,7 +431,7 @@ class Engine:
             spent_s = (job.cost if job.spent_s is None else job.spent_s) + job.parse_s
             self._queue.settle(turn, spent_s)
             self.counters.ran(turn.account, spent_s)
-            if spent_s:
+            if job.spent_s:  # not what nobody waited for any more
                 self._costs.learn(job.kind, job.elements, spent_s)
 
     def _tell(self, ticket: Ticket, answer: Answer | BaseException) -> None:
